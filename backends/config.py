@@ -1,0 +1,16 @@
+"""Options of the backends."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """Which implementation runs each op; ``auto`` takes the best that can run here."""
+
+    lora_backend: str = field(
+        default="auto", metadata={"help": "kernels of the LoRA op (`loraplex backends` lists them)"}
+    )
+    attention_backend: str = field(
+        default="auto",
+        metadata={"help": "kernels of paged attention (`loraplex backends` lists them)"},
+    )

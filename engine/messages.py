@@ -1,0 +1,146 @@
+"""Messages between frontend and scheduler; those to the workers are in scheduler/plan.py.
+
+`engine/wire.py` turns every class listed in WIRE_TYPES into MessagePack and back.
+Request, command and query ids are chosen by the frontend and are unique for its lifetime.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.scheduler import plan
+from loraplex.scheduler.plan import SamplingSpec, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendHello:
+    """First message of a frontend; the scheduler answers with EngineInfo."""
+
+    frontend: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a frontend must know to validate requests."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    block_tokens: int
+    max_queue_len: int
+    workers: list[plan.WorkerReady]
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """One sequence (a request with n > 1 is n of these). Empty `adapter` is the base model."""
+
+    request_id: int
+    prompt_token_ids: "array[int]"
+    sampling: SamplingSpec
+    adapter: str = ""
+    salt: str = ""  # tenant: nothing is shared between different salts
+    priority: int = 0  # lower is earlier
+    use_prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequests:
+    """Unknown and ended ids are ignored; aborted requests get no further output."""
+
+    request_ids: "array[int]"  # array('q')
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """New tokens of one sequence. `finish_reason`: "", "stop", "length", "abort" or "error"."""
+
+    request_id: int
+    token_ids: "array[int]"
+    finish_reason: str = ""
+    stop_token_id: int = -1  # the stop token that ended it, -1 for none
+    error: str = ""
+    error_code: str = ""
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from position 1 on
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Everything that one step brought for the requests of one frontend."""
+
+    outputs: list[SequenceOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCommand:
+    """`op` is "register" (name and path, read on first use), "load" (checked now), "unload",
+    "list"."""
+
+    command_id: int
+    op: str
+    name: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReply:
+    """`adapters` holds the adapter concerned, or all for "list", as plain maps."""
+
+    command_id: int
+    error: str = ""
+    error_code: str = ""
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StatsQuery:
+    query_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReply:
+    query_id: int
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDead:
+    """The last message of an engine: every request it held fails with `reason`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Finish the message in hand and exit with status 0."""
+
+
+FrontendMessage = FrontendHello | AddRequest | AbortRequests | AdapterCommand | StatsQuery
+SchedulerMessage = EngineInfo | StepOutputs | AdapterReply | StatsReply | EngineDead
+
+# The position in this tuple is the type's tag on the wire: append, never reorder.
+WIRE_TYPES: tuple[type, ...] = (
+    FrontendHello,
+    EngineInfo,
+    AddRequest,
+    AbortRequests,
+    StepOutputs,
+    AdapterCommand,
+    AdapterReply,
+    StatsQuery,
+    StatsReply,
+    EngineDead,
+    Shutdown,
+    plan.StepPlan,
+    plan.StepResult,
+    plan.InspectAdapter,
+    plan.AdapterInspected,
+    plan.LoadAdapter,
+    plan.AdapterLoaded,
+    plan.UnloadAdapter,
+    plan.WorkerReady,
+)

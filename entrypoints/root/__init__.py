@@ -1,0 +1,37 @@
+"""loraplex: one base model, thousands of LoRA adapters, any mix of them in one batch.
+
+The public names are imported on first use, so that ``import loraplex`` loads no GPU library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraplex.entrypoints.client import AsyncClient, Client
+    from loraplex.entrypoints.llm import LLM
+    from loraplex.entrypoints.outputs import CompletionOutput, RequestOutput
+    from loraplex.entrypoints.requests import LoRARequest
+    from loraplex.scheduler.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "loraplex.entrypoints.llm",
+    "SamplingParams": "loraplex.scheduler.sampling_params",
+    "LoRARequest": "loraplex.entrypoints.requests",
+    "RequestOutput": "loraplex.entrypoints.outputs",
+    "CompletionOutput": "loraplex.entrypoints.outputs",
+    "Client": "loraplex.entrypoints.client",
+    "AsyncClient": "loraplex.entrypoints.client",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraplex' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

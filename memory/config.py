@@ -1,0 +1,49 @@
+"""Options of the page pool."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """How the one pool of pages, shared by KV cache and adapters, is sized and cut."""
+
+    block_tokens: int = field(
+        default=16, metadata={"help": "tokens of KV cache that one page holds"}
+    )
+    gpu_memory_utilization: float = field(
+        default=0.9, metadata={"help": "share of the GPU's memory that the engine may use"}
+    )
+    pool_bytes: int | None = field(
+        default=None,
+        metadata={"help": "size of the page pool in bytes; default: the memory left after weights"},
+    )
+    num_pages: int | None = field(
+        default=None, metadata={"help": "size of the page pool in pages; wins over pool_bytes"}
+    )
+    enable_prefix_caching: bool = field(
+        default=True, metadata={"help": "reuse KV pages of equal prompts of one adapter and tenant"}
+    )
+    max_adapter_slots: int = field(
+        default=1024, metadata={"help": "adapters whose weights can be in pages at one time"}
+    )
+    adapter_host_bytes: int = field(
+        default=4 << 30, metadata={"help": "bytes of host memory for packed adapters (LRU)"}
+    )
+    max_lora_rank: int = field(
+        default=256, metadata={"help": "largest rank accepted; an adapter above it is refused"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1 or self.block_tokens & (self.block_tokens - 1):
+            raise ValueError(f"block_tokens must be a power of two, got {self.block_tokens}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        for name in ("pool_bytes", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("max_adapter_slots", "adapter_host_bytes", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,167 @@
+"""What the scheduler and the workers tell each other. Plain data, no torch.
+
+Integer lists are ``array('i')`` (32 bit): they cross the wire as raw little-endian bytes.
+A *slot* is a row of the worker's persistent per-request state, ``0 <= slot < max_num_seqs``;
+an *adapter slot* is a row of its table of resident adapters, -1 the base model.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+
+
+def int_array(values: "list[int] | tuple[int, ...]" = ()) -> "array[int]":
+    return array("i", values)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """What the sampler needs for one sequence; `seed` is always set by the time it gets here."""
+
+    temperature: float
+    top_p: float
+    top_k: int  # 0: off
+    min_p: float
+    seed: int  # 64 bit; with the token's position it fixes the noise, whatever the batch
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: "array[int]"  # end-of-sequence ids included, unless the request ignores them
+    num_logprobs: int  # -1: none; 0: of the sampled token alone
+    num_prompt_logprobs: int  # -1: none
+    bias_token_ids: "array[int]"
+    bias_values: "array[float]"  # array('f'), as long as bias_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request whose state the worker does not hold: new, or back after a preemption."""
+
+    slot: int
+    token_ids: "array[int]"  # the prompt, then what it generated before a preemption
+    num_prompt_tokens: int
+    page_ids: "array[int]"
+    adapter_slot: int
+    sampling: SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward step. Rows that decode come before rows that prefill.
+
+    Applied in this order: `freed_slots`, `new_requests`, page deltas, then the step itself.
+    Row r feeds tokens `positions[r] .. positions[r] + num_tokens[r] - 1` of its request: from
+    the ids in `NewRequest` or, where the position is past them, from the id that an earlier
+    step sampled, which the worker keeps on the device. `samples[r]` is 1 when the row's last
+    token is the request's last known one, so that the step draws the next.
+    """
+
+    step_id: int
+    freed_slots: "array[int]"
+    new_requests: list[NewRequest]
+    page_slots: "array[int]"  # slot of each appended page; pages append in the order given
+    page_ids: "array[int]"
+    slots: "array[int]"
+    positions: "array[int]"
+    num_tokens: "array[int]"
+    samples: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token first, then the best ones in order."""
+
+    token_ids: "array[int]"
+    logprobs: "array[float]"  # array('f')
+    ranks: "array[int]"  # 1 is the most likely token
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of one chunk of a prompt: `positions[i]` is the position of the token that is judged."""
+
+    slot: int
+    first_position: int
+    entries: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled ids of a step, one for each row with `samples[r] == 1`, in row order."""
+
+    step_id: int
+    token_ids: "array[int]"
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # empty: nobody asked
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    step_us: int = 0  # time the worker took for the step
+
+
+@dataclass(frozen=True, slots=True)
+class InspectAdapter:
+    """Read, check, hash and pack the adapter at `path`; answered by AdapterInspected."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInspected:
+    """`error` is empty on success. `path` echoes the question."""
+
+    name: str
+    path: str
+    error: str = ""
+    content_hash: str = ""
+    num_pages: int = 0
+    num_bytes: int = 0  # packed, over all layers, on one worker
+    max_rank: int = 0
+    modules: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Copy an adapter's packed weights into `page_ids` and fill its table row.
+
+    Ordered with the plans around it: plans sent later may use the slot once AdapterLoaded is in.
+    """
+
+    adapter_slot: int
+    content_hash: str
+    path: str  # where to read it again if the host store dropped it
+    page_ids: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    adapter_slot: int
+    content_hash: str
+    error: str = ""
+    load_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """The slot's pages belong to others from the next message on."""
+
+    adapter_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker's sizes, sent once when it can take plans."""
+
+    rank: int
+    num_pages: int  # page 0 is the null page: padding writes there, no tenant owns it
+    page_bytes: int  # of one layer
+    num_layers: int
+    max_model_len: int
+    vocab_size: int
+    device: str
+    lora_backend: str
+    attention_backend: str
+    load_seconds: float = 0.0
+
+
+WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter
+WorkerEvent = WorkerReady | StepResult | AdapterInspected | AdapterLoaded

@@ -1,0 +1,163 @@
+"""What a user may ask of sampling; names and defaults are vLLM's."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+MAX_LOGPROBS = 128
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+        TypeError: a field is unknown or of the wrong type.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+
+    @property
+    def stop_strings(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @classmethod
+    def from_wire(cls, values: dict[str, Any]) -> "SamplingParams":
+        """Build from a decoded message; unknown names are an error that lists the known ones."""
+        if not isinstance(values, dict):
+            raise TypeError("sampling_params must be a map")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(str(k) for k in values if k not in known)
+        if unknown:
+            raise ValueError(f"unknown sampling parameters {unknown}; known: {sorted(known)}")
+        values = dict(values)
+        bias = values.get("logit_bias")
+        if isinstance(bias, dict):  # JSON and some MessagePack writers turn integer keys to text
+            try:
+                values["logit_bias"] = {int(k): v for k, v in bias.items()}
+            except (TypeError, ValueError):
+                raise ValueError("logit_bias: keys must be token ids") from None
+        return cls(**values)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        default = SamplingParams()
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        }
+
+    def _check_types(self) -> None:
+        floats = (
+            "presence_penalty", "frequency_penalty", "repetition_penalty",
+            "temperature", "top_p", "min_p",
+        )  # fmt: skip
+        for name in floats:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+            setattr(self, name, float(value))
+        for name in ("n", "top_k", "min_tokens"):
+            _check_int(name, getattr(self, name))
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name))
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.include_stop_str_in_output, bool):
+            raise TypeError("include_stop_str_in_output must be a bool")
+        if self.stop is not None and not (
+            isinstance(self.stop, str)
+            or (isinstance(self.stop, list | tuple) and all(isinstance(s, str) for s in self.stop))
+        ):
+            raise TypeError("stop must be a string or a list of strings")
+        if self.stop_token_ids is not None:
+            if not isinstance(self.stop_token_ids, list | tuple):
+                raise TypeError("stop_token_ids must be a list of integers")
+            for token in self.stop_token_ids:
+                _check_int("stop_token_ids", token)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise TypeError("logit_bias must map token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                _check_int("logit_bias key", token)
+                if not isinstance(bias, int | float) or not math.isfinite(bias):
+                    raise ValueError(f"logit_bias: {bias!r} is no finite number")
+
+    def _check_ranges(self) -> None:
+        def require(ok: bool, text: str) -> None:
+            if not ok:
+                raise ValueError(text)
+
+        require(1 <= self.n <= 256, f"n must lie in [1, 256], got {self.n}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(-2.0 <= value <= 2.0, f"{name} must lie in [-2, 2], got {value}")
+        require(
+            self.repetition_penalty > 0.0,
+            f"repetition_penalty must be positive, got {self.repetition_penalty}",
+        )
+        require(
+            0.0 <= self.temperature <= 100.0,
+            f"temperature must lie in [0, 100], got {self.temperature}",
+        )
+        require(0.0 < self.top_p <= 1.0, f"top_p must lie in (0, 1], got {self.top_p}")
+        require(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, got {self.top_k}")
+        require(0.0 <= self.min_p <= 1.0, f"min_p must lie in [0, 1], got {self.min_p}")
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"max_tokens must be at least 1, got {self.max_tokens}",
+        )
+        require(self.min_tokens >= 0, f"min_tokens must not be negative, got {self.min_tokens}")
+        require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value <= MAX_LOGPROBS,
+                f"{name} must lie in [0, {MAX_LOGPROBS}], got {value}",
+            )
+        require(all(self.stop_strings), "stop strings must not be empty")
+        require(
+            self.detokenize or not self.stop_strings,
+            "stop strings need detokenize=True",
+        )
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} does not fit 64 bits")
