@@ -26,5 +26,5 @@ class SchedulerConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs}): every running request decodes one token a step"
+                f"max_num_seqs ({self.max_num_seqs}): each running request decodes one token a step"
             )

@@ -6,6 +6,11 @@ from typing import Any
 
 MAX_LOGPROBS = 128
 
+_FLOATS = (
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
+)  # fmt: skip
+_BOOLS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+
 
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
@@ -75,11 +80,7 @@ class SamplingParams:
         }
 
     def _check_types(self) -> None:
-        floats = (
-            "presence_penalty", "frequency_penalty", "repetition_penalty",
-            "temperature", "top_p", "min_p",
-        )  # fmt: skip
-        for name in floats:
+        for name in _FLOATS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {value!r}")
@@ -91,28 +92,16 @@ class SamplingParams:
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+        for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if not isinstance(self.include_stop_str_in_output, bool):
-            raise TypeError("include_stop_str_in_output must be a bool")
-        if self.stop is not None and not (
-            isinstance(self.stop, str)
-            or (isinstance(self.stop, list | tuple) and all(isinstance(s, str) for s in self.stop))
-        ):
-            raise TypeError("stop must be a string or a list of strings")
+        _check_stop(self.stop)
         if self.stop_token_ids is not None:
             if not isinstance(self.stop_token_ids, list | tuple):
                 raise TypeError("stop_token_ids must be a list of integers")
             for token in self.stop_token_ids:
                 _check_int("stop_token_ids", token)
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, dict):
-                raise TypeError("logit_bias must map token ids to numbers")
-            for token, bias in self.logit_bias.items():
-                _check_int("logit_bias key", token)
-                if not isinstance(bias, int | float) or not math.isfinite(bias):
-                    raise ValueError(f"logit_bias: {bias!r} is no finite number")
+        _check_bias(self.logit_bias)
 
     def _check_ranges(self) -> None:
         def require(ok: bool, text: str) -> None:
@@ -161,3 +150,26 @@ def _check_int(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} does not fit 64 bits")
+
+
+def _check_stop(stop: object) -> None:
+    texts = [stop] if isinstance(stop, str) else stop
+    if texts is None:
+        return
+    if not isinstance(texts, list | tuple) or not all(isinstance(s, str) for s in texts):
+        raise TypeError("stop must be a string or a list of strings")
+
+
+def _check_bias(bias: object) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        raise TypeError("logit_bias must map token ids to numbers")
+    for token, value in bias.items():
+        _check_int("logit_bias key", token)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise ValueError(f"logit_bias: {value!r} is no finite number")

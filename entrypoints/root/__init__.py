@@ -4,14 +4,7 @@ The public names are imported on first use, so that ``import loraplex`` loads no
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from loraplex.entrypoints.client import AsyncClient, Client
-    from loraplex.entrypoints.llm import LLM
-    from loraplex.entrypoints.outputs import CompletionOutput, RequestOutput
-    from loraplex.entrypoints.requests import LoRARequest
-    from loraplex.scheduler.sampling_params import SamplingParams
+from typing import Any
 
 __version__ = "0.1.0"
 
