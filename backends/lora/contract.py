@@ -15,6 +15,24 @@ from typing import Protocol
 
 import torch
 
+ROW_ALIGN = 64
+"""Rows of weights start at multiples of this many elements; equals memory.adapter_layout's."""
+
+
+def row_stride(num_features: int) -> int:
+    """Elements from one row of weights to the next."""
+    return -(-num_features // ROW_ALIGN) * ROW_ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class LoRASpec:
+    """Static sizes of one worker, by which a backend sizes its scratch memory."""
+
+    max_num_tokens: int  # rows of the largest step
+    max_rank: int
+    dtype: torch.dtype
+    device: torch.device
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAGroup:
@@ -68,9 +86,13 @@ class LoRABatch:
 
 
 class LoRAOp(Protocol):
-    """One backend, made once a worker. `apply` neither allocates pool memory nor syncs."""
+    """One backend, made once a worker with a LoRASpec. `apply` neither allocates nor syncs."""
 
     name: str
+
+    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
+        """Prepare what all layers of the step share. Called before `apply`, once a step."""
+        ...
 
     def apply(
         self,

@@ -1,0 +1,267 @@
+// CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter,
+// reading weights in place from the page pool. Both are bound by the bytes of the weights.
+//
+// Compiled once for each shape, with these macros:
+//   BF16          1 for bfloat16, 0 for float16
+//   PDL           1 where programmatic dependent launch exists (sm_90 on)
+//   PAGE          elements of a page in one layer, a multiple of 64
+//   NUM_MODULES   projections of the group, 1 to 3
+// shrink: K, K_ROW (K rounded up to 64), NT (tiles of 8 rows), WARPS
+// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS
+
+typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
+#if BF16
+#define MMA_TYPES "bf16.bf16"
+__device__ __forceinline__ float2 unpack(unsigned w) {
+  return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+  return w;
+}
+#else
+#define MMA_TYPES "f16.f16"
+__device__ __forceinline__ float2 unpack(unsigned w) {
+  float2 f;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(f.x), "=f"(f.y) : "r"(w));
+  return f;
+}
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+  return w;
+}
+#endif
+
+// Programmatic dependent launch: what stands before the wait may run beside the kernel before.
+__device__ __forceinline__ void wait_for_previous() {
+#if PDL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void release_next() {
+#if PDL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ uint4 load_weights(const T* pointer) {
+  uint4 w;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer));
+  return w;
+}
+
+// Volatile, so that the compiler cannot move it before wait_for_previous().
+__device__ __forceinline__ uint4 load_input(const T* pointer) {
+  uint4 w;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer) : "memory");
+  return w;
+}
+
+// The element's address: pages hold whole chunks of 64 elements.
+__device__ __forceinline__ const T* locate(const T* pool, const int* pages, int element) {
+  int page = element / PAGE;
+  return pool + (long long)__ldg(pages + page) * PAGE + (element - page * PAGE);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                    unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#ifdef K
+// v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
+//
+// A block takes 16 ranks and up to 8 * NT rows of one adapter; its warps take units in turn and
+// add up in shared memory. Ranks are the 16 rows of the matrix unit's A operand, tokens the 8
+// columns of its B operand. Both hold the same permutation of K (a lane reads 8 elements in a
+// row), which a sum over K does not see: no shared memory and no transpose stand in between.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
+       const int4* __restrict__ items, const long long* __restrict__ order,
+       const int* __restrict__ page_table, const int* __restrict__ rank,
+       const int* __restrict__ a_start, int x_stride, int pages_stride, int num_slots,
+       int v_split_stride, int v_row_stride, int v_module_stride, int units_per_split) {
+  const int UNITS = (K + 63) / 64;
+  const int4 item = __ldg(items + blockIdx.x / NUM_MODULES);  // slot, first row, rows, first rank
+  const int module = blockIdx.x % NUM_MODULES;
+  const int limit = __ldg(rank + module * num_slots + item.x);
+  const int start = __ldg(a_start + module * num_slots + item.x);
+  const int* pages = page_table + (long long)item.x * pages_stride;
+  const int warp = threadIdx.x / 32, group = (threadIdx.x & 31) >> 2, lane = threadIdx.x & 3;
+  if (item.w >= limit) {
+    wait_for_previous();
+    return;
+  }
+  const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
+  const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
+  const T* x_row[NT];
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const int row = n * 8 + group;
+    x_row[n] = row < item.z ? x + __ldg(order + item.y + row) * x_stride : nullptr;
+  }
+  const int last = min(UNITS, (int)(blockIdx.y + 1) * units_per_split);
+  int unit = blockIdx.y * units_per_split + warp;
+
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  uint4 a_low[2], a_high[2];
+  auto fetch = [&](int u) {
+    const T* p_low = has_low ? locate(pool, pages, low + u * 64) : nullptr;
+    const T* p_high = has_high ? locate(pool, pages, high + u * 64) : nullptr;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int k = h * 32 + lane * 8;
+      const bool in = u * 64 + k < K;
+      a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
+      a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
+    }
+  };
+  if (unit < last) fetch(unit);
+  wait_for_previous();
+  release_next();
+
+  float c[NT][4] = {};
+  while (unit < last) {
+    uint4 b[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = unit * 64 + h * 32 + lane * 8;
+        b[n][h] = x_row[n] && k < K ? load_input(x_row[n] + k) : zero;
+      }
+    uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
+    unit += WARPS;
+    if (unit < last) fetch(unit);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        mma(c[n], w_low[h].x, w_high[h].x, w_low[h].y, w_high[h].y, b[n][h].x, b[n][h].y);
+        mma(c[n], w_low[h].z, w_high[h].z, w_low[h].w, w_high[h].w, b[n][h].z, b[n][h].w);
+      }
+  }
+
+  __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      partial[warp][n * 8 + lane * 2 + (i & 1)][group + (i >> 1) * 8] = c[n][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32) {
+    const int row = i / 16, r = i % 16;
+    if (row < item.z && item.w + r < limit) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += partial[w][row][r];
+      v[(long long)blockIdx.y * v_split_stride + (long long)(item.y + row) * v_row_stride +
+        module * v_module_stride + item.w + r] = sum;
+    }
+  }
+}
+#endif
+
+#ifdef OUT_0
+// y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
+//
+// A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
+// takes 8 columns and, of 16 ranks at a time, one vector each, all in flight together.
+extern "C" __global__ void __launch_bounds__(THREADS)
+expand(T* y, const float* v, const T* __restrict__ pool,
+       const int4* __restrict__ tiles, const long long* __restrict__ order,
+       const int* __restrict__ page_table, const int* __restrict__ rank,
+       const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
+       int pages_stride, int num_slots, int v_split_stride, int v_row_stride,
+       int v_module_stride, int splits) {
+  const int WIDTH = THREADS * 8;
+  const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
+  int block = blockIdx.x;
+  int module = 0, width = OUT_0, column = 0;
+  if (block >= BLOCKS_0 + BLOCKS_1) {
+    module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
+  } else if (block >= BLOCKS_0) {
+    module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
+  }
+  const int4 tile = __ldg(tiles + blockIdx.y);  // slot, first row, rows, unused
+  const int limit = __ldg(rank + module * num_slots + tile.x);
+  if (limit == 0) {
+    wait_for_previous();
+    return;
+  }
+  const int start = __ldg(b_start + module * num_slots + tile.x);
+  const float factor = __ldg(scale + module * num_slots + tile.x);
+  const int* pages = page_table + (long long)tile.x * pages_stride;
+  const int width_row = (width + 63) / 64 * 64;
+  const int n = block * WIDTH + threadIdx.x * 8;
+  const bool in = n < width;
+
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  uint4 b[16];
+  auto fetch = [&](int first) {
+#pragma unroll
+    for (int r = 0; r < 16; ++r)
+      b[r] = in && first + r < limit
+                 ? load_weights(locate(pool, pages, start + (first + r) * width_row + n))
+                 : zero;
+  };
+  fetch(0);
+  wait_for_previous();
+  release_next();
+
+  __shared__ float shrunk[ROWS][16];
+  float acc[ROWS][8] = {};
+  for (int first = 0; first < limit; first += 16) {
+    if (first) {
+      __syncthreads();
+      fetch(first);
+    }
+    for (int i = threadIdx.x; i < ROWS * 16; i += THREADS) {
+      const int row = i / 16, r = first + i % 16;
+      float sum = 0;
+      if (row < tile.z && r < limit) {
+        const float* from = v + (long long)(tile.y + row) * v_row_stride +
+                            module * v_module_stride + r;
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) sum += __ldcg(from + (long long)s * v_split_stride);
+      }
+      shrunk[row][i % 16] = sum * factor;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 16; ++r) {
+      const float2 w0 = unpack(b[r].x), w1 = unpack(b[r].y), w2 = unpack(b[r].z),
+                   w3 = unpack(b[r].w);
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+        const float s = shrunk[row][r];
+        acc[row][0] += s * w0.x, acc[row][1] += s * w0.y;
+        acc[row][2] += s * w1.x, acc[row][3] += s * w1.y;
+        acc[row][4] += s * w2.x, acc[row][5] += s * w2.y;
+        acc[row][6] += s * w3.x, acc[row][7] += s * w3.y;
+      }
+    }
+  }
+  if (!in) return;
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) {
+    if (row >= tile.z) break;
+    uint4* out = reinterpret_cast<uint4*>(y + __ldg(order + tile.y + row) * y_stride + column + n);
+    uint4 old = *out;
+    const float2 o0 = unpack(old.x), o1 = unpack(old.y), o2 = unpack(old.z), o3 = unpack(old.w);
+    old.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
+    old.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
+    old.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
+    old.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
+    *out = old;
+  }
+}
+#endif

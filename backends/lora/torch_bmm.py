@@ -1,0 +1,194 @@
+"""Backend ``torch`` of op ``lora``: torch.bmm over weights gathered from the pages. Runs anywhere.
+
+Segments whose adapters have the same ranks in a layer, and so the same layout, form a bucket:
+their weights are gathered from the pages once and multiplied in one batch. All arithmetic is
+fp32. Scratch memory comes from torch's caching allocator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
+
+MAX_BUCKET_SEGMENTS = 32
+"""Bounds the gathered weights."""
+MAX_PADDED_ROWS = 16
+"""Longer segments get a bucket of their own, so that nothing long is padded or pads others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """n segments of one layout, padded to m rows each; all tensors on the device."""
+
+    pages: torch.Tensor  # int32 [n, pages of an adapter]
+    scale: torch.Tensor  # float32 [layers, modules, n, 1, 1]
+    padded_rows: torch.Tensor  # int64 [n * m], rows of x; padding repeats a segment's last row
+    rows: torch.Tensor  # int64 [rows that are no padding]
+    valid: torch.Tensor | None  # int64, where `rows` lie in the padded ones; None: no padding
+    first_page: int  # where the only segment's consecutive pages begin
+    num_consecutive: int  # so many pages from there are the adapter's first ones; 0 if n > 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Ranks and starts of every module in one layer, shared by the segments of a bucket."""
+
+    rank: tuple[int, ...]
+    a_start: tuple[int, ...]
+    b_start: tuple[int, ...]
+
+
+class TorchLoRA:
+    name = "torch"
+
+    def __init__(self, spec: LoRASpec) -> None:
+        self._device = spec.device
+        self._layers: list[list[tuple[_Layout, _Bucket]]] = []
+
+    @classmethod
+    def probe(cls, spec: LoRASpec | None = None) -> str | None:
+        return None
+
+    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
+        self._layers = []
+        if batch.is_empty:
+            return
+        slots = list(batch.segment_slots)
+        places = np.stack(
+            [
+                field[:, :, slots].numpy()
+                for field in (table.host_rank, table.host_a_start, table.host_b_start)
+            ],
+            axis=1,
+        )  # [layers, 3, modules, segments]
+        planned: dict[bytes, list[tuple[_Layout, _Bucket]]] = {}
+        for of_layer in places:
+            key = of_layer.tobytes()
+            if key not in planned:
+                planned[key] = self._plan_layer(of_layer, table, batch)
+            self._layers.append(planned[key])
+
+    def apply(
+        self,
+        *,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        group: LoRAGroup,
+        table: LoRATable,
+        batch: LoRABatch,
+    ) -> None:
+        if batch.is_empty:
+            return
+        for layout, bucket in self._layers[layer]:
+            if any(layout.rank[module] for module in group.modules):
+                _apply_bucket(y, x, pool[layer], layer, group, layout, bucket)
+
+    def _plan_layer(
+        self, places: np.ndarray, table: LoRATable, batch: LoRABatch
+    ) -> list[tuple[_Layout, _Bucket]]:
+        """Buckets of one layer; `places` is [rank | a_start | b_start, modules, segments]."""
+        members: dict[tuple[bytes, int], list[int]] = {}
+        lengths = np.diff(batch.segment_starts)
+        for segment, length in enumerate(lengths.tolist()):
+            alone = length > MAX_PADDED_ROWS
+            size_class = -1 - segment if alone else (length - 1).bit_length()
+            members.setdefault((places[:, :, segment].tobytes(), size_class), []).append(segment)
+        planned = []
+        for segments in members.values():
+            layout = _Layout(*(tuple(row) for row in places[:, :, segments[0]].tolist()))
+            for start in range(0, len(segments), MAX_BUCKET_SEGMENTS):
+                part = segments[start : start + MAX_BUCKET_SEGMENTS]
+                planned.append((layout, self._make_bucket(part, lengths[part], table, batch)))
+        return planned
+
+    def _make_bucket(
+        self, segments: list[int], lengths: np.ndarray, table: LoRATable, batch: LoRABatch
+    ) -> _Bucket:
+        starts = np.asarray(batch.segment_starts)[segments]
+        column = np.arange(lengths.max())
+        order = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
+        is_valid = (column < lengths[:, None]).ravel()
+        slots = np.asarray(batch.segment_slots)[segments]
+        slots_device = self._upload(slots)
+        padded_rows = batch.token_order[self._upload(order)]
+        valid = None if is_valid.all() else self._upload(np.flatnonzero(is_valid))
+        host_pages = table.host_page_table[int(slots[0])].numpy()
+        steps = np.diff(host_pages) == 1
+        num_consecutive = 1 + int(steps.size if steps.all() else steps.argmin())
+        return _Bucket(
+            pages=table.page_table.index_select(0, slots_device),
+            scale=table.scale.index_select(2, slots_device)[..., None, None],
+            padded_rows=padded_rows,
+            rows=padded_rows if valid is None else padded_rows[valid],
+            valid=valid,
+            first_page=int(host_pages[0]),
+            num_consecutive=num_consecutive if len(segments) == 1 else 0,
+        )
+
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values.astype(np.int64))
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
+
+
+def _apply_bucket(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pool_layer: torch.Tensor,
+    layer: int,
+    group: LoRAGroup,
+    layout: _Layout,
+    bucket: _Bucket,
+) -> None:
+    num_segments = bucket.pages.shape[0]
+    weights, base = _gather_weights(pool_layer, group, layout, bucket)
+    x32 = x.index_select(0, bucket.padded_rows).float().view(num_segments, -1, group.in_features)
+    for module, column, width in zip(
+        group.modules, group.out_starts, group.out_features, strict=True
+    ):
+        rank = layout.rank[module]
+        if rank == 0:
+            continue
+        a = _matrix(weights, layout.a_start[module] - base, rank, group.in_features)
+        b = _matrix(weights, layout.b_start[module] - base, rank, width)
+        shrunk = torch.bmm(x32, a.transpose(1, 2)).mul_(bucket.scale[layer, module])
+        delta = torch.bmm(shrunk, b).view(-1, width)
+        if bucket.valid is not None:
+            delta = delta.index_select(0, bucket.valid)
+        columns = y[:, column : column + width]
+        delta += columns.index_select(0, bucket.rows)
+        columns.index_copy_(0, bucket.rows, delta.to(y.dtype))
+
+
+def _gather_weights(
+    pool_layer: torch.Tensor, group: LoRAGroup, layout: _Layout, bucket: _Bucket
+) -> tuple[torch.Tensor, int]:
+    """[n, elements] of the pages that hold the group, and the virtual array's first element."""
+    used = [
+        (layout.a_start[module], layout.b_start[module] + layout.rank[module] * row_stride(width))
+        for module, width in zip(group.modules, group.out_features, strict=True)
+        if layout.rank[module]
+    ]
+    page_elems = pool_layer.shape[1]
+    first = min(start for start, _ in used) // page_elems
+    end = -(-max(stop for _, stop in used) // page_elems)
+    if end <= bucket.num_consecutive:
+        start = (bucket.first_page + first) * page_elems
+        return pool_layer.view(1, -1)[:, start : start + (end - first) * page_elems], (
+            first * page_elems
+        )
+    pages = bucket.pages[:, first:end].reshape(-1)
+    weights = pool_layer.index_select(0, pages).view(bucket.pages.shape[0], -1)
+    return weights, first * page_elems
+
+
+def _matrix(weights: torch.Tensor, start: int, rank: int, features: int) -> torch.Tensor:
+    """float32 [n, rank, features]; a view of fp32 weights."""
+    stride = row_stride(features)
+    rows = weights[:, start : start + rank * stride].unflatten(1, (rank, stride))
+    return rows[:, :, :features].float()

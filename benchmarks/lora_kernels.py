@@ -1,0 +1,282 @@
+"""How near is the LoRA op to the memory floor, for one layer's four calls in a CUDA graph?
+
+Weights of every layer differ, so that a replay never finds them in the L2 cache; inputs are random.
+The floor of a row counts the weights of its distinct adapters at true rank, x read and y read and
+written once each, over the copy bandwidth measured in the same run.
+
+    python benchmarks/lora_kernels.py --backends triton,cupy --out benchmarks/results/lora.jsonl
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
+from loraplex.backends.registry import resolve
+from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    hidden: int
+    kv: int
+    intermediate: int
+
+    @property
+    def shapes(self) -> tuple[ModuleShape, ...]:
+        h, kv, i = self.hidden, self.kv, self.intermediate
+        pairs = ((h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h))
+        return tuple(ModuleShape(*pair) for pair in pairs)
+
+
+MODELS = {
+    "llama-2-7b": Model(4096, 4096, 11008),
+    "llama-3-8b": Model(4096, 1024, 14336),
+    "qwen2.5-7b": Model(3584, 512, 18944),
+    "smollm2-135m": Model(576, 192, 1536),
+}
+QKVO, ALL = (0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 6)
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `ranks` are dealt to the adapters in turn."""
+
+    model: str
+    ranks: tuple[int, ...]
+    modules: tuple[int, ...]
+    num_tokens: int
+    popularity: str
+    num_resident: int = 0  # adapters in pages; 0: those of the batch
+    num_layers: int = 32
+
+
+def default_cases() -> list[Case]:
+    eight = [
+        Case("llama-3-8b", (16,), ALL, batch, popularity)
+        for batch in (1, 8, 32, 64, 128, 256)
+        for popularity in ("distinct", "uniform", "skewed", "identical")
+        if batch > 1 or popularity == "identical"
+    ]
+    seven = [Case("llama-2-7b", (8,), QKVO, 32, name) for name in ("distinct", "identical")]
+    mixed = [Case("llama-2-7b", (8, 16, 32, 64), QKVO, 64, "distinct")]
+    prefill = [
+        Case("llama-3-8b", (16,), ALL, 4096, "runs-8", num_layers=8),
+        Case("llama-3-8b", (16,), ALL, 4096, "runs-1", num_layers=8),
+        Case("llama-3-8b", (64, 8), ALL, 4096, "runs-8", num_layers=8),
+    ]
+    resident = [
+        Case("llama-3-8b", (16,), ALL, 64, "identical", num_resident=n, num_layers=4)
+        for n in (1, 2000)
+    ]
+    return [*eight, *seven, *mixed, *prefill, *resident]
+
+
+def adapters_of_rows(popularity: str, num_tokens: int) -> list[int]:
+    """The adapter of each row, as in Punica: each of the skewed is 1.5 times the next."""
+    if popularity.startswith("runs-"):
+        count = int(popularity.removeprefix("runs-"))
+        return [row * count // num_tokens for row in range(num_tokens)]
+    if popularity == "distinct":
+        return list(range(num_tokens))
+    if popularity == "identical":
+        return [0] * num_tokens
+    if popularity == "uniform":
+        count = int(np.ceil(np.sqrt(num_tokens)))
+        return [row % count for row in range(num_tokens)]
+    weights = 1.5 ** -np.arange(num_tokens, dtype=float)
+    edges = np.ceil(np.cumsum(weights / weights.sum()) * num_tokens - 1e-9)
+    return [int(np.searchsorted(edges, row, side="right")) for row in range(num_tokens)]
+
+
+class Setup:
+    """Pool, table and batch of one case, filled with random weights."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.case, self.model = case, MODELS[case.model]
+        self.page_elems = BLOCK_TOKENS * 2 * self.model.kv
+        rows = adapters_of_rows(case.popularity, case.num_tokens)
+        count = max(case.num_resident, max(rows) + 1)
+        ranks = [case.ranks[slot % len(case.ranks)] for slot in range(count)]
+        self.table, total = self._fill_table(ranks, device)
+        shape = (case.num_layers, total, self.page_elems)
+        self.pool = torch.empty(shape, dtype=dtype, device=device)
+        for layer in self.pool:
+            layer.normal_(std=0.05)
+        rng = np.random.default_rng(0)
+        picks = rng.permutation(count)[: max(rows) + 1]
+        slots = [int(picks[row]) for row in rows]
+        self.batch = make_batch(slots, device)
+        self.used_ranks = [ranks[slot] for slot in sorted(set(slots))]
+        self.groups = [self._group(modules) for modules in GROUPS if modules[0] in case.modules]
+
+        def random(width: int) -> torch.Tensor:
+            return torch.randn(case.num_tokens, width, dtype=dtype, device=device)
+
+        self.x = [random(group.in_features) for group in self.groups]
+        self.y = [random(sum(group.out_features)) for group in self.groups]
+
+    def _fill_table(self, ranks: list[int], device: torch.device) -> tuple[LoRATable, int]:
+        case, shapes = self.case, self.model.shapes
+        layouts = {
+            rank: (
+                place_layer(dict.fromkeys(case.modules, rank), shapes)[0],
+                num_pages([dict.fromkeys(case.modules, rank)], shapes, self.page_elems),
+            )
+            for rank in set(ranks)
+        }
+        total = sum(layouts[rank][1] for rank in ranks)
+        pages = np.random.default_rng(1).permutation(total).astype(np.int32)
+        page_table = np.zeros((len(ranks), max(n for _, n in layouts.values())), dtype=np.int32)
+        fields = np.zeros((3, case.num_layers, 7, len(ranks)), dtype=np.int32)
+        used = 0
+        for slot, rank in enumerate(ranks):
+            places, count = layouts[rank]
+            page_table[slot, :count] = pages[used : used + count]
+            used += count
+            for module, place in places.items():
+                fields[:, :, module, slot] = np.array(
+                    [[place.rank], [place.a_start], [place.b_start]]
+                )
+        scale = np.full(fields.shape[1:], 0.5, dtype=np.float32)
+        host = [torch.from_numpy(array) for array in (page_table, *fields, scale)]
+        return LoRATable(*(tensor.to(device) for tensor in host), *host), total
+
+    def _group(self, modules: tuple[int, ...]) -> LoRAGroup:
+        shapes = self.model.shapes
+        outs = tuple(shapes[module].out_features for module in modules)
+        starts = tuple(sum(outs[:i]) for i in range(len(outs)))
+        return LoRAGroup(modules, shapes[modules[0]].in_features, starts, outs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one layer must move."""
+        shapes = self.model.shapes
+        per_rank = sum(
+            shapes[module].in_features + shapes[module].out_features for module in self.case.modules
+        )
+        rows = sum(t.numel() for t in self.x) + 2 * sum(t.numel() for t in self.y)
+        return (sum(self.used_ranks) * per_rank + rows) * self.pool.element_size()
+
+    def run_layer(self, op: LoRAOp, layer: int) -> None:
+        for group, x, y in zip(self.groups, self.x, self.y, strict=True):
+            op.apply(
+                y=y, x=x, pool=self.pool, layer=layer, group=group, table=self.table,
+                batch=self.batch,
+            )  # fmt: skip
+
+
+def make_batch(slots: list[int], device: torch.device) -> LoRABatch:
+    order = sorted(range(len(slots)), key=lambda row: (slots[row], row))
+    in_order = np.array([slots[row] for row in order])
+    starts = [0, *(np.flatnonzero(np.diff(in_order)) + 1).tolist()]
+    return LoRABatch(
+        num_tokens=len(slots),
+        token_slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        token_order=torch.tensor(order, dtype=torch.int64, device=device),
+        segment_starts=(*starts, len(slots)),
+        segment_slots=tuple(int(in_order[start]) for start in starts),
+    )
+
+
+def time_graph(run: Callable[[], None], repeats: int) -> list[float]:
+    """Microseconds of each replay of what `run` launches."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large device-to-device copy."""
+    source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    times = time_graph(lambda: target.copy_(source), 15)
+    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-6)
+
+
+def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> dict[str, object]:
+    device = torch.device("cuda", 0)
+    setup = Setup(case, dtype, device)
+    spec = LoRASpec(case.num_tokens, max(16, *case.ranks), dtype, device)
+    op = resolve("lora", op_name).make(spec)
+    op.plan(table=setup.table, batch=setup.batch)
+
+    def run() -> None:
+        for layer in range(case.num_layers):
+            setup.run_layer(op, layer)
+
+    times = [t / case.num_layers for t in time_graph(run, 30)]
+    floor = setup.num_bytes / bandwidth * 1e6
+    median = statistics.median(times)
+    return {
+        **asdict(case),
+        "backend": op_name,
+        "us": round(median, 2),
+        "us_min": round(min(times), 2),
+        "floor_us": round(floor, 2),
+        "ratio": round(median / floor, 2),
+        "num_adapters": len(setup.used_ranks),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", default="triton,cupy")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    parser.add_argument("--only", default="", help="model name, or part of it")
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": options.dtype,
+        "copy_TB_s": round(bandwidth / 1e12, 3),
+    }
+    print(machine)
+    for case in default_cases():
+        if options.only not in case.model:
+            continue
+        for name in options.backends.split(","):
+            if name == "cupy" and case.num_tokens > 512:
+                continue
+            row = measure(case, name, bandwidth, getattr(torch, options.dtype))
+            ranks = ",".join(map(str, case.ranks))
+            print(
+                f"{case.model:13} r{ranks:10} {len(case.modules)} modules {case.num_tokens:5} rows "
+                f"{case.popularity:9} {row['num_adapters']:4} adapters ({case.num_resident:4} res) "
+                f"{name:7} {row['us']:8.2f} us  floor {row['floor_us']:7.2f}  x{row['ratio']}",
+                flush=True,
+            )
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps({**machine, **row}) + "\n")
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
