@@ -21,7 +21,7 @@ class ModelSpec:
     max_position: int  # longest context the checkpoint declares (its attention window, if shorter)
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: dict[str, Any] = field(default_factory=dict)  # see layers/rope.py; {} for none
     qkv_bias: bool = False
     output_bias: bool = False  # a bias on o_proj
     mlp_bias: bool = False

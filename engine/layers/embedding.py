@@ -1,0 +1,21 @@
+"""Token embedding and output head."""
+
+import torch
+from torch.nn import functional
+
+
+class Embedding:
+    """Attributes: weight [vocab_size, hidden_size]."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] to [T, hidden_size]."""
+        return functional.embedding(token_ids, self.weight)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden_size] to float32 [N, vocab_size]."""
+        return functional.linear(hidden, self.weight).float()

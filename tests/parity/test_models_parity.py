@@ -1,0 +1,184 @@
+"""The decoder against Hugging Face: logits of random models of each architecture, and SmolLM2."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType
+
+from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.packaged import resolve_model
+from loraplex.engine.models.registry import load_spec
+from loraplex.engine.tokenization import load_tokenizer
+from loraplex.engine.weights import load_weights
+
+from helpers.gguf_files import write_gguf
+from helpers.hf_models import LLAMA3_ROPE, make_hf_model
+from helpers.naive_attention import PagedSequences
+
+CASES = {
+    "llama-gqa": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-mha-biases": ("llama", {"num_key_value_heads": 4, "attention_bias": True,
+                                   "mlp_bias": True}),
+    "llama-mqa-odd-sizes": ("llama", {"hidden_size": 72, "num_attention_heads": 3,
+                                      "num_key_value_heads": 1, "intermediate_size": 100,
+                                      "vocab_size": 301}),
+    "llama-linear-rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3-rope": ("llama3", {}),
+    "mistral": ("mistral", {"rms_norm_eps": 1e-5}),
+    "mistral-head-dim": ("mistral", {"head_dim": 32}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def _load(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    model = Decoder(load_spec(path), dtype=dtype, device="cpu")
+    load_weights(model, path, progress=False)
+    return model
+
+
+def _tokens(count: int, vocab_size: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (count,), generator=generator)
+
+
+@torch.inference_mode()
+def _logits(model: Decoder, prompts: list[torch.Tensor], chunk: int = 1000) -> list[torch.Tensor]:
+    """Of every position of every prompt, in steps of at most `chunk` tokens a prompt."""
+    sequences = PagedSequences(model.spec, len(prompts), max(map(len, prompts)), model.dtype)
+    done, parts = [0] * len(prompts), [[] for _ in prompts]
+    while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
+        counts = [min(chunk, len(p) - at) for at, p in zip(done, prompts, strict=True)]
+        tokens = torch.cat([p[at : at + n] for p, at, n in zip(prompts, done, counts, strict=True)])
+        hidden = model.forward(tokens, sequences.context(done, counts))
+        for part, rows in zip(parts, model.logits(hidden).split(counts), strict=True):
+            part.append(rows)
+        done = [at + n for at, n in zip(done, counts, strict=True)]
+    return [torch.cat(part) for part in parts]
+
+
+@torch.inference_mode()
+def _hf_logits(model: transformers.PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    return model(prompt[None]).logits[0].float()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_hugging_face(case: str, tmp_path: Path) -> None:
+    arch, overrides = CASES[case]
+    reference = make_hf_model(arch, tmp_path, seed=3, **overrides)
+    model = _load(tmp_path)
+    prompts = [_tokens(n, model.spec.vocab_size, seed=n) for n in (1, 17, 90)]
+    for got, prompt in zip(_logits(model, prompts), prompts, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
+
+
+def test_chunks_and_decode_steps_equal_one_prefill(tmp_path: Path) -> None:
+    make_hf_model("llama3", tmp_path)
+    model = _load(tmp_path)
+    prompts = [_tokens(n, model.spec.vocab_size, seed=n) for n in (23, 9)]
+    whole = _logits(model, prompts)
+    for chunk in (1, 7):
+        for got, want in zip(_logits(model, prompts, chunk), whole, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_bfloat16_stays_within_rounding(arch: str, tmp_path: Path) -> None:
+    """Both round at the same places; what is left is the order of sums."""
+    reference = make_hf_model(arch, tmp_path).to(torch.bfloat16)
+    model = _load(tmp_path, torch.bfloat16)
+    prompt = _tokens(30, model.spec.vocab_size, seed=1)
+    (got,) = _logits(model, [prompt])
+    want = _hf_logits(reference, prompt)
+    exact = _hf_logits(reference.float(), prompt)
+    assert (got - want).abs().max() < 0.1
+    assert (got - exact).square().mean() < 2 * (want - exact).square().mean() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+    ],
+)
+def test_gguf_logits_equal_hugging_face(
+    arch: str, overrides: dict[str, object], tmp_path: Path
+) -> None:
+    reference = make_hf_model(arch, tmp_path / "hf", **overrides)
+    write_gguf(tmp_path / "model.gguf", reference)
+    model = _load(tmp_path / "model.gguf")
+    prompt = _tokens(40, model.spec.vocab_size, seed=0)
+    (got,) = _logits(model, [prompt])
+    torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0"])
+def test_gguf_types_are_dequantized(quantization: str, tmp_path: Path) -> None:
+    """The reference takes the same rounded weights, read back through the decoder's parameters."""
+    reference = make_hf_model("qwen2", tmp_path / "hf")
+    write_gguf(tmp_path / "model.gguf", reference, GGMLQuantizationType[quantization])
+    model = _load(tmp_path / "model.gguf")
+    parameters = model.parameters()
+    for name, weight in reference.state_dict().items():
+        step = weight.abs().max() / (100 if quantization == "Q8_0" else 200)
+        assert (parameters[name] - weight).abs().max() <= step, name
+    reference.load_state_dict(parameters)
+    prompt = _tokens(12, model.spec.vocab_size, seed=0)
+    (got,) = _logits(model, [prompt])
+    torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
+
+
+def test_gguf_rope_divisors_are_llama3_scaling(tmp_path: Path) -> None:
+    reference = make_hf_model("llama3", tmp_path / "hf")
+    inv_freq = reference.model.rotary_emb.inv_freq.numpy()
+    dim = np.arange(0, 16, 2, dtype=np.float32) / 16
+    divisors = (1.0 / 5e5**dim / inv_freq).astype(np.float32)
+    assert divisors.max() == pytest.approx(LLAMA3_ROPE["factor"])
+    write_gguf(tmp_path / "model.gguf", reference, rope_divisors=divisors)
+    prompt = _tokens(100, 512, seed=0)
+    (got,) = _logits(_load(tmp_path / "model.gguf"), [prompt])
+    torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Decoder:
+    return _load(resolve_model(""))
+
+
+@torch.inference_mode()
+def test_smollm_answers(smollm: Decoder) -> None:
+    tokenizer = load_tokenizer(resolve_model(""))
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False)
+    sequences = PagedSequences(smollm.spec, 1, len(tokens) + 16)
+    start, answer = 0, []
+    while True:
+        ctx = sequences.context([start], [len(tokens)])
+        hidden = smollm.forward(torch.tensor(tokens), ctx)
+        best = int(smollm.logits(hidden[-1:]).argmax())
+        if best in smollm.spec.eos_token_ids or len(answer) == 15:
+            break
+        answer.append(best)
+        start, tokens = start + len(tokens), [best]
+    assert tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+def test_smollm_equals_hugging_faces_gguf_loading(smollm: Decoder) -> None:
+    path = resolve_model("")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    prompt = _tokens(24, smollm.spec.vocab_size, seed=5)
+    (got,) = _logits(smollm, [prompt])
+    torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=3e-4, rtol=0)
