@@ -161,6 +161,8 @@ class WorkerReady:
     lora_backend: str
     attention_backend: str
     load_seconds: float = 0.0
+    base_fingerprint: str = ""  # identifies the base weights in prefix-cache keys
+    eos_token_ids: "array[int]" = field(default_factory=int_array)
 
 
 WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter

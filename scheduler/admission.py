@@ -1,0 +1,221 @@
+"""Which waiting requests start: room for their KV and their adapter, in the policy's order.
+
+A request starts when its adapter is resident and pages for all its known tokens are there, with
+one page to spare for each running request. Pages come from the free list, then from idle prefix
+blocks and adapters, then from adapters held for requests later in the order.
+
+What bounds the wait:
+- For room (pages): a request that lacks room stops the walk, so nobody behind it starts and the
+  requests that run, which end after max_tokens at the latest, give the room back. It always fits
+  an empty pool, or it was refused.
+- For an adapter that is being inspected or loaded: others go ahead meanwhile. Once it is loaded the
+  adapter is held for the request that had it loaded; only requests earlier in the order can take it
+  away, and those are finitely many.
+- For an adapter slot: only base-model requests go ahead, which take no slot.
+"""
+
+from collections.abc import Callable, Hashable
+from enum import Enum, auto
+
+from loraplex.memory.adapter_cache import CachedAdapter, Residency
+from loraplex.memory.kv_cache import BlockChain, prefix_root
+from loraplex.memory.logical import LogicalMemory
+from loraplex.scheduler.adapters import Adapter
+from loraplex.scheduler.plan import AdapterLoaded, LoadAdapter, int_array
+from loraplex.scheduler.request import Request
+from loraplex.scheduler.stats import SchedulerStats
+from loraplex.scheduler.waiting import WaitingQueue
+
+_MAX_SKIPPED = 256  # requests that one walk passes over while adapter slots are short
+
+
+class _Verdict(Enum):
+    STARTED = auto()
+    PARKED = auto()  # until its adapter is loaded
+    NO_SLOT = auto()
+    NO_ROOM = auto()
+
+
+class Admission:
+    """Reserves pages for waiting requests and has their adapters loaded."""
+
+    def __init__(
+        self,
+        *,
+        memory: LogicalMemory,
+        waiting: WaitingQueue,
+        stats: SchedulerStats,
+        base_fingerprint: str,
+        send: Callable[[LoadAdapter], None],
+    ) -> None:
+        self._memory = memory
+        self._waiting = waiting
+        self._stats = stats
+        self._base_fingerprint = base_fingerprint
+        self._send = send
+        self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
+        self._loading: dict[str, Adapter] = {}  # content hash -> record whose path is read
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    def admit(self, *, now: float, num_running: int, start: Callable[[Request], bool]) -> None:
+        """Walk the queue and start what fits.
+
+        Args:
+            num_running: requests that run already.
+            start: called for each request once its pages are allocated; returns whether the step
+                can take one more. Not called at all if the queue is empty.
+        """
+        queue = self._waiting.queue
+        kept: list[Request] = []
+        num_taken, more = 0, True
+        while more and num_taken < len(queue) and len(kept) < _MAX_SKIPPED:
+            request = queue[num_taken]
+            if kept and request.record is not None:
+                verdict = _Verdict.NO_SLOT
+            else:
+                verdict = self._try_start(request, num_running, now)
+            if verdict is _Verdict.NO_ROOM:
+                break
+            num_taken += 1
+            if verdict is _Verdict.NO_SLOT:
+                kept.append(request)
+            elif verdict is _Verdict.STARTED:
+                num_running += 1
+                more = start(request)
+        self._waiting.replace_front(num_taken, kept)
+
+    def _try_start(self, request: Request, num_running: int, now: float) -> _Verdict:
+        if request.has_tokens_in_flight:  # preempted; its last ids come with a step's result
+            return _Verdict.NO_ROOM
+        record = request.record
+        adapter = self._memory.adapters.get(record.content_hash) if record else None
+        if adapter is not None and adapter.residency is Residency.LOADING:
+            self._waiting.park(request, adapter.content_hash)
+            return _Verdict.PARKED
+        prefix = self._find_prefix(request)
+        num_kv = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
+        num_weights = record.num_pages if record and not adapter else 0
+        if num_weights and not self._find_slot(request, now):
+            return _Verdict.NO_SLOT
+        while self._num_available(prefix, adapter) < num_kv + num_weights + num_running:
+            if not self.revoke_newest(request.key, now):
+                return _Verdict.NO_ROOM
+        if record and not adapter:
+            self._load(request, record, now)
+            return _Verdict.PARKED
+        self._reserve(request, prefix)
+        return _Verdict.STARTED
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        if request.chain is None:
+            content_hash = request.record.content_hash if request.record else ""
+            root = prefix_root(request.salt, self._base_fingerprint, content_hash)
+            request.chain = BlockChain(root, self._memory.kv.block_tokens)
+        if not request.reads_prefix_cache:
+            return []
+        return self._memory.kv.find_prefix(request.chain, request.token_ids)
+
+    def _num_available(self, prefix: list[int], adapter: CachedAdapter | None) -> int:
+        """Available pages, less the idle ones that the request itself will revive."""
+        num_available = self._memory.num_available - self._memory.kv.num_idle_among(prefix)
+        if adapter is not None and adapter.is_idle:
+            num_available -= len(adapter.page_ids)
+        return num_available
+
+    def _find_slot(self, request: Request, now: float) -> bool:
+        while not self._memory.has_adapter_slot:
+            if not self.revoke_newest(request.key, now):
+                return False
+        return True
+
+    def _load(self, request: Request, record: Adapter, now: float) -> None:
+        """Reserve pages, have the adapter copied into them, and hold it for `request`."""
+        self._memory.make_adapter_slot()
+        self._memory.make_room(record.num_pages)
+        adapter = self._memory.adapters.allocate(record.content_hash, record.num_pages, now)
+        self._pin(request)
+        self._holders[request.request_id] = request
+        self._loading[record.content_hash] = record
+        self._stats.num_adapter_loads += 1
+        self._send(
+            LoadAdapter(
+                adapter_slot=adapter.slot,
+                content_hash=record.content_hash,
+                path=record.path,
+                page_ids=int_array(adapter.page_ids),
+            )
+        )
+        self._waiting.park(request, record.content_hash)
+
+    def _reserve(self, request: Request, prefix: list[int]) -> None:
+        if request.record is not None and not request.pins_adapter:
+            self._pin(request)
+        self._holders.pop(request.request_id, None)
+        kv, num_tokens = self._memory.kv, len(request.token_ids)
+        assert request.chain is not None
+        kv.open(request.request_id, request.chain, prefix)
+        self._memory.make_room(kv.num_pages_for(num_tokens) - len(prefix))
+        kv.grow(request.request_id, num_tokens)
+        num_cached = len(prefix) * kv.block_tokens
+        request.num_scheduled = request.num_registered = num_cached
+        request.capacity = len(kv.page_ids(request.request_id)) * kv.block_tokens
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_cached
+        if request.reads_prefix_cache and kv.enable_prefix_caching:
+            self._stats.prefix_query_tokens += num_tokens
+            self._stats.prefix_hit_tokens += num_cached
+
+    def _pin(self, request: Request) -> None:
+        assert request.record is not None
+        self._memory.adapters.pin(request.record.content_hash)
+        request.pins_adapter = True
+
+    def unpin(self, request: Request, now: float) -> None:
+        """Let go of the adapter of a request that ends, is preempted, or held it while waiting."""
+        self._holders.pop(request.request_id, None)
+        if request.pins_adapter and request.record is not None:
+            request.pins_adapter = False
+            self._memory.adapters.unpin(request.record.content_hash, now)
+
+    def newest_holder(self) -> Request | None:
+        """The last request in the order for which an adapter is held that has finished loading."""
+        held = [
+            request
+            for request in self._holders.values()
+            if request.record and request.record.content_hash not in self._loading
+        ]
+        return max(held, key=lambda request: request.key, default=None)
+
+    def revoke_newest(self, key: tuple[int, ...], now: float) -> bool:
+        """Make one adapter that is held for a request later than `key` idle, if there is one."""
+        holder = self.newest_holder()
+        if holder is None or holder.key <= key:
+            return False
+        self.unpin(holder, now)
+        return True
+
+    def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], Adapter]:
+        """Take in the end of a load; a failed one gives its slot and pages back.
+
+        Returns:
+            The requests that waited for it, now in no queue, and the record that was read.
+        """
+        adapter = self._memory.adapters.get(event.content_hash)
+        record = self._loading.pop(event.content_hash, None)
+        if adapter is None or record is None or adapter.slot != event.adapter_slot:
+            raise ValueError(
+                f"nobody asked to load adapter {event.content_hash} into slot {event.adapter_slot}"
+            )
+        requests = self._waiting.unpark(event.content_hash)
+        if event.error:
+            self._stats.num_adapter_load_failures += 1
+            for request in requests:
+                self.unpin(request, now)
+            self._memory.adapters.release(event.content_hash)
+        else:
+            self._stats.adapter_load_us += event.load_us
+            self._memory.adapters.finish_load(event.content_hash, now)
+        return requests, record

@@ -1,0 +1,57 @@
+"""Cross-checks between the scheduler's books; used by tests after every operation."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from loraplex.memory.block_manager import IntegrityError
+from loraplex.memory.logical import LogicalMemory
+from loraplex.scheduler.request import Request, RequestState
+from loraplex.scheduler.running import RunningSet
+from loraplex.scheduler.waiting import WaitingQueue
+
+
+def check_books(
+    *,
+    requests: Iterable[Request],
+    running: RunningSet,
+    waiting: WaitingQueue,
+    memory: LogicalMemory,
+) -> None:
+    """Raise IntegrityError unless each request is in one place and holds what it should."""
+    requests = list(requests)
+    queued = set(waiting.queue)
+    parked = {request for request in requests if request.parked_on is not None}
+    if len(queued) != len(waiting.queue) or len(parked) != waiting.num_parked:
+        raise IntegrityError("a request waits twice, or one that ended still waits")
+    places = Counter([*running, *queued, *parked])
+    if places != Counter(requests):
+        raise IntegrityError("a request is in no queue, in two, or in one after its end")
+    running.check_integrity()
+    tables = {request.request_id for request in running}
+    if tables != set(memory.kv.request_ids()):
+        raise IntegrityError("a page table belongs to no running request, or one has none")
+    pins: Counter[str] = Counter()
+    for request in requests:
+        _check_request(request, memory)
+        if request.pins_adapter and request.record is not None:
+            pins[request.record.content_hash] += 1
+    held = Counter({adapter.content_hash: adapter.num_pins for adapter in memory.adapters})
+    if +held != pins:
+        raise IntegrityError(f"adapters are pinned {+held}, requests hold {pins}")
+
+
+def _check_request(request: Request, memory: LogicalMemory) -> None:
+    name = f"request {request.request_id!r}"
+    if not len(request.token_ids) <= request.num_total <= request.max_total:
+        raise IntegrityError(f"{name} counts its tokens wrongly")
+    if request.state is not RequestState.RUNNING:
+        if request.slot != -1:
+            raise IntegrityError(f"{name} waits in a slot")
+        return
+    page_ids = memory.kv.page_ids(request.request_id)
+    if request.capacity != len(page_ids) * memory.kv.block_tokens:
+        raise IntegrityError(f"{name} counts its pages wrongly")
+    if request.num_scheduled > request.capacity:
+        raise IntegrityError(f"{name} was planned past its pages")
+    if (request.record is not None) != request.pins_adapter:
+        raise IntegrityError(f"{name} runs without a pin on its adapter")

@@ -1,0 +1,105 @@
+"""Fills one step: decode rows, chunks of prompts, then requests that start; preempts for room."""
+
+from loraplex.memory.logical import LogicalMemory
+from loraplex.scheduler.admission import Admission
+from loraplex.scheduler.request import Request, RequestState
+from loraplex.scheduler.running import RunningSet
+from loraplex.scheduler.stats import SchedulerStats
+from loraplex.scheduler.step import StepBuilder, new_request
+from loraplex.scheduler.waiting import WaitingQueue
+
+
+class StepPlanner:
+    """Decides the rows of each step over the running set and the queue that it is given."""
+
+    def __init__(
+        self,
+        *,
+        memory: LogicalMemory,
+        running: RunningSet,
+        waiting: WaitingQueue,
+        admission: Admission,
+        stats: SchedulerStats,
+    ) -> None:
+        self._memory = memory
+        self._running = running
+        self._waiting = waiting
+        self._admission = admission
+        self._stats = stats
+
+    def fill(self, step: StepBuilder, now: float) -> None:
+        """Add the rows of the next step; it stays empty if nothing can run."""
+        self._plan_running(step, now)
+        if self._waiting.queue and step.budget and self._running.has_free_slot:
+            self._plan_waiting(step, now)
+
+    def vacate(self, request: Request, now: float) -> None:
+        """Take slot, pages and pin from a running request."""
+        self._running.release(request)
+        self._memory.kv.release(request.request_id, now)
+        self._admission.unpin(request, now)
+
+    def _plan_running(self, step: StepBuilder, now: float) -> None:
+        """Decode rows first, then chunks of prompts in order while the budget lasts.
+
+        Only decoding takes pages: a prompt has all of its own since it started.
+        """
+        prefills: list[Request] = []
+        decodes: list[Request] = []
+        positions: list[int] = []
+        for request in self._running:
+            position = request.num_scheduled
+            if request.num_total - position > 1:
+                prefills.append(request)
+            elif request.num_total < request.max_total:  # else its last token is in flight
+                if position == request.capacity and not self._grow(request, step, now):
+                    break  # it was the newest of all
+                decodes.append(request)
+                positions.append(position)
+                request.num_scheduled += 1
+                request.num_total += 1
+        step.add_decodes(decodes, positions)
+        for request in prefills:
+            if step.budget:
+                step.add_chunk(request)
+
+    def _grow(self, request: Request, step: StepBuilder, now: float) -> bool:
+        """Append a page, at the cost of requests later in the order; False if there are none and
+        the request itself had to give way."""
+        while not self._memory.num_available:
+            newest = self._running.newest  # never before `request`, so the step has no row of it
+            if self._admission.revoke_newest(newest.key, now):
+                continue
+            self._preempt(newest, now)
+            if newest is request:
+                return False
+        self._memory.make_room(1)
+        kv = self._memory.kv
+        for page_id in kv.grow(request.request_id, request.num_scheduled + 1):
+            step.add_page(request, page_id)
+            request.capacity += kv.block_tokens
+        return True
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Back to the queue, at the place its key gives; its tokens so far are computed again.
+
+        Ids that steps in flight still bring are kept, and awaited before it may resume.
+        """
+        self.vacate(request, now)
+        request.state = RequestState.WAITING
+        self._waiting.push(request)
+        self._stats.num_preemptions += 1
+
+    def _plan_waiting(self, step: StepBuilder, now: float) -> None:
+        def start(request: Request) -> bool:
+            self._running.add(request)
+            record = request.record
+            adapter = self._memory.adapters.get(record.content_hash) if record else None
+            page_ids = self._memory.kv.page_ids(request.request_id)
+            step.new_requests.append(
+                new_request(request, page_ids, adapter.slot if adapter else -1)
+            )
+            step.add_chunk(request)
+            return step.budget > 0 and self._running.has_free_slot
+
+        self._admission.admit(now=now, num_running=len(self._running), start=start)

@@ -1,0 +1,30 @@
+"""Counters of one scheduler since its start."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loraplex.scheduler.request import FINISH_REASONS
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Plain counts; microseconds are the workers' own."""
+
+    num_steps: int = 0
+    step_us: int = 0
+    num_scheduled_tokens: int = 0  # fed to the model, recomputed ones included
+    num_generated_tokens: int = 0
+    num_dropped_tokens: int = 0  # sampled after their request had ended
+    num_requests: int = 0  # accepted
+    num_refused: int = 0
+    num_preemptions: int = 0
+    prefix_query_tokens: int = 0  # of admitted requests that read the prefix cache
+    prefix_hit_tokens: int = 0
+    num_adapter_loads: int = 0
+    num_adapter_load_failures: int = 0
+    num_adapter_unloads: int = 0  # evicted, or no longer wanted
+    adapter_load_us: int = 0
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
+
+    def snapshot(self) -> dict[str, Any]:
+        return asdict(self)

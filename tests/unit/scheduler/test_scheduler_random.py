@@ -1,0 +1,224 @@
+"""Random traffic over tiny pools: every request ends once, with what the oracle says.
+
+The harness checks the integrity of all books after every single operation, the fake worker checks
+every page that a step reads or writes.
+"""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from loraplex.scheduler.request import RequestRefused
+
+from helpers.scheduler_harness import Harness
+
+NAMES = "abcd"
+CONTENTS = {"red": 1, "green": 2, "blue": 3, "huge": 12}  # content -> pages
+
+
+def random_harness(rng: random.Random) -> Harness:
+    max_num_seqs = rng.randint(1, 6)
+    return Harness(
+        num_pages=rng.randint(8, 40),
+        block_tokens=rng.choice([1, 2, 4]),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 60]),
+        max_steps_in_flight=rng.randint(1, 3),
+        max_adapter_slots=rng.randint(1, 4),
+        max_model_len=rng.choice([24, 48]),
+        max_queue_len=rng.choice([3, 100]),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+
+
+class Traffic:
+    """What clients, files and the engine may do, with every choice made by `rng`."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.harness = random_harness(rng)
+        self.num_loads = 0
+        for name in NAMES:
+            self.register(name)
+
+    def new_path(self) -> str:
+        """A file of one of few contents; now and then one that cannot be read, or not twice."""
+        path = f"/{len(self.harness.files)}"
+        content = self.rng.choice(list(CONTENTS))
+        error = "broken file" if self.rng.random() < 0.15 else ""
+        self.harness.file(path, content, CONTENTS[content], error)
+        return path
+
+    def register(self, name: str) -> None:
+        self.harness.scheduler.register_adapter(name, self.new_path())
+        self.harness.verify()
+
+    def load(self) -> None:
+        self.num_loads += 1
+        name = self.rng.choice(NAMES)
+        self.harness.scheduler.load_adapter(name, self.new_path(), self.num_loads)
+        self.harness.verify()
+
+    def unload(self) -> None:
+        try:
+            self.harness.scheduler.unload_adapter(self.rng.choice(NAMES))
+        except RequestRefused as refusal:
+            assert refusal.code == "unknown_adapter"
+        self.harness.verify()
+
+    def break_file(self) -> None:
+        """From now on a file that was read before is not there; its requests may fail."""
+        path = self.rng.choice(sorted(self.harness.files))
+        self.harness.files[path].error = "it is gone"
+
+    def add(self) -> None:
+        rng = self.rng
+        prompt = [rng.randrange(2) for _ in range(rng.randint(1, 16))]  # so that prefixes meet
+        options: dict[str, Any] = {
+            "adapter": rng.choice(["", *NAMES]),
+            "salt": rng.choice(["", "", "tenant"]),
+            "priority": rng.choice([0, 0, 0, 1]),
+            "use_prefix_cache": rng.random() < 0.9,
+            "max_tokens": rng.randint(1, 24),
+            "min_tokens": rng.choice([0, 0, 2]),
+            "stop_token_ids": rng.choice([(), (3, 4, 5)]),
+            "num_logprobs": rng.choice([-1, -1, 0]),
+            "num_prompt_logprobs": rng.choice([-1, -1, 0]),
+        }
+        code = self.harness.try_add(len(self.harness.expected), prompt, **options)
+        assert code in ("", "queue_full", "unknown_adapter", "adapter", "bad_request")
+
+    def abort(self) -> None:
+        if self.harness.expected:
+            self.harness.abort(self.rng.choice(list(self.harness.expected)))
+
+    def plan(self) -> None:
+        self.harness.now += self.rng.random()
+        self.harness.plan()
+
+    def deliver(self) -> None:
+        """Events overtake each other, as with loads of different sizes."""
+        self.harness.send_commands()
+        if self.harness.events:
+            self.harness.events.rotate(self.rng.randrange(3))
+            self.harness.deliver_event()
+
+    def commit(self) -> None:
+        if self.harness.results:
+            self.harness.commit()
+
+    def finish(self) -> None:
+        self.harness.run()
+        for end in (expectation.end for expectation in self.harness.expected.values()):
+            assert end is None or end.error_code in ("", "adapter", "bad_request"), end
+        assert len(self.harness.adapter_updates) == self.num_loads
+        self.make_everything_free()
+
+    def make_everything_free(self) -> None:
+        memory = self.harness.scheduler._memory
+        memory.make_room(memory.blocks.num_usable)
+        self.harness.verify()
+        assert memory.blocks.num_free == memory.blocks.num_usable
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_traffic(seed: int) -> None:
+    traffic = Traffic(random.Random(seed))
+    weights = {
+        traffic.plan: 12,
+        traffic.commit: 8,
+        traffic.deliver: 5,
+        traffic.add: 5,
+        traffic.abort: 0.7,
+        traffic.load: 0.5,
+        traffic.unload: 0.2,
+        traffic.break_file: 0.1,
+        lambda: traffic.register(traffic.rng.choice(NAMES)): 0.3,
+    }
+    for action in traffic.rng.choices(list(weights), list(weights.values()), k=150):
+        action()
+    traffic.finish()
+
+
+def test_random_traffic_provokes_what_it_should() -> None:
+    """The seeds above are worth nothing unless they reach the rare paths."""
+    totals: dict[str, int] = {}
+    for seed in range(12):
+        traffic = Traffic(random.Random(1000 + seed))
+        traffic.harness.check = False
+        for _ in range(40):
+            traffic.add()
+            traffic.plan()
+            traffic.deliver()
+            traffic.commit()
+        traffic.finish()
+        stats = traffic.harness.scheduler.stats()
+        for key, value in (stats | stats["finished"]).items():
+            if isinstance(value, int):
+                totals[key] = totals.get(key, 0) + value
+    for key in ("num_preemptions", "num_dropped_tokens", "prefix_hit_tokens", "num_refused",
+                "num_adapter_loads", "num_adapter_unloads", "stop", "length", "error"):  # fmt: skip
+        assert totals[key] > 0, f"no {key}"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """The same traffic with hypothesis in charge of the order, so that failures shrink."""
+
+    @initialize(seed=st.integers(0, 2**32))
+    def begin(self, seed: int) -> None:
+        self.traffic = Traffic(random.Random(seed))
+
+    @rule()
+    def add(self) -> None:
+        self.traffic.add()
+
+    @rule()
+    def abort(self) -> None:
+        self.traffic.abort()
+
+    @rule()
+    def plan(self) -> None:
+        self.traffic.plan()
+
+    @precondition(lambda self: self.traffic.harness.results)
+    @rule()
+    def commit(self) -> None:
+        self.traffic.commit()
+
+    @rule()
+    def deliver(self) -> None:
+        self.traffic.deliver()
+
+    @rule()
+    def load(self) -> None:
+        self.traffic.load()
+
+    @rule()
+    def unload(self) -> None:
+        self.traffic.unload()
+
+    @rule(name=st.sampled_from(NAMES))
+    def register(self, name: str) -> None:
+        self.traffic.register(name)
+
+    @rule(num_turns=st.integers(1, 20))
+    def run_on(self, num_turns: int) -> None:
+        for _ in range(num_turns):
+            self.traffic.harness.turn()
+
+    def teardown(self) -> None:
+        if hasattr(self, "traffic"):
+            self.traffic.finish()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
