@@ -1,4 +1,4 @@
-"""Messages between frontend and scheduler; those to the workers are in scheduler/plan.py.
+"""Messages between the processes; those to the workers are in scheduler/plan.py.
 
 `engine/wire.py` turns every class listed in WIRE_TYPES into MessagePack and back.
 Request, command and query ids are chosen by the frontend and are unique for its lifetime.
@@ -8,6 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex.engine.config import EngineConfig
 from loraplex.scheduler import plan
 from loraplex.scheduler.plan import SamplingSpec, TokenLogprobs
 
@@ -119,6 +120,39 @@ class Shutdown:
     """Finish the message in hand and exit with status 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChildStart:
+    """What the supervisor tells a new process first. All its sockets lie in `run_dir`."""
+
+    name: str  # as in messages to the user: "worker 0", "scheduler", "frontend 0"
+    index: int  # its rank, or its number among processes of one kind
+    run_dir: str
+    config: EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ChildProgress:
+    """One line about how far the start has come."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildReady:
+    """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
+
+    endpoint: str = ""
+    info: EngineInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFailed:
+    """The process is about to exit with an error; `code` as in engine/errors.py."""
+
+    code: str
+    text: str
+
+
 FrontendMessage = FrontendHello | AddRequest | AbortRequests | AdapterCommand | StatsQuery
 SchedulerMessage = EngineInfo | StepOutputs | AdapterReply | StatsReply | EngineDead
 
@@ -143,4 +177,8 @@ WIRE_TYPES: tuple[type, ...] = (
     plan.AdapterLoaded,
     plan.UnloadAdapter,
     plan.WorkerReady,
+    ChildStart,
+    ChildProgress,
+    ChildReady,
+    ChildFailed,
 )

@@ -1,0 +1,68 @@
+"""``python -m loraplex.engine.scheduler_proc``: the scheduler's process."""
+
+import zmq
+
+from loraplex.engine.adapter_paths import adapters_at_start
+from loraplex.engine.channel import RouterChannel
+from loraplex.engine.child import Child, run_child
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.messages import EngineInfo
+from loraplex.engine.scheduler_loop import SchedulerLoop
+from loraplex.scheduler.plan import WorkerReady
+from loraplex.scheduler.scheduler import Scheduler
+
+
+def run(child: Child) -> None:
+    config, run_dir = child.start.config, child.start.run_dir
+    context = zmq.Context()
+    frontends = RouterChannel(context, f"ipc://{run_dir}/frontends")
+    workers = RouterChannel(context, f"ipc://{run_dir}/workers")
+    poller = zmq.Poller()
+    poller.register(child.wakeup.fileno(), zmq.POLLIN)
+    poller.register(workers.socket, zmq.POLLIN)
+    ready: dict[int, WorkerReady] = {}
+    while len(ready) < config.num_workers and not child.stopping:
+        poller.poll()
+        child.wakeup.clear()
+        ready |= {message.rank: message for _, message in workers.receive()}
+    poller.register(frontends.socket, zmq.POLLIN)
+    if not child.stopping:
+        info = engine_info(config, [ready[rank] for rank in sorted(ready)])
+        scheduler = make_scheduler(config, info)
+        loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
+        child.ready(info=info)
+        while not child.stopping:
+            poller.poll()
+            child.wakeup.clear()
+            loop.turn()
+    context.destroy(linger=0)
+
+
+def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
+    """What all workers can do: the least of each limit."""
+    return EngineInfo(
+        max_model_len=min(worker.max_model_len for worker in workers),
+        vocab_size=workers[0].vocab_size,
+        num_pages=min(worker.num_pages for worker in workers),
+        block_tokens=config.memory.block_tokens,
+        max_queue_len=config.scheduler.max_queue_len,
+        workers=workers,
+    )
+
+
+def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
+    """The scheduler with every adapter that the configuration names."""
+    scheduler = Scheduler(
+        config=config.scheduler,
+        memory=config.memory,
+        num_pages=info.num_pages,
+        max_model_len=info.max_model_len,
+        base_fingerprint=info.workers[0].base_fingerprint,
+    )
+    for name, path in adapters_at_start(config.adapter):
+        scheduler.register_adapter(name, path)
+    return scheduler
+
+
+if __name__ == "__main__":
+    run_child(run)

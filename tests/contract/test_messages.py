@@ -1,0 +1,118 @@
+"""Every class that crosses a process boundary, with any values its types allow."""
+
+import ast
+import random
+from array import array
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.engine import wire
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.messages import PROTOCOL_VERSION, WIRE_TYPES
+
+ROOT = Path(__file__).parents[2]
+
+FROZEN_TAGS = [
+    "FrontendHello", "EngineInfo", "AddRequest", "AbortRequests", "StepOutputs", "AdapterCommand",
+    "AdapterReply", "StatsQuery", "StatsReply", "EngineDead", "Shutdown", "StepPlan", "StepResult",
+    "InspectAdapter", "AdapterInspected", "LoadAdapter", "AdapterLoaded", "UnloadAdapter",
+    "WorkerReady", "ChildStart", "ChildProgress", "ChildReady", "ChildFailed",
+]  # fmt: skip
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+INTS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5)
+LONGS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
+FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=5)
+
+
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Any value of an annotated type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is EngineConfig:
+        return st.just(EngineConfig())
+    if is_dataclass(hint):
+        return instances_of(hint)
+    if origin is wire._Array:
+        if args[0] is float:
+            return FLOATS.map(lambda v: array("f", v))
+        return INTS.map(lambda v: array("i", v)) | LONGS.map(lambda v: array("q", v))
+    if origin is UnionType:
+        return st.none() | values_of(args[0])
+    if origin is list:
+        return st.lists(values_of(args[0]), max_size=3)
+    if origin is dict:
+        return st.dictionaries(values_of(args[0]), values_of(args[1]), max_size=3)
+    return {
+        int: st.integers(-(2**63), 2**64 - 1),
+        float: st.floats(allow_nan=False),
+        str: st.text(max_size=8),
+        bool: st.booleans(),
+        Any: PLAIN,
+    }[hint]
+
+
+def instances_of(cls: Any) -> st.SearchStrategy[Any]:
+    hints = wire._hints(cls)
+    return st.builds(cls, **{f.name: values_of(hints[f.name]) for f in fields(cls)})
+
+
+def test_tags_never_move() -> None:
+    assert [cls.__name__ for cls in WIRE_TYPES] == FROZEN_TAGS
+
+
+@pytest.mark.parametrize("cls", WIRE_TYPES, ids=lambda cls: cls.__name__)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_round_trip_keeps_everything(cls: type, data: st.DataObject) -> None:
+    message = data.draw(instances_of(cls))
+    assert wire.decode(wire.encode(message)) == message
+
+
+@pytest.mark.parametrize("cls", WIRE_TYPES, ids=lambda cls: cls.__name__)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_damage_is_a_wire_error_or_another_valid_message(cls: type, data: st.DataObject) -> None:
+    encoded = bytearray(wire.encode(data.draw(instances_of(cls))))
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    for _ in range(20):
+        damaged = bytearray(encoded)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        damaged = damaged[: rng.randint(1, len(damaged))] if rng.random() < 0.3 else damaged
+        try:
+            decoded = wire.decode(bytes(damaged))
+        except wire.WireError:
+            continue
+        assert type(decoded) in WIRE_TYPES
+
+
+@pytest.mark.parametrize("cls", WIRE_TYPES, ids=lambda cls: cls.__name__)
+def test_one_field_more_or_less_is_refused(cls: type) -> None:
+    tag = WIRE_TYPES.index(cls)
+    for count in {len(fields(cls)) + 1, max(0, len(fields(cls)) - 1)} - {len(fields(cls))}:
+        frame = msgpack.packb([PROTOCOL_VERSION, tag, *[None] * count])
+        with pytest.raises(wire.WireError, match="takes a list of"):
+            wire.decode(frame)
+
+
+def test_nothing_unpickles() -> None:
+    """Bytes from another process must never run code."""
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    for folder in ("engine", "scheduler", "entrypoints"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not banned & {name.split(".")[0] for name in names}, path
+                banned_calls = ("send_pyobj", "recv_pyobj")
+                assert not (isinstance(node, ast.Attribute) and node.attr in banned_calls), path

@@ -1,0 +1,270 @@
+"""Every way an engine can end: told to, or killed piece by piece."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex.engine.config import AdapterConfig, ModelConfig, ServerConfig
+from loraplex.engine.errors import ConfigError, EngineDeadError
+from loraplex.entrypoints.client import Client
+from loraplex.entrypoints.outputs import RequestFailure
+from loraplex.scheduler.sampling_params import SamplingParams
+
+from helpers.fake_engine import fake_config
+from helpers.processes import (
+    assert_gone,
+    is_alive,
+    leftovers,
+    make_engine,
+    run_dirs,
+    running_engine,
+    wait_until,
+)
+
+pytestmark = pytest.mark.e2e
+SCRIPT = Path(__file__).parents[1] / "helpers" / "serve_fake.py"
+LONG = SamplingParams(max_tokens=500)
+
+
+@contextmanager
+def served(mode: str = "serve", *options: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A server in a process of its own: (the process, what it printed when ready)."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), mode, *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=10)
+
+
+class Waiting:
+    """A client in a thread that waits for an answer that will not come."""
+
+    def __init__(self, endpoint: str, *, stream: bool) -> None:
+        self.error: BaseException | None = None
+        self.ended_at = 0.0
+        self._client = Client(endpoint)
+        self._stream = stream
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._begun.wait(10)
+
+    def _run(self) -> None:
+        try:
+            if self._stream:
+                for _ in self._client.generate([1], LONG):
+                    self._begun.set()
+            else:
+                self._client.submit([2], LONG)
+                self._client.health()
+                self._begun.set()
+                (news,) = self._client.poll(30)
+                assert isinstance(news, RequestFailure)
+                raise news.error
+        except BaseException as error:
+            self.error = error
+        self.ended_at = time.monotonic()
+
+    def join(self) -> None:
+        self._thread.join(10)
+        self._client.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("worker 0", r"worker 0 was killed by signal 9 \(SIGKILL\)"),
+        ("scheduler", r"scheduler was killed by signal 9 \(SIGKILL\)"),
+        ("frontend 0", "connection .* was lost"),
+    ],
+)
+def test_kill_9_of_a_process_fails_all_who_wait(name: str, text: str) -> None:
+    with served("serve", "--delay", "0.02") as (server, known):
+        waiting = [Waiting(known["endpoint"], stream=i % 2 == 0) for i in range(6)]
+        killed_at = time.monotonic()
+        os.kill(known["names"][name], signal.SIGKILL)
+        for client in waiting:
+            client.join()
+            assert client.ended_at - killed_at < 5
+            with pytest.raises(EngineDeadError, match=text):
+                raise client.error or AssertionError("it got an answer")
+        assert server.wait(5) == 1
+        assert_gone(known)
+        assert f"{name} was killed by signal 9" in server.stderr.read()
+
+
+def test_kill_9_of_the_supervisor_takes_everything_along() -> None:
+    with served("serve", "--delay", "0.02") as (server, known):
+        waiting = [Waiting(known["endpoint"], stream=i % 2 == 0) for i in range(2)]
+        killed_at = time.monotonic()
+        server.kill()
+        for client in waiting:
+            client.join()
+            assert client.ended_at - killed_at < 5
+            assert isinstance(client.error, EngineDeadError)
+        assert_gone(known)
+
+
+def test_kill_9_of_the_supervisor_while_it_starts() -> None:
+    before = run_dirs()
+    server = subprocess.Popen([sys.executable, str(SCRIPT), "serve", "--hang"])
+    wait_until(lambda: run_dirs() - before, 20)
+    (run_dir,) = run_dirs() - before
+    wait_until(lambda: os.path.exists(f"{run_dir}/clients"), 20)
+    server.kill()
+    server.wait()
+    wait_until(lambda: not os.path.exists(run_dir), 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_signals_stop_cleanly(number: int, whole_group: bool) -> None:
+    with served("serve", "--delay", "0.02") as (server, known):
+        waiting = Waiting(known["endpoint"], stream=True)
+        # Ctrl-C in a terminal reaches the whole process group
+        (os.killpg if whole_group else os.kill)(server.pid, number)
+        waiting.join()
+        with pytest.raises(EngineDeadError, match="the engine was stopped"):
+            raise waiting.error or AssertionError("it got an answer")
+        assert server.wait(5) == 0
+        assert_gone(known)
+        assert server.stderr.read().strip() == ""
+
+
+def test_a_signal_while_starting_stops_cleanly() -> None:
+    before = run_dirs()
+    server = subprocess.Popen([sys.executable, str(SCRIPT), "serve", "--hang"])
+    wait_until(lambda: run_dirs() - before, 20)
+    time.sleep(0.3)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+    assert run_dirs() <= before
+
+
+def test_a_script_that_forgets_to_stop_leaves_nothing() -> None:
+    """Started in a thread that has ended, without a main guard, never stopped."""
+    with served("thread") as (server, known):
+        assert server.wait(10) == 0
+        assert_gone(known)
+
+
+def test_an_engine_that_is_dropped_ends() -> None:
+    engine = make_engine(fake_config())
+    engine.start(60)
+    left = leftovers(engine)
+    del engine
+    assert_gone(left)
+
+
+def test_stop_may_be_called_often_and_by_many() -> None:
+    engine = make_engine(fake_config())
+    engine.start(60)
+    left = leftovers(engine)
+    threads = [threading.Thread(target=engine.stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    engine.stop()
+    assert engine.wait(1) == 0
+    assert engine.dead_reason is None
+    assert_gone(left)
+
+
+def test_a_worker_that_fails_says_why_to_everyone() -> None:
+    with running_engine(fake_config(), "--crash-after", "3") as engine:
+        with (
+            Client(engine.endpoint) as client,
+            pytest.raises(EngineDeadError, match="worker 0 failed: RuntimeError: the fake device"),
+        ):
+            list(client.generate([1], LONG))
+        assert engine.wait(5) == 1
+        assert "the fake device is broken" in str(engine.dead_reason)
+
+
+def test_a_hung_process_is_killed() -> None:
+    engine = make_engine(fake_config())
+    engine.start(60)
+    left = leftovers(engine)
+    os.kill(engine.pids["scheduler"], signal.SIGSTOP)
+    engine.stop(timeout_s=1.0)
+    assert_gone(left)
+
+
+def test_start_errors_come_with_the_childs_own_words() -> None:
+    before = run_dirs()
+    with pytest.raises(ConfigError, match="^the model cannot be read$"):
+        make_engine(fake_config(), "--fail", "the model cannot be read").start(60)
+    missing = fake_config(model=ModelConfig(model="/nowhere/model"))
+    with pytest.raises(ConfigError, match="/nowhere/model does not exist"):
+        make_engine(missing).start(60)
+    adapters = fake_config(adapter=AdapterConfig(adapters=(("x", "/nowhere"),)))
+    with pytest.raises(ConfigError, match="adapter 'x'"):
+        make_engine(adapters).start(60)
+    public = fake_config(server=ServerConfig(endpoint="tcp://0.0.0.0:0"))
+    with pytest.raises(ConfigError, match="--insecure"):
+        make_engine(public).start(60)
+    assert run_dirs() <= before
+
+
+def test_a_process_that_never_gets_ready_is_named() -> None:
+    engine = make_engine(fake_config(), "--hang")
+    with pytest.raises(EngineDeadError, match="worker 0, scheduler, frontend 0 .* in time"):
+        engine.start(timeout_s=2)
+    assert not any(map(is_alive, engine.pids.values()))
+
+
+def test_a_port_in_use_is_reported() -> None:
+    server = ServerConfig(endpoint="tcp://127.0.0.1:0")
+    with running_engine(fake_config(server=server)) as engine:
+        again = fake_config(server=ServerConfig(endpoint=engine.endpoint))
+        with pytest.raises(ConfigError, match="cannot listen on"):
+            make_engine(again).start(60)
+        with Client(engine.endpoint) as client:
+            assert client.health()["status"] == "ok"
+
+
+def test_a_named_socket_file_is_removed_even_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "served"
+    config = fake_config(server=ServerConfig(endpoint=f"ipc://{path}"))
+    with running_engine(config) as engine:
+        assert path.exists()
+        os.kill(engine.pids["frontend 0"], signal.SIGKILL)
+        assert engine.wait(5) == 1
+        assert not path.exists()
+
+
+def test_a_client_finds_the_next_engine_at_the_same_address(tmp_path: Path) -> None:
+    config = fake_config(server=ServerConfig(endpoint=f"ipc://{tmp_path}/served"))
+    with running_engine(config) as engine:
+        client = Client(engine.endpoint, timeout_s=1)
+        client.submit([1], LONG)
+    (news,) = client.poll(5)
+    assert isinstance(news, RequestFailure)
+    with pytest.raises(EngineDeadError, match="no answer"):
+        client.health()
+    for _ in range(2):  # the second time the client sleeps through the end of the engine
+        with running_engine(config):
+            assert client.health()["status"] == "ok"
+    client.close()
+
+
+def test_nobody_there_is_an_error_in_time() -> None:
+    with pytest.raises(EngineDeadError, match="no answer to 'health' from tcp://127.0.0.1:1 in"):
+        Client("tcp://127.0.0.1:1", timeout_s=0.3)
