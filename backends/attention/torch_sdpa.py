@@ -1,0 +1,156 @@
+"""Backend ``torch`` of op ``attention``: SDPA over K and V gathered from the pages. Runs anywhere.
+
+Query heads that share a KV head are folded into the query axis, so K and V are never repeated.
+A padded position points at the sequence's last row, never at memory that nobody has written.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
+
+MAX_GATHER_ELEMS = 1 << 25
+"""Bounds the K (and the V) gathered for one call of SDPA; a longer sequence goes alone."""
+QUERY_CHUNK = 256
+"""Queries of a prefill that share one mask and one range of keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePart:
+    """Sequences that decode together, padded to the longest, n of length L."""
+
+    sequences: torch.Tensor  # int64 [n], which rows of q and out
+    kv_rows: torch.Tensor  # int64 [n * L]
+    mask: torch.Tensor | None  # bool [n, 1, 1, L], False where padded; None: no padding
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    query_start: int
+    query_len: int
+    kv_len: int
+    kv_rows: torch.Tensor  # int64 [kv_len]
+
+
+class TorchAttention:
+    name = "torch"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._decodes: list[_DecodePart] = []
+        self._prefills: list[_Prefill] = []
+
+    @classmethod
+    def probe(cls, spec: AttentionSpec | None = None) -> str | None:
+        return None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._decodes = [
+            self._plan_decode(batch, part) for part in self._split_decodes(batch)
+        ]  # fmt: skip
+        self._prefills = []
+        start = batch.num_decodes
+        for index in range(batch.num_decodes, len(batch.query_lens)):
+            length = batch.kv_lens[index]
+            positions = torch.arange(length, device=self._spec.device)[None]
+            rows = self._rows_of(batch.page_table[index : index + 1], positions)
+            self._prefills.append(_Prefill(start, batch.query_lens[index], length, rows))
+            start += batch.query_lens[index]
+
+    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+        k_rows = kv.view(-1, *kv.shape[3:])
+        v_rows = k_rows[self._spec.block_tokens :]
+        for part in self._decodes:
+            self._run_decode(part, q, k_rows, v_rows, out)
+        for prefill in self._prefills:
+            self._run_prefill(prefill, q, k_rows, v_rows, out)
+
+    def _split_decodes(self, batch: AttentionBatch) -> list[list[int]]:
+        """Sequences of similar length together, as many as MAX_GATHER_ELEMS allows."""
+        per_token = self._spec.num_kv_heads * self._spec.head_dim
+        parts: list[list[int]] = []
+        # Longest first: the first sequence of a part is what the others are padded to.
+        for index in sorted(range(batch.num_decodes), key=lambda i: -batch.kv_lens[i]):
+            if parts:
+                longest = batch.kv_lens[parts[-1][0]]
+                if (len(parts[-1]) + 1) * longest * per_token <= MAX_GATHER_ELEMS:
+                    parts[-1].append(index)
+                    continue
+            parts.append([index])
+        return parts
+
+    def _plan_decode(self, batch: AttentionBatch, part: list[int]) -> _DecodePart:
+        device = self._spec.device
+        longest, shortest = batch.kv_lens[part[0]], batch.kv_lens[part[-1]]
+        sequences = torch.tensor(part, dtype=torch.int64)
+        if device.type == "cuda":
+            sequences = sequences.pin_memory().to(device, non_blocking=True)
+        lens = batch.kv_lens_device.index_select(0, sequences).long()[:, None]
+        column = torch.arange(longest, device=device)[None]
+        rows = self._rows_of(
+            batch.page_table.index_select(0, sequences), torch.minimum(column, lens - 1)
+        )
+        mask = None if shortest == longest else (column < lens)[:, None, None, :]
+        return _DecodePart(sequences, rows, mask)
+
+    def _rows_of(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where K lies in the layer seen as rows: [n, pages] and [n, L] to int64 [n * L]."""
+        block = self._spec.block_tokens
+        pages = page_table.long().gather(1, positions // block)
+        return (pages * (2 * block) + positions % block).view(-1)
+
+    def _run_decode(
+        self,
+        part: _DecodePart,
+        q: torch.Tensor,
+        k_rows: torch.Tensor,
+        v_rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        spec, num = self._spec, part.sequences.shape[0]
+        query = q.index_select(0, part.sequences)
+        answer = functional.scaled_dot_product_attention(
+            query.view(num, spec.num_kv_heads, -1, spec.head_dim),
+            _gather(k_rows, part.kv_rows, num),
+            _gather(v_rows, part.kv_rows, num),
+            attn_mask=part.mask,
+            scale=spec.scale,
+        )
+        out.index_copy_(0, part.sequences, answer.reshape(query.shape))
+
+    def _run_prefill(
+        self,
+        prefill: _Prefill,
+        q: torch.Tensor,
+        k_rows: torch.Tensor,
+        v_rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        spec = self._spec
+        k, v = _gather(k_rows, prefill.kv_rows, 1), _gather(v_rows, prefill.kv_rows, 1)
+        num_cached = prefill.kv_len - prefill.query_len
+        for first in range(0, prefill.query_len, QUERY_CHUNK):
+            last = min(first + QUERY_CHUNK, prefill.query_len)
+            num_keys = num_cached + last
+            rows = slice(prefill.query_start + first, prefill.query_start + last)
+            query = q[rows].view(last - first, spec.num_kv_heads, -1, spec.head_dim)
+            group = query.shape[2]
+            positions = torch.arange(num_cached + first, num_keys, device=q.device)
+            mask = torch.arange(num_keys, device=q.device) <= positions[:, None]
+            answer = functional.scaled_dot_product_attention(
+                query.transpose(0, 1).flatten(1, 2)[None],
+                k[:, :, :num_keys],
+                v[:, :, :num_keys],
+                attn_mask=mask.repeat_interleave(group, dim=0),
+                scale=spec.scale,
+            )
+            folded = answer[0].unflatten(1, (last - first, group))
+            out[rows] = folded.transpose(0, 1).reshape(last - first, -1, spec.head_dim)
+
+
+def _gather(rows: torch.Tensor, index: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """[all rows, kv_heads, head_dim] to [num_sequences, kv_heads, L, head_dim]."""
+    found = rows.index_select(0, index)
+    return found.view(num_sequences, -1, *rows.shape[1:]).transpose(1, 2)

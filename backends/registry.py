@@ -1,0 +1,106 @@
+"""Which backends there are. Importing this file imports neither torch nor any kernel.
+
+To add a backend: one file with a class that takes the op's spec and has `probe`, one line below.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from loraplex.backends.attention.contract import AttentionSpec
+    from loraplex.backends.lora.contract import LoRASpec
+
+AUTO = "auto"
+
+Spec: TypeAlias = "AttentionSpec | LoRASpec"
+
+
+class BackendError(ValueError):
+    """The backend asked for does not exist or cannot run here; the text lists those that can."""
+
+
+class BackendClass(Protocol):
+    """What a backend's file offers: made with the op's spec, and asked first whether it can."""
+
+    def __call__(self, spec: Any) -> Any: ...
+
+    def probe(self, spec: Any = None) -> str | None:
+        """None when usable, else the reason: for `spec`, or on this machine at all."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of one op, imported on first use."""
+
+    op: str
+    name: str
+    module: str
+    class_name: str
+
+    def load(self) -> BackendClass:
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+    def probe(self, spec: "Spec | None" = None) -> str | None:
+        """None when it can run here (for `spec`, if given), else the reason in plain words."""
+        try:
+            backend_class = self.load()
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"its library does not load: {error}"
+        return backend_class.probe(spec)
+
+    def make(self, spec: "Spec") -> Any:
+        """The op itself. Call `probe` first."""
+        return self.load()(spec)
+
+
+# Of each op the fastest first: `auto` takes the first one that can run.
+_BACKENDS: tuple[Backend, ...] = (
+    Backend("lora", "triton", "loraplex.backends.lora.triton_sgmv", "TritonSGMV"),
+    Backend("lora", "cupy", "loraplex.backends.lora.cupy_bgmv", "CupyBGMV"),
+    Backend("lora", "torch", "loraplex.backends.lora.torch_bmm", "TorchLoRA"),
+    Backend(
+        "attention", "xformers", "loraplex.backends.attention.xformers_paged", "XFormersAttention"
+    ),
+    Backend("attention", "torch", "loraplex.backends.attention.torch_sdpa", "TorchAttention"),
+)
+
+OPS = tuple(dict.fromkeys(backend.op for backend in _BACKENDS))
+
+
+def list_backends(op: str | None = None) -> tuple[Backend, ...]:
+    """All backends, or those of one op, the preferred one first."""
+    return tuple(backend for backend in _BACKENDS if op in (None, backend.op))
+
+
+def resolve(op: str, name: str = AUTO, spec: "Spec | None" = None) -> Backend:
+    """The backend of `op` called `name`, or the best that can run if that is "auto".
+
+    Raises:
+        BackendError: unknown op or name, or unusable (for `spec`, if given).
+    """
+    candidates = list_backends(op)
+    if not candidates:
+        raise BackendError(f"no op {op!r}; there are {', '.join(OPS)}")
+    if name != AUTO:
+        candidates = tuple(backend for backend in candidates if backend.name == name)
+        if not candidates:
+            raise BackendError(f"no {op} backend {name!r}; there are: {_describe(op, spec)}")
+    for backend in candidates:
+        if backend.probe(spec) is None:
+            return backend
+    if name == AUTO:
+        raise BackendError(f"no {op} backend can run here: {_describe(op, spec)}")
+    reason = candidates[0].probe(spec)
+    raise BackendError(
+        f"{op} backend {name!r} cannot run here: {reason}; there are: {_describe(op, spec)}"
+    )
+
+
+def _describe(op: str, spec: "Spec | None") -> str:
+    texts = []
+    for backend in list_backends(op):
+        reason = backend.probe(spec)
+        texts.append(f"{backend.name} ({'usable' if reason is None else reason})")
+    return "; ".join([f"{AUTO} (the first usable one)", *texts])

@@ -1,0 +1,29 @@
+"""`loraplex backends`: what there is for each op, and whether it can run here."""
+
+from collections.abc import Sequence
+
+from loraplex.backends import registry
+
+HEADER = ("op", "name", "usable", "auto", "why not")
+
+
+def run() -> int:
+    print("\n".join(table(registry.list_backends())))
+    return 0
+
+
+def table(backends: Sequence[registry.Backend]) -> list[str]:
+    """One line a backend, the preferred ones of an op first; `auto` takes the first usable."""
+    rows: list[tuple[str, ...]] = [HEADER]
+    taken: set[str] = set()
+    for backend in backends:
+        reason = backend.probe()
+        is_auto = reason is None and backend.op not in taken
+        if is_auto:
+            taken.add(backend.op)
+        usable = "yes" if reason is None else "no"
+        rows.append((backend.op, backend.name, usable, "*" if is_auto else "", reason or ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return [
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

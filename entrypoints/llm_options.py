@@ -1,0 +1,107 @@
+"""The keywords of `LLM`, and the configuration that they describe."""
+
+import difflib
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypedDict
+
+from loraplex.engine.config import EngineConfig
+
+
+class LLMOptions(TypedDict, total=False):
+    """Every field of EngineConfig that concerns one user, by its name; see `loraplex serve -h`.
+
+    `enable_lora`, `max_loras` and `tensor_parallel_size` are vLLM's names: adapters are always
+    enabled, `max_loras` is `max_adapter_slots`, `tensor_parallel_size` is the number of workers.
+    """
+
+    tokenizer: str
+    skip_tokenizer_init: bool
+    chat_template: str
+    dtype: str
+    load_format: str
+    max_model_len: int | None
+    device: str
+    seed: int
+    adapters: Mapping[str, str | os.PathLike[str]]
+    adapter_dir: str
+    adapter_root: str
+    block_tokens: int
+    gpu_memory_utilization: float
+    pool_bytes: int | None
+    num_pages: int | None
+    enable_prefix_caching: bool
+    max_adapter_slots: int
+    adapter_host_bytes: int
+    max_lora_rank: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue_len: int
+    max_steps_in_flight: int
+    lora_backend: str
+    attention_backend: str
+    enable_lora: bool
+    max_loras: int
+    tensor_parallel_size: int
+
+
+_PARTS = ("model", "adapter", "memory", "scheduler", "backend")
+_ALIASES = {"max_loras": "max_adapter_slots"}
+_ELSEWHERE = {
+    "block_size": "use block_tokens",
+    "kv_cache_memory_bytes": "use pool_bytes",
+    "max_cpu_loras": "use adapter_host_bytes",
+    "disable_log_stats": "leave it out",
+    "enable_chunked_prefill": "it is always on; leave it out",
+    "enforce_eager": "leave it out",
+    "quantization": "the format is read from the checkpoint; leave it out",
+    "swap_space": "preempted requests are recomputed; leave it out",
+    "trust_remote_code": "no code is ever taken from a checkpoint; leave it out",
+}
+"""Keywords of vLLM's class without a counterpart, and what to do."""
+
+
+def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
+    """Spread the keywords over the parts of the configuration.
+
+    `adapter_root` is the whole file system unless given: whoever calls `LLM` can read its
+    files anyway, and nobody else reaches the engine's private endpoint.
+
+    Raises:
+        TypeError: a keyword is unknown; the message names the nearest.
+        ValueError: a value is out of range.
+    """
+    values = {"adapter_root": os.path.abspath(os.sep), **options, "model": model}
+    num_workers = values.pop("tensor_parallel_size", 1)
+    if not values.pop("enable_lora", True):
+        raise ValueError("adapters cannot be switched off; they cost nothing until one is used")
+    for alias, name in _ALIASES.items():
+        if alias in values:
+            values[name] = values.pop(alias)
+    if "adapters" in values:
+        values["adapters"] = _adapter_pairs(values["adapters"])
+    parts = {}
+    for part in _PARTS:
+        cls = typing.get_type_hints(EngineConfig)[part]
+        names = {field.name for field in fields(cls)}
+        parts[part] = cls(**{name: values.pop(name) for name in names & values.keys()})
+    if values:
+        raise TypeError("; ".join(_unknown(name) for name in sorted(values)))
+    return EngineConfig(**parts, num_workers=num_workers)
+
+
+def _adapter_pairs(adapters: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must map names to directories, got {adapters!r}")
+    return tuple((str(name), os.path.abspath(path)) for name, path in adapters.items())
+
+
+def _unknown(name: str) -> str:
+    if name in _ELSEWHERE:
+        return f"LLM() has no keyword {name!r}: {_ELSEWHERE[name]}"
+    known = list(typing.get_type_hints(LLMOptions))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"LLM() has no keyword {name!r}; {hint}"

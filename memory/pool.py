@@ -1,0 +1,137 @@
+"""The one allocation of pages, shared by KV cache and adapters: the physical half."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex.memory.adapter_layout import ROW_ALIGN
+from loraplex.memory.config import MemoryConfig
+
+CPU_POOL_BYTES = 1 << 30
+"""Largest pool on a CPU unless a size is asked for."""
+
+
+class PoolSizeError(ValueError):
+    """The pool cannot be made as asked; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """What one page holds in each layer: `block_tokens` rows of K, then as many of V."""
+
+    num_layers: int
+    block_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.page_elems % ROW_ALIGN:
+            raise PoolSizeError(
+                f"a page of {self.block_tokens} tokens x 2 x {self.num_kv_heads} KV heads x "
+                f"{self.head_dim} has {self.page_elems} elements, which is no multiple of "
+                f"{ROW_ALIGN}: raise block_tokens"
+            )
+
+    @property
+    def page_elems(self) -> int:
+        """Elements of one page in one layer."""
+        return self.block_tokens * 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in one layer."""
+        return self.page_elems * self.dtype.itemsize
+
+    @property
+    def bytes_over_layers(self) -> int:
+        """What a page costs in all."""
+        return self.page_bytes * self.num_layers
+
+
+class PagePool:
+    """Attributes:
+    pages: [num_layers, num_pages, page_elems].
+    kv: the same memory, [num_layers, num_pages, 2, block_tokens, num_kv_heads, head_dim].
+
+    It starts as zeros: what lies beyond a sequence's end in its last page is always finite.
+    """
+
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
+        self.shape = shape
+        self.num_pages = num_pages
+        self.pages = torch.zeros(
+            shape.num_layers, num_pages, shape.page_elems, dtype=shape.dtype, device=device
+        )
+        self.kv = self.pages.view(
+            shape.num_layers, num_pages, 2, shape.block_tokens, shape.num_kv_heads, shape.head_dim
+        )
+
+    def write_pages(self, page_ids: torch.Tensor, packed: torch.Tensor) -> None:
+        """Copy an adapter into its pages. On a GPU only enqueued, on the current stream.
+
+        Args:
+            page_ids: int64 [n], on the pool's device.
+            packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, pinned for a GPU.
+        """
+        per_layer = packed.view(self.shape.num_layers, -1, self.shape.page_elems)
+        # One layer at a time bounds the staging memory on the device.
+        for layer, source in zip(self.pages, per_layer, strict=True):
+            layer.index_copy_(0, page_ids, source.to(layer.device, non_blocking=True))
+
+
+def choose_num_pages(config: MemoryConfig, shape: PageShape, free_bytes: int) -> int:
+    """Pages of the pool: as asked, or as many as fit in `free_bytes`.
+
+    Raises:
+        PoolSizeError: fewer than two pages: the null page and one to use.
+    """
+    if config.num_pages is not None:
+        num_pages, source = config.num_pages, f"num_pages {config.num_pages}"
+    elif config.pool_bytes is not None:
+        num_pages = config.pool_bytes // shape.bytes_over_layers
+        source = f"pool_bytes {config.pool_bytes}"
+    else:
+        num_pages = max(0, free_bytes) // shape.bytes_over_layers
+        source = f"{max(0, free_bytes)} bytes of memory left for the page pool"
+    if num_pages < 2:
+        raise PoolSizeError(
+            f"{source} hold fewer than 2 pages of {shape.bytes_over_layers} bytes: raise "
+            "gpu_memory_utilization, pool_bytes or num_pages, or lower max_num_batched_tokens"
+        )
+    return num_pages
+
+
+def free_cpu_bytes() -> int:
+    """What a pool on the CPU may take by default: a quarter of the available memory, 1 GiB most."""
+    return min(CPU_POOL_BYTES, available_ram_bytes() // 4)
+
+
+def available_ram_bytes() -> int:
+    """As the kernel estimates it; all of it where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_gpu_bytes(
+    device: torch.device, utilization: float, *, activation_bytes: int, margin_bytes: int
+) -> int:
+    """Bytes the pool may take of the engine's share, once weights are loaded.
+
+    Args:
+        utilization: share of the GPU's memory that all of the engine may use.
+        activation_bytes: what a step needs besides; it is kept free.
+        margin_bytes: kept free for fragmentation and library workspaces.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # Memory that other processes hold counts as used, so it is never handed out twice.
+    allowed = int(total * utilization) - (total - free)
+    return allowed - activation_bytes - margin_bytes

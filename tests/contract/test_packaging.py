@@ -1,0 +1,101 @@
+"""The package map, the wheel, and that each module has one name."""
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+TOP = {name: ROOT / folder for name, folder in SETUPTOOLS["package-dir"].items()}
+
+
+def packages_on_disk() -> set[str]:
+    found = set()
+    for name, folder in TOP.items():
+        for init in folder.rglob("__init__.py"):
+            found.add(".".join([name, *init.parent.relative_to(folder).parts]))
+    # entrypoints/root is mapped to `loraplex` itself.
+    return found - {"loraplex.entrypoints.root"}
+
+
+def test_package_list_equals_the_folders() -> None:
+    assert set(SETUPTOOLS["packages"]) == packages_on_disk()
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    for folder in TOP.values():
+        for file in folder.rglob("*.py"):
+            assert (file.parent / "__init__.py").exists(), file
+
+
+@pytest.mark.parametrize("name", ["engine", "backends", "memory", "scheduler", "entrypoints"])
+def test_no_module_has_a_second_name(name: str) -> None:
+    assert importlib.util.find_spec(name) is None
+    assert importlib.util.find_spec(f"loraplex.{name}") is not None
+
+
+def test_init_files_below_the_root_are_empty() -> None:
+    for name, folder in TOP.items():
+        for init in folder.rglob("__init__.py"):
+            if name != "loraplex" and init.parent.name != "root":
+                assert not init.read_text().strip(), init
+
+
+def test_version_is_one() -> None:
+    import loraplex
+
+    assert loraplex.__version__ == PROJECT["project"]["version"] == version("loraplex")
+
+
+def test_test_files_are_unique_and_no_package() -> None:
+    files = [f for f in (ROOT / "tests").rglob("*.py") if f.name.startswith("test_")]
+    names = [f.name for f in files]
+    assert sorted(names) == sorted(set(names))
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_test_file_is_collected_by_its_name() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        in_helpers = "helpers" in file.relative_to(ROOT / "tests").parts
+        is_support = in_helpers or file.name == "conftest.py"
+        assert is_support or file.name.startswith("test_"), f"{file} is never collected"
+
+
+def test_wheel_holds_every_module(tmp_path: Path) -> None:
+    setuptools_version = version("setuptools") if importlib.util.find_spec("setuptools") else "0"
+    if int(setuptools_version.split(".")[0]) < 77:
+        pytest.skip("building without isolation needs setuptools 77 or newer")
+    source = tmp_path / "source"
+    _copy_sources(source)
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--quiet", "--no-deps"]
+    build += ["--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=240)
+    (wheel,) = tmp_path.glob("loraplex-*.whl")
+    built = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert built == _expected_files()
+
+
+def _expected_files() -> set[str]:
+    expected = set()
+    for name, folder in TOP.items():
+        for file in folder.rglob("*"):
+            if file.suffix in (".py", ".cu", ".cuh") or file.name == "py.typed":
+                place = Path(*name.split("."), *file.relative_to(folder).parts)
+                expected.add(place.as_posix())
+    return {n for n in expected if not n.startswith("loraplex/entrypoints/root/")}
+
+
+def _copy_sources(target: Path) -> None:
+    """The tracked part of the tree that a build reads; links, so that nothing is copied twice."""
+    target.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (target / name).write_bytes((ROOT / name).read_bytes())
+    for folder in {path.relative_to(ROOT).parts[0] for path in TOP.values()}:
+        (target / folder).symlink_to(ROOT / folder)

@@ -1,0 +1,72 @@
+"""A Llama-3-8B of random weights with 8 adapters, behind `loraplex serve` and its socket."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from loraplex import Client, SamplingParams
+
+from helpers.dummy_models import LLAMA_3_8B, write_adapter, write_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.e2e]
+
+NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 64, 128, 128
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    model = write_config(root / "model", LLAMA_3_8B)
+    command = [
+        sys.executable, "-m", "loraplex.entrypoints.cli", "serve", "--model", str(model),
+        "--load-format", "dummy", "--skip-tokenizer-init", "--endpoint", f"ipc://{root}/api",
+        "--pool-bytes", str(20 << 30),
+    ]  # fmt: skip
+    for i in range(8):
+        path = write_adapter(root / f"a{i}", LLAMA_3_8B, rank=16, seed=i)
+        command += ["--adapter", f"a{i}={path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if f"ipc://{root}/api" in line:
+                break
+        assert process.poll() is None, "".join(lines)
+        yield f"ipc://{root}/api"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_serve_llama_3_8b(server):
+    generator = torch.Generator().manual_seed(0)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+    with Client(server, timeout_s=120) as client:
+        for measured in (False, True):
+            prompts = torch.randint(
+                0, 128000, (NUM_REQUESTS, NUM_PROMPT_TOKENS), generator=generator
+            )
+            begin = time.perf_counter()
+            for i, prompt in enumerate(prompts.tolist()):
+                adapter = f"a{i % 8}" if i % 9 else None
+                client.submit({"prompt_token_ids": prompt}, params, adapter=adapter)
+            finished = []
+            while client.num_outstanding:
+                finished += [output for output in client.poll(60) if output.finished]
+            seconds = time.perf_counter() - begin
+            if measured:
+                num_tokens = sum(len(o.outputs[0].token_ids) for o in finished)
+                assert len(finished) == NUM_REQUESTS
+                assert num_tokens == NUM_REQUESTS * NUM_NEW_TOKENS
+                print(f"\nLlama-3-8B, random weights, 8 adapters of rank 16 on all projections, "
+                      f"{NUM_REQUESTS} requests of {NUM_PROMPT_TOKENS} + {NUM_NEW_TOKENS} tokens: "
+                      f"{num_tokens / seconds:.0f} new tokens/s")  # fmt: skip
+        stats = client.stats()
+    assert stats["running"] == stats["waiting"] == 0 and len(stats["resident_adapters"]) == 8

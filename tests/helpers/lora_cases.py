@@ -1,0 +1,150 @@
+"""Cases for op ``lora``: adapters written to shuffled pages of a poisoned pool, and batches."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from loraplex.backends.lora.contract import ROW_ALIGN, LoRABatch, LoRAGroup, LoRATable
+from loraplex.memory.adapter_layout import MODULES, ModuleShape, num_pages, place_layer
+
+POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
+
+LayerRanks = list[dict[int, int]]
+Weights = dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def make_shapes(
+    hidden: int, heads_width: int, kv_width: int, inner: int
+) -> tuple[ModuleShape, ...]:
+    return (
+        ModuleShape(hidden, heads_width),
+        ModuleShape(hidden, kv_width),
+        ModuleShape(hidden, kv_width),
+        ModuleShape(heads_width, hidden),
+        ModuleShape(hidden, inner),
+        ModuleShape(hidden, inner),
+        ModuleShape(inner, hidden),
+    )
+
+
+def make_groups(shapes: tuple[ModuleShape, ...]) -> list[LoRAGroup]:
+    groups = []
+    for modules in ((0, 1, 2), (3,), (4, 5), (6,)):
+        widths = tuple(shapes[m].out_features for m in modules)
+        starts = tuple(sum(widths[:i]) for i in range(len(widths)))
+        groups.append(LoRAGroup(modules, shapes[modules[0]].in_features, starts, widths))
+    return groups
+
+
+@dataclass
+class LoRACase:
+    """A pool with resident adapters. `weights` maps (layer, slot, module) to A, B and scale."""
+
+    pool: torch.Tensor
+    table: LoRATable
+    shapes: tuple[ModuleShape, ...]
+    groups: list[LoRAGroup]
+    num_adapters: int
+    weights: Weights = field(default_factory=dict)
+
+    def of_layer(self, layer: int) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+        return {(s, m): w for (at, s, m), w in self.weights.items() if at == layer}
+
+
+def make_case(
+    adapters: list[LayerRanks],
+    shapes: tuple[ModuleShape, ...],
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    page_elems: int = 512,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> LoRACase:
+    """Adapter i goes to slot 2 i + 1, on shuffled pages; all that is not a weight is NaN."""
+    assert page_elems % ROW_ALIGN == 0
+    generator = torch.Generator().manual_seed(seed)
+    counts = [num_pages(ranks, shapes, page_elems) for ranks in adapters]
+    total, num_layers = sum(counts) + 3, len(adapters[0]) if adapters else 1
+    slots, most = 2 * len(adapters) + 2, max(counts, default=1)
+    fields = {
+        "page_table": torch.zeros(slots, most, dtype=torch.int32),
+        "rank": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
+        "a_start": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
+        "b_start": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
+        "scale": torch.zeros(num_layers, len(MODULES), slots),
+    }
+    pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype)
+    order = torch.randperm(total - 1, generator=generator) + 1
+    free = (order if shuffle else order.sort().values).tolist()
+    weights: Weights = {}
+    for index, (layers, count) in enumerate(zip(adapters, counts, strict=True)):
+        slot, pages = 2 * index + 1, torch.tensor([free.pop() for _ in range(count)][::-1])
+        fields["page_table"][slot, :count] = pages
+        for layer, ranks in enumerate(layers):
+            for module, place in place_layer(ranks, shapes)[0].items():
+                shape = shapes[module]
+                a = torch.randn(place.rank, shape.in_features, generator=generator)
+                b = torch.randn(shape.out_features, place.rank, generator=generator)
+                a, b = (a * shape.in_features**-0.5).to(dtype), (b * place.rank**-0.5).to(dtype)
+                scale = 0.5 + slot % 3 + 0.25 * module
+                weights[layer, slot, module] = (a, b, scale)
+                _write_rows(pool[layer], pages, place.a_start, a)
+                _write_rows(pool[layer], pages, place.b_start, b.T)
+                fields["rank"][layer, module, slot] = place.rank
+                fields["a_start"][layer, module, slot] = place.a_start
+                fields["b_start"][layer, module, slot] = place.b_start
+                fields["scale"][layer, module, slot] = scale
+    table = LoRATable(
+        **{name: value.to(device) for name, value in fields.items()},
+        **{f"host_{name}": value for name, value in fields.items()},
+    )
+    case = LoRACase(pool.to(device), table, shapes, make_groups(shapes), len(adapters))
+    case.weights = weights
+    return case
+
+
+def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+    page_elems, width = layer.shape[1], rows.shape[1]
+    stride = -(-width // ROW_ALIGN) * ROW_ALIGN
+    for i, row in enumerate(rows):
+        at = torch.arange(start + i * stride, start + i * stride + width)
+        layer[pages[at // page_elems], at % page_elems] = row
+
+
+def draw_slots(popularity: str, num_rows: int, num_adapters: int, seed: int = 0) -> list[int]:
+    """The adapter slot of each row, in random order; -1 is the base model."""
+    generator = torch.Generator().manual_seed(seed)
+    if popularity == "base" or num_adapters == 0:
+        return [-1] * num_rows
+    if popularity == "distinct":
+        which = torch.arange(num_rows) % num_adapters
+    elif popularity == "uniform":
+        which = torch.randint(0, num_adapters, (num_rows,), generator=generator)
+    elif popularity == "identical":
+        which = torch.full((num_rows,), num_adapters - 1)
+    else:
+        shares = 1.5 ** torch.arange(num_adapters).float()
+        which = torch.multinomial(shares, num_rows, replacement=True, generator=generator)
+    slots = 2 * which + 1
+    if popularity == "half-base":
+        slots[torch.rand(num_rows, generator=generator) < 0.5] = -1
+    return slots[torch.randperm(num_rows, generator=generator)].tolist()
+
+
+def make_batch(slots: list[int], device: str = "cpu") -> LoRABatch:
+    """By the contract's words, with no code of the engine."""
+    present = sorted({slot for slot in slots if slot >= 0})
+    segments = [[row for row, slot in enumerate(slots) if slot == s] for s in present]
+    starts = [0]
+    for rows in segments:
+        starts.append(starts[-1] + len(rows))
+    return LoRABatch(
+        num_tokens=len(slots),
+        token_slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        token_order=torch.tensor(
+            [row for rows in segments for row in rows], dtype=torch.int64, device=device
+        ),
+        segment_starts=tuple(starts),
+        segment_slots=tuple(present),
+    )

@@ -1,0 +1,112 @@
+"""The engine against Hugging Face + PEFT on the same weights, in fp32 on the CPU, token for token.
+
+One batch holds base rows and adapters of ranks 1 to 64 and prompts of 1 to 600 tokens. Every case
+also checks that the adapters matter: their answers differ from the base model's.
+"""
+
+import pytest
+import torch
+
+from loraplex import LLM, LoRARequest, SamplingParams
+
+from helpers.hf_models import make_hf_model
+from helpers.peft_oracle import ADAPTERS, Case, PeftOracle, adapter_names, make_adapters, make_cases
+
+ARCHITECTURES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+NUM_NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def oracle(request, tmp_path_factory):
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp(request.param)
+    model = make_hf_model(request.param, root / "base", seed=3)
+    make_adapters(model, root / "adapters")
+    return PeftOracle(root / "base", root / "adapters", num_new_tokens=NUM_NEW_TOKENS)
+
+
+def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> list:
+    """The engine's results for the cases, all submitted at once, from the last repetition."""
+    options = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "num_pages": 2048} | options
+    adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
+    options = {"in_process": True, "skip_tokenizer_init": True, "dtype": "float32"} | options
+    with LLM(str(oracle.base), adapters=adapters, device="cpu", **options) as llm:
+        for _ in range(repeat):
+            outputs = llm.generate(
+                [{"prompt_token_ids": case.prompt} for case in cases],
+                SamplingParams(
+                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
+                ),
+                lora_request=[
+                    LoRARequest(case.adapter, 1 + adapter_names().index(case.adapter))
+                    if case.adapter
+                    else None
+                    for case in cases
+                ],
+                use_tqdm=False,
+            )
+        stats = llm.client.stats()
+    assert stats["running"] == stats["waiting"] == 0
+    return [outputs, stats]
+
+
+def check(oracle: PeftOracle, cases: list[Case], outputs: list) -> None:
+    for case, output in zip(cases, outputs, strict=True):
+        expected = oracle.greedy(case)
+        got = list(output.outputs[0].token_ids)
+        assert got == expected, f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_one_batch_of_base_rows_and_all_adapters(oracle):
+    cases = make_cases(oracle, lengths=(1, 2, 17, 64, 600))
+    outputs, _ = run(oracle, cases)
+    check(oracle, cases, outputs)
+    answers = {(case.adapter, case.prompt): tuple(o.outputs[0].token_ids)
+               for case, o in zip(cases, outputs, strict=True)}  # fmt: skip
+    for name in adapter_names():
+        changed = [answers[name, p] != answers["", p] for a, p in answers if a == name]
+        assert any(changed), f"{name} changes nothing"
+
+
+def test_chunked_prefill(oracle):
+    cases = make_cases(oracle, lengths=(3, 130))
+    outputs, stats = run(oracle, cases, max_num_seqs=8, max_num_batched_tokens=11)
+    check(oracle, cases, outputs)
+    assert stats["num_steps"] > sum(len(c.prompt) for c in cases) // 11
+
+
+def test_preemption(oracle):
+    small = ("", "r1-q", "r4-regex", "r8-qkvo")  # of 29 pages at most, here
+    cases = make_cases(oracle, lengths=(36, 40, 41, 50), adapters=small)
+    outputs, stats = run(oracle, cases, block_tokens=4, num_pages=150, enable_prefix_caching=False)
+    check(oracle, cases, outputs)
+    assert stats["num_preemptions"] > 0
+
+
+def test_prefix_cache_warm(oracle):
+    cases = make_cases(oracle, lengths=(16, 17, 100))
+    outputs, stats = run(oracle, cases, repeat=2)
+    check(oracle, cases, outputs)
+    assert all(
+        o.num_cached_tokens == (len(c.prompt) - 1) // 16 * 16
+        for o, c in zip(outputs, cases, strict=True)
+    )
+
+
+def test_one_step_in_flight(oracle):
+    cases = make_cases(oracle, lengths=(5, 70))
+    outputs, _ = run(oracle, cases, max_steps_in_flight=1)
+    check(oracle, cases, outputs)
+
+
+@pytest.mark.e2e
+def test_through_the_processes(oracle):
+    cases = make_cases(oracle, lengths=(1, 17, 200))
+    outputs, _ = run(oracle, cases, in_process=False)
+    check(oracle, cases, outputs)
+
+
+def test_the_adapters_cover_what_peft_can_say():
+    ranks = [rank for spec in ADAPTERS.values() for rank in spec.ranks]
+    assert min(ranks) == 1 and max(ranks) == 64 and len(ADAPTERS) >= 6
