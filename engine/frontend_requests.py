@@ -157,6 +157,7 @@ class RequestTable:
             echo_prompt=message.return_prompt_token_ids,
             stream=message.stream,
             decode_token=self._decode_token,
+            scores_prompt=params.prompt_logprobs is not None,
         )
 
     def _new_detokenizer(

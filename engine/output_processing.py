@@ -137,6 +137,7 @@ class RequestStream:
         echo_prompt: bool,
         stream: bool,
         decode_token: DecodeToken,
+        scores_prompt: bool = False,
     ) -> None:
         self.sequences = sequences
         self._request_id = request_id
@@ -144,7 +145,8 @@ class RequestStream:
         self._echo_prompt = echo_prompt
         self._stream = stream
         self._decode_token = decode_token
-        self._prompt_logprobs: list[list[Any] | None] = []
+        # Nothing precedes the first token.
+        self._prompt_logprobs: list[list[Any] | None] = [None] if scores_prompt else []
 
     @property
     def finished(self) -> bool:
@@ -152,12 +154,9 @@ class RequestStream:
 
     def update(self, index: int, output: SequenceOutput) -> bool:
         """As SequenceStream.update, for sequence `index`."""
-        if output.prompt_logprobs:
-            if not self._prompt_logprobs:
-                self._prompt_logprobs.append(None)  # nothing precedes the first token
-            self._prompt_logprobs += [
-                logprob_entries(entry, self._decode_token) for entry in output.prompt_logprobs
-            ]
+        self._prompt_logprobs += [
+            logprob_entries(entry, self._decode_token) for entry in output.prompt_logprobs
+        ]
         return self.sequences[index].update(output)
 
     def take_reply(self) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ class RequestStates:
     def write(self, arrays: dict[str, torch.Tensor]) -> None:
         """The deltas of `apply`, on the device."""
         if "new_slots" in arrays:
-            pass
+            self.page_table.index_fill_(0, arrays["new_slots"], 0)
         if "token_index" in arrays:
             flat = self.token_ids.view(-1)
             flat.index_copy_(0, arrays["token_index"], arrays["token_value"])

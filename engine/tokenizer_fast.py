@@ -9,7 +9,6 @@ from tokenizers import processors
 
 from loraplex.engine.errors import ConfigError
 
-
 LONG_TEXT = 4096
 """Characters from which the batch call is worth its overhead: it alone releases the GIL."""
 

@@ -110,4 +110,5 @@ def _check(
 
 def _bar(parameters: dict[str, torch.Tensor], progress: bool, title: str) -> tqdm:
     total = sum(tensor.nbytes for tensor in parameters.values())
-    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress)
+    disable = None if progress else True  # None: where stderr is no terminal
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable)

@@ -6,7 +6,6 @@ import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
     device = resolve_device(config.model.device, rank)
     path = resolve_model(config.model.model)
     spec = load_spec(path)
-    dtype = resolve_dtype(config.model.dtype, spec, device, path)
+    dtype = resolve_dtype(config.model.dtype, spec, device)
     limit = _model_len_limit(config.model.max_model_len, spec)
     try:
         shape = PageShape(
@@ -142,14 +141,14 @@ def resolve_device(name: str, rank: int) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, spec: ModelSpec, device: torch.device, path: Path) -> torch.dtype:
+def resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
     """The type of weights and KV cache. auto: float32 on a CPU; on a GPU the checkpoint's, and
-    bfloat16 for a GGUF file, whose weights are quantized."""
+    bfloat16 for one in float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if path.suffix == ".gguf" else spec.dtype
+    return torch.bfloat16 if spec.dtype is torch.float32 else spec.dtype
 
 
 def _model_len_limit(asked: int | None, spec: ModelSpec) -> int:

@@ -101,8 +101,8 @@ def _rope_scaling(file: GGUFFile, read: Any) -> dict[str, Any]:
 
 
 def _dtype(file: GGUFFile) -> torch.dtype:
-    """bfloat16 for quantized weights: it holds their range, as the models' training did."""
-    return _FLOAT_DTYPES.get(file.tensors["blk.0.attn_q.weight"].type, torch.bfloat16)
+    """float16 for quantized weights: their scales are float16, and bfloat16 would round them."""
+    return _FLOAT_DTYPES.get(file.tensors["blk.0.attn_q.weight"].type, torch.float16)
 
 
 def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:

@@ -56,6 +56,7 @@ def request_stream(
         echo_prompt=echo,
         stream=stream,
         decode_token=decode,
+        scores_prompt=sampling.prompt_logprobs is not None,
     )
 
 
@@ -204,6 +205,13 @@ def test_logprobs_follow_their_tokens(tokenizer: Tokenizer) -> None:
     assert reply is not None
     assert len(reply["outputs"][0]["logprobs"]) == 1
     assert "prompt_logprobs" not in reply
+
+
+def test_logprobs_of_a_prompt_of_one_token(tokenizer: Tokenizer) -> None:
+    stream = request_stream(tokenizer, prompt_logprobs=1)
+    stream.update(0, output([70]))
+    reply = stream.take_reply()
+    assert reply is not None and reply["prompt_logprobs"] == [None]
 
 
 def test_several_answers_end_one_by_one_and_each_once(tokenizer: Tokenizer) -> None:

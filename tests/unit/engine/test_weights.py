@@ -1,6 +1,7 @@
 """Loading weights: what is read, what is refused, and the words of each refusal."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +203,20 @@ def test_dummy_weights_need_the_config_alone(dtype: torch.dtype, tmp_path: Path)
             assert (tensor == (0 if name.endswith("bias") else 1)).all()
 
 
-def test_the_bar_counts_every_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_bar_counts_every_byte_on_a_terminal(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
+) -> None:
     make_hf_model("llama", tmp_path)
     capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     model = Decoder(load_spec(tmp_path), dtype=torch.float32, device="cpu")
     load_weights(model, tmp_path)
-    assert "loading" in (shown := capsys.readouterr().err) and "100%" in shown
+    shown = capsys.readouterr().err
+    assert ("loading" in shown and "100%" in shown) == is_terminal
 
 
 def test_gguf_large_tensors_are_read_in_parts(

@@ -235,9 +235,8 @@ def test_dtype() -> None:
 
     spec = ModelSpec("LlamaForCausalLM", 64, 160, 3, 4, 2, 16, 512, 2048, 1e-5, 1e4,
                      dtype=torch.float16)  # fmt: skip
-    folder, gguf = Path("/m/model"), Path("/m/model.gguf")
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert resolve_dtype("auto", spec, cpu, folder) == torch.float32
-    assert resolve_dtype("auto", spec, gpu, folder) == torch.float16
-    assert resolve_dtype("auto", spec, gpu, gguf) == torch.bfloat16
-    assert resolve_dtype("bfloat16", spec, cpu, gguf) == torch.bfloat16
+    assert resolve_dtype("auto", spec, cpu) == torch.float32
+    assert resolve_dtype("auto", spec, gpu) == torch.float16
+    assert resolve_dtype("bfloat16", spec, cpu) == torch.bfloat16
+    assert resolve_dtype("auto", replace(spec, dtype=torch.float32), gpu) == torch.bfloat16
