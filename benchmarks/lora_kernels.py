@@ -70,6 +70,11 @@ def default_cases() -> list[Case]:
     ]
     seven = [Case("llama-2-7b", (8,), QKVO, 32, name) for name in ("distinct", "identical")]
     mixed = [Case("llama-2-7b", (8, 16, 32, 64), QKVO, 64, "distinct")]
+    crossover = [
+        Case("llama-3-8b", (16,), ALL, rows, popularity, num_layers=8)
+        for rows in (512, 1024, 2048)
+        for popularity in ("runs-64", "runs-8", "runs-1")
+    ]
     prefill = [
         Case("llama-3-8b", (16,), ALL, 4096, "runs-8", num_layers=8),
         Case("llama-3-8b", (16,), ALL, 4096, "runs-1", num_layers=8),
@@ -79,7 +84,7 @@ def default_cases() -> list[Case]:
         Case("llama-3-8b", (16,), ALL, 64, "identical", num_resident=n, num_layers=4)
         for n in (1, 2000)
     ]
-    return [*eight, *seven, *mixed, *prefill, *resident]
+    return [*eight, *seven, *mixed, *crossover, *prefill, *resident]
 
 
 def adapters_of_rows(popularity: str, num_tokens: int) -> list[int]:
@@ -262,8 +267,6 @@ def main() -> None:
         if options.only not in case.model:
             continue
         for name in options.backends.split(","):
-            if name != "triton" and case.num_tokens > 512:
-                continue
             row = measure(case, name, bandwidth, getattr(torch, options.dtype))
             ranks = ",".join(map(str, case.ranks))
             print(

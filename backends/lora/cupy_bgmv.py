@@ -20,6 +20,7 @@ MAX_SPLITS = 16
 SHRINK_WARPS = 8
 EXPAND_THREADS = 128
 MAX_EXPAND_ROWS = 4
+MAX_ROW_TILES = 2
 
 
 class CupyBGMV:
@@ -62,7 +63,7 @@ class CupyBGMV:
         starts = np.asarray(batch.segment_starts, dtype=np.int32)
         slots = np.asarray(batch.segment_slots, dtype=np.int32)
         longest = int(np.diff(starts).max())
-        self._row_tiles = min(8, _power_of_two(-(-longest // 8)))
+        self._row_tiles = min(MAX_ROW_TILES, _power_of_two(-(-longest // 8)))
         self._expand_rows = min(MAX_EXPAND_ROWS, _power_of_two(longest))
         slot_ranks = table.host_rank.amax(dim=(0, 1)).numpy()
         items = split_ranks(make_tiles(starts, slots, 8 * self._row_tiles), slot_ranks, 16)
@@ -109,14 +110,14 @@ class CupyBGMV:
             (x.stride(0), *strides, units_per_split),
         )  # fmt: skip
         expand = _compile(
-            "expand", (*common, *_expand_macros(group, self._expand_rows, splits)), y.device.index
+            "expand", (*common, *_expand_macros(group, self._expand_rows)), y.device.index
         )
         num_blocks = sum(-(-out // (EXPAND_THREADS * 8)) for out in group.out_features)
         self._launcher.launch(
             expand, (num_blocks, self._num_tiles), EXPAND_THREADS, stream,
             (y.data_ptr(), self._v.data_ptr(), weights, self._tiles.data_ptr(), order, pages,
              rank, table.b_start[layer, first].data_ptr(), table.scale[layer, first].data_ptr()),
-            (y.stride(0), *strides),
+            (y.stride(0), *strides, splits),
         )  # fmt: skip
 
     def _split_k(self, in_features: int, num_modules: int, num_rows: int) -> tuple[int, int]:
@@ -140,12 +141,11 @@ def _shrink_macros(in_features: int, row_tiles: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _expand_macros(group: LoRAGroup, rows: int, splits: int) -> tuple[str, ...]:
+def _expand_macros(group: LoRAGroup, rows: int) -> tuple[str, ...]:
     outs, starts = (*group.out_features, 0, 0), (*group.out_starts, 0, 0)
     return (
         *(f"-DOUT_{i}={outs[i]}" for i in range(3)), f"-DSTART_1={starts[1]}",
         f"-DSTART_2={starts[2]}", f"-DROWS={rows}", f"-DTHREADS={EXPAND_THREADS}",
-        f"-DSPLITS={splits}",
     )  # fmt: skip
 
 

@@ -51,9 +51,10 @@ def adapter_names() -> list[str]:
     return list(ADAPTERS)
 
 
-def make_adapters(model: Any, root: Path) -> None:
+def make_adapters(model: Any, root: Path, *, strength: float = 2.0) -> None:
+    """`strength`: the size of each update beside that of the weight it is added to."""
     for seed, (name, spec) in enumerate(ADAPTERS.items()):
-        make_adapter(model, root / name, seed=seed, **spec.options)
+        make_adapter(model, root / name, seed=seed, strength=strength, **spec.options)
 
 
 class PeftOracle:
@@ -125,6 +126,20 @@ class PeftOracle:
                     return self.model.generate(ids, **options)
             self.model.set_adapter(case.adapter)
             return self.model.generate(ids, **options)
+
+
+def tight_num_pages(
+    cases: list[Case], adapter_pages: int, *, num_new_tokens: int, block_tokens: int = 16
+) -> int:
+    """A pool in which all cases can start, with a page to spare for each, but not all go on."""
+
+    def num_kv_pages(num_tokens: int) -> int:
+        return sum(-(-(len(case.prompt) + num_tokens) // block_tokens) for case in cases)
+
+    at_start = num_kv_pages(1) + len(cases)
+    growth = num_kv_pages(num_new_tokens) - at_start
+    assert growth >= 3, "the cases do not grow enough to run out of pages"
+    return 1 + adapter_pages + at_start + growth // 3
 
 
 def make_cases(

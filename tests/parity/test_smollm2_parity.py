@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.models.packaged import resolve_model
 
-from helpers.peft_oracle import Case, PeftOracle, adapter_names, make_adapters
+from helpers.peft_oracle import Case, PeftOracle, make_adapters, make_cases, tight_num_pages
 
 TRAINED = sorted(
     path.parent.name
     for path in (Path(__file__).parents[2] / "examples" / "adapters").glob("*/adapter_config.json")
 )
 TRAINED_ROOT = Path(__file__).parents[2] / "examples" / "adapters"
-NUM_NEW_TOKENS = 8
+NUM_NEW_TOKENS = 12
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -38,25 +38,48 @@ def oracle(hf_model, tmp_path_factory):
     return PeftOracle(Path(), root, num_new_tokens=NUM_NEW_TOKENS, model=hf_model)
 
 
-def test_random_adapters_of_every_kind(oracle):
-    generator = torch.Generator().manual_seed(2)
-    cases = []
-    for length in (1, 19, 600):
-        prompt = tuple(torch.randint(0, 49152, (length,), generator=generator).tolist())
-        names = ("", *adapter_names()) if length < 600 else ("", "r16-all-rslora")
-        cases += [Case(name, prompt) for name in names]
-    adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
-    with LLM(adapters=adapters, device="cpu", in_process=True, pool_bytes=1 << 29) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": case.prompt} for case in cases],
-            SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
-            lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
-            use_tqdm=False,
-        )
+def answer(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> tuple:
+    """The engine's results, all cases submitted at once, and its stats after that."""
+    names = sorted({case.adapter for case in cases if case.adapter})
+    adapters = {name: str(oracle.adapters / name) for name in names}
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
+    options = {"pool_bytes": 1 << 29} | options
+    with LLM(adapters=adapters, device="cpu", in_process=True, **options) as llm:
+        for _ in range(repeat):
+            outputs = llm.generate(
+                [{"prompt_token_ids": case.prompt} for case in cases],
+                params,
+                lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
+                use_tqdm=False,
+            )
+        stats = llm.client.stats()
+        stats["adapter_pages"] = sum(a["num_pages"] for a in llm.client.list_adapters())
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == oracle.greedy(case), (
             f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
         )
+    return outputs, stats
+
+
+def test_random_adapters_of_every_kind(oracle):
+    cases = make_cases(oracle, lengths=(1, 19))
+    cases += make_cases(oracle, lengths=(600,), adapters=("", "r16-all-rslora"))
+    outputs, _ = answer(oracle, cases, repeat=2)
+    for case, output in zip(cases, outputs, strict=True):
+        assert output.num_cached_tokens == (len(case.prompt) - 1) // 16 * 16
+
+
+def test_chunked_prefill_and_preemption(oracle):
+    small = ("", "r1-q", "r4-regex", "r8-qkvo")
+    cases = make_cases(oracle, lengths=(17, 19, 40), adapters=small)
+    options = {"block_tokens": 4, "max_num_seqs": 16, "max_num_batched_tokens": 23}
+    _, stats = answer(oracle, cases[:4], pool_bytes=1 << 29, **options)
+    num_pages = tight_num_pages(
+        cases, stats["adapter_pages"], num_new_tokens=NUM_NEW_TOKENS, block_tokens=4
+    )
+    options["max_num_batched_tokens"] = 97
+    _, stats = answer(oracle, cases, pool_bytes=None, num_pages=num_pages, **options)
+    assert stats["num_preemptions"] > 0
 
 
 @pytest.mark.e2e
@@ -66,14 +89,14 @@ def test_trained_adapters_through_the_processes(hf_model):
     with LLM(adapters=adapters, device="cpu", pool_bytes=1 << 29) as llm:
         outputs = llm.chat(
             [QUESTION] * len(names),
-            SamplingParams(temperature=0.0, max_tokens=24),
+            SamplingParams(temperature=0.0, max_tokens=20),
             lora_request=[LoRARequest(name, 1) if name else None for name in names],
             use_tqdm=False,
         )
     texts = {name: output.outputs[0].text for name, output in zip(names, outputs, strict=True)}
     assert texts[""] == "The capital of France is Paris."
     assert len(set(texts.values())) == len(names)
-    oracle = PeftOracle(Path(), TRAINED_ROOT, num_new_tokens=24, model=hf_model, names=TRAINED)
+    oracle = PeftOracle(Path(), TRAINED_ROOT, num_new_tokens=20, model=hf_model, names=TRAINED)
     for name, output in zip(names, outputs, strict=True):
         answer = list(output.outputs[0].token_ids)
         expected = oracle.greedy(Case(name, tuple(output.prompt_token_ids)))

@@ -7,8 +7,7 @@
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
 // shrink: K, K_ROW (K rounded up to 64), NT (tiles of 8 rows), WARPS
-// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS,
-//         SPLITS
+// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS
 
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -48,10 +47,11 @@ __device__ __forceinline__ void release_next() {
 #endif
 }
 
+// Not through the read-only path (.nc), whose loads ptxas moves behind wait_for_previous().
 __device__ __forceinline__ uint4 load_weights(const T* pointer) {
   uint4 w;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer) : "memory");
   return w;
 }
 
@@ -182,7 +182,7 @@ expand(T* y, const float* v, const T* __restrict__ pool,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int num_slots, int v_split_stride, int v_row_stride,
-       int v_module_stride) {
+       int v_module_stride, int splits) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   int block = blockIdx.x;
@@ -208,11 +208,14 @@ expand(T* y, const float* v, const T* __restrict__ pool,
   const uint4 zero = make_uint4(0, 0, 0, 0);
   uint4 b[16];
   auto fetch = [&](int first) {
+    const T* from[16];  // all page numbers first: each is a load that the weights wait for
 #pragma unroll
     for (int r = 0; r < 16; ++r)
-      b[r] = in && first + r < limit
-                 ? load_weights(locate(pool, pages, start + (first + r) * width_row + n))
-                 : zero;
+      from[r] = in && first + r < limit
+                    ? locate(pool, pages, start + (first + r) * width_row + n)
+                    : nullptr;
+#pragma unroll
+    for (int r = 0; r < 16; ++r) b[r] = from[r] ? load_weights(from[r]) : zero;
   };
   fetch(0);
   wait_for_previous();
@@ -238,11 +241,15 @@ expand(T* y, const float* v, const T* __restrict__ pool,
       if (row < tile.z && r < limit) {
         const float* from = v + (long long)(tile.y + row) * v_row_stride +
                             module * v_module_stride + r;
-        float share[SPLITS];
+        for (int base = 0; base < splits; base += 8) {
+          float share[8];
 #pragma unroll
-        for (int s = 0; s < SPLITS; ++s) share[s] = __ldcg(from + (long long)s * v_split_stride);
+          for (int s = 0; s < 8; ++s)
+            share[s] = base + s < splits ? __ldcg(from + (long long)(base + s) * v_split_stride)
+                                         : 0.0f;
 #pragma unroll
-        for (int s = 0; s < SPLITS; ++s) sum += share[s];
+          for (int s = 0; s < 8; ++s) sum += share[s];
+        }
       }
       shrunk[row][i % 16] = sum * factor;
     }

@@ -1,0 +1,51 @@
+"""Backend ``hybrid`` of op ``lora``: BGMV for steps of few rows, SGMV for steps of many.
+
+The crossover was measured on an H200 at the shapes of Llama-3-8B, rank 16 on all projections
+(benchmarks/results/lora_kernels_h200.jsonl).
+"""
+
+import torch
+
+from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
+
+MAX_BGMV_ROWS = 512
+"""Rows with an adapter up to which BGMV is the faster one."""
+
+
+class HybridLoRA:
+    name = "hybrid"
+
+    @staticmethod
+    def probe(spec: LoRASpec | None = None) -> str | None:
+        """None when usable, else the reason: it needs both of its halves."""
+        try:
+            from loraplex.backends.lora.cupy_bgmv import CupyBGMV
+            from loraplex.backends.lora.triton_sgmv import TritonSGMV
+        except ImportError as error:
+            return f"it needs both cupy and triton: {error}"
+        return CupyBGMV.probe(spec) or TritonSGMV.probe(spec)
+
+    def __init__(self, spec: LoRASpec) -> None:
+        from loraplex.backends.lora.cupy_bgmv import CupyBGMV
+        from loraplex.backends.lora.triton_sgmv import TritonSGMV
+
+        self._few: LoRAOp = CupyBGMV(spec)
+        self._many: LoRAOp = TritonSGMV(spec)
+        self._op = self._few
+
+    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
+        self._op = self._few if batch.segment_starts[-1] <= MAX_BGMV_ROWS else self._many
+        self._op.plan(table=table, batch=batch)
+
+    def apply(
+        self,
+        *,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        group: LoRAGroup,
+        table: LoRATable,
+        batch: LoRABatch,
+    ) -> None:
+        self._op.apply(y=y, x=x, pool=pool, layer=layer, group=group, table=table, batch=batch)
