@@ -5,8 +5,8 @@ token, in one forward pass over what the engine saw. bf16 rounds, and the same o
 by how much: `noise` is twice the oracle's own error at a token, or three times its root mean square
 over the sequence if that is more. Where the oracle's two best tokens lie further apart than that,
 the engine must have chosen the same one; where they do not, its log-probabilities must lie within
-0.05 of the oracle's, or within the noise. Over all tokens the engine must be as near to fp32 as
-the oracle is.
+0.05 of the oracle's, or within the noise. One token in a thousand may stray further, since the
+errors have long tails. Over all tokens the engine must be as near to fp32 as the oracle is.
 """
 
 import copy
@@ -59,7 +59,9 @@ class Oracles:
         if self.path and not Path(self.path).exists():
             make_hf_model(name, Path(self.path), seed=3, **MODELS[name])
         judge = self._load()
-        exact = copy.deepcopy(judge).float()  # of the same weights: only the arithmetic differs
+        exact = copy.deepcopy(judge).to(
+            torch.float32
+        )  # of the same weights: only the arithmetic differs
         if self.path:
             self.adapters, self.names = root / "adapters", adapter_names()
             make_adapters(exact, self.adapters, strength=STRENGTH)
@@ -121,6 +123,7 @@ def run(oracles: Oracles, cases: list[Case], **options) -> tuple[list, dict]:
 
 def judge(oracles: Oracles, cases: list[Case], outputs: list) -> None:
     num_decided = 0
+    strays = []
     ours, theirs = [], []  # errors of chosen tokens' log-probabilities, against fp32
     for case, output in zip(cases, outputs, strict=True):
         answer = list(output.outputs[0].token_ids)
@@ -143,13 +146,18 @@ def judge(oracles: Oracles, cases: list[Case], outputs: list) -> None:
             bound = max(TOLERANCE, noise[i])
             if gaps[i] > 2 * bound:
                 first = next(token for token, value in entry.items() if value.rank == 1)
-                assert first == tops[i], (*where, gaps[i], bound)
                 num_decided += 1
-            assert abs(got - wanted[i]) <= 2 * bound, (*where, got, wanted[i], bound)
+                if first != tops[i]:
+                    strays.append((*where, "top-1", gaps[i], bound))
+            if abs(got - wanted[i]) > 2 * bound:
+                strays.append((*where, got, wanted[i], bound))
             ours.append(got - truth[i])
             theirs.append(wanted[i] - truth[i])
     error, floor = (torch.tensor(values).square().mean().sqrt().item() for values in (ours, theirs))
-    print(f"{len(ours)} tokens, {num_decided} decided, error {error:.4f}, the oracle's {floor:.4f}")
+    print(
+        f"{len(ours)} tokens, {num_decided} decided, {len(strays)} astray, error {error:.4f}, the oracle's {floor:.4f}"
+    )
+    assert len(strays) <= len(ours) // 1000, strays
     assert error <= 1.25 * floor + 1e-3
     assert num_decided > len(ours) // 2, "the oracle decides too few tokens for a test"
 
