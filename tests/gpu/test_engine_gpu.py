@@ -155,7 +155,8 @@ def judge(oracles: Oracles, cases: list[Case], outputs: list) -> None:
             theirs.append(wanted[i] - truth[i])
     error, floor = (torch.tensor(values).square().mean().sqrt().item() for values in (ours, theirs))
     print(
-        f"{len(ours)} tokens, {num_decided} decided, {len(strays)} astray, error {error:.4f}, the oracle's {floor:.4f}"
+        f"{len(ours)} tokens, {num_decided} decided, {len(strays)} astray, "
+        f"error {error:.4f}, the oracle's {floor:.4f}"
     )
     assert len(strays) <= len(ours) // 1000, strays
     assert error <= 1.25 * floor + 1e-3
