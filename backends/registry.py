@@ -57,8 +57,8 @@ class Backend:
 
 # Of each op the fastest first: `auto` takes the first one that can run.
 _BACKENDS: tuple[Backend, ...] = (
-    Backend("lora", "hybrid", "loraplex.backends.lora.hybrid", "HybridLoRA"),
     Backend("lora", "triton", "loraplex.backends.lora.triton_sgmv", "TritonSGMV"),
+    Backend("lora", "hybrid", "loraplex.backends.lora.hybrid", "HybridLoRA"),
     Backend("lora", "cupy", "loraplex.backends.lora.cupy_bgmv", "CupyBGMV"),
     Backend("lora", "torch", "loraplex.backends.lora.torch_bmm", "TorchLoRA"),
     Backend(

@@ -110,22 +110,26 @@ class CupyBGMV:
             (x.stride(0), *strides, units_per_split),
         )  # fmt: skip
         expand = _compile(
-            "expand", (*common, *_expand_macros(group, self._expand_rows)), y.device.index
+            "expand", (*common, *_expand_macros(group, self._expand_rows, splits)), y.device.index
         )
         num_blocks = sum(-(-out // (EXPAND_THREADS * 8)) for out in group.out_features)
         self._launcher.launch(
             expand, (num_blocks, self._num_tiles), EXPAND_THREADS, stream,
             (y.data_ptr(), self._v.data_ptr(), weights, self._tiles.data_ptr(), order, pages,
              rank, table.b_start[layer, first].data_ptr(), table.scale[layer, first].data_ptr()),
-            (y.stride(0), *strides, splits),
+            (y.stride(0), *strides),
         )  # fmt: skip
 
     def _split_k(self, in_features: int, num_modules: int, num_rows: int) -> tuple[int, int]:
-        """The number of splits, and the units of 64 input features of each."""
+        """The number of splits, and the units of 64 input features of each.
+
+        Powers of two, since each number of splits is a kernel to compile.
+        """
         units = -(-in_features // 64)
         wanted = self._num_programs // (self._num_items * num_modules)
         room = self._v.numel() // (num_rows * self._v_row_stride)
-        splits = max(1, min(wanted, room, MAX_SPLITS, units // SHRINK_WARPS))
+        most = max(1, min(wanted, room, MAX_SPLITS, units // SHRINK_WARPS))
+        splits = 1 << (most.bit_length() - 1)
         per_split = -(-units // splits)
         return -(-units // per_split), per_split
 
@@ -141,11 +145,12 @@ def _shrink_macros(in_features: int, row_tiles: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _expand_macros(group: LoRAGroup, rows: int) -> tuple[str, ...]:
+def _expand_macros(group: LoRAGroup, rows: int, splits: int) -> tuple[str, ...]:
     outs, starts = (*group.out_features, 0, 0), (*group.out_starts, 0, 0)
     return (
         *(f"-DOUT_{i}={outs[i]}" for i in range(3)), f"-DSTART_1={starts[1]}",
         f"-DSTART_2={starts[2]}", f"-DROWS={rows}", f"-DTHREADS={EXPAND_THREADS}",
+        f"-DSPLITS={splits}",
     )  # fmt: skip
 
 

@@ -89,8 +89,8 @@ def cuobjdump() -> str | None:
         *({"K": k, "K_ROW": -(-k // 64) * 64, "NT": nt, "WARPS": 8} for k in (576, 18944)
           for nt in (1, 8)),
         *({"OUT_0": 4096, "OUT_1": 1024, "OUT_2": 1024, "START_1": 4096, "START_2": 5120,
-           "ROWS": rows, "THREADS": 128}
-          for rows in (1, 2, 4)),
+           "ROWS": rows, "THREADS": 128, "SPLITS": splits}
+          for rows, splits in ((1, 2), (2, 8), (4, 16))),
     ],
 )  # fmt: skip
 def test_bgmv(tmp_path, bf16: int, macros: dict[str, int]):

@@ -7,7 +7,8 @@
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
 // shrink: K, K_ROW (K rounded up to 64), NT (tiles of 8 rows), WARPS
-// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS
+// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS,
+//         SPLITS (of K, in shrink)
 
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -182,7 +183,7 @@ expand(T* y, const float* v, const T* __restrict__ pool,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int num_slots, int v_split_stride, int v_row_stride,
-       int v_module_stride, int splits) {
+       int v_module_stride) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   int block = blockIdx.x;
@@ -241,15 +242,11 @@ expand(T* y, const float* v, const T* __restrict__ pool,
       if (row < tile.z && r < limit) {
         const float* from = v + (long long)(tile.y + row) * v_row_stride +
                             module * v_module_stride + r;
-        for (int base = 0; base < splits; base += 8) {
-          float share[8];
+        float share[SPLITS];
 #pragma unroll
-          for (int s = 0; s < 8; ++s)
-            share[s] = base + s < splits ? __ldcg(from + (long long)(base + s) * v_split_stride)
-                                         : 0.0f;
+        for (int s = 0; s < SPLITS; ++s) share[s] = __ldcg(from + (long long)s * v_split_stride);
 #pragma unroll
-          for (int s = 0; s < 8; ++s) sum += share[s];
-        }
+        for (int s = 0; s < SPLITS; ++s) sum += share[s];
       }
       shrunk[row][i % 16] = sum * factor;
     }
