@@ -1,5 +1,7 @@
 """``python -m loraplex.engine.scheduler_proc``: the scheduler's process."""
 
+import gc
+
 import zmq
 
 from loraplex.engine.adapter_paths import adapters_at_start
@@ -30,6 +32,8 @@ def run(child: Child) -> None:
         info = engine_info(config, [ready[rank] for rank in sorted(ready)])
         scheduler = make_scheduler(config, info)
         loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
+        gc.collect()
+        gc.freeze()  # what start-up made stays: later collections pass it over
         child.ready(info=info)
         while not child.stopping:
             poller.poll()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
-from loraplex.backends.lora.tiles import make_tiles, split_ranks
+from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
 
 MAX_SPLITS = 16
 SHRINK_WARPS = 8
@@ -65,7 +65,7 @@ class CupyBGMV:
         longest = int(np.diff(starts).max())
         self._row_tiles = min(MAX_ROW_TILES, _power_of_two(-(-longest // 8)))
         self._expand_rows = min(MAX_EXPAND_ROWS, _power_of_two(longest))
-        slot_ranks = table.host_rank.amax(dim=(0, 1)).numpy()
+        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
         items = split_ranks(make_tiles(starts, slots, 8 * self._row_tiles), slot_ranks, 16)
         tiles = make_tiles(starts, slots, self._expand_rows)
         self._num_tiles, self._num_items = len(tiles), len(items)

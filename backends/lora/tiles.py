@@ -23,6 +23,17 @@ def make_tiles(starts: Int32Array, slots: Int32Array, block_rows: int) -> Int32A
     return tiles
 
 
+def largest_ranks(rank: npt.NDArray[np.int32], slots: Int32Array) -> Int32Array:
+    """int32 [num_slots]: of each slot in `slots` the largest rank, over layers and modules.
+
+    `rank` [num_layers, num_modules, num_slots] is LoRATable's. Other slots, however many there
+    are, cost nothing and read 0.
+    """
+    largest = np.zeros(rank.shape[2], dtype=np.int32)
+    largest[slots] = rank[:, :, slots].max(axis=(0, 1))
+    return largest
+
+
 def split_ranks(tiles: Int32Array, slot_ranks: Int32Array, block_ranks: int) -> Int32Array:
     """Repeat each tile once for every `block_ranks` ranks of its adapter; column 3 is the first.
 

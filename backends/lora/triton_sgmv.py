@@ -14,7 +14,7 @@ from triton import knobs
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
 from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel
-from loraplex.backends.lora.tiles import make_tiles, split_ranks
+from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
 
 MAX_SPLITS = 16
 _BF16 = torch.bfloat16
@@ -80,7 +80,7 @@ class TritonSGMV:
         many_rows = starts[-1] > 16 * len(slots)
         self._blocks = _PREFILL if many_rows else _DECODE
         tiles = make_tiles(starts, slots, self._blocks.m)
-        slot_ranks = table.host_rank.amax(dim=(0, 1)).numpy()
+        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
         items = split_ranks(tiles, slot_ranks, self._blocks.r)
         self._num_tiles, self._num_items = len(tiles), len(items)
         self._tiles[: len(tiles)].copy_(torch.from_numpy(tiles), non_blocking=True)
