@@ -31,7 +31,7 @@ class HybridLoRA:
 
         self._few: LoRAOp = CupyBGMV(spec)
         self._many: LoRAOp = TritonSGMV(spec)
-        self._op = self._few
+        self._op: LoRAOp = self._few
 
     def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
         self._op = self._few if batch.segment_starts[-1] <= MAX_BGMV_ROWS else self._many
