@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import loraplex
 from loraplex.engine.errors import ConfigError, LoraplexError
 from loraplex.entrypoints import flags
+from loraplex.entrypoints.cli_bench import add_bench
 from loraplex.entrypoints.logging_setup import LEVELS, configure_logging
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -28,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_serve(commands)
     _add_generate(commands)
+    add_bench(commands, _add_log_level)
     _add_backends(commands)
     return parser
 

@@ -27,6 +27,8 @@ SAMPLING = [
     "--prompt-logprobs", "--repetition-penalty", "--skip-special-tokens", "--stop",
     "--stop-token-ids", "--temperature", "--top-k", "--top-p",
 ]  # fmt: skip
+BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--ranks"]
+TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
     "serve": [
         *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--insecure",
@@ -37,13 +39,29 @@ FROZEN = {
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",
     ],
+    "bench": [],
+    "bench throughput": [*BENCH, *TRACE, "--num-adapters", "--num-requests", "--repeats"],
+    "bench latency": [
+        *BENCH, "--answer-len", "--batches", "--popularity", "--prompt-len", "--repeats",
+    ],
+    "bench serve": [
+        *BENCH, *TRACE, "--cv", "--duration", "--num-adapters", "--rates", "--ttft-objective",
+    ],
     "backends": ["--log-level"],
 }  # fmt: skip
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    """Every command and, as "bench throughput", every command below one."""
+    found = commands_of(cli.make_parser())
+    for name, parser in list(found.items()):
+        found |= {f"{name} {below}": value for below, value in commands_of(parser).items()}
+    return found
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
 
 
 def test_commands_are_frozen() -> None:

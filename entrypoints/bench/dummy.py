@@ -1,0 +1,122 @@
+"""Configurations of known models, and adapters of random weights at a model's true shapes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraplex.engine.errors import ConfigError
+from loraplex.entrypoints.bench.names import MODELS, SIZES
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_WEIGHT_STD = 0.02
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The config.json of one of MODELS."""
+    return {**_LLAMA, **dict(zip(SIZES, MODELS[name], strict=True))}
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """A model directory without weights, for `--load-format dummy`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model_config(name)))
+    return folder
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config.json of a model directory.
+
+    Raises:
+        ConfigError: there is none (a GGUF file, the packaged model).
+    """
+    path = Path(model).expanduser() / "config.json"
+    if not model or not path.is_file():
+        raise ConfigError(
+            f"random adapters take their shapes from a model directory's config.json, and "
+            f"{model or 'the packaged model'} has none: name such a directory, one of "
+            f"{', '.join(MODELS)}, or adapters of your own"
+        )
+    return dict(json.loads(path.read_text()))
+
+
+class AdapterWriter:
+    """Writes PEFT directories; the adapters differ in content.
+
+    One buffer of random bf16 numbers serves all: each adapter's file is that buffer, turned by
+    another offset, so that writing costs little more than the disk.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], *, ranks: Sequence[int], modules: Sequence[str]
+    ) -> None:
+        """`ranks` are dealt to the adapters in turn; `modules` are some of names.MODULES."""
+        self._ranks = tuple(ranks)
+        self._modules = tuple(modules)
+        self._shapes = _shapes(config)
+        self._num_layers = int(config["num_hidden_layers"])
+        self._headers = {rank: self._header(rank) for rank in set(ranks)}
+        num_values = max(self._num_values(rank) for rank in self._headers)
+        values = np.random.default_rng(0).standard_normal(num_values, dtype=np.float32)
+        values *= _WEIGHT_STD
+        self._buffer = (values.view(np.uint32) >> 16).astype("<u2")  # the upper half is bf16
+
+    def write(self, folder: Path, index: int) -> Path:
+        """Adapter number `index`, which decides its rank and its content."""
+        rank = self._ranks[index % len(self._ranks)]
+        data = self._buffer[: self._num_values(rank)]
+        turn = (index * 1009) % len(data)
+        folder.mkdir(parents=True)
+        header = self._headers[rank]
+        with (folder / "adapter_model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(data[turn:].data)
+            file.write(data[:turn].data)
+        names = [f"{module}_proj" for module in self._modules]
+        settings = {
+            "peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+            "target_modules": names,
+        }  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        return folder
+
+    def _num_values(self, rank: int) -> int:
+        return self._num_layers * rank * sum(sum(self._shapes[m]) for m in self._modules)
+
+    def _header(self, rank: int) -> bytes:
+        """Of a safetensors file: JSON, padded with spaces to a multiple of 8 bytes."""
+        tensors = {}
+        end = 0
+        for layer in range(self._num_layers):
+            for module in self._modules:
+                in_features, out_features = self._shapes[module]
+                block = "self_attn" if module in ("q", "k", "v", "o") else "mlp"
+                prefix = f"base_model.model.model.layers.{layer}.{block}.{module}_proj"
+                for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
+                    start, end = end, end + 2 * shape[0] * shape[1]
+                    tensors[f"{prefix}.lora_{part}.weight"] = {
+                        "dtype": "BF16", "shape": shape, "data_offsets": (start, end),
+                    }  # fmt: skip
+        text = json.dumps(tensors).encode()
+        return text + b" " * (-len(text) % 8)
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each of names.MODULES."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // num_heads
+    queries = num_heads * head_dim
+    keys = (config.get("num_key_value_heads") or num_heads) * head_dim
+    return {
+        "q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden),
+        "gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden),
+    }  # fmt: skip
