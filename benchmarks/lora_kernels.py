@@ -20,6 +20,7 @@ import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 from loraplex.backends.registry import resolve
+from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
 
 BLOCK_TOKENS = 16
@@ -87,21 +88,12 @@ def default_cases() -> list[Case]:
     return [*eight, *seven, *mixed, *crossover, *prefill, *resident]
 
 
-def adapters_of_rows(popularity: str, num_tokens: int) -> list[int]:
-    """The adapter of each row, as in Punica: each of the skewed is 1.5 times the next."""
-    if popularity.startswith("runs-"):
-        count = int(popularity.removeprefix("runs-"))
-        return [row * count // num_tokens for row in range(num_tokens)]
-    if popularity == "distinct":
-        return list(range(num_tokens))
-    if popularity == "identical":
-        return [0] * num_tokens
-    if popularity == "uniform":
-        count = int(np.ceil(np.sqrt(num_tokens)))
-        return [row % count for row in range(num_tokens)]
-    weights = 1.5 ** -np.arange(num_tokens, dtype=float)
-    edges = np.ceil(np.cumsum(weights / weights.sum()) * num_tokens - 1e-9)
-    return [int(np.searchsorted(edges, row, side="right")) for row in range(num_tokens)]
+def rows_of(case: Case) -> list[int]:
+    """The adapter of each row; "runs-n" is a prefill of n prompts, one adapter each."""
+    if case.popularity.startswith("runs-"):
+        count = int(case.popularity.removeprefix("runs-"))
+        return [row * count // case.num_tokens for row in range(case.num_tokens)]
+    return adapters_of_rows(case.popularity, case.num_tokens, case.num_tokens)
 
 
 class Setup:
@@ -110,7 +102,7 @@ class Setup:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.model = case, MODELS[case.model]
         self.page_elems = BLOCK_TOKENS * 2 * self.model.kv
-        rows = adapters_of_rows(case.popularity, case.num_tokens)
+        rows = rows_of(case)
         count = max(case.num_resident, max(rows) + 1)
         ranks = [case.ranks[slot % len(case.ranks)] for slot in range(count)]
         self.table, total = self._fill_table(ranks, device)
