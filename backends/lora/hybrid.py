@@ -1,7 +1,7 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for steps of few rows, SGMV for steps of many.
 
-The crossover was measured on an H200 at the shapes of Llama-3-8B, rank 16 on all projections
-(benchmarks/results/lora_kernels_h200.jsonl).
+BGMV is the faster one up to 256 rows, the most that were measured
+(benchmarks/results/lora_kernels_h200.jsonl); where it ceases to be is not known yet.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 
 MAX_BGMV_ROWS = 512
-"""Rows with an adapter up to which BGMV is the faster one."""
+"""Rows with an adapter up to which BGMV runs. A guess above 256."""
 
 
 class HybridLoRA:
