@@ -14,3 +14,7 @@ class BackendConfig:
         default="auto",
         metadata={"help": "kernels of paged attention (`loraplex backends` lists them)"},
     )
+    fused_backend: str = field(
+        default="auto",
+        metadata={"help": "kernels of norms, RoPE, SiLU and sampling (see `loraplex backends`)"},
+    )

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from loraplex.backends.attention.contract import AttentionSpec
+    from loraplex.backends.fused.contract import FusedSpec
     from loraplex.backends.lora.contract import LoRASpec
 
 AUTO = "auto"
 
-Spec: TypeAlias = "AttentionSpec | LoRASpec"
+Spec: TypeAlias = "AttentionSpec | FusedSpec | LoRASpec"
 
 
 class BackendError(ValueError):
@@ -57,14 +58,22 @@ class Backend:
 
 # Of each op the fastest first: `auto` takes the first one that can run.
 _BACKENDS: tuple[Backend, ...] = (
-    Backend("lora", "triton", "loraplex.backends.lora.triton_sgmv", "TritonSGMV"),
     Backend("lora", "hybrid", "loraplex.backends.lora.hybrid", "HybridLoRA"),
+    Backend("lora", "triton", "loraplex.backends.lora.triton_sgmv", "TritonSGMV"),
     Backend("lora", "cupy", "loraplex.backends.lora.cupy_bgmv", "CupyBGMV"),
     Backend("lora", "torch", "loraplex.backends.lora.torch_bmm", "TorchLoRA"),
+    Backend(
+        "attention",
+        "flashinfer",
+        "loraplex.backends.attention.flashinfer_paged",
+        "FlashInferAttention",
+    ),
     Backend(
         "attention", "xformers", "loraplex.backends.attention.xformers_paged", "XFormersAttention"
     ),
     Backend("attention", "torch", "loraplex.backends.attention.torch_sdpa", "TorchAttention"),
+    Backend("fused", "triton", "loraplex.backends.fused.triton_ops", "TritonFused"),
+    Backend("fused", "torch", "loraplex.backends.fused.torch_ops", "TorchFused"),
 )
 
 OPS = tuple(dict.fromkeys(backend.op for backend in _BACKENDS))

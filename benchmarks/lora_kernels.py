@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
+from loraplex.backends.lora.contract import (
+    LoRABatch,
+    LoRAGroup,
+    LoRAOp,
+    LoRASpec,
+    LoRATable,
+    apply_lora,
+)
 from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
@@ -113,7 +120,7 @@ class Setup:
         rng = np.random.default_rng(0)
         picks = rng.permutation(count)[: max(rows) + 1]
         slots = [int(picks[row]) for row in rows]
-        self.batch = make_batch(slots, device)
+        self.batch = make_batch(slots)
         self.used_ranks = [ranks[slot] for slot in sorted(set(slots))]
         self.groups = [self._group(modules) for modules in GROUPS if modules[0] in case.modules]
 
@@ -167,22 +174,29 @@ class Setup:
 
     def run_layer(self, op: LoRAOp, layer: int) -> None:
         for group, x, y in zip(self.groups, self.x, self.y, strict=True):
-            op.apply(
-                y=y, x=x, pool=self.pool, layer=layer, group=group, table=self.table,
-                batch=self.batch,
-            )  # fmt: skip
+            apply_lora(op, y=y, x=x, pool=self.pool, layer=layer, group=group, table=self.table)
+
+    def spec(self) -> LoRASpec:
+        """What a worker of this case's largest step would make its op with."""
+        return LoRASpec(
+            max_num_tokens=self.case.num_tokens,
+            max_rank=max(16, *self.case.ranks),
+            dtype=self.pool.dtype,
+            device=self.pool.device,
+            page_elems=self.page_elems,
+            groups=tuple(self.groups),
+        )
 
 
-def make_batch(slots: list[int], device: torch.device) -> LoRABatch:
+def make_batch(slots: list[int]) -> LoRABatch:
     order = sorted(range(len(slots)), key=lambda row: (slots[row], row))
     in_order = np.array([slots[row] for row in order])
     starts = [0, *(np.flatnonzero(np.diff(in_order)) + 1).tolist()]
     return LoRABatch(
         num_tokens=len(slots),
-        token_slots=torch.tensor(slots, dtype=torch.int32, device=device),
-        token_order=torch.tensor(order, dtype=torch.int64, device=device),
-        segment_starts=(*starts, len(slots)),
-        segment_slots=tuple(int(in_order[start]) for start in starts),
+        token_order=np.array(order, dtype=np.int32),
+        segment_starts=np.array([*starts, len(slots)], dtype=np.int32),
+        segment_slots=in_order[starts].astype(np.int32),
     )
 
 
@@ -217,8 +231,7 @@ def copy_bandwidth() -> float:
 def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> dict[str, object]:
     device = torch.device("cuda", 0)
     setup = Setup(case, dtype, device)
-    spec = LoRASpec(case.num_tokens, max(16, *case.ranks), dtype, device)
-    op = resolve("lora", op_name).make(spec)
+    op = resolve("lora", op_name).make(setup.spec())
     op.plan(table=setup.table, batch=setup.batch)
 
     def run() -> None:

@@ -1,7 +1,5 @@
 """The table of resident adapters on one worker, and the grouping of a step's rows by adapter."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,90 +9,92 @@ from loraplex.engine.adapters import AdapterTarget
 from loraplex.memory.adapter_layout import MODULES, num_pages
 from loraplex.memory.host_store import PackedAdapter
 
-_PER_MODULE = ("rank", "a_start", "b_start", "scale")
-
 
 class AdapterTable:
-    """Attributes: table, whose tensors keep their addresses for good."""
+    """The table on the device is written by whoever loads adapters, on the stream of the load; its
+    copy on the host by the thread that plans steps, and by no other.
+
+    Attributes: table, whose tensors keep their addresses for good.
+    """
 
     def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
         all_modules = {module: target.max_rank for module in range(len(MODULES))}
         max_pages = num_pages([all_modules], target.shapes, target.page_elems)
-        per_module = (target.num_layers, len(MODULES), num_slots)
-        host = {
-            "page_table": torch.zeros(num_slots, max_pages, dtype=torch.int32),
-            "rank": torch.zeros(per_module, dtype=torch.int32),
-            "a_start": torch.zeros(per_module, dtype=torch.int32),
-            "b_start": torch.zeros(per_module, dtype=torch.int32),
-            "scale": torch.zeros(per_module, dtype=torch.float32),
-        }
-        self._device = device
+        # rank, a_start, b_start and the bits of scale: a row goes to the device in one copy.
+        shape = (4, target.num_layers, len(MODULES), num_slots)
+        self._host_fields = torch.zeros(shape, dtype=torch.int32)
+        self._fields = torch.zeros(shape, dtype=torch.int32, device=device)
+        page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32)
         self.table = LoRATable(
-            **{name: value.clone().to(device) for name, value in host.items()},
-            **{f"host_{name}": value for name, value in host.items()},
+            page_table=page_table.clone().to(device),
+            host_page_table=page_table,
+            **_by_name(self._fields, ""),
+            **_by_name(self._host_fields, "host_"),
         )
 
     @property
     def num_slots(self) -> int:
         return self.table.page_table.shape[0]
 
-    def fill(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
-        """Let `slot` mean `adapter`, whose weights are in `page_ids` (int32, on the CPU)."""
-        self._write("page_table", slot, page_ids)
-        for name in _PER_MODULE:
-            self._write(name, slot, getattr(adapter, name))
+    def write_device(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
+        """Let `slot` mean `adapter`, whose weights are in `page_ids`; only enqueued on a GPU.
+
+        Args:
+            page_ids: integers [n], on the device.
+        """
+        row = _pack_row(adapter)
+        if self._fields.is_cuda:
+            row = row.pin_memory()
+        self._fields[..., slot].copy_(row, non_blocking=True)
+        # Entries beyond the adapter's pages are never read.
+        self.table.page_table[slot, : len(page_ids)].copy_(page_ids)
+
+    def write_host(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
+        """The same in what steps are planned by; `page_ids` on the CPU."""
+        self._host_fields[..., slot] = _pack_row(adapter)
+        self.table.host_page_table[slot].zero_()
+        self.table.host_page_table[slot, : len(page_ids)] = page_ids
 
     def clear(self, slot: int) -> None:
-        """Rank 0 everywhere: a row that still named the slot would get nothing of anyone's."""
-        for name in _PER_MODULE:
-            self._write(name, slot, torch.zeros_like(getattr(self.table, f"host_{name}")[..., 0]))
-
-    def _write(self, name: str, slot: int, value: torch.Tensor) -> None:
-        device, host = getattr(self.table, name), getattr(self.table, f"host_{name}")
-        if self._device.type == "cuda":
-            value = value.pin_memory()
-        if name == "page_table":
-            host[slot].zero_()
-            host[slot, : len(value)] = value
-            # Entries beyond the adapter's pages are never read.
-            device[slot, : len(value)].copy_(value, non_blocking=True)
-        else:
-            host[..., slot] = value
-            device[..., slot].copy_(value, non_blocking=True)
+        """Rank 0 everywhere, on the device and the host: a row that still named the slot would get
+        nothing of anyone's."""
+        self._host_fields[..., slot].zero_()
+        self._fields[..., slot].zero_()
 
 
-@dataclass(frozen=True, slots=True)
-class RowGroups:
-    """A step's tokens by adapter, on the CPU; see LoRABatch."""
+def _by_name(fields: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    rank, a_start, b_start, scale = fields
+    return {
+        f"{prefix}rank": rank,
+        f"{prefix}a_start": a_start,
+        f"{prefix}b_start": b_start,
+        f"{prefix}scale": scale.view(torch.float32),
+    }
 
-    token_slots: npt.NDArray[np.int32]
-    token_order: npt.NDArray[np.int64]
-    segment_starts: tuple[int, ...]
-    segment_slots: tuple[int, ...]
 
-    def to_batch(self, token_slots: torch.Tensor, token_order: torch.Tensor) -> LoRABatch:
-        """With the two arrays, uploaded."""
-        return LoRABatch(
-            num_tokens=len(self.token_slots),
-            token_slots=token_slots,
-            token_order=token_order,
-            segment_starts=self.segment_starts,
-            segment_slots=self.segment_slots,
-        )
+def _pack_row(adapter: PackedAdapter) -> torch.Tensor:
+    """int32 [4, L, M]."""
+    scale = adapter.scale.view(torch.int32)
+    return torch.stack((adapter.rank, adapter.a_start, adapter.b_start, scale))
 
 
 def group_rows(
     adapter_slots: npt.NDArray[np.int32], num_tokens: npt.NDArray[np.int32]
-) -> RowGroups:
-    """Of each row of the step: its adapter slot (-1: base) and its number of tokens."""
-    token_slots = np.repeat(adapter_slots, num_tokens).astype(np.int32)
+) -> LoRABatch:
+    """A step's tokens by adapter.
+
+    Args:
+        adapter_slots: of each row of the step, -1 for the base model.
+        num_tokens: of each row.
+    """
+    token_slots = np.repeat(adapter_slots, num_tokens)
     order = np.argsort(token_slots, kind="stable")
-    token_order = order[np.searchsorted(token_slots[order], 0) :].astype(np.int64)
+    token_order = order[np.searchsorted(token_slots[order], 0) :].astype(np.int32)
     sorted_slots = token_slots[token_order]
     starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
-    return RowGroups(
-        token_slots=token_slots,
+    return LoRABatch(
+        num_tokens=len(token_slots),
         token_order=token_order,
-        segment_starts=(*starts.tolist(), len(token_order)),
-        segment_slots=tuple(sorted_slots[starts].tolist()),
+        segment_starts=np.append(starts, len(token_order)).astype(np.int32),
+        segment_slots=sorted_slots[starts].astype(np.int32),
     )

@@ -56,6 +56,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphConfig:
+    """CUDA graphs of decode steps, captured at start within these bounds."""
+
+    enforce_eager: bool = field(
+        default=False, metadata={"help": "capture no CUDA graphs (slower; starts sooner)"}
+    )
+    graph_bytes: int = field(
+        default=2 << 30, metadata={"help": "GPU memory that the graphs may take"}
+    )
+    graph_seconds: float = field(default=30.0, metadata={"help": "time that capturing may take"})
+
+    def __post_init__(self) -> None:
+        if self.graph_bytes < 0 or self.graph_seconds < 0:
+            raise ValueError("graph_bytes and graph_seconds must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """Which adapters are known at start and from where more may come."""
 
@@ -108,6 +125,7 @@ class EngineConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     num_workers: int = field(

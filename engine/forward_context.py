@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.backends.attention.contract import AttentionOp
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRATable
+from loraplex.backends.fused.contract import FusedOps
+from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, LoRATable
 
 
 @dataclass(slots=True)
@@ -13,25 +14,25 @@ class ForwardContext:
     """Made once a step by the model runner and passed to every layer."""
 
     positions: torch.Tensor  # int64 [T]
-    kv_rows: torch.Tensor  # int64 [T], see AttentionBatch.kv_rows
+    kv_rows: torch.Tensor
+    """int64 [T]: where each token's K goes in a layer of the pool seen as [num_pages * 2 *
+    block_tokens, num_kv_heads, head_dim]; its V goes block_tokens rows later."""
     pool: torch.Tensor  # [num_layers, num_pages, page_elems]
     kv: (
         torch.Tensor
     )  # the same memory, [num_layers, num_pages, 2, block_tokens, kv_heads, head_dim]
     attention: AttentionOp  # already planned for this step
-    lora: LoRAOp
+    fused: FusedOps
+    lora: LoRAOp  # likewise
     lora_table: LoRATable
-    lora_batch: LoRABatch
+    has_lora: bool  # False: no row of the step has an adapter, and nothing is launched
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, layer: int, group: LoRAGroup) -> None:
-        """Add the adapters' part of one group of projections to y, in place."""
-        if not self.lora_batch.is_empty:
-            self.lora.apply(
-                y=y,
-                x=x,
-                pool=self.pool,
-                layer=layer,
-                group=group,
-                table=self.lora_table,
-                batch=self.lora_batch,
-            )
+    def shrink(self, x: torch.Tensor, layer: int, group: LoRAGroup) -> None:
+        """Begin the adapters' part of one group of projections of x."""
+        if self.has_lora:
+            self.lora.shrink(x=x, pool=self.pool, layer=layer, group=group, table=self.lora_table)
+
+    def expand(self, y: torch.Tensor, layer: int, group: LoRAGroup) -> None:
+        """Add it to y, in place."""
+        if self.has_lora:
+            self.lora.expand(y=y, pool=self.pool, layer=layer, group=group, table=self.lora_table)

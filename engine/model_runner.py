@@ -1,47 +1,39 @@
 """Runs the steps that the scheduler plans. Nothing in `launch` waits for the GPU."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionOp
-from loraplex.backends.lora.contract import LoRAOp, LoRATable
-from loraplex.engine.adapter_table import RowGroups, group_rows
+from loraplex.backends.attention.contract import AttentionBatch
+from loraplex.backends.lora.contract import LoRABatch, LoRATable
+from loraplex.backends.staging import Staging
+from loraplex.engine.adapter_table import group_rows
+from loraplex.engine.config import GraphConfig
+from loraplex.engine.decode_graphs import MAX_GRAPH_ROWS, DecodeGraphs, DeviceInputs
 from loraplex.engine.forward_context import ForwardContext
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.pending_step import PendingStep, ScoredPrompt, StepOutput
 from loraplex.engine.request_states import RequestStates
 from loraplex.engine.sampler import Logprobs, SamplingBatch, sample, score
-from loraplex.engine.staging import StepStaging
+from loraplex.engine.step_rows import StepRows, make_rows, token_inputs
+from loraplex.engine.worker_backends import WorkerBackends
 from loraplex.memory.pool import PagePool
 from loraplex.scheduler.plan import StepPlan
-
-Int32Array = npt.NDArray[np.int32]
 
 PROMPT_SCORE_ROWS = 256
 """Prompt positions whose logits exist at one time."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A step's rows on the CPU: B rows, T tokens, N rows that sample."""
-
-    slots: Int32Array  # [B]
-    positions: Int32Array  # [B]
-    num_tokens: Int32Array  # [B]
-    starts: npt.NDArray[np.int64]  # [B + 1], of each row's tokens
-    sampling: npt.NDArray[np.int64]  # [N], which rows sample
-    next_positions: Int32Array  # [N], where their tokens will stand
-
-
 class ModelRunner:
-    """Attributes: pool; states, what is remembered of each request.
+    """Steps of decode rows alone replay a CUDA graph once `capture_graphs` was called; the others,
+    and all on a CPU, launch operator by operator.
+
+    Attributes: pool; states, what is remembered of each request.
 
     Args:
-        attention, lora: made for the model's sizes and device.
+        backends: made for the model's sizes and device.
     """
 
     def __init__(
@@ -51,125 +43,161 @@ class ModelRunner:
         pool: PagePool,
         states: RequestStates,
         lora_table: LoRATable,
-        lora: LoRAOp,
-        attention: AttentionOp,
+        backends: WorkerBackends,
     ) -> None:
         self.states = states
-        self._model = model
         self.pool = pool
+        self._model = model
         self._lora_table = lora_table
-        self._lora = lora
-        self._attention = attention
+        self._lora = backends.lora
+        self._attention = backends.attention
+        self._fused = backends.fused
         self._device = model.device
-        self._staging = StepStaging(model.device)
+        self._staging = Staging(model.device)
+        self._graphs: DecodeGraphs | None = None
+        self._last_step: PendingStep | None = None
+
+    @torch.inference_mode()
+    def capture_graphs(self, config: GraphConfig) -> str:
+        """Returns one line on what was captured, or on why nothing was."""
+        if self._device.type != "cuda":
+            return ""
+        if config.enforce_eager:
+            return "no CUDA graphs: enforce_eager is set"
+        if not self._attention.supports_graphs:
+            return f"no CUDA graphs: attention {self._attention.name!r} cannot be captured"
+        max_rows = min(self.states.max_num_seqs, MAX_GRAPH_ROWS)
+        self._graphs = DecodeGraphs(
+            forward=self._forward_decode,
+            attention=self._attention,
+            lora=self._lora,
+            lora_table=self._lora_table,
+            logits=torch.empty(
+                max_rows, self._model.spec.vocab_size, dtype=self._model.dtype, device=self._device
+            ),
+        )
+        return self._graphs.capture(config)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Enqueue a step; on a CPU, compute it. The result comes from the PendingStep."""
-        step = PendingStep(plan.step_id, self._device)
-        deltas = self.states.apply(plan)
-        rows = _make_rows(plan)
-        groups = group_rows(self.states.adapter_slots[rows.slots], rows.num_tokens)
-        sampled = rows.slots[rows.sampling]
-        sampling = self.states.sampling.collect(sampled, rows.next_positions)
-        tensors = self._staging.upload(
-            {**deltas, **self._row_arrays(rows, groups), **_prefixed(sampling)}
-        )
+        step = self._last_step = PendingStep(plan.step_id, self._device, self._last_step)
+        deltas, rows, output = self.states.apply(plan), make_rows(plan), StepOutput()
+        sampling = self._collect_sampling(rows)
+        tensors = self._staging.upload({**deltas, **sampling})
         self.states.write(tensors)
-        if not len(rows.slots):
-            step.finish(StepOutput())
-            return step
-        hidden = self._forward(rows, groups, tensors)
-        output = StepOutput()
-        if len(rows.sampling):
-            batch = SamplingBatch(**{name: tensors[f"sampling.{name}"] for name in sampling})
-            self._sample(rows, batch, hidden, tensors, output)
-        self._score_prompts(rows, hidden, output)
+        if len(rows.slots):
+            self._run(step, rows, {name: tensors[name] for name in sampling}, output)
+        else:
+            step.start()
         step.finish(output)
         return step
 
-    def _row_arrays(self, rows: _Rows, groups: RowGroups) -> dict[str, npt.NDArray[Any]]:
-        states, block = self.states, self.pool.shape.block_tokens
-        row_of_token = np.repeat(np.arange(len(rows.slots)), rows.num_tokens)
-        offsets = np.arange(rows.starts[-1]) - rows.starts[row_of_token]
-        positions = rows.positions[row_of_token].astype(np.int64) + offsets
-        slots = rows.slots[row_of_token].astype(np.int64)
-        pages = states.host_page_table[slots, positions // block].astype(np.int64)
-        width = states.token_ids.shape[1]
-        sampled_slots = rows.slots[rows.sampling].astype(np.int64)
-        return {
-            "slots": rows.slots.astype(np.int64),
-            "positions": positions,
-            "token_places": slots * width + positions,
-            "kv_rows": pages * (2 * block) + positions % block,
-            "query_starts": rows.starts.astype(np.int32),
-            "kv_lens": rows.positions + rows.num_tokens,
-            "lora_slots": groups.token_slots,
-            "lora_order": groups.token_order,
-            "sample_rows": rows.starts[rows.sampling + 1] - 1,
-            "sample_places": sampled_slots * width + rows.next_positions,
-        }
+    def _collect_sampling(self, rows: StepRows) -> dict[str, npt.NDArray[Any]]:
+        if not len(rows.sampling):
+            return {}
+        slots = rows.slots[rows.sampling]
+        places = slots.astype(np.int64) * self.states.token_ids.shape[1] + rows.next_positions
+        arrays = self.states.sampling.collect(slots, rows.next_positions)
+        return {**arrays, "places": places, "rows": rows.starts[rows.sampling + 1] - 1}
 
-    def _forward(
-        self, rows: _Rows, groups: RowGroups, tensors: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """Hidden states [T, hidden_size]."""
-        kv_lens = rows.positions + rows.num_tokens
-        num_pages = -(-int(kv_lens.max()) // self.pool.shape.block_tokens)
-        batch = AttentionBatch(
-            query_lens=tuple(rows.num_tokens.tolist()),
-            kv_lens=tuple(kv_lens.tolist()),
-            num_decodes=int(np.argmax(np.append(rows.num_tokens, 0) != 1)),
-            query_starts=tensors["query_starts"],
-            kv_lens_device=tensors["kv_lens"],
-            page_table=self.states.page_table[:, :num_pages].index_select(0, tensors["slots"]),
-            kv_rows=tensors["kv_rows"],
+    def _run(
+        self,
+        step: PendingStep,
+        rows: StepRows,
+        sampling: dict[str, torch.Tensor],
+        output: StepOutput,
+    ) -> None:
+        kv_lens, block = rows.kv_lens, self.pool.shape.block_tokens
+        num_pages = -(-int(kv_lens.max()) // block)
+        attention_batch = AttentionBatch(
+            query_lens=rows.num_tokens,
+            kv_lens=kv_lens,
+            num_decodes=rows.num_decodes,
+            page_table=self.states.page_table[rows.slots, :num_pages],
         )
-        self._attention.plan(batch)
-        lora_batch = groups.to_batch(tensors["lora_slots"], tensors["lora_order"])
-        self._lora.plan(table=self._lora_table, batch=lora_batch)
+        lora_batch = group_rows(self.states.adapter_slots[rows.slots], rows.num_tokens)
+        inputs = token_inputs(
+            rows,
+            self.states.page_table,
+            block_tokens=block,
+            max_tokens=self.states.token_ids.shape[1],
+        )
+        if self._graphs is not None and rows.is_decode:
+            kind = self._graphs.kind_of(lora_batch)
+            if size := self._graphs.fit(len(rows.slots), kind):
+                self._graphs.plan(size, inputs, attention_batch, lora_batch)
+                step.start(self._describe("graph", lora_batch))
+                logits = self._graphs.replay(size, kind)[: len(rows.slots)]
+                self._sample(rows, logits, sampling, output)
+                return
+        has_lora = not lora_batch.is_empty
+        tensors = self._staging.upload(
+            {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
+        )
+        self._attention.plan(attention_batch)
+        if has_lora:
+            self._lora.plan(table=self._lora_table, batch=lora_batch)
+        step.start(self._describe("eager", lora_batch))
+        hidden = self._forward(DeviceInputs(**tensors), has_lora)
+        if len(rows.sampling):
+            logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
+            self._sample(rows, logits, sampling, output)
+        self._score_prompts(rows, hidden, output)
+
+    def _describe(self, how: str, lora_batch: LoRABatch) -> str:
+        return how if lora_batch.is_empty else f"{how}+{self._lora.family}"
+
+    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
         ctx = ForwardContext(
-            positions=tensors["positions"],
-            kv_rows=tensors["kv_rows"],
+            positions=inputs.positions,
+            kv_rows=inputs.kv_rows,
             pool=self.pool.pages,
             kv=self.pool.kv,
             attention=self._attention,
             lora=self._lora,
             lora_table=self._lora_table,
-            lora_batch=lora_batch,
+            has_lora=has_lora,
+            fused=self._fused,
         )
-        token_ids = self.states.token_ids.view(-1).index_select(0, tensors["token_places"])
-        return self._model.forward(token_ids.long(), ctx)
+        token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
+        return self._model.forward(token_ids, ctx)
+
+    def _forward_decode(self, inputs: DeviceInputs, has_lora: bool, logits: torch.Tensor) -> None:
+        self._model.logits(self._forward(inputs, has_lora), out=logits)
 
     def _sample(
         self,
-        rows: _Rows,
-        batch: SamplingBatch,
-        hidden: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
+        rows: StepRows,
+        logits: torch.Tensor,
+        sampling: dict[str, torch.Tensor],
         output: StepOutput,
     ) -> None:
-        logits = self._model.logits(hidden.index_select(0, tensors["sample_rows"]))
+        places = sampling["places"]
+        batch = SamplingBatch(**{k: v for k, v in sampling.items() if k not in ("places", "rows")})
         num_best = self.states.sampling.num_logprobs[rows.slots[rows.sampling]]
         wanted = np.flatnonzero(num_best >= 0)
-        raw = logits.clone() if len(wanted) else logits
         longest = int(rows.next_positions.max())
-        chosen = sample(logits, batch, self.states.token_ids, longest)
-        self.states.token_ids.view(-1).index_copy_(0, tensors["sample_places"], chosen.int())
+        chosen = sample(logits, batch, self.states.token_ids, longest, fused=self._fused)
         output.token_ids = chosen.int()
+        self.states.token_ids.view(-1).index_copy_(0, places, output.token_ids)
         if len(wanted):
             output.scored_rows = [(int(row), int(num_best[row])) for row in wanted]
-            output.scores = self._score_rows(raw, chosen, wanted, int(num_best.max()))
+            output.scores = self._score_rows(logits, chosen, wanted, int(num_best.max()))
 
     def _score_rows(
-        self, raw: torch.Tensor, chosen: torch.Tensor, wanted: npt.NDArray[np.int64], num_best: int
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        wanted: npt.NDArray[np.int64],
+        num_best: int,
     ) -> Logprobs:
         if len(wanted) < len(chosen):
             index = self._staging.upload({"wanted": wanted})["wanted"]
-            raw, chosen = raw.index_select(0, index), chosen.index_select(0, index)
-        return score(raw, chosen, num_best)
+            logits, chosen = logits.index_select(0, index), chosen.index_select(0, index)
+        return score(logits.float(), chosen, num_best)
 
-    def _score_prompts(self, rows: _Rows, hidden: torch.Tensor, output: StepOutput) -> None:
+    def _score_prompts(self, rows: StepRows, hidden: torch.Tensor, output: StepOutput) -> None:
         """Log-probabilities of the prompt tokens that follow the fed ones, where asked for."""
         sampling = self.states.sampling
         for row in np.flatnonzero(sampling.num_prompt_logprobs[rows.slots] >= 0).tolist():
@@ -181,25 +209,5 @@ class ModelRunner:
                 stop = min(at + PROMPT_SCORE_ROWS, end)
                 logits = self._model.logits(hidden[start + at - first : start + stop - first])
                 targets = self.states.token_ids[slot, at:stop].long()
-                scores = score(logits, targets, num_best)
+                scores = score(logits.float(), targets, num_best)
                 output.prompts.append(ScoredPrompt(slot, at, num_best, scores))
-
-
-def _make_rows(plan: StepPlan) -> _Rows:
-    slots, positions, num_tokens, samples = (
-        np.array(values, dtype=np.int32)
-        for values in (plan.slots, plan.positions, plan.num_tokens, plan.samples)
-    )
-    sampling = np.flatnonzero(samples)
-    return _Rows(
-        slots=slots,
-        positions=positions,
-        num_tokens=num_tokens,
-        starts=np.concatenate(([0], np.cumsum(num_tokens, dtype=np.int64))).astype(np.int64),
-        sampling=sampling,
-        next_positions=(positions + num_tokens)[sampling],
-    )
-
-
-def _prefixed(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    return {f"sampling.{name}": array for name, array in arrays.items()}

@@ -33,15 +33,25 @@ class StepOutput:
 class PendingStep:
     """`result` waits for the step; `is_done` does not."""
 
-    def __init__(self, step_id: int, device: torch.device) -> None:
+    def __init__(
+        self, step_id: int, device: torch.device, previous: "PendingStep | None" = None
+    ) -> None:
+        """`previous` is the step launched before: the GPU's idle time between them is measured."""
         self._step_id = step_id
         self._is_cuda = device.type == "cuda"
+        self._kernels = ""
         self._output = StepOutput()
         self._started_at = time.perf_counter()
-        self._seconds = 0.0
+        self._seconds = self._idle_seconds = 0.0
         if self._is_cuda:
             self._start = torch.cuda.Event(enable_timing=True)
-            self._end = torch.cuda.Event(enable_timing=True)
+            self._end: torch.cuda.Event = torch.cuda.Event(enable_timing=True)
+            self._previous_end = previous._end if previous else None
+
+    def start(self, kernels: str = "") -> None:
+        """Everything before the first kernel of the model is enqueued; see StepResult.kernels."""
+        self._kernels = kernels
+        if self._is_cuda:
             self._start.record()
 
     def finish(self, output: StepOutput) -> None:
@@ -72,6 +82,9 @@ class PendingStep:
         if self._is_cuda:
             self._end.synchronize()
             self._seconds = self._start.elapsed_time(self._end) / 1e3
+            if self._previous_end is not None:
+                self._idle_seconds = self._previous_end.elapsed_time(self._start) / 1e3
+                self._previous_end = None
         output = self._output
         ids = [] if output.token_ids is None else output.token_ids.tolist()
         logprobs: list[TokenLogprobs | None] = []
@@ -95,6 +108,8 @@ class PendingStep:
                 for prompt in output.prompts
             ],
             step_us=int(self._seconds * 1e6),
+            kernels=self._kernels,
+            idle_us=int(self._idle_seconds * 1e6),
         )
 
     def _scores_to_host(self, scores: Logprobs) -> Logprobs:

@@ -5,23 +5,26 @@ the maximum; the others: temperature, min-p, top-k, top-p, then a draw. Log-prob
 the logits as the model gave them.
 
 A draw is the Gumbel-max trick with noise that is a hash of (seed, position, token id), so it
-depends neither on the batch nor on what ran before.
+depends neither on the batch nor on what ran before. The op ``fused`` makes it, for all rows and
+whatever the other parameters did to the logits before.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-CHUNK_ELEMS = 1 << 24
-"""Rows are drawn in chunks of about so many logits, which bounds the scratch memory."""
+from loraplex.backends.fused.contract import FusedOps
 
-_MASK_32 = 0xFFFFFFFF
+CHUNK_ELEMS = 1 << 24
+"""Rows are adjusted in chunks of about so many logits, which bounds the scratch memory."""
 
 
 @dataclass(slots=True)
 class SamplingBatch:
     """What the N rows of a step need; None where no row uses it. See SamplingStates.collect."""
 
+    temperature: torch.Tensor  # float32 [N]; 0: greedy
+    keys: torch.Tensor  # int64 [N, 2], 32 bits each
     bias_rows: torch.Tensor | None = None  # int64 [number of biases]
     bias_ids: torch.Tensor | None = None  # int64, token ids
     bias: torch.Tensor | None = None  # float32
@@ -32,12 +35,16 @@ class SamplingBatch:
     num_known_tokens: torch.Tensor | None = None  # int64 [P]
     forbidden_rows: torch.Tensor | None = None  # int64 [number of forbidden ids]
     forbidden_ids: torch.Tensor | None = None  # int64
-    random_rows: torch.Tensor | None = None  # int64 [R]; the other rows are greedy
-    temperature: torch.Tensor | None = None  # float32 [R]
-    keys: torch.Tensor | None = None  # int64 [R, 2], 32 bit each
+    cut_rows: torch.Tensor | None = None  # int64 [R], random rows with any of the next three
     min_p: torch.Tensor | None = None  # float32 [R]
     top_k: torch.Tensor | None = None  # int64 [R], the vocabulary's size where off
     top_p: torch.Tensor | None = None  # float32 [R]
+
+    @property
+    def is_plain(self) -> bool:
+        """The logits are drawn from as they are."""
+        rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.cut_rows)
+        return all(index is None for index in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +61,30 @@ def sample(
     batch: SamplingBatch,
     token_ids: torch.Tensor,
     num_known_tokens: int,
+    *,
+    fused: FusedOps,
 ) -> torch.Tensor:
     """The next token of each row, int64 [N].
 
     Args:
-        logits: float32 [N, vocabulary]; overwritten.
+        logits: [N, vocabulary], the model's dtype.
         token_ids: [slots, length], where penalties look up what a request has so far.
         num_known_tokens: an upper bound of batch.num_known_tokens, known on the CPU.
     """
-    _adjust(logits, batch, token_ids, num_known_tokens)
-    chosen = logits.argmax(dim=-1)
-    if batch.random_rows is not None:
-        rows_per_chunk = max(1, CHUNK_ELEMS // logits.shape[1])
-        for start in range(0, len(batch.random_rows), rows_per_chunk):
-            part = slice(start, start + rows_per_chunk)
-            chosen.index_copy_(0, batch.random_rows[part], _draw(logits, batch, part))
-    return chosen
+    if not batch.is_plain:
+        logits = logits.to(torch.float32, copy=True)
+        _adjust(logits, batch, token_ids, num_known_tokens)
+    return fused.draw(logits, batch.temperature, batch.keys)
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_best: int) -> Logprobs:
     """Log-probabilities of given tokens, and of the best ones.
 
     Args:
-        logits: float32 [n, vocabulary], as the model gave them.
+        logits: [n, vocabulary], the model's dtype, as it gave them.
         token_ids: int64 [n].
     """
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > own).sum(dim=1, dtype=torch.int32) + 1
     best, best_ids = logprobs.topk(min(num_best, logits.shape[1]), dim=1)
@@ -101,6 +106,10 @@ def _adjust(
         _penalize(logits, batch, token_ids, num_known_tokens)
     if batch.forbidden_rows is not None:
         logits[batch.forbidden_rows, batch.forbidden_ids] = -torch.inf
+    if batch.cut_rows is not None:
+        rows_per_chunk = max(1, CHUNK_ELEMS // logits.shape[1])
+        for start in range(0, len(batch.cut_rows), rows_per_chunk):
+            _cut(logits, batch, slice(start, start + rows_per_chunk))
 
 
 def _penalize(
@@ -128,12 +137,12 @@ def _penalize(
         logits.index_copy_(0, rows, values)
 
 
-def _draw(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> torch.Tensor:
-    """int64 [rows of the part]."""
-    assert batch.random_rows is not None
-    assert batch.temperature is not None and batch.keys is not None
-    values = logits.index_select(0, batch.random_rows[part])
-    values /= batch.temperature[part, None]
+def _cut(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> None:
+    """What min-p, top-k and top-p leave out becomes -inf; the rest is not touched."""
+    assert batch.cut_rows is not None
+    rows = batch.cut_rows[part]
+    kept = logits.index_select(0, rows)
+    values = kept / batch.temperature.index_select(0, rows)[:, None]
     if batch.min_p is not None:
         probs = values.softmax(dim=-1)
         floor = batch.min_p[part, None] * probs.amax(dim=-1, keepdim=True)
@@ -144,7 +153,7 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> torch.Tens
             None if batch.top_k is None else batch.top_k[part],
             None if batch.top_p is None else batch.top_p[part],
         )
-    return values.add_(gumbel_noise(batch.keys[part], values.shape[1])).argmax(dim=-1)
+    logits.index_copy_(0, rows, kept.masked_fill_(values == -torch.inf, -torch.inf))
 
 
 def _keep_top(
@@ -161,22 +170,3 @@ def _keep_top(
         outside[:, -1] = False
         ordered.masked_fill_(outside, -torch.inf)
     return torch.empty_like(values).scatter_(1, order, ordered)
-
-
-def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """float32 [R, vocab_size], the same for equal keys on every device, up to rounding.
-
-    The hash is two rounds of a 32-bit multiply-xorshift mixer over (token id, key), in int64
-    arithmetic whose products stay below 2^63.
-    """
-    ids = torch.arange(vocab_size, device=keys.device)
-    bits = _mix32((ids * 0x61C88647 + keys[:, :1]) & _MASK_32)
-    bits = _mix32(bits ^ keys[:, 1:])
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # exact in float32, and never 0 or 1
-    return -torch.log(-torch.log(uniform))
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK_32
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK_32
-    return x ^ (x >> 16)

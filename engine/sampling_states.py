@@ -61,30 +61,37 @@ class SamplingStates:
     def collect(
         self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Arrays of the N rows that sample, by the names of SamplingBatch's fields; a field whose
-        parameter nobody uses is left out.
+        """Arrays of the N rows that sample, by the names of SamplingBatch's fields; of those that
+        may be None, one whose parameter nobody uses is left out.
 
         Args:
             positions: where the sampled tokens will stand.
         """
-        arrays: dict[str, npt.NDArray[Any]] = {}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "temperature": self._temperature[slots],
+            "keys": noise_keys(self._seed[slots], positions),
+        }
         self._collect_bias(slots, arrays)
         self._collect_penalties(slots, positions, arrays)
         self._collect_forbidden(slots, positions, arrays)
-        random = np.flatnonzero(self._temperature[slots] > 0)
-        if len(random):
-            chosen = slots[random]
-            arrays["random_rows"] = random.astype(np.int64)
-            arrays["temperature"] = self._temperature[chosen]
-            arrays["keys"] = noise_keys(self._seed[chosen], positions[random])
-            if (self._min_p[chosen] > 0).any():
-                arrays["min_p"] = self._min_p[chosen]
-            if (self._top_k[chosen] > 0).any():
-                top_k = self._top_k[chosen]
-                arrays["top_k"] = np.where(top_k > 0, top_k, self._vocab_size)
-            if (self._top_p[chosen] < 1).any():
-                arrays["top_p"] = self._top_p[chosen]
+        self._collect_cuts(slots, arrays)
         return arrays
+
+    def _collect_cuts(
+        self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
+        is_cut = (min_p > 0) | (top_k > 0) | (top_p < 1)
+        rows = np.flatnonzero(is_cut & (self._temperature[slots] > 0))
+        if not len(rows):
+            return
+        arrays["cut_rows"] = rows.astype(np.int64)
+        if (min_p[rows] > 0).any():
+            arrays["min_p"] = min_p[rows]
+        if (top_k[rows] > 0).any():
+            arrays["top_k"] = np.where(top_k > 0, top_k, self._vocab_size)[rows]
+        if (top_p[rows] < 1).any():
+            arrays["top_p"] = top_p[rows]
 
     def _collect_bias(
         self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]

@@ -1,5 +1,6 @@
 """``python -m loraplex.engine.worker_proc``: the process of one worker, the owner of one GPU."""
 
+import sys
 from typing import Protocol
 
 import zmq
@@ -21,9 +22,14 @@ class WorkerLike(Protocol):
     def close(self) -> None: ...
 
 
+SWITCH_INTERVAL_S = 0.0005
+"""After so long a thread that packs an adapter lets the loop have the interpreter."""
+
+
 def run(child: Child) -> None:
     from loraplex.engine.worker import Worker
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     worker = Worker(
         child.start.config, child.start.index, wakeup=child.wakeup.set, progress=child.progress
     )

@@ -22,6 +22,7 @@ GROUPS = {
     "memory": "memory (one pool of pages for KV cache and adapters)",
     "scheduler": "scheduler",
     "backend": "backends",
+    "graph": "CUDA graphs",
     "server": "server",
 }
 """Title in --help of each part of EngineConfig. `num_workers` becomes a flag when it may vary."""
@@ -79,11 +80,11 @@ def format_size(num_bytes: int) -> str:
 
 
 def parse_pair(text: str) -> tuple[str, str]:
-    """NAME=PATH, both present."""
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} should read NAME=PATH")
-    return name, path
+    """NAME=VALUE, both present."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} should read NAME=VALUE")
+    return name, value
 
 
 def parse_bias(text: str) -> tuple[int, float]:
@@ -205,7 +206,7 @@ def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
     hint = _without_none(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if field.name in ("lora_backend", "attention_backend"):
+    if field.name in ("lora_backend", "attention_backend", "fused_backend"):
         op = field.name.removesuffix("_backend")
         return {"choices": [registry.AUTO, *(b.name for b in registry.list_backends(op))]}
     if "choices" in field.metadata:
@@ -219,7 +220,7 @@ def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
         convert, metavar = scalar[hint]
         return {"type": convert, "metavar": metavar}
     repeated: dict[Any, tuple[Callable[[str], Any], str]] = {
-        tuple[tuple[str, str], ...]: (parse_pair, "NAME=PATH"),
+        tuple[tuple[str, str], ...]: (parse_pair, field.metadata.get("metavar", "NAME=PATH")),
         dict[int, float]: (parse_bias, "ID=X"),
         str | list[str]: (str, "TEXT"),
     }

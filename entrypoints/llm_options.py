@@ -40,14 +40,24 @@ class LLMOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     max_queue_len: int
     max_steps_in_flight: int
+    policy: str
+    max_wait_s: float
+    max_adapters_per_batch: int
+    ttft_slo_s: float
+    fair_share_by: str
+    fair_share_weights: tuple[tuple[str, str], ...]
+    enforce_eager: bool
+    graph_bytes: int
+    graph_seconds: float
     lora_backend: str
     attention_backend: str
+    fused_backend: str
     enable_lora: bool
     max_loras: int
     tensor_parallel_size: int
 
 
-_PARTS = ("model", "adapter", "memory", "scheduler", "backend")
+_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "graph")
 _ALIASES = {"max_loras": "max_adapter_slots"}
 _ELSEWHERE = {
     "block_size": "use block_tokens",
@@ -55,7 +65,6 @@ _ELSEWHERE = {
     "max_cpu_loras": "use adapter_host_bytes",
     "disable_log_stats": "leave it out",
     "enable_chunked_prefill": "it is always on; leave it out",
-    "enforce_eager": "leave it out",
     "quantization": "the format is read from the checkpoint; leave it out",
     "swap_space": "preempted requests are recomputed; leave it out",
     "trust_remote_code": "no code is ever taken from a checkpoint; leave it out",

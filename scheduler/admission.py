@@ -2,19 +2,20 @@
 
 A request starts when its adapter is resident and pages for all its known tokens are there, with
 one page to spare for each running request. Pages come from the free list, then from idle prefix
-blocks and adapters, then from adapters held for requests later in the order.
+blocks and adapters, then from adapters held for requests of a higher rank.
 
 What bounds the wait:
 - For room (pages): a request that lacks room stops the walk, so nobody behind it starts and the
   requests that run, which end after max_tokens at the latest, give the room back. It always fits
   an empty pool, or it was refused.
 - For an adapter that is being inspected or loaded: others go ahead meanwhile. Once it is loaded the
-  adapter is held for the request that had it loaded; only requests earlier in the order can take it
+  adapter is held for the request that had it loaded; only requests of a lower rank can take it
   away, and those are finitely many.
 - For an adapter slot: only base-model requests go ahead, which take no slot.
+- For its turn in the order: each policy states its bound.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
 from loraplex.memory.adapter_cache import CachedAdapter, Residency
@@ -22,7 +23,8 @@ from loraplex.memory.kv_cache import BlockChain, prefix_root
 from loraplex.memory.logical import LogicalMemory
 from loraplex.scheduler.adapters import Adapter
 from loraplex.scheduler.plan import AdapterLoaded, LoadAdapter, int_array
-from loraplex.scheduler.request import Request
+from loraplex.scheduler.policy import Context, Policy
+from loraplex.scheduler.request import Rank, Request
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.waiting import WaitingQueue
 
@@ -44,50 +46,80 @@ class Admission:
         *,
         memory: LogicalMemory,
         waiting: WaitingQueue,
+        policy: Policy,
         stats: SchedulerStats,
         base_fingerprint: str,
         send: Callable[[LoadAdapter], None],
     ) -> None:
         self._memory = memory
         self._waiting = waiting
+        self._policy = policy
         self._stats = stats
         self._base_fingerprint = base_fingerprint
         self._send = send
         self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
         self._loading: dict[str, Adapter] = {}  # content hash -> record whose path is read
+        self.lacked_room = False  # the last walk ended for want of pages, and none were freed since
 
     @property
     def num_loading(self) -> int:
         return len(self._loading)
 
-    def admit(self, *, now: float, num_running: int, start: Callable[[Request], bool]) -> None:
-        """Walk the queue and start what fits.
+    def context(self, now: float, *, num_free_slots: int) -> Context:
+        """For the policy; adapters held for requests stand for seats that these will take."""
+        return Context(
+            now=now,
+            num_free=num_free_slots - len(self._holders),
+            lacked_room=self.lacked_room,
+            resident=self._resident,
+        )
+
+    def _resident(self) -> Iterator[str]:
+        return (adapter.content_hash for adapter in self._memory.adapters)
+
+    def admit(
+        self, *, context: Context, num_running: int, start: Callable[[Request], bool]
+    ) -> None:
+        """Walk the queue in the policy's order and start what fits.
 
         Args:
             num_running: requests that run already.
             start: called for each request once its pages are allocated; returns whether the step
                 can take one more. Not called at all if the queue is empty.
         """
-        queue = self._waiting.queue
-        kept: list[Request] = []
-        num_taken, more = 0, True
-        while more and num_taken < len(queue) and len(kept) < _MAX_SKIPPED:
-            request = queue[num_taken]
-            if kept and request.record is not None:
+        now = context.now
+        taken: list[Request] = []
+        num_kept = 0
+        self.lacked_room = False
+        for request in self._policy.order(self._waiting, context):
+            request.rank = self._policy.rank(request, now)
+            if num_kept and request.record is not None:
                 verdict = _Verdict.NO_SLOT
             else:
-                verdict = self._try_start(request, num_running, now)
+                verdict = self._try_start(request, num_running, context)
             if verdict is _Verdict.NO_ROOM:
+                self.lacked_room = True
                 break
-            num_taken += 1
             if verdict is _Verdict.NO_SLOT:
-                kept.append(request)
-            elif verdict is _Verdict.STARTED:
+                num_kept += 1
+                if num_kept == _MAX_SKIPPED:
+                    break
+                continue
+            taken.append(request)
+            if verdict is _Verdict.STARTED:
                 num_running += 1
-                more = start(request)
-        self._waiting.replace_front(num_taken, kept)
+                if not start(request):
+                    break
+        self._waiting.discard(taken)
 
-    def _try_start(self, request: Request, num_running: int, now: float) -> _Verdict:
+    def _choose(self, request: Request, context: Context) -> None:
+        context.num_free -= 1
+        if request.chosen_at < 0:
+            request.chosen_at = context.now
+            self._policy.on_chosen(request, context.now)
+
+    def _try_start(self, request: Request, num_running: int, context: Context) -> _Verdict:
+        now = context.now
         if request.has_tokens_in_flight:  # preempted; its last ids come with a step's result
             return _Verdict.NO_ROOM
         record = request.record
@@ -101,11 +133,14 @@ class Admission:
         if num_weights and not self._find_slot(request, now):
             return _Verdict.NO_SLOT
         while self._num_available(prefix, adapter) < num_kv + num_weights + num_running:
-            if not self.revoke_newest(request.key, now):
+            if not self.revoke_newest(request.rank, now):
                 return _Verdict.NO_ROOM
         if record and not adapter:
+            self._choose(request, context)
             self._load(request, record, now)
             return _Verdict.PARKED
+        if request.request_id not in self._holders:  # else its seat was counted when it was chosen
+            self._choose(request, context)
         self._reserve(request, prefix)
         return _Verdict.STARTED
 
@@ -127,7 +162,7 @@ class Admission:
 
     def _find_slot(self, request: Request, now: float) -> bool:
         while not self._memory.has_adapter_slot:
-            if not self.revoke_newest(request.key, now):
+            if not self.revoke_newest(request.rank, now):
                 return False
         return True
 
@@ -181,18 +216,18 @@ class Admission:
             self._memory.adapters.unpin(request.record.content_hash, now)
 
     def newest_holder(self) -> Request | None:
-        """The last request in the order for which an adapter is held that has finished loading."""
+        """The last request by rank for which an adapter is held that has finished loading."""
         held = [
             request
             for request in self._holders.values()
             if request.record and request.record.content_hash not in self._loading
         ]
-        return max(held, key=lambda request: request.key, default=None)
+        return max(held, key=lambda request: request.rank, default=None)
 
-    def revoke_newest(self, key: tuple[int, ...], now: float) -> bool:
-        """Make one adapter that is held for a request later than `key` idle, if there is one."""
+    def revoke_newest(self, rank: Rank, now: float) -> bool:
+        """Make one adapter that is held for a request later than `rank` idle, if there is one."""
         holder = self.newest_holder()
-        if holder is None or holder.key <= key:
+        if holder is None or holder.rank <= rank:
             return False
         self.unpin(holder, now)
         return True

@@ -19,9 +19,10 @@ def check_books(
 ) -> None:
     """Raise IntegrityError unless each request is in one place and holds what it should."""
     requests = list(requests)
-    queued = set(waiting.queue)
+    waiting.check_integrity()
+    queued = set(waiting.by_age)
     parked = {request for request in requests if request.parked_on is not None}
-    if len(queued) != len(waiting.queue) or len(parked) != waiting.num_parked:
+    if len(queued) != len(waiting.by_age) or len(parked) != waiting.num_parked:
         raise IntegrityError("a request waits twice, or one that ended still waits")
     places = Counter([*running, *queued, *parked])
     if places != Counter(requests):

@@ -46,6 +46,11 @@ def take_result(
             updates[-1].prompt_logprobs = prompt_logprobs[request]
     stats.num_steps += 1
     stats.step_us += result.step_us
+    by_kernels = stats.steps_by_kernels
+    by_kernels[result.kernels] = by_kernels.get(result.kernels, 0) + 1
+    if step.follows:
+        stats.busy_us += result.step_us
+        stats.idle_us += result.idle_us
     stats.num_generated_tokens += num_sampled - num_dropped
     stats.num_dropped_tokens += num_dropped
     return updates, ended

@@ -2,6 +2,7 @@
 
 from loraplex.memory.logical import LogicalMemory
 from loraplex.scheduler.admission import Admission
+from loraplex.scheduler.policy import Context
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.running import RunningSet
 from loraplex.scheduler.stats import SchedulerStats
@@ -27,14 +28,19 @@ class StepPlanner:
         self._admission = admission
         self._stats = stats
 
+    def context(self, now: float) -> Context:
+        """What the policy may know of the present."""
+        return self._admission.context(now, num_free_slots=self._running.num_free_slots)
+
     def fill(self, step: StepBuilder, now: float) -> None:
         """Add the rows of the next step; it stays empty if nothing can run."""
         self._plan_running(step, now)
-        if self._waiting.queue and step.budget and self._running.has_free_slot:
+        if self._waiting.by_age and step.budget and self._running.has_free_slot:
             self._plan_waiting(step, now)
 
     def vacate(self, request: Request, now: float) -> None:
         """Take slot, pages and pin from a running request."""
+        self._admission.lacked_room = False
         self._running.release(request)
         self._memory.kv.release(request.request_id, now)
         self._admission.unpin(request, now)
@@ -68,7 +74,7 @@ class StepPlanner:
         the request itself had to give way."""
         while not self._memory.num_available:
             newest = self._running.newest  # never before `request`, so the step has no row of it
-            if self._admission.revoke_newest(newest.key, now):
+            if self._admission.revoke_newest(newest.rank, now):
                 continue
             self._preempt(newest, now)
             if newest is request:
@@ -81,7 +87,7 @@ class StepPlanner:
         return True
 
     def _preempt(self, request: Request, now: float) -> None:
-        """Back to the queue, at the place its key gives; its tokens so far are computed again.
+        """Back to the queue, at the place its rank gives; its tokens so far are computed again.
 
         Ids that steps in flight still bring are kept, and awaited before it may resume.
         """
@@ -102,4 +108,6 @@ class StepPlanner:
             step.add_chunk(request)
             return step.budget > 0 and self._running.has_free_slot
 
-        self._admission.admit(now=now, num_running=len(self._running), start=start)
+        self._admission.admit(
+            context=self.context(now), num_running=len(self._running), start=start
+        )

@@ -1,26 +1,156 @@
-"""In which order requests are served: pure functions, chosen by name.
+"""In which order waiting requests start: what every policy answers, and the two simplest ones.
 
-A policy maps a request to a sort key, smaller first; keys are unique and fixed while the request
-lives. The same order says who starts next and, backwards, who is preempted first.
+A policy sorts requests into flows. Within a flow the order is fixed at arrival (`Request.key`);
+between flows the policy decides on each walk, by the waiting requests and the context, so nothing
+is sorted anew. The other policies are in policy_cluster.py, policy_abort.py and policy_vtc.py.
+
+Once a request is chosen (started, or its adapter loaded for it) its `rank` holds until it ends: the
+running request of the highest rank is preempted first, and goes before all that were never chosen.
+No change of mind of the policy can therefore make two requests push each other out in turns.
 """
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
-from loraplex.scheduler.request import Request
+from loraplex.scheduler.request import Rank, Request
+from loraplex.scheduler.step import StepBuilder
 
-Policy = Callable[[Request], tuple[int, ...]]
-
-
-def fcfs(request: Request) -> tuple[int, ...]:
-    """First come, first served, among requests of the same priority; lower priority is earlier."""
-    return (request.priority, request.order)
-
-
-POLICIES: dict[str, Policy] = {"fcfs": fcfs}
+CHOSEN: Final = ("chosen",)
+"""The flow of requests that were chosen and wait again, of policies with `chosen_first`."""
 
 
-def get_policy(name: str) -> Policy:
-    """Raises ValueError, listing the policies there are, for an unknown name."""
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; there are {sorted(POLICIES)}")
-    return POLICIES[name]
+class WaitingView(Protocol):
+    """The requests that may start; nothing is added or removed during a walk."""
+
+    @property
+    def by_age(self) -> Sequence[Request]:
+        """All, in order of arrival."""
+
+    @property
+    def flows(self) -> Mapping[Hashable, Sequence[Request]]:
+        """The same by flow, each in order of `key` (CHOSEN: of `rank`); none is empty."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What else a policy may look at. `num_free` counts down while a walk chooses requests."""
+
+    now: float  # seconds
+    num_free: int  # seats for further requests: free ones, less those that are spoken for
+    lacked_room: bool  # the last walk ended because pages were short
+    resident: Callable[[], Iterable[str]]  # content hashes of the adapters in pages
+
+
+class PolicyHooks:
+    """What a policy hears of, to keep its counts; most need nothing of it."""
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        """The request was accepted."""
+
+    def on_flow(self, request: Request) -> None:
+        """The request is the first of a flow that was empty."""
+
+    def on_chosen(self, request: Request, now: float) -> None:
+        """The request starts, or its adapter is loaded for it, for the first time."""
+
+    def on_result(self, step: StepBuilder, now: float) -> None:
+        """The step's tokens are about to be handed to its requests."""
+
+    def on_end(self, request: Request) -> None:
+        """The request ended, in whatever state."""
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Raise IntegrityError unless the hooks' counts are those of the unfinished `requests`."""
+
+
+class Policy(PolicyHooks, ABC):
+    """Answers are pure functions of view, context and the counts that the hooks keep."""
+
+    chosen_first = True  # whether requests that were chosen and wait again go before all others
+
+    @abstractmethod
+    def flow(self, request: Request) -> Hashable:
+        """Which flow a request belongs to; called when it is READY to start."""
+
+    @abstractmethod
+    def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
+        """Requests in the order in which to try them, each at most once."""
+
+    def key(self, request: Request) -> Rank:
+        """Place within its flow, fixed at arrival."""
+        return (0.0, request.order)
+
+    def rank(self, request: Request, now: float) -> Rank:
+        """Place among the chosen ones; asked for on every attempt to start the request."""
+        return request.rank if request.chosen_at >= 0 else (now, request.order)
+
+    def hopeless(self, view: WaitingView, context: Context) -> Sequence[Request]:
+        """Requests to give up now; asked for once a plan."""
+        return ()
+
+
+def aged_prefix(by_age: Sequence[Request], *, now: float, max_wait_s: float) -> Iterator[Request]:
+    """Those that have waited `max_wait_s`, oldest first."""
+    for request in by_age:
+        if now - request.arrival < max_wait_s:
+            return
+        yield request
+
+
+class FirstComeFirstServed(Policy):
+    """Lower priority numbers first, then order of arrival.
+
+    Bound: once a request has waited `max_wait_s`, nothing that arrived later starts before it.
+    """
+
+    chosen_first = False  # the key says all
+
+    def __init__(self, *, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+
+    def flow(self, request: Request) -> Hashable:
+        return None
+
+    def key(self, request: Request) -> Rank:
+        return (request.priority, request.order)
+
+    def rank(self, request: Request, now: float) -> Rank:
+        """One that starts by its age alone must not be the first to be preempted."""
+        aged = now - request.arrival >= self._max_wait_s
+        return (-math.inf, request.order) if aged else request.key
+
+    def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
+        now, max_wait_s = context.now, self._max_wait_s
+        yield from aged_prefix(view.by_age, now=now, max_wait_s=max_wait_s)
+        for request in view.flows.get(None, ()):
+            if now - request.arrival < max_wait_s:
+                yield request
+
+
+class StrictPriority(Policy):
+    """Priorities that age: each `max_wait_s` of waiting makes up for one level.
+
+    Two requests age alike, so their order never changes and is that of `arrival + max_wait_s *
+    priority`. Bound: a request of priority p lets one of priority q < p go first only if that
+    arrived less than `max_wait_s * (p - q)` after it, and one of q >= p only if it came before.
+    """
+
+    chosen_first = False
+
+    def __init__(self, *, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+
+    def flow(self, request: Request) -> Hashable:
+        return None
+
+    def key(self, request: Request) -> Rank:
+        return (request.arrival + self._max_wait_s * request.priority, request.order)
+
+    def rank(self, request: Request, now: float) -> Rank:
+        return request.key
+
+    def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
+        return iter(view.flows.get(None, ()))

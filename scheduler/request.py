@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
+Rank = tuple[float, int]
+"""A place in an order: smaller goes first; the second part, the order of arrival, is unique."""
+
 
 class RequestState(Enum):
     WAITING = "waiting"  # queued: never started, waiting for its adapter, or preempted
@@ -49,7 +52,10 @@ class Request:
 
     state: RequestState = field(default=RequestState.WAITING, init=False)
     order: int = field(default=0, init=False)  # of arrival, unique
-    key: tuple[int, ...] = field(default=(), init=False)  # the policy's: smaller goes first
+    key: Rank = field(default=(0.0, 0), init=False)  # place in its flow, see Policy
+    rank: Rank = field(default=(0.0, 0), init=False)  # place among the chosen ones
+    flow: Hashable = field(default=None, init=False)  # the one it waits in
+    chosen_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
     record: "Adapter | None" = field(default=None, init=False)
     pins_adapter: bool = field(default=False, init=False)
     parked_on: Hashable = field(default=None, init=False)  # see WaitingQueue

@@ -1,18 +1,17 @@
-"""The requests that run: in the policy's order, each with a slot of the workers' state."""
+"""The requests that run: by rank, each with a slot of the workers' state."""
 
 from bisect import insort
 from collections.abc import Iterator
+from operator import attrgetter
 
 from loraplex.memory.block_manager import IntegrityError
 from loraplex.scheduler.request import Request, RequestState
 
-
-def _key(request: Request) -> tuple[int, ...]:
-    return request.key
+_rank = attrgetter("rank")
 
 
 class RunningSet:
-    """Slots and who has them; the last in the order is the first to be preempted."""
+    """Slots and who has them; the last by rank is the first to be preempted."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs
@@ -32,6 +31,10 @@ class RunningSet:
         return bool(self._free_slots)
 
     @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def newest(self) -> Request:
         return self._requests[-1]
 
@@ -39,7 +42,7 @@ class RunningSet:
         """Give the request a slot; one must be free."""
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
-        insort(self._requests, request, key=_key)
+        insort(self._requests, request, key=_rank)
 
     def release(self, request: Request) -> None:
         """Take the slot back. The workers hear of it with the next plan, so that plan may already
@@ -63,5 +66,5 @@ class RunningSet:
         slots = self._free_slots + [request.slot for request in self._requests]
         if sorted(slots) != list(range(self._max_num_seqs)):
             raise IntegrityError("a slot is lost or used twice")
-        if sorted(self._requests, key=_key) != self._requests:
+        if sorted(self._requests, key=_rank) != self._requests:
             raise IntegrityError("the running requests are out of order")

@@ -30,7 +30,7 @@ from loraplex.scheduler.plan import (
     UnloadAdapter,
 )
 from loraplex.scheduler.planner import StepPlanner
-from loraplex.scheduler.policy import get_policy
+from loraplex.scheduler.policies import make_policy
 from loraplex.scheduler.request import Request, RequestRefused, RequestState, RequestUpdate
 from loraplex.scheduler.running import RunningSet
 from loraplex.scheduler.stats import SchedulerStats
@@ -57,11 +57,11 @@ class Scheduler:
         self._config = config
         self._max_model_len = max_model_len
         self._clock = clock
-        self._policy = get_policy("fcfs")
+        self._policy = make_policy(config)
         self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
         self._num_added = 0
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(self._policy)
         self._running = RunningSet(config.max_num_seqs)
         self._in_flight: deque[StepBuilder] = deque()
         self._num_planned = 0
@@ -77,6 +77,7 @@ class Scheduler:
         self._admission = Admission(
             memory=self._memory,
             waiting=self._waiting,
+            policy=self._policy,
             stats=self._stats,
             base_fingerprint=base_fingerprint,
             send=self._commands.append,
@@ -108,10 +109,11 @@ class Scheduler:
         self._stats.num_requests += 1
         request.order = self._num_added
         request.arrival = self._clock()
-        request.key = self._policy(request)
+        request.record = record
+        request.key = request.rank = self._policy.key(request)
+        self._policy.on_arrival(request, request.arrival)
         self._requests[request.request_id] = request
         if record is not None:
-            request.record = record
             self._desk.registry.bind(record)
             if record.state is not AdapterState.READY:
                 self._waiting.park(request, record)
@@ -149,6 +151,7 @@ class Scheduler:
             self._waiting.remove(request)
             self._admission.unpin(request, now)
         request.state = RequestState.FINISHED
+        self._policy.on_end(request)
         if request.record is not None:
             self._desk.registry.unbind(request.record)
         self._stats.finished[reason] += 1
@@ -170,7 +173,10 @@ class Scheduler:
         if len(self._in_flight) >= self._config.max_steps_in_flight:
             return None
         now = self._clock()
-        step = StepBuilder(self._num_planned, self._config.max_num_batched_tokens)
+        self._give_up(now)
+        step = StepBuilder(
+            self._num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
+        )
         self._planner.fill(step, now)
         while not step.requests and self._fail_if_stuck(now):
             self._planner.fill(step, now)
@@ -181,13 +187,24 @@ class Scheduler:
         self._in_flight.append(step)
         return step.finish(self._running.take_freed_slots())
 
+    def _give_up(self, now: float) -> None:
+        """Fail the waiting requests that the policy has no hope for."""
+        for request in self._policy.hopeless(self._waiting, self._planner.context(now)):
+            self._stats.num_deadline_drops += 1
+            text = (
+                f"the first token would have come later than ttft_slo_s "
+                f"({self._config.ttft_slo_s} s) after the request; try again when fewer wait"
+            )
+            self._fail(request, "deadline", text, now)
+
     def _fail_if_stuck(self, now: float) -> bool:
         """Requests that fit were let in, so with nothing running, loading or in flight the first
         one can start. If it cannot, fail it: an error serves its client better than silence."""
         busy = self._running or self._in_flight or self._admission.num_loading
-        if busy or not self._waiting.queue:
+        if busy or not self._waiting.by_age:
             return False
-        request = self._waiting.queue[0]
+        order = self._policy.order(self._waiting, self._planner.context(now))
+        request = next(order, self._waiting.by_age[0])
         reason = misfit(request, request.record, self._memory) or "pages are lost"
         self._fail(request, "internal", f"no room to start: {reason}", now)
         return True
@@ -204,6 +221,7 @@ class Scheduler:
         step.check(result)
         self._in_flight.popleft()
         now = self._clock()
+        self._policy.on_result(step, now)
         updates, ended = take_result(step, result, self._memory.kv, self._stats)
         for request in ended:
             self._end(request, request.finish_reason(), now)
@@ -249,7 +267,7 @@ class Scheduler:
         self._waiting.push_all(requests)
         if event.error:
             self._desk.registry.fail(record, event.error)
-            for request in [r for r in self._waiting.queue if r.record is record]:
+            for request in [r for r in self._waiting.by_age if r.record is record]:
                 self._fail(request, "adapter", failure(record), now)
         else:
             self._desk.release_unwanted(event.content_hash)
@@ -301,6 +319,7 @@ class Scheduler:
             waiting=self._waiting,
             memory=self._memory,
         )
+        self._policy.check_integrity(self._requests.values())
 
     def _unload(self, adapter_slot: int) -> None:
         self._stats.num_adapter_unloads += 1

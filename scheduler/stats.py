@@ -12,12 +12,16 @@ class SchedulerStats:
 
     num_steps: int = 0
     step_us: int = 0
+    steps_by_kernels: dict[str, int] = field(default_factory=dict)  # see StepResult.kernels
+    busy_us: int = 0  # of steps before which requests were running already
+    idle_us: int = 0  # of the GPU, before those steps
     num_scheduled_tokens: int = 0  # fed to the model, recomputed ones included
     num_generated_tokens: int = 0
     num_dropped_tokens: int = 0  # sampled after their request had ended
     num_requests: int = 0  # accepted
     num_refused: int = 0
     num_preemptions: int = 0
+    num_deadline_drops: int = 0  # given up because the first token would have been late
     prefix_query_tokens: int = 0  # of admitted requests that read the prefix cache
     prefix_hit_tokens: int = 0
     num_adapter_loads: int = 0

@@ -14,12 +14,13 @@ class StepBuilder:
     """
 
     __slots__ = (
-        "budget", "new_requests", "num_tokens", "page_ids", "page_slots", "positions", "requests",
-        "runs", "samples", "slots", "step_id",
+        "budget", "follows", "new_requests", "num_tokens", "page_ids", "page_slots", "positions",
+        "requests", "runs", "samples", "slots", "step_id",
     )  # fmt: skip
 
-    def __init__(self, step_id: int, budget: int) -> None:
+    def __init__(self, step_id: int, budget: int, follows: bool = False) -> None:
         self.step_id = step_id
+        self.follows = follows  # requests were running already: the GPU should not have waited
         self.budget = budget  # tokens that the step can still take
         self.requests: list[Request] = []
         self.positions: list[int] = []

@@ -13,12 +13,16 @@ Semantics: query token i (0-based) of sequence b stands at position
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Static sizes, on one worker."""
+    """Static sizes, on one worker; the last three are what persistent buffers are sized by."""
 
     num_heads: int
     num_kv_heads: int
@@ -27,38 +31,68 @@ class AttentionSpec:
     scale: float
     dtype: torch.dtype
     device: torch.device
+    max_num_seqs: int
+    max_num_tokens: int  # rows of the largest step
+    max_pages: int  # of the longest sequence
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """The sequences of a step, B of them with T query tokens in all; decode rows come first."""
+    """The sequences of a step, B of them; built once a step, on the CPU."""
 
-    query_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]  # context length once this step's K and V are written
+    query_lens: Int32Array  # [B]
+    kv_lens: Int32Array  # [B], context length once this step's K and V are written, at least 1
     num_decodes: int  # the first rows, each with one query token
-    query_starts: torch.Tensor  # int32 [B + 1] on the device
-    kv_lens_device: torch.Tensor  # int32 [B]
-    page_table: torch.Tensor  # int32 [B, >= pages of the longest]; unused entries are page 0
-    kv_rows: torch.Tensor
-    """int64 [T]: where each token's K goes in the layer seen as [num_pages * 2 * block_tokens,
-    num_kv_heads, head_dim]; its V goes block_tokens rows later."""
+    page_table: Int32Array
+    """[B, >= pages of the longest]. Entries beyond a sequence's pages may be stale: no backend may
+    let its library read through them."""
 
 
 class AttentionOp(Protocol):
-    """One backend, made once a worker with an AttentionSpec."""
+    """One backend, made once a worker with an AttentionSpec.
+
+    Plans upload what they need without a sync, into memory that later plans overwrite in stream
+    order: plan, run and replay on one stream.
+
+    Attributes:
+        supports_graphs: whether `plan_graph` may be called.
+    """
 
     name: str
+    supports_graphs: bool
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Prepare what all layers of the step share."""
+        """Prepare what all layers of an eager step share: decodes, prefills or both."""
+        ...
+
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+        """Prepare a step of decodes alone, padded by the op to `num_rows` rows.
+
+        After it `run` may be captured in a CUDA graph, once for each `num_rows`, and that graph
+        replayed after each later call with the same `num_rows`. Padded rows read page 0 at most;
+        what they leave in `out` is unspecified but finite if page 0 is.
+
+        Raises:
+            ValueError: more sequences than rows, more rows than max_num_seqs, or a prefill.
+        """
         ...
 
     def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
         """Attend for one layer of the planned batch.
 
         Args:
-            q: [T, num_heads, head_dim].
+            q: [T, num_heads, head_dim], T the step's tokens, or num_rows after `plan_graph`;
+                rows may be strided.
             kv: [num_pages, 2, block_tokens, num_kv_heads, head_dim], this layer of the pool.
-            out: [T, num_heads, head_dim]; written.
+            out: [T, num_heads, head_dim], contiguous; written.
         """
         ...
+
+
+class GraphsUnsupportedError(ValueError):
+    """`plan_graph` of a backend whose kernels' launches depend on the batch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"attention backend {name!r} cannot run in CUDA graphs: run its steps eagerly"
+        )

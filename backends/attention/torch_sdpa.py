@@ -6,10 +6,17 @@ A padded position points at the sequence's last row, never at memory that nobody
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
+from loraplex.backends.attention.contract import (
+    AttentionBatch,
+    AttentionSpec,
+    GraphsUnsupportedError,
+    Int32Array,
+)
+from loraplex.backends.staging import Staging
 
 MAX_GATHER_ELEMS = 1 << 25
 """Bounds the K (and the V) gathered for one call of SDPA; a longer sequence goes alone."""
@@ -36,9 +43,11 @@ class _Prefill:
 
 class TorchAttention:
     name = "torch"
+    supports_graphs = False
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
+        self._staging = Staging(spec.device)
         self._decodes: list[_DecodePart] = []
         self._prefills: list[_Prefill] = []
 
@@ -47,17 +56,30 @@ class TorchAttention:
         return None
 
     def plan(self, batch: AttentionBatch) -> None:
+        parts = self._split_decodes(batch)
+        device_arrays = self._staging.upload(
+            {
+                "page_table": np.ascontiguousarray(batch.page_table),
+                "kv_lens": np.ascontiguousarray(batch.kv_lens),
+                **{f"part{i}": np.array(part, dtype=np.int64) for i, part in enumerate(parts)},
+            }
+        )
+        page_table, kv_lens = device_arrays["page_table"], device_arrays["kv_lens"]
         self._decodes = [
-            self._plan_decode(batch, part) for part in self._split_decodes(batch)
-        ]  # fmt: skip
+            self._plan_decode(batch.kv_lens[part], device_arrays[f"part{i}"], page_table, kv_lens)
+            for i, part in enumerate(parts)
+        ]
         self._prefills = []
         start = batch.num_decodes
         for index in range(batch.num_decodes, len(batch.query_lens)):
-            length = batch.kv_lens[index]
-            positions = torch.arange(length, device=self._spec.device)[None]
-            rows = self._rows_of(batch.page_table[index : index + 1], positions)
-            self._prefills.append(_Prefill(start, batch.query_lens[index], length, rows))
-            start += batch.query_lens[index]
+            query_len, kv_len = int(batch.query_lens[index]), int(batch.kv_lens[index])
+            positions = torch.arange(kv_len, device=self._spec.device)[None]
+            rows = self._rows_of(page_table[index : index + 1], positions)
+            self._prefills.append(_Prefill(start, query_len, kv_len, rows))
+            start += query_len
+
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+        raise GraphsUnsupportedError(self.name)
 
     def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
         k_rows = kv.view(-1, *kv.shape[3:])
@@ -72,26 +94,28 @@ class TorchAttention:
         per_token = self._spec.num_kv_heads * self._spec.head_dim
         parts: list[list[int]] = []
         # Longest first: the first sequence of a part is what the others are padded to.
-        for index in sorted(range(batch.num_decodes), key=lambda i: -batch.kv_lens[i]):
+        for index in np.argsort(-batch.kv_lens[: batch.num_decodes], kind="stable").tolist():
             if parts:
-                longest = batch.kv_lens[parts[-1][0]]
+                longest = int(batch.kv_lens[parts[-1][0]])
                 if (len(parts[-1]) + 1) * longest * per_token <= MAX_GATHER_ELEMS:
                     parts[-1].append(index)
                     continue
             parts.append([index])
         return parts
 
-    def _plan_decode(self, batch: AttentionBatch, part: list[int]) -> _DecodePart:
-        device = self._spec.device
-        longest, shortest = batch.kv_lens[part[0]], batch.kv_lens[part[-1]]
-        sequences = torch.tensor(part, dtype=torch.int64)
-        if device.type == "cuda":
-            sequences = sequences.pin_memory().to(device, non_blocking=True)
-        lens = batch.kv_lens_device.index_select(0, sequences).long()[:, None]
-        column = torch.arange(longest, device=device)[None]
-        rows = self._rows_of(
-            batch.page_table.index_select(0, sequences), torch.minimum(column, lens - 1)
-        )
+    def _plan_decode(
+        self,
+        host_lens: Int32Array,
+        sequences: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+    ) -> _DecodePart:
+        """`host_lens` are the lengths of `sequences` on the CPU, the longest first."""
+        longest, shortest = int(host_lens[0]), int(host_lens[-1])
+        column = torch.arange(longest, device=self._spec.device)[None]
+        lens = kv_lens.index_select(0, sequences).long()[:, None]
+        pages = page_table.index_select(0, sequences)
+        rows = self._rows_of(pages, torch.minimum(column, lens - 1))
         mask = None if shortest == longest else (column < lens)[:, None, None, :]
         return _DecodePart(sequences, rows, mask)
 

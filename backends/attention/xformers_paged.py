@@ -17,10 +17,16 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
+from loraplex.backends.attention.contract import (
+    AttentionBatch,
+    AttentionSpec,
+    GraphsUnsupportedError,
+)
+from loraplex.backends.attention.trial import trial_spec, try_out
+from loraplex.backends.staging import Staging
 
 SPARE_TOKENS = 512
 """FlashAttention 3 fetches a tile's page numbers past a sequence's end: so many tokens of valid
@@ -44,12 +50,14 @@ class _Part:
 
 class XFormersAttention:
     name = "xformers"
+    supports_graphs = False
 
     def __init__(self, spec: AttentionSpec) -> None:
         from xformers.ops import fmha
 
         self._fmha: Any = fmha
         self._spec = spec
+        self._staging = Staging(spec.device)
         self._parts: list[_Part] = []
         has_flash3 = _flash3_reason(spec) is None
         self._prefill_operator = fmha.flash3.FwOp if has_flash3 else None
@@ -68,7 +76,7 @@ class XFormersAttention:
         if spec.head_dim % 8 or spec.head_dim > 256:
             return f"head_dim {spec.head_dim} must be a multiple of 8 and at most 256"
         try:
-            return _try_out(cls(spec), spec)
+            return try_out(cls(trial_spec(spec)), spec)
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
             return f"a trial run failed: {str(error).strip()[:500]}"
 
@@ -85,6 +93,9 @@ class XFormersAttention:
                 self._parts.append(self._plan_paged(batch, start, end, operator))
             else:
                 self._parts += self._plan_gathered(batch, start, end)
+
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+        raise GraphsUnsupportedError(self.name)
 
     def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
         block, group = self._spec.block_tokens, self._spec.num_heads // self._spec.num_kv_heads
@@ -111,57 +122,58 @@ class XFormersAttention:
 
     def _plan_paged(self, batch: AttentionBatch, start: int, end: int, operator: Any) -> _Part:
         block = self._spec.block_tokens
-        kv_lens = list(batch.kv_lens[start:end])
-        num_pages = -(-max(kv_lens) // block)
-        table = batch.page_table[start:end, :num_pages] * 2
-        table = functional.pad(table, (0, -(-SPARE_TOKENS // block)))
+        kv_lens = batch.kv_lens[start:end]
+        counts = -(-kv_lens // block)
+        num_pages = int(counts.max())
+        pages = batch.page_table[start:end, :num_pages]
+        table = np.zeros((end - start, num_pages + -(-SPARE_TOKENS // block)), dtype=np.int32)
+        # Past a sequence's end the operators still fetch pages: page 0, never a stale number.
+        table[:, :num_pages] = np.where(np.arange(num_pages) < counts[:, None], 2 * pages, 0)
         biases = self._fmha.attn_bias
         bias_class = biases.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
         if start < batch.num_decodes:  # one query sees all keys: no causal mask needed
             bias_class = biases.PagedBlockDiagonalPaddedKeysMask
         bias = bias_class.from_seqlens(
-            q_seqlen=list(batch.query_lens[start:end]),
-            kv_seqlen=kv_lens,
-            block_tables=table.contiguous(),
+            q_seqlen=batch.query_lens[start:end].tolist(),
+            kv_seqlen=kv_lens.tolist(),
+            block_tables=self._staging.upload({"table": table})["table"],
             page_size=block,
             device=self._spec.device,
         )
-        first = sum(batch.query_lens[:start])
-        tokens = slice(first, first + sum(batch.query_lens[start:end]))
+        first = int(batch.query_lens[:start].sum())
+        tokens = slice(first, first + int(batch.query_lens[start:end].sum()))
         return _Part(tokens, bias, operator, kv_rows=None)
 
     def _plan_gathered(self, batch: AttentionBatch, start: int, end: int) -> list[_Part]:
-        parts, first_token = [], sum(batch.query_lens[:start])
+        parts, first_token = [], int(batch.query_lens[:start].sum())
         while start < end:
             stop, num_tokens = start, 0
             while stop < end and (
                 stop == start or num_tokens + batch.kv_lens[stop] <= MAX_GATHER_TOKENS
             ):
-                num_tokens += batch.kv_lens[stop]
+                num_tokens += int(batch.kv_lens[stop])
                 stop += 1
-            query_lens = list(batch.query_lens[start:stop])
+            query_lens = batch.query_lens[start:stop].tolist()
             bias = self._fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
                 q_seqlen=query_lens,
-                kv_seqlen=list(batch.kv_lens[start:stop]),
+                kv_seqlen=batch.kv_lens[start:stop].tolist(),
                 device=self._spec.device,
             )
             tokens = slice(first_token, first_token + sum(query_lens))
-            rows = self._rows_of(batch, start, stop, num_tokens)
+            rows = self._rows_of(batch, start, stop)
             parts.append(_Part(tokens, bias, None, rows))
             start, first_token = stop, tokens.stop
         return parts
 
-    def _rows_of(
-        self, batch: AttentionBatch, start: int, stop: int, num_tokens: int
-    ) -> torch.Tensor:
-        """int64 [num_tokens]: where each position's K lies in the layer seen as rows."""
+    def _rows_of(self, batch: AttentionBatch, start: int, stop: int) -> torch.Tensor:
+        """int64: where each position's K lies in the layer seen as rows, sequence by sequence."""
         block = self._spec.block_tokens
-        lens = batch.kv_lens_device[start:stop].long()
-        ends = lens.cumsum(0)
-        sequence = torch.repeat_interleave(lens, output_size=num_tokens)
-        position = torch.arange(num_tokens, device=lens.device) - (ends - lens)[sequence]
-        pages = batch.page_table[start:stop][sequence, position // block].long()
-        return pages * (2 * block) + position % block
+        lens = batch.kv_lens[start:stop].astype(np.int64)
+        sequence = np.repeat(np.arange(stop - start), lens)
+        position = np.arange(len(sequence)) - (lens.cumsum() - lens)[sequence]
+        pages = batch.page_table[start:stop][sequence, position // block].astype(np.int64)
+        rows = pages * (2 * block) + position % block
+        return self._staging.upload({"rows": rows})["rows"]
 
 
 def _library_reason() -> str | None:
@@ -200,28 +212,4 @@ def _splitk_reason(spec: AttentionSpec) -> str | None:
         return f"triton_splitk needs pages of a multiple of {SPLITK_PAGE_TOKENS} tokens"
     if spec.dtype not in HALF_DTYPES or spec.head_dim not in SPLITK_HEAD_DIMS:
         return f"triton_splitk takes fp16 and bf16 and head_dim {SPLITK_HEAD_DIMS}"
-    return None
-
-
-def _try_out(op: XFormersAttention, spec: AttentionSpec) -> str | None:
-    """One mixed batch with V all ones, whose answer is therefore all ones."""
-    block, device = spec.block_tokens, spec.device
-    kv_lens, query_lens = (block + 1, 1, block + 3), (1, 1, 3)
-    shape = (8, 2, block, spec.num_kv_heads, spec.head_dim)
-    kv = torch.ones(shape, dtype=spec.dtype, device=device)
-    batch = AttentionBatch(
-        query_lens=query_lens,
-        kv_lens=kv_lens,
-        num_decodes=2,
-        query_starts=torch.tensor([0, 1, 2, 5], dtype=torch.int32, device=device),
-        kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32, device=device),
-        page_table=torch.tensor([[7, 2], [4, 0], [1, 5]], dtype=torch.int32, device=device),
-        kv_rows=torch.empty(5, dtype=torch.int64, device=device),
-    )
-    q = torch.ones(5, spec.num_heads, spec.head_dim, dtype=spec.dtype, device=device)
-    out = torch.zeros_like(q)
-    op.plan(batch)
-    op.run(q=q, kv=kv, out=out)
-    if not torch.allclose(out.float(), torch.ones_like(out, dtype=torch.float32), atol=0.02):
-        return "a trial run gave wrong results"
     return None

@@ -13,7 +13,11 @@ of y are left as they are, bit for bit.
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Int32Array = npt.NDArray[np.int32]
 
 ROW_ALIGN = 64
 """Rows of weights start at multiples of this many elements; equals memory.adapter_layout's."""
@@ -25,23 +29,25 @@ def row_stride(num_features: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class LoRAGroup:
+    """Projections that read one input and write one fused output (q|k|v, o, gate|up, down)."""
+
+    modules: tuple[int, ...]  # consecutive module ids, in the order of the output's columns
+    in_features: int
+    out_starts: tuple[int, ...]  # first column of each module in y
+    out_features: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoRASpec:
-    """Static sizes of one worker, by which a backend sizes its scratch memory."""
+    """Static sizes of one worker, by which a backend sizes its scratch and compiles its kernels."""
 
     max_num_tokens: int  # rows of the largest step
     max_rank: int
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class LoRAGroup:
-    """Projections that read one input and write one fused output (q|k|v, o, gate|up, down)."""
-
-    modules: tuple[int, ...]  # module ids, in the order of the output's columns
-    in_features: int
-    out_starts: tuple[int, ...]  # first column of each module in y
-    out_features: tuple[int, ...]
+    page_elems: int
+    groups: tuple[LoRAGroup, ...]  # every group that `apply` will be called with
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,49 +74,93 @@ class LoRATable:
 
 @dataclass(frozen=True, slots=True)
 class LoRABatch:
-    """Which adapter each row of a step uses. Built once a step on the CPU, used by every layer.
+    """Which adapter each row of a step uses: built once a step, on the CPU.
 
     Rows are grouped by adapter: segment i is `token_order[starts[i] : starts[i + 1]]`, all of
     adapter slot `segment_slots[i]`, rows in ascending order. Base rows are in no segment.
     """
 
     num_tokens: int
-    token_slots: torch.Tensor  # int32 [num_tokens] on the device, -1 for the base model
-    token_order: torch.Tensor  # int64 [rows with an adapter] on the device
-    segment_starts: tuple[int, ...]  # len(segment_slots) + 1
-    segment_slots: tuple[int, ...]
+    token_order: Int32Array  # [rows with an adapter]
+    segment_starts: Int32Array  # [number of segments + 1]
+    segment_slots: Int32Array  # [number of segments]
 
     @property
     def is_empty(self) -> bool:
-        return not self.segment_slots
+        return not len(self.segment_slots)
 
 
 class LoRAOp(Protocol):
-    """One backend, made once a worker with a LoRASpec. `apply` neither allocates nor syncs."""
+    """One backend, made once a worker with a LoRASpec. Shrink and expand neither allocate nor sync.
+
+    `plan` uploads what it needs of the batch from pinned memory, without a sync, into memory that
+    later plans overwrite in stream order.
+
+    A batch has a kind. What is launched depends on the planned kind and on the number of rows of x
+    and y alone, as long as that is at most `max_graph_rows`: what was captured after a plan of one
+    kind may be replayed after any later plan of that kind, of no more rows. Rows of y that the
+    batch does not name are left alone.
+
+    Attributes:
+        graph_kinds: all there are; none: nothing must be captured.
+        family: the kernels of the last plan, for the stats: "bgmv", "sgmv" or "bmm".
+    """
 
     name: str
+    graph_kinds: tuple[str, ...]
+    max_graph_rows: int
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
-        """Prepare what all layers of the step share. Called before `apply`, once a step."""
+    @property
+    def family(self) -> str: ...
+
+    def kind_of(self, batch: LoRABatch) -> str:
+        """The kind that suits a batch best."""
         ...
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
+    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
+        """Prepare what all layers of the step share. Called before them, once a step.
+
+        Args:
+            kind: None: `kind_of(batch)`. Another is for an empty batch, to capture.
+        """
+        ...
+
+    def shrink(
+        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        """Add the adapters' part to y, in place.
+        """Of the planned batch, what depends on x alone. It may run before the base model's
+        product, or beside it on a second stream that expand then waits for.
+
+        Args:
+            x: [T, in_features], of the spec's dtype, rows contiguous. T is at least the batch's
+                num_tokens. Kept as it is until expand of the same group has run.
+            pool: [L, num_pages, page_elems], the whole page pool, x's dtype.
+            layer: index into the first axis of pool and table.
+            group: one of the spec's.
+        """
+        ...
+
+    def expand(
+        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+    ) -> None:
+        """Add the adapters' part to y, in place; follows shrink of the same layer and group.
 
         Args:
             y: [T, sum of out_features], the base model's output, rows contiguous; mutated.
-            x: [T, in_features], y's dtype.
-            pool: [L, num_pages, page_elems], the whole page pool, y's dtype.
-            layer: index into the first axis of pool and table.
         """
         ...
+
+
+def apply_lora(
+    op: LoRAOp,
+    *,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    group: LoRAGroup,
+    table: LoRATable,
+) -> None:
+    """Both halves, one after the other."""
+    op.shrink(x=x, pool=pool, layer=layer, group=group, table=table)
+    op.expand(y=y, pool=pool, layer=layer, group=group, table=table)

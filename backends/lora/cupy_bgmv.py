@@ -1,11 +1,11 @@
-"""Backend ``cupy`` of op ``lora``: BGMV raw kernels for steps with few rows an adapter (decode).
+"""Backend ``cupy`` of op ``lora``: BGMV raw kernels, bound by the bytes of the adapters' weights.
 
-CuPy compiles the CUDA source through NVRTC and caches the binary; launches go to torch's current
-stream through the driver, so that programmatic dependent launch can be asked for and CUDA graphs
-capture them. Input and output sizes must be multiples of 8 (16-byte vectors).
+CuPy compiles the CUDA source through NVRTC when the backend is made, two kernels for each group
+of projections, and caches the binaries; launches go to torch's current stream. Input and output
+sizes must be multiples of 8 (16-byte vectors).
 """
 
-import ctypes
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
@@ -13,18 +13,57 @@ import cupy
 import numpy as np
 import torch
 
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
+from loraplex.backends.lora.contract import (
+    Int32Array,
+    LoRABatch,
+    LoRAGroup,
+    LoRASpec,
+    LoRATable,
+    row_stride,
+)
+from loraplex.backends.lora.cuda_launch import Launch
 from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
+from loraplex.backends.staging import Staging
 
 MAX_SPLITS = 16
+ITEM_RANKS = 16
 SHRINK_WARPS = 8
 EXPAND_THREADS = 128
-MAX_EXPAND_ROWS = 4
-MAX_ROW_TILES = 2
+EXPAND_COLUMNS = EXPAND_THREADS * 8
+GRAPH_ROWS = 512
+"""Plans of up to so many rows lie in memory alike, whatever they hold: graphs need that."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How the kernels are compiled and launched, for one kind of batch."""
+
+    item_rows: int  # of shrink, 8 or 16
+    tile_rows: int  # of expand
+    shrink_blocks: int  # resident on each processor; K is split until so many have work
+    expand_blocks: int  # of a launch for each processor, at most
+
+
+_KINDS = {
+    "distinct": _Kind(item_rows=8, tile_rows=1, shrink_blocks=3, expand_blocks=16),
+    "shared": _Kind(item_rows=16, tile_rows=4, shrink_blocks=2, expand_blocks=3),
+}
+"""distinct: no two rows have the same adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Of one group: the driver's handles."""
+
+    shrink: int
+    expand: int
 
 
 class CupyBGMV:
     name = "cupy"
+    family = "bgmv"
+    graph_kinds: tuple[str, ...] = tuple(_KINDS)
+    max_graph_rows = GRAPH_ROWS
 
     @staticmethod
     def probe(spec: LoRASpec | None = None) -> str | None:
@@ -33,188 +72,153 @@ class CupyBGMV:
             return "it needs a CUDA device"
         if torch.cuda.get_device_capability()[0] < 8:
             return "it needs compute capability 8.0 or later"
-        if spec is not None and spec.device.type != "cuda":
+        if spec is None:
+            return None
+        if spec.device.type != "cuda":
             return f"it needs a CUDA device, not {spec.device.type}"
-        if spec is not None and spec.dtype not in (torch.float16, torch.bfloat16):
+        if spec.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 or bfloat16, not {spec.dtype}"
-        return None
+        sizes = {n for group in spec.groups for n in (group.in_features, *group.out_features)}
+        odd = sorted(size for size in sizes if size % 8)
+        return f"it takes multiples of 8 features, not {odd}" if odd else None
 
     def __init__(self, spec: LoRASpec) -> None:
-        self._spec = spec
         properties = torch.cuda.get_device_properties(spec.device)
-        self._num_programs = 4 * properties.multi_processor_count
+        self._spec = spec
+        self._num_processors = properties.multi_processor_count
         self._pdl = properties.major >= 9
-        self._launcher = _Launcher(self._pdl)
+        self._kernels = {(k, g): self._compile(k, g) for k in _KINDS for g in spec.groups}
         self._v_row_stride = 3 * spec.max_rank
+        self._v_rows = max(spec.max_num_tokens, 512)
         self._v = torch.empty(
-            max(spec.max_num_tokens, 512) * self._v_row_stride,
-            dtype=torch.float32,
-            device=spec.device,
+            self._v_rows * self._v_row_stride, dtype=torch.float32, device=spec.device
         )
-        max_items = spec.max_num_tokens * -(-spec.max_rank // 16)
-        self._tiles = torch.empty((spec.max_num_tokens, 4), dtype=torch.int32, device=spec.device)
-        self._items = torch.empty((max_items, 4), dtype=torch.int32, device=spec.device)
-        self._num_tiles = self._num_items = 0
-        self._row_tiles = self._expand_rows = 1
+        self._items_per_row = -(-spec.max_rank // ITEM_RANKS)
+        self._capacity = max(spec.max_num_tokens, GRAPH_ROWS)
+        num_bytes = 16 + self._capacity * (16 * self._items_per_row + 16 + 4)
+        self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
+        self._staging = Staging(spec.device)
+        self._kind, self._capacity_planned = "shared", 0
+        self._launches: dict[tuple[str, int, LoRAGroup], tuple[Launch, Launch]] = {}
+        self._table: LoRATable | None = None
+        self._pool_address = 0
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
-        if batch.is_empty:
-            return
-        starts = np.asarray(batch.segment_starts, dtype=np.int32)
-        slots = np.asarray(batch.segment_slots, dtype=np.int32)
-        longest = int(np.diff(starts).max())
-        self._row_tiles = min(MAX_ROW_TILES, _power_of_two(-(-longest // 8)))
-        self._expand_rows = min(MAX_EXPAND_ROWS, _power_of_two(longest))
-        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
-        items = split_ranks(make_tiles(starts, slots, 8 * self._row_tiles), slot_ranks, 16)
-        tiles = make_tiles(starts, slots, self._expand_rows)
-        self._num_tiles, self._num_items = len(tiles), len(items)
-        self._tiles[: len(tiles)].copy_(torch.from_numpy(tiles), non_blocking=True)
-        self._items[: len(items)].copy_(torch.from_numpy(items), non_blocking=True)
+    def kind_of(self, batch: LoRABatch) -> str:
+        return "distinct" if len(batch.segment_slots) == len(batch.token_order) else "shared"
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
+    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
+        self._kind = kind or self.kind_of(batch)
+        self._capacity_planned = GRAPH_ROWS if batch.num_tokens <= GRAPH_ROWS else self._capacity
+        arrays = _plan_arrays(table, batch, _KINDS[self._kind], self._capacity_planned)
+        self._staging.upload(arrays, out=self._plan)
+
+    def shrink(
+        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        if batch.is_empty:
-            return
-        first, num_modules = group.modules[0], len(group.modules)
-        num_rows, page_elems = batch.segment_starts[-1], pool.shape[2]
-        splits, units_per_split = self._split_k(group.in_features, num_modules, num_rows)
-        rank = table.rank[layer, first].data_ptr()
-        order, pages = batch.token_order.data_ptr(), table.page_table.data_ptr()
-        strides = (
-            table.page_table.stride(0), table.rank.shape[2],
-            num_rows * self._v_row_stride, self._v_row_stride, self._spec.max_rank,
-        )  # fmt: skip
-        stream = torch.cuda.current_stream(y.device).cuda_stream
-        weights = pool[layer].data_ptr()
+        launch = self._launches_of(layer, group, table, pool)[0]
+        blocks = self._num_processors * _KINDS[self._kind].shrink_blocks
+        launch.pointers[0], launch.integers[0] = x.data_ptr(), x.stride(0)
+        launch.integers[3] = self._capacity_planned
+        launch(max(blocks, x.shape[0] * len(group.modules)), _stream(x))
+
+    def expand(
+        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+    ) -> None:
+        launch = self._launches_of(layer, group, table, pool)[1]
+        most = y.shape[0] * sum(-(-out // EXPAND_COLUMNS) for out in group.out_features)
+        blocks = self._num_processors * _KINDS[self._kind].expand_blocks
+        launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride(0)
+        launch.integers[3] = self._capacity_planned
+        launch(min(most, blocks), _stream(y))
+
+    def _launches_of(
+        self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
+    ) -> tuple[Launch, Launch]:
+        if table is not self._table or pool.data_ptr() != self._pool_address:
+            self._launches.clear()
+            self._table, self._pool_address = table, pool.data_ptr()
+        key = (self._kind, layer, group)
+        launches = self._launches.get(key)
+        if launches is None:
+            launches = self._launches[key] = self._prepare(layer, group, table, pool)
+        return launches
+
+    def _prepare(
+        self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
+    ) -> tuple[Launch, Launch]:
+        """Shrink and expand of one layer, of the planned kind; x, y, their strides and the plan's
+        capacity are set at each launch."""
+        first, kernels = group.modules[0], self._kernels[self._kind, group]
         common = (
-            f"-DBF16={int(y.dtype == torch.bfloat16)}", f"-DPAGE={page_elems}",
-            f"-DNUM_MODULES={num_modules}", f"-DPDL={int(self._pdl)}",
+            pool[layer].data_ptr(), self._plan.data_ptr(), table.page_table.data_ptr(),
+            table.rank[layer, first].data_ptr(),
         )  # fmt: skip
-        shrink = _compile(
-            "shrink", (*common, *_shrink_macros(group.in_features, self._row_tiles)), y.device.index
-        )
-        self._launcher.launch(
-            shrink, (self._num_items * num_modules, splits), SHRINK_WARPS * 32, stream,
-            (x.data_ptr(), self._v.data_ptr(), weights, self._items.data_ptr(), order, pages,
-             rank, table.a_start[layer, first].data_ptr()),
-            (x.stride(0), *strides, units_per_split),
+        integers = (
+            0, table.page_table.stride(0), table.rank.shape[2], 0, self._v_rows,
+            self._v_row_stride, self._spec.max_rank,
         )  # fmt: skip
-        expand = _compile(
-            "expand", (*common, *_expand_macros(group, self._expand_rows, splits)), y.device.index
-        )
-        num_blocks = sum(-(-out // (EXPAND_THREADS * 8)) for out in group.out_features)
-        self._launcher.launch(
-            expand, (num_blocks, self._num_tiles), EXPAND_THREADS, stream,
-            (y.data_ptr(), self._v.data_ptr(), weights, self._tiles.data_ptr(), order, pages,
-             rank, table.b_start[layer, first].data_ptr(), table.scale[layer, first].data_ptr()),
-            (y.stride(0), *strides),
+        shrink = Launch(
+            kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,
+            pointers=(0, self._v.data_ptr(), *common, table.a_start[layer, first].data_ptr()),
+            integers=integers,
         )  # fmt: skip
+        expand = Launch(
+            kernels.expand, num_threads=EXPAND_THREADS, pdl=self._pdl,
+            pointers=(0, self._v.data_ptr(), *common, table.b_start[layer, first].data_ptr(),
+                      table.scale[layer, first].data_ptr()),
+            integers=integers,
+        )  # fmt: skip
+        return shrink, expand
 
-    def _split_k(self, in_features: int, num_modules: int, num_rows: int) -> tuple[int, int]:
-        """The number of splits, and the units of 64 input features of each.
-
-        Powers of two, since each number of splits is a kernel to compile.
-        """
-        units = -(-in_features // 64)
-        wanted = self._num_programs // (self._num_items * num_modules)
-        room = self._v.numel() // (num_rows * self._v_row_stride)
-        most = max(1, min(wanted, room, MAX_SPLITS, units // SHRINK_WARPS))
-        splits = 1 << (most.bit_length() - 1)
-        per_split = -(-units // splits)
-        return -(-units // per_split), per_split
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+    def _compile(self, kind: str, group: LoRAGroup) -> _Kernels:
+        num_programs = _KINDS[kind].shrink_blocks * self._num_processors
+        macros = _make_macros(self._spec, _KINDS[kind], group, num_programs, self._pdl)
+        return _compile(macros, self._spec.device.index or 0)
 
 
-def _shrink_macros(in_features: int, row_tiles: int) -> tuple[str, ...]:
-    return (
-        f"-DK={in_features}", f"-DK_ROW={row_stride(in_features)}", f"-DNT={row_tiles}",
-        f"-DWARPS={SHRINK_WARPS}",
-    )  # fmt: skip
-
-
-def _expand_macros(group: LoRAGroup, rows: int, splits: int) -> tuple[str, ...]:
+def _make_macros(
+    spec: LoRASpec, kind: _Kind, group: LoRAGroup, num_programs: int, pdl: bool
+) -> tuple[str, ...]:
+    """What bgmv.cu is compiled with for one group, as compiler options."""
     outs, starts = (*group.out_features, 0, 0), (*group.out_starts, 0, 0)
-    return (
-        *(f"-DOUT_{i}={outs[i]}" for i in range(3)), f"-DSTART_1={starts[1]}",
-        f"-DSTART_2={starts[2]}", f"-DROWS={rows}", f"-DTHREADS={EXPAND_THREADS}",
-        f"-DSPLITS={splits}",
-    )  # fmt: skip
+    values = {
+        "BF16": int(spec.dtype == torch.bfloat16), "PDL": int(pdl), "PAGE": spec.page_elems,
+        "NUM_MODULES": len(group.modules), "K": group.in_features,
+        "K_ROW": row_stride(group.in_features), "PROGRAMS": num_programs,
+        "MAX_SPLITS": MAX_SPLITS, "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,
+        "OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": starts[1],
+        "START_2": starts[2], "ROWS": kind.tile_rows, "THREADS": EXPAND_THREADS,
+    }  # fmt: skip
+    return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def _plan_arrays(
+    table: LoRATable, batch: LoRABatch, kind: _Kind, capacity: int
+) -> dict[str, Int32Array]:
+    """The plan as bgmv.cu reads it, part after part."""
+    starts, slots = batch.segment_starts, batch.segment_slots
+    slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
+    items = split_ranks(make_tiles(starts, slots, kind.item_rows), slot_ranks, ITEM_RANKS)
+    tiles = make_tiles(starts, slots, kind.tile_rows)
+    fixed = np.zeros(4 + 5 * capacity, dtype=np.int32)
+    fixed[:3] = len(items), len(tiles), len(batch.token_order)
+    fixed[4 : 4 + tiles.size] = tiles.reshape(-1)
+    order_at = 4 + 4 * capacity
+    fixed[order_at : order_at + len(batch.token_order)] = batch.token_order
+    return {"fixed": fixed, "items": items}
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 @cache
-def _compile(name: str, macros: tuple[str, ...], device_index: int) -> int:
-    """The driver's handle of a kernel. CuPy keeps the binary in its cache on disk."""
+def _compile(macros: tuple[str, ...], device_index: int) -> _Kernels:
     source = resources.files("loraplex.backends.lora.kernels").joinpath("bgmv.cu").read_text()
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(code=source, options=("-std=c++17", *macros), backend="nvrtc")
         _modules.append(module)
-        return int(module.get_function(name).kernel.ptr)
+        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
 
 
 _modules: list[cupy.RawModule] = []  # a module unloads its kernels when it is collected
-
-
-class _Attribute(ctypes.Structure):
-    _fields_ = [
-        ("id", ctypes.c_int),
-        ("padding", ctypes.c_char * 4),
-        ("value", ctypes.c_int),
-        ("rest", ctypes.c_char * 60),
-    ]
-
-
-class _Config(ctypes.Structure):
-    _fields_ = [
-        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
-        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    ]
-
-
-class _Launcher:
-    """cuLaunchKernelEx: CuPy's own launch cannot ask for programmatic dependent launch."""
-
-    _PROGRAMMATIC_STREAM_SERIALIZATION = 6
-
-    def __init__(self, pdl: bool) -> None:
-        self._launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-        self._attribute = _Attribute(id=self._PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        self._num_attributes = int(pdl)
-
-    def launch(
-        self,
-        kernel: int,
-        grid: tuple[int, int],
-        num_threads: int,
-        stream: int,
-        pointers: tuple[int, ...],
-        integers: tuple[int, ...],
-    ) -> None:
-        """Launch with the pointers first, then 32-bit integers, as all kernels here take them."""
-        config = _Config(
-            *grid, 1, num_threads, 1, 1, 0, stream,
-            ctypes.pointer(self._attribute), self._num_attributes,
-        )  # fmt: skip
-        values = [*map(ctypes.c_void_p, pointers), *map(ctypes.c_int, integers)]
-        arguments = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
-        )
-        status = self._launch(ctypes.byref(config), ctypes.c_void_p(kernel), arguments, None)
-        if status:
-            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {status}")

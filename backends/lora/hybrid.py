@@ -32,20 +32,29 @@ class HybridLoRA:
         self._few: LoRAOp = CupyBGMV(spec)
         self._many: LoRAOp = TritonSGMV(spec)
         self._op: LoRAOp = self._few
+        self.graph_kinds = self._few.graph_kinds
+        self.max_graph_rows = min(self._few.max_graph_rows, MAX_BGMV_ROWS)
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
-        self._op = self._few if batch.segment_starts[-1] <= MAX_BGMV_ROWS else self._many
-        self._op.plan(table=table, batch=batch)
+    @property
+    def family(self) -> str:
+        return self._op.family
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
+    def kind_of(self, batch: LoRABatch) -> str:
+        return self._choose(batch).kind_of(batch)
+
+    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
+        self._op = self._choose(batch)
+        self._op.plan(table=table, batch=batch, kind=kind)
+
+    def _choose(self, batch: LoRABatch) -> LoRAOp:
+        return self._few if batch.num_tokens <= MAX_BGMV_ROWS else self._many
+
+    def shrink(
+        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        self._op.apply(y=y, x=x, pool=pool, layer=layer, group=group, table=table, batch=batch)
+        self._op.shrink(x=x, pool=pool, layer=layer, group=group, table=table)
+
+    def expand(
+        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+    ) -> None:
+        self._op.expand(y=y, pool=pool, layer=layer, group=group, table=table)

@@ -11,24 +11,12 @@ import numpy as np
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
+from loraplex.backends.staging import Staging
 
 MAX_BUCKET_SEGMENTS = 32
 """Bounds the gathered weights."""
 MAX_PADDED_ROWS = 16
 """Longer segments get a bucket of their own, so that nothing long is padded or pads others."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """n segments of one layout, padded to m rows each; all tensors on the device."""
-
-    pages: torch.Tensor  # int32 [n, pages of an adapter]
-    scale: torch.Tensor  # float32 [layers, modules, n, 1, 1]
-    padded_rows: torch.Tensor  # int64 [n * m], rows of x; padding repeats a segment's last row
-    rows: torch.Tensor  # int64 [rows that are no padding]
-    valid: torch.Tensor | None  # int64, where `rows` lie in the padded ones; None: no padding
-    first_page: int  # where the only segment's consecutive pages begin
-    num_consecutive: int  # so many pages from there are the adapter's first ones; 0 if n > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,100 +28,150 @@ class _Layout:
     b_start: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _HostBucket:
+    """n segments of one layout, padded to m rows each; what is uploaded of them."""
+
+    layout: _Layout
+    arrays: dict[str, np.ndarray]  # slots, padded_rows, rows and, with padding, valid
+    first_page: int
+    num_consecutive: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """A _HostBucket with its tensors on the device."""
+
+    layout: _Layout
+    pages: torch.Tensor  # int32 [n, pages of an adapter]
+    scale: torch.Tensor  # float32 [layers, modules, n, 1, 1]
+    padded_rows: torch.Tensor  # int32 [n * m], rows of x; padding repeats a segment's last row
+    rows: torch.Tensor  # int64 [rows that are no padding]
+    valid: torch.Tensor | None  # int32, where `rows` lie in the padded ones; None: no padding
+    first_page: int  # where the only segment's consecutive pages begin
+    num_consecutive: int  # so many pages from there are the adapter's first ones; 0 if n > 1
+
+
 class TorchLoRA:
     name = "torch"
+    family = "bmm"
+    graph_kinds: tuple[str, ...] = ()
+    max_graph_rows = 0
 
     def __init__(self, spec: LoRASpec) -> None:
-        self._device = spec.device
-        self._layers: list[list[tuple[_Layout, _Bucket]]] = []
+        self._staging = Staging(spec.device)
+        self._x = torch.empty(0)
+        self._layers: list[list[_Bucket]] = []
 
     @classmethod
     def probe(cls, spec: LoRASpec | None = None) -> str | None:
         return None
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
+    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         self._layers = []
         if batch.is_empty:
             return
-        slots = list(batch.segment_slots)
+        fields = (table.host_rank, table.host_a_start, table.host_b_start)
         places = np.stack(
-            [
-                field[:, :, slots].numpy()
-                for field in (table.host_rank, table.host_a_start, table.host_b_start)
-            ],
-            axis=1,
+            [field.numpy()[:, :, batch.segment_slots] for field in fields], axis=1
         )  # [layers, 3, modules, segments]
-        planned: dict[bytes, list[tuple[_Layout, _Bucket]]] = {}
-        for of_layer in places:
-            key = of_layer.tobytes()
-            if key not in planned:
-                planned[key] = self._plan_layer(of_layer, table, batch)
-            self._layers.append(planned[key])
+        keys = [of_layer.tobytes() for of_layer in places]
+        planned = {
+            key: _plan_layer(of_layer, table, batch)
+            for key, of_layer in dict(zip(keys, places, strict=True)).items()
+        }
+        uploaded = self._upload(planned, table)
+        self._layers = [uploaded[key] for key in keys]
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
+    def kind_of(self, batch: LoRABatch) -> str:
+        return ""
+
+    def shrink(
+        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        if batch.is_empty:
-            return
-        for layout, bucket in self._layers[layer]:
-            if any(layout.rank[module] for module in group.modules):
-                _apply_bucket(y, x, pool[layer], layer, group, layout, bucket)
+        """Left to expand, which needs no more than x of it."""
+        self._x = x
 
-    def _plan_layer(
-        self, places: np.ndarray, table: LoRATable, batch: LoRABatch
-    ) -> list[tuple[_Layout, _Bucket]]:
-        """Buckets of one layer; `places` is [rank | a_start | b_start, modules, segments]."""
-        members: dict[tuple[bytes, int], list[int]] = {}
-        lengths = np.diff(batch.segment_starts)
-        for segment, length in enumerate(lengths.tolist()):
-            alone = length > MAX_PADDED_ROWS
-            size_class = -1 - segment if alone else (length - 1).bit_length()
-            members.setdefault((places[:, :, segment].tobytes(), size_class), []).append(segment)
-        planned = []
-        for segments in members.values():
-            layout = _Layout(*(tuple(row) for row in places[:, :, segments[0]].tolist()))
-            for start in range(0, len(segments), MAX_BUCKET_SEGMENTS):
-                part = segments[start : start + MAX_BUCKET_SEGMENTS]
-                planned.append((layout, self._make_bucket(part, lengths[part], table, batch)))
-        return planned
+    def expand(
+        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+    ) -> None:
+        for bucket in self._layers[layer] if self._layers else ():
+            if any(bucket.layout.rank[module] for module in group.modules):
+                _apply_bucket(y, self._x, pool[layer], layer, group, bucket)
 
-    def _make_bucket(
-        self, segments: list[int], lengths: np.ndarray, table: LoRATable, batch: LoRABatch
-    ) -> _Bucket:
-        starts = np.asarray(batch.segment_starts)[segments]
-        column = np.arange(lengths.max())
-        order = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
-        is_valid = (column < lengths[:, None]).ravel()
-        slots = np.asarray(batch.segment_slots)[segments]
-        slots_device = self._upload(slots)
-        padded_rows = batch.token_order[self._upload(order)]
-        valid = None if is_valid.all() else self._upload(np.flatnonzero(is_valid))
-        host_pages = table.host_page_table[int(slots[0])].numpy()
-        steps = np.diff(host_pages) == 1
-        num_consecutive = 1 + int(steps.size if steps.all() else steps.argmin())
-        return _Bucket(
-            pages=table.page_table.index_select(0, slots_device),
-            scale=table.scale.index_select(2, slots_device)[..., None, None],
-            padded_rows=padded_rows,
-            rows=padded_rows if valid is None else padded_rows[valid],
-            valid=valid,
-            first_page=int(host_pages[0]),
-            num_consecutive=num_consecutive if len(segments) == 1 else 0,
+    def _upload(
+        self, planned: dict[bytes, list[_HostBucket]], table: LoRATable
+    ) -> dict[bytes, list[_Bucket]]:
+        """All buckets' arrays in one copy."""
+        buckets = [bucket for of_layer in planned.values() for bucket in of_layer]
+        arrays = {
+            f"{name} {index}": array
+            for index, bucket in enumerate(buckets)
+            for name, array in bucket.arrays.items()
+        }
+        tensors = self._staging.upload(arrays)
+        made = iter(
+            _Bucket(
+                layout=bucket.layout,
+                pages=table.page_table.index_select(0, tensors[f"slots {index}"]),
+                scale=table.scale.index_select(2, tensors[f"slots {index}"])[..., None, None],
+                padded_rows=tensors[f"padded_rows {index}"],
+                rows=tensors[f"rows {index}"],
+                valid=tensors.get(f"valid {index}"),
+                first_page=bucket.first_page,
+                num_consecutive=bucket.num_consecutive,
+            )
+            for index, bucket in enumerate(buckets)
         )
+        return {key: [next(made) for _ in of_layer] for key, of_layer in planned.items()}
 
-    def _upload(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values.astype(np.int64))
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+
+def _plan_layer(places: np.ndarray, table: LoRATable, batch: LoRABatch) -> list[_HostBucket]:
+    """Buckets of one layer; `places` is [rank | a_start | b_start, modules, segments]."""
+    members: dict[tuple[bytes, int], list[int]] = {}
+    lengths = np.diff(batch.segment_starts)
+    for segment, length in enumerate(lengths.tolist()):
+        alone = length > MAX_PADDED_ROWS
+        size_class = -1 - segment if alone else (length - 1).bit_length()
+        members.setdefault((places[:, :, segment].tobytes(), size_class), []).append(segment)
+    planned = []
+    for segments in members.values():
+        layout = _Layout(*(tuple(row) for row in places[:, :, segments[0]].tolist()))
+        for start in range(0, len(segments), MAX_BUCKET_SEGMENTS):
+            part = segments[start : start + MAX_BUCKET_SEGMENTS]
+            planned.append(_make_bucket(layout, part, lengths[part], table, batch))
+    return planned
+
+
+def _make_bucket(
+    layout: _Layout,
+    segments: list[int],
+    lengths: np.ndarray,
+    table: LoRATable,
+    batch: LoRABatch,
+) -> _HostBucket:
+    column = np.arange(lengths.max())
+    starts = batch.segment_starts[segments]
+    padded = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+    padded_rows = batch.token_order[padded.ravel()]
+    is_valid = (column < lengths[:, None]).ravel()
+    slots = batch.segment_slots[segments]
+    arrays = {
+        "slots": slots,
+        "padded_rows": padded_rows,
+        "rows": padded_rows[is_valid].astype(np.int64),
+    }
+    if not is_valid.all():
+        arrays["valid"] = np.flatnonzero(is_valid).astype(np.int32)
+    host_pages = table.host_page_table[int(slots[0])].numpy()
+    steps = np.diff(host_pages) == 1
+    num_consecutive = 1 + int(steps.size if steps.all() else steps.argmin())
+    return _HostBucket(
+        layout=layout,
+        arrays=arrays,
+        first_page=int(host_pages[0]),
+        num_consecutive=num_consecutive if len(segments) == 1 else 0,
+    )
 
 
 def _apply_bucket(
@@ -142,11 +180,10 @@ def _apply_bucket(
     pool_layer: torch.Tensor,
     layer: int,
     group: LoRAGroup,
-    layout: _Layout,
     bucket: _Bucket,
 ) -> None:
-    num_segments = bucket.pages.shape[0]
-    weights, base = _gather_weights(pool_layer, group, layout, bucket)
+    num_segments, layout = bucket.pages.shape[0], bucket.layout
+    weights, base = _gather_weights(pool_layer, group, bucket)
     x32 = x.index_select(0, bucket.padded_rows).float().view(num_segments, -1, group.in_features)
     for module, column, width in zip(
         group.modules, group.out_starts, group.out_features, strict=True
@@ -166,9 +203,10 @@ def _apply_bucket(
 
 
 def _gather_weights(
-    pool_layer: torch.Tensor, group: LoRAGroup, layout: _Layout, bucket: _Bucket
+    pool_layer: torch.Tensor, group: LoRAGroup, bucket: _Bucket
 ) -> tuple[torch.Tensor, int]:
     """[n, elements] of the pages that hold the group, and the virtual array's first element."""
+    layout = bucket.layout
     used = [
         (layout.a_start[module], layout.b_start[module] + layout.rank[module] * row_stride(width))
         for module, width in zip(group.modules, group.out_features, strict=True)

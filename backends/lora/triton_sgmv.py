@@ -3,6 +3,9 @@
 Two launches a group of projections: shrink, with K split where few tiles would leave the chip
 idle, and expand, which sums the splits in order and adds to y. On Hopper the two overlap through
 programmatic dependent launch: expand fetches its weights while shrink still runs.
+
+All that depends on the batch (counts, tiles, splits) is written to one array on the device by
+`plan`; kernels/sgmv.py reads it there.
 """
 
 from dataclasses import dataclass
@@ -12,34 +15,49 @@ import numpy as np
 import torch
 from triton import knobs
 
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
+from loraplex.backends.lora.contract import Int32Array, LoRABatch, LoRAGroup, LoRASpec, LoRATable
 from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel
-from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
+from loraplex.backends.lora.sgmv_blocks import (
+    RANK_CLASSES,
+    ExpandBlocks,
+    Regime,
+    ShrinkBlocks,
+    Tuned,
+    expand_blocks,
+    rank_class,
+    shrink_blocks,
+    tuned_for,
+)
+from loraplex.backends.lora.sgmv_plan import WorkLists
+from loraplex.backends.staging import Staging
 
-MAX_SPLITS = 16
-_BF16 = torch.bfloat16
-MIN_SPLIT_K = 256
+HEADER_INTS = 16
+"""A group's fields in the metadata; kernels/sgmv.py numbers them."""
+MAX_SPLITS: dict[Regime, int] = {"decode": 16, "prefill": 8}
+MIN_SPLIT_CHUNKS = 4
+MAX_V_ELEMS = 1 << 24
+"""Scratch for splits, beyond what one split of the largest step needs."""
+_DECODE: tuple[Regime, int] = ("decode", RANK_CLASSES[0])
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks:
-    """Block sizes of one regime: few rows an adapter (decode) or many (prefill)."""
+class _GroupBlocks:
+    """How one group runs in one regime."""
 
-    m: int
-    k: int
-    r: int
-    n: int
-    shrink_warps: int
-    shrink_stages: int
-    expand_warps: int
-
-
-_DECODE = _Blocks(m=16, k=256, r=16, n=256, shrink_warps=4, shrink_stages=3, expand_warps=4)
-_PREFILL = _Blocks(m=64, k=64, r=16, n=128, shrink_warps=4, shrink_stages=4, expand_warps=4)
+    shrink: ShrinkBlocks
+    expand: ExpandBlocks
+    item_ranks: int
+    max_rank: int
+    max_splits: int
+    num_blocks: int  # of columns, over all modules
 
 
 class TritonSGMV:
     name = "triton"
+    family = "sgmv"
+    graph_kinds: tuple[str, ...] = ("sgmv",)
+    max_graph_rows = 512
+    """Steps of more rows may run the prefill kernels and a grid that depends on the plan."""
 
     @staticmethod
     def probe(spec: LoRASpec | None = None) -> str | None:
@@ -50,94 +68,224 @@ class TritonSGMV:
         if spec is None:
             return None
         if interpreted:
-            return "Triton's interpreter gets bfloat16 wrong" if spec.dtype is _BF16 else None
+            is_bf16 = spec.dtype is torch.bfloat16
+            return "Triton's interpreter gets bfloat16 wrong" if is_bf16 else None
         if spec.device.type != "cuda":
             return f"it needs a CUDA device, not {spec.device.type}"
         return None
 
-    def __init__(self, spec: LoRASpec) -> None:
+    def __init__(self, spec: LoRASpec, tuned: Tuned | None = None) -> None:
         self._spec = spec
-        is_cuda = spec.device.type == "cuda"
-        self._num_programs = 4 * _num_processors(spec.device)
-        self._pdl = is_cuda and torch.cuda.get_device_capability(spec.device)[0] >= 9
+        capability, self._num_processors = _describe_device(spec.device)
+        if tuned is None:  # the table is measured with 16-bit weights
+            tuned = tuned_for(None if spec.dtype == torch.float32 else capability)
+        self._tuned = tuned
+        self._pdl = capability is not None and capability[0] >= 9
         self._launch_options: dict[str, Any] = {"launch_pdl": True} if self._pdl else {}
-        max_rows = spec.max_num_tokens
+        self._staging = Staging(spec.device)
+        self._order_at = HEADER_INTS * len(spec.groups)
+        self._blocks = {
+            (regime, ranks): [self._group_blocks(group, regime, ranks) for group in spec.groups]
+            for regime, ranks in (_DECODE, *_prefill_classes(spec.max_rank))
+        }
+        self._meta = torch.zeros(self._max_meta_ints(), dtype=torch.int32, device=spec.device)
+        max_rank, rows = _round_up(spec.max_rank), max(spec.max_num_tokens, 1)
+        num_modules = max(len(group.modules) for group in spec.groups)
+        wanted = min(max(4 * rows, 16 * self.max_graph_rows) * max_rank * num_modules, MAX_V_ELEMS)
         self._v = torch.empty(
-            max(max_rows, 512) * 3 * spec.max_rank, dtype=torch.float32, device=spec.device
+            max(wanted, rows * max_rank * num_modules), dtype=torch.float32, device=spec.device
         )
-        max_items = max_rows * -(-spec.max_rank // 16)
-        self._tiles = torch.empty((max_rows, 4), dtype=torch.int32, device=spec.device)
-        self._items = torch.empty((max_items, 4), dtype=torch.int32, device=spec.device)
-        self._blocks = _DECODE
-        self._num_tiles = self._num_items = 0
-        self._v_row_stride = 3 * spec.max_rank
+        self._group_index = {group.modules: i for i, group in enumerate(spec.groups)}
+        self._regime = _DECODE
+        self._headers = self._empty_headers()
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch) -> None:
-        if batch.is_empty:
-            return
-        starts = np.asarray(batch.segment_starts, dtype=np.int32)
-        slots = np.asarray(batch.segment_slots, dtype=np.int32)
-        many_rows = starts[-1] > 16 * len(slots)
-        self._blocks = _PREFILL if many_rows else _DECODE
-        tiles = make_tiles(starts, slots, self._blocks.m)
-        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
-        items = split_ranks(tiles, slot_ranks, self._blocks.r)
-        self._num_tiles, self._num_items = len(tiles), len(items)
-        self._tiles[: len(tiles)].copy_(torch.from_numpy(tiles), non_blocking=True)
-        self._items[: len(items)].copy_(torch.from_numpy(items), non_blocking=True)
+    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
+        self._headers = self._empty_headers()
+        lists: list[Int32Array] = []
+        self._regime = _DECODE
+        if not batch.is_empty:
+            # int32 [modules, segments]: the largest rank in any layer
+            ranks = table.host_rank.numpy()[:, :, batch.segment_slots].max(axis=0)
+            self._regime = self._choose_regime(batch, int(ranks.max()))
+            lists = self._plan_groups(batch, ranks)
+        meta = np.concatenate([self._headers.ravel(), batch.token_order, *lists])
+        self._staging.upload(
+            {"meta": meta.astype(np.int32, copy=False)}, out=self._meta.view(torch.uint8)
+        )
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
+    def kind_of(self, batch: LoRABatch) -> str:
+        return self.graph_kinds[0]
+
+    def shrink(
+        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        if batch.is_empty:
+        """x A goes to scratch memory, in splits."""
+        index = self._group_index[group.modules]
+        if self._is_idle(x.shape[0], index):
             return
-        num_modules = len(group.modules)
-        first = group.modules[0]
-        rank, page_elems = table.rank[layer, first], pool.shape[2]
-        num_rows = batch.segment_starts[-1]
-        splits, k_per_split = self._split_k(group.in_features, num_modules, num_rows)
-        strides = (num_rows * self._v_row_stride, self._v_row_stride, self._spec.max_rank)
-        blocks = self._blocks
-        shrink_kernel[(self._num_items * num_modules, splits)](
-            x, self._v, pool[layer], self._items, batch.token_order, table.page_table,
-            rank, table.a_start[layer, first],
-            x.stride(0), table.page_table.stride(0), table.rank.shape[2], *strides, k_per_split,
-            K=group.in_features, K_ROW=row_stride(group.in_features), NUM_MODULES=num_modules,
-            PAGE=page_elems, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=blocks.r, PDL=self._pdl,
-            num_warps=blocks.shrink_warps, num_stages=blocks.shrink_stages, **self._launch_options,
-        )  # fmt: skip
-        outs = (*group.out_features, 0, 0)[:3]
-        columns = (*group.out_starts, 0, 0)[:3]
-        num_blocks = sum(-(-out // blocks.n) for out in outs)
-        expand_kernel[(num_blocks, self._num_tiles)](
-            y, self._v, pool[layer], self._tiles, batch.token_order, table.page_table,
-            rank, table.b_start[layer, first], table.scale[layer, first],
-            y.stride(0), table.page_table.stride(0), table.rank.shape[2], *strides,
-            OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2], PAGE=page_elems,
-            START_1=columns[1], START_2=columns[2], SPLITS=splits,
-            BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_R=blocks.r, PDL=self._pdl,
-            num_warps=blocks.expand_warps, num_stages=1, **self._launch_options,
+        blocks = self._blocks_for(x.shape[0], index)
+        num_items, _, _, _, num_splits = self._headers[index, :5].tolist()
+        units = num_items * num_splits
+        if x.shape[0] <= self.max_graph_rows:
+            most = -(-len(group.modules) * self._spec.max_rank // blocks.item_ranks)
+            units = min(
+                x.shape[0] * most * blocks.max_splits,
+                blocks.shrink.waves * self._num_processors,
+            )
+        shrink_kernel[(units,)](
+            x, self._v, pool, self._meta, table.page_table, table.rank, table.a_start,
+            layer, x.stride(0), pool.stride(0), table.page_table.stride(0), table.rank.shape[2],
+            HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
+            TABLE_MODULES=table.rank.shape[1], FIRST_MODULE=group.modules[0],
+            NUM_MODULES=len(group.modules), K=group.in_features, PAGE=pool.shape[2],
+            BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks, PDL=self._pdl,
+            num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages,
+            **self._launch_options,
         )  # fmt: skip
 
-    def _split_k(self, in_features: int, num_modules: int, num_rows: int) -> tuple[int, int]:
-        """The number of splits, a power of two, and the input features of each."""
-        wanted = self._num_programs // (self._num_items * num_modules)
-        room = self._v.numel() // (num_rows * self._v_row_stride)
-        most = min(wanted, room, MAX_SPLITS, in_features // MIN_SPLIT_K)
-        splits = 1 << max(0, most.bit_length() - 1)
-        block = self._blocks.k
-        return splits, -(-in_features // (splits * block)) * block
+    def expand(
+        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+    ) -> None:
+        index = self._group_index[group.modules]
+        if self._is_idle(y.shape[0], index):
+            return
+        blocks = self._blocks_for(y.shape[0], index)
+        num_tiles, _, _, _, panel_blocks = self._headers[index, 2:7].tolist()
+        units = num_tiles * _num_panels(group, blocks.expand.columns, panel_blocks)
+        if y.shape[0] <= self.max_graph_rows:
+            most = blocks.expand.waves * self._num_processors
+            units = min(y.shape[0] * blocks.num_blocks, most)
+        outs = (*group.out_features, 0, 0)
+        starts = (*group.out_starts, 0, 0)
+        expand_kernel[(units,)](
+            y, self._v, pool, self._meta, table.page_table, table.rank, table.b_start, table.scale,
+            layer, y.stride(0), pool.stride(0), table.page_table.stride(0), table.rank.shape[2],
+            HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
+            TABLE_MODULES=table.rank.shape[1], FIRST_MODULE=group.modules[0],
+            NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
+            START_1=starts[1], START_2=starts[2], PAGE=pool.shape[2],
+            MAX_SPLITS=blocks.max_splits, BLOCK_M=blocks.expand.rows,
+            BLOCK_N=blocks.expand.columns, BLOCK_R=blocks.expand.ranks,
+            MAX_RANK=blocks.max_rank, PDL=self._pdl,
+            num_warps=blocks.expand.warps, num_stages=1, maxnreg=blocks.expand.max_registers,
+            **self._launch_options,
+        )  # fmt: skip
+
+    def _is_idle(self, num_rows: int, index: int) -> bool:
+        """Nothing to launch; a step that may be captured launches whatever was planned."""
+        return num_rows > self.max_graph_rows and not self._headers[index, 0]
+
+    def _blocks_for(self, num_rows: int, index: int) -> _GroupBlocks:
+        """By the rows alone where a graph may be captured, else as planned."""
+        regime = _DECODE if num_rows <= self.max_graph_rows else self._regime
+        return self._blocks[regime][index]
+
+    def _empty_headers(self) -> Int32Array:
+        """Of a plan without work; the panel is a divisor."""
+        headers = np.zeros((len(self._spec.groups), HEADER_INTS), dtype=np.int32)
+        headers[:, 6] = 1
+        return headers
+
+    def _choose_regime(self, batch: LoRABatch, largest_rank: int) -> tuple[Regime, int]:
+        """Decode for few rows, and for more rows of mostly other adapters; see max_graph_rows."""
+        num_rows, num_segments = len(batch.token_order), len(batch.segment_slots)
+        is_prefill = batch.num_tokens > self.max_graph_rows and num_rows > 8 * num_segments
+        regime: Regime = "prefill" if is_prefill else "decode"
+        return regime, rank_class(regime, largest_rank)
+
+    def _plan_groups(self, batch: LoRABatch, ranks: Int32Array) -> list[Int32Array]:
+        """Fill the headers. Returns the lists that follow the order of tokens.
+
+        Args:
+            ranks: int32 [modules, segments].
+        """
+        num_rows = len(batch.token_order)
+        lists = WorkLists(batch, self._order_at + num_rows)
+        for index, group in enumerate(self._spec.groups):
+            blocks = self._blocks[self._regime][index]
+            of_group = ranks[group.modules[0] : group.modules[-1] + 1]
+            largest = int(of_group.max())
+            if not largest:
+                continue
+            num_items, items_at = lists.items(
+                blocks.shrink.rows, blocks.item_ranks, of_group.sum(axis=0, dtype=np.int32)
+            )
+            num_tiles, tiles_at = lists.tiles(blocks.expand.rows)
+            room = self._v.numel() // (num_rows * len(group.modules) * _round_up(largest))
+            splits, chunks = self._split_k(group, num_items, room, blocks)
+            self._headers[index, :9] = (
+                num_items, items_at, num_tiles, tiles_at, splits, chunks,
+                self._panel_blocks(group, num_tiles, blocks), _round_up(largest), num_rows,
+            )  # fmt: skip
+        return lists.arrays
+
+    def _split_k(
+        self, group: LoRAGroup, num_items: int, room: int, blocks: _GroupBlocks
+    ) -> tuple[int, int]:
+        """The number of splits, none of them empty, and the chunks of 64 features of each."""
+        chunks = -(-group.in_features // 64)
+        wanted = blocks.shrink.waves * self._num_processors // num_items
+        most = min(wanted, room, blocks.max_splits, chunks // MIN_SPLIT_CHUNKS)
+        per_split = -(-chunks // max(1, most))
+        return -(-chunks // per_split), per_split
+
+    def _panel_blocks(self, group: LoRAGroup, num_tiles: int, blocks: _GroupBlocks) -> int:
+        """As many blocks of columns a unit as fill the wanted programs once."""
+        wanted = blocks.expand.waves * self._num_processors
+        panel = min(-(-num_tiles * blocks.num_blocks // wanted), blocks.expand.max_panel)
+        columns = blocks.expand.columns
+        while (
+            panel < blocks.expand.max_panel
+            and num_tiles * _num_panels(group, columns, panel) > wanted
+        ):
+            panel += 1
+        return panel
+
+    def _group_blocks(self, group: LoRAGroup, regime: Regime, ranks: int) -> _GroupBlocks:
+        shrink = shrink_blocks(self._tuned, regime, ranks, group.in_features)
+        expand = expand_blocks(self._tuned, regime, ranks, sum(group.out_features))
+        together = 1 << (ranks * len(group.modules) - 1).bit_length()
+        return _GroupBlocks(
+            shrink=shrink,
+            expand=expand,
+            item_ranks=min(shrink.max_ranks, together),
+            max_rank=_round_up(self._spec.max_rank) if regime == "decode" else ranks,
+            max_splits=MAX_SPLITS[regime],
+            num_blocks=_num_panels(group, expand.columns, 1),
+        )
+
+    def _max_meta_ints(self) -> int:
+        """Header, order, and lists of a step in which no two rows share an adapter."""
+        rows, max_rank = max(self._spec.max_num_tokens, 1), self._spec.max_rank
+        most = 0
+        for (regime, _), of_groups in self._blocks.items():
+            segments = rows if regime == "decode" else rows // 8 + 1
+            ints = 0
+            for group, blocks in zip(self._spec.groups, of_groups, strict=True):
+                num_items = -(-len(group.modules) * max_rank // blocks.item_ranks)
+                item_tiles = min(rows, segments + rows // blocks.shrink.rows)
+                tiles = min(rows, segments + rows // blocks.expand.rows)
+                ints += 4 * (item_tiles * num_items + tiles)
+            most = max(most, ints)
+        return -(-(self._order_at + rows + most) // 4) * 4
 
 
-def _num_processors(device: torch.device) -> int:
+def _num_panels(group: LoRAGroup, columns: int, panel_blocks: int) -> int:
+    return sum(-(-out // (columns * panel_blocks)) for out in group.out_features)
+
+
+def _prefill_classes(max_rank: int) -> list[tuple[Regime, int]]:
+    largest = rank_class("prefill", max_rank)
+    return [("prefill", ranks) for ranks in RANK_CLASSES if ranks <= largest]
+
+
+def _round_up(rank: int) -> int:
+    return -(-rank // 16) * 16
+
+
+def _describe_device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """Compute capability and number of multiprocessors."""
     if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return None, 2
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count

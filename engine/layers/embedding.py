@@ -16,6 +16,6 @@ class Embedding:
         """int64 [T] to [T, hidden_size]."""
         return functional.embedding(token_ids, self.weight)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden_size] to float32 [N, vocab_size]."""
-        return functional.linear(hidden, self.weight).float()
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, hidden_size] to [N, vocab_size], in the weights' dtype; written to `out` if given."""
+        return torch.mm(hidden, self.weight.t(), out=out)

@@ -45,8 +45,9 @@ class LoRALinear:
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[T, in_features] to [T, sum of out_features]."""
+        ctx.shrink(x, self.layer, self.group)  # before the product: it may overlap what made x
         y = functional.linear(x, self.weight, self.bias)
-        ctx.add_lora(y, x, self.layer, self.group)
+        ctx.expand(y, self.layer, self.group)
         return y
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

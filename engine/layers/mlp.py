@@ -1,7 +1,6 @@
 """The gated feed-forward block (SwiGLU, arXiv 2002.05202)."""
 
 import torch
-from torch.nn import functional
 
 from loraplex.engine.forward_context import ForwardContext
 from loraplex.engine.layers.lora_linear import LoRALinear
@@ -16,5 +15,4 @@ class MLP:
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[T, hidden_size] to the same shape."""
-        gate, up = self.gate_up(x, ctx).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up, ctx)
+        return self.down(ctx.fused.silu_mul(self.gate_up(x, ctx)), ctx)

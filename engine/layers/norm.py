@@ -2,9 +2,11 @@
 
 import torch
 
+from loraplex.engine.forward_context import ForwardContext
+
 
 class RMSNorm:
-    """Norm over the last axis. Statistics in float32; rounds before the weight, as Hugging Face.
+    """Norm over the last axis, as the op ``fused`` does it.
 
     Attributes:
         weight: [size].
@@ -14,8 +16,10 @@ class RMSNorm:
         self.eps = eps
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] to the same shape and dtype."""
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * scale).to(x.dtype)
+    def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """[T, size] to the same shape and dtype."""
+        return ctx.fused.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Add x to the residual, in place, and norm that."""
+        return ctx.fused.add_rms_norm(x, residual, self.weight, self.eps)

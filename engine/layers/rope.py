@@ -14,24 +14,17 @@ class RotaryEmbedding:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.inv_freq = inverse_frequencies(spec).to(device)
 
-    def cos_sin(
-        self, positions: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token, both [T, 1, head_dim]; computed in float32, then rounded to `dtype`.
+    def cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of each token, float32 [T, head_dim], cos | sin; see FusedOps.rope_store_kv.
 
         Args:
             positions: int64 [T].
         """
-        angles = positions[:, None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, head_dim], turned by its tokens' angles; contiguous."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+        angles = positions[:, None] * self.inv_freq  # float32, where every position is exact
+        out = angles.new_empty(len(positions), 2, len(self.inv_freq))
+        torch.cos(angles, out=out[:, 0])
+        torch.sin(angles, out=out[:, 1])
+        return out.flatten(1)
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:

@@ -39,6 +39,17 @@ def local_module_shapes(spec: ModelSpec, tp_size: int) -> tuple[ModuleShape, ...
     )
 
 
+def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
+    """Of every layer: q|k|v, o, gate|up, down."""
+    groups = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj",),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+    )
+    return tuple(make_group(modules, shapes) for modules in groups)
+
+
 class DecoderLayer:
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
@@ -51,10 +62,24 @@ class DecoderLayer:
         self.mlp = mlp
 
     def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ctx: ForwardContext
+        self,
+        delta: torch.Tensor | None,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        ctx: ForwardContext,
     ) -> torch.Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, ctx)
-        return hidden + self.mlp(self.mlp_norm(hidden), ctx)
+        """What the next norm is to add to the residual, [T, hidden_size].
+
+        Args:
+            delta: the same of the layer before; None for the first layer.
+            residual: [T, hidden_size], mutated.
+        """
+        if delta is None:
+            x = self.attention_norm(residual, ctx)
+        else:
+            x = self.attention_norm.add(delta, residual, ctx)
+        x = self.attention(x, cos_sin, ctx)
+        return self.mlp(self.mlp_norm.add(x, residual, ctx), ctx)
 
 
 class Decoder:
@@ -90,15 +115,7 @@ class Decoder:
             else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device)
         )
         self.rope = RotaryEmbedding(spec, self.device)
-        groups = tuple(
-            make_group(modules, self._shapes)
-            for modules in (
-                ("q_proj", "k_proj", "v_proj"),
-                ("o_proj",),
-                ("gate_proj", "up_proj"),
-                ("down_proj",),
-            )
-        )
+        groups = projection_groups(self._shapes)
         self.layers = [self._make_layer(index, groups) for index in range(spec.num_layers)]
         self.norm = self._make_norm(spec.hidden_size)
 
@@ -115,15 +132,16 @@ class Decoder:
         Returns:
             [T, hidden_size], after the last norm.
         """
-        hidden = self.embedding(token_ids)
-        cos, sin = self.rope.cos_sin(ctx.positions, self.dtype)
+        residual = self.embedding(token_ids)
+        cos_sin = self.rope.cos_sin(ctx.positions)
+        delta = None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, ctx)
-        return self.norm(hidden)
+            delta = layer(delta, residual, cos_sin, ctx)
+        return self.norm(residual, ctx) if delta is None else self.norm.add(delta, residual, ctx)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, hidden_size] to float32 [N, vocab_size]."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, hidden_size] to [N, vocab_size], in the model's dtype; written to `out` if given."""
+        return self.head.logits(hidden, out)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint must bring, by its Hugging Face name; fused ones as views."""
@@ -155,7 +173,6 @@ class Decoder:
         attention = Attention(
             qkv,
             output,
-            spec.head_dim,
             q_norm=self._make_norm(spec.head_dim) if spec.qk_norm else None,
             k_norm=self._make_norm(spec.head_dim) if spec.qk_norm else None,
         )

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--batches: {max(args.batches)} needs --max-num-seqs, now {limit}")
         table = Table(
             batch=6, popularity=-10, num_adapters=12, step_ms=9, step_ms_mean=12, step_ms_p99=11,
-            ttft_ms_p50=11, new_tokens_per_s=16,
+            ttft_ms_p50=11, new_tokens_per_s=16, gpu_idle_share=14,
         )  # fmt: skip
         for batch in args.batches:
             for popularity in args.popularity:
@@ -30,9 +30,12 @@ def run(args: argparse.Namespace) -> int:
                 session.warm_up(trace)
                 rows = []
                 for _ in range(args.repeats):
+                    before = session.counters()
                     timelines = session.measure(trace, title=f"{batch} {popularity}")
                     check_complete(timelines, trace)
-                    rows.append({**step_times(timelines), **summarize(timelines)})
+                    idle = session.idle_share(before, session.counters())
+                    measured = {**step_times(timelines), **summarize(timelines)}
+                    rows.append({**measured, "gpu_idle_share": idle})
                 row = {
                     "batch": batch,
                     "popularity": popularity,

@@ -71,6 +71,13 @@ class BenchSession:
         """Numbers that the engine counts since its start."""
         return {k: v for k, v in self.engine.client.stats().items() if isinstance(v, int | float)}
 
+    @staticmethod
+    def idle_share(before: Row, after: Row) -> float:
+        """Of the GPU's time between two `counters` while requests were running: how much of it
+        had no step to work on."""
+        idle, busy = (after[name] - before[name] for name in ("idle_us", "busy_us"))
+        return round(idle / (idle + busy), 4) if idle + busy else 0.0
+
     def write(self, row: Row) -> None:
         """Append a JSON line: the set-up beside the numbers."""
         if self.out is not None:

@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args, max(args.num_adapters)) as session:
         table = Table(
             num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14, ttft_ms_p50=11,
-            ttft_ms_p99=11, inter_token_ms_p50=18, inter_token_ms_p99=18,
+            ttft_ms_p99=11, inter_token_ms_p50=18, inter_token_ms_p99=18, gpu_idle_share=14,
         )  # fmt: skip
         base_rate = None
         for num_adapters in args.num_adapters:
@@ -46,7 +46,8 @@ def _measure(session: BenchSession, trace: list[TraceRequest], repeats: int, tit
         check_complete(timelines, trace)
         after = session.counters()
         counted = {name: after[name] - before[name] for name in _COUNTERS}
-        rows.append({**summarize(timelines), **counted})
+        idle = session.idle_share(before, after)
+        rows.append({**summarize(timelines), **counted, "gpu_idle_share": idle})
     rates = [row["new_tokens_per_s"] for row in rows]
     return {**medians(rows), "new_tokens_per_s_of_runs": rates}
 

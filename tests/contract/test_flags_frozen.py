@@ -15,10 +15,12 @@ MODEL = [
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
-    "--block-tokens", "--enable-prefix-caching", "--gpu-memory-utilization", "--lora-backend",
-    "--max-adapter-slots", "--max-lora-rank", "--max-num-batched-tokens", "--max-num-seqs",
-    "--max-queue-len", "--max-steps-in-flight", "--no-enable-prefix-caching", "--num-pages",
-    "--pool-bytes",
+    "--block-tokens", "--enable-prefix-caching", "--enforce-eager", "--fair-share-by",
+    "--fair-share-weight", "--fused-backend", "--gpu-memory-utilization", "--graph-bytes",
+    "--graph-seconds", "--lora-backend", "--max-adapter-slots", "--max-adapters-per-batch",
+    "--max-lora-rank", "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len",
+    "--max-steps-in-flight", "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
+    "--num-pages", "--policy", "--pool-bytes", "--ttft-slo-s",
 ]  # fmt: skip
 SAMPLING = [
     "--frequency-penalty", "--ignore-eos", "--include-stop-str-in-output", "--logit-bias",

@@ -14,31 +14,34 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel  # noqa: E402
+from loraplex.backends.lora.sgmv_blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
 
 POINTERS = {
-    "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "order": "*i64",
-    "items": "*i32", "tiles": "*i32", "page_table": "*i32", "rank": "*i32", "a_start": "*i32",
-    "b_start": "*i32",
+    "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "meta": "*i32",
+    "page_table": "*i32", "rank": "*i32", "a_start": "*i32", "b_start": "*i32",
 }  # fmt: skip
+ALIGNED = {*POINTERS, "x_stride", "y_stride", "layer_stride"}
+COMMON = {
+    "HEADER": 16, "ORDER_AT": 64, "TABLE_MODULES": 7, "FIRST_MODULE": 0, "NUM_MODULES": 3,
+    "PAGE": 32768, "PDL": True,
+}  # fmt: skip
+REGIMES = [("decode", 16), ("prefill", 16), ("prefill", 64)]
 
 
 def compile_ptx(kernel, constants: dict[str, int], **options: int) -> str:
     names = kernel.arg_names
+    types = POINTERS | {"layer_stride": "i64"}
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name in POINTERS or name.endswith("stride") or name == "k_per_split"
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
     }
     source = ASTSource(
         kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared < 227 * 1024
     return compiled.asm["ptx"]
 
 
@@ -48,31 +51,40 @@ def compiled_not_interpreted():
         pytest.skip("the kernels were imported under TRITON_INTERPRET")
 
 
-@pytest.mark.parametrize(("block_m", "block_k"), [(16, 256), (64, 64)])
-@pytest.mark.parametrize("k", [576, 3584, 4096])
-def test_shrink(block_m: int, block_k: int, k: int):
+@pytest.mark.parametrize(("regime", "ranks"), REGIMES)
+@pytest.mark.parametrize("k", [576, 18944])
+def test_shrink(regime: str, ranks: int, k: int):
+    blocks = shrink_blocks(tuned_for((9, 0)), regime, ranks, k)
+    together = 1 << (3 * ranks - 1).bit_length()
+    sizes = {"K": k, "BLOCK_M": blocks.rows, "BLOCK_R": min(blocks.max_ranks, together)}
     ptx = compile_ptx(
-        shrink_kernel,
-        {"K": k, "K_ROW": k, "NUM_MODULES": 3, "PAGE": 32768, "BLOCK_M": block_m,
-         "BLOCK_K": block_k, "BLOCK_R": 16, "PDL": True},
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    assert re.search(r"mma\.sync|wgmma", ptx)
-    assert re.search(r"cp\.async\.c[ag].* 0x10|ld\.global.*v4", ptx)
-    assert not re.search(r"ld\.global(\.\w+)*\.b16", ptx), "weights or inputs are read in 2 bytes"
+        shrink_kernel, COMMON | sizes, num_warps=blocks.warps, num_stages=blocks.stages
+    )
+    assert re.search(r"mma\.sync" if blocks.rows < 64 else r"wgmma", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    assert copies and set(copies) == {"0x10"}, "weights and inputs come 16 bytes at a time"
+    # Two copies a stage; all stages but two are still on their way when a product begins.
+    depth = re.findall(r"cp\.async\.wait_group\s+(0x\w+|\d+)", ptx)
+    assert max(int(n, 0) for n in depth) >= 2 * (blocks.stages - 2), (
+        "the loop over K is not pipelined"
+    )
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 256), (64, 128)])
-@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (18944, 18944, 0), (576, 0, 0)])
-def test_expand(block_m: int, block_n: int, outs: tuple[int, int, int]):
+@pytest.mark.parametrize(("regime", "ranks"), REGIMES)
+@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (18944, 18944, 0)])
+def test_expand(regime: str, ranks: int, outs: tuple[int, int, int]):
+    blocks = expand_blocks(tuned_for((9, 0)), regime, ranks, sum(outs))
+    sizes = {
+        "OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": outs[0],
+        "START_2": outs[0] + outs[1], "MAX_SPLITS": 8, "BLOCK_M": blocks.rows,
+        "BLOCK_N": blocks.columns, "BLOCK_R": blocks.ranks, "MAX_RANK": 64,
+    }  # fmt: skip
     ptx = compile_ptx(
-        expand_kernel,
-        {"OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": outs[0],
-         "START_2": outs[0] + outs[1], "PAGE": 32768, "SPLITS": 4, "BLOCK_M": block_m,
-         "BLOCK_N": block_n, "BLOCK_R": 16, "PDL": True},
-        num_warps=4, num_stages=1,
+        expand_kernel, COMMON | sizes, num_warps=blocks.warps, num_stages=1,
+        maxnreg=blocks.max_registers,
     )  # fmt: skip
     assert re.search(r"mma\.sync|wgmma", ptx)
+    assert re.search(r"st\.global\.v4\.b32", ptx) and re.search(r"ld\.global\.v4\.b32", ptx)
     assert not re.search(r"(ld|st)\.global(\.\w+)*\.b16", ptx)
 
 
@@ -81,21 +93,24 @@ def cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
 
 
+QKV = {"NUM_MODULES": 3, "K": 4096, "OUT_0": 4096, "OUT_1": 1024, "OUT_2": 1024,
+       "START_1": 4096, "START_2": 5120}  # fmt: skip
+DOWN = {"NUM_MODULES": 1, "K": 14336, "OUT_0": 4096, "OUT_1": 0, "OUT_2": 0,
+        "START_1": 0, "START_2": 0}  # fmt: skip
+SMALL = {"NUM_MODULES": 2, "K": 576, "OUT_0": 1536, "OUT_1": 1536, "OUT_2": 0,
+         "START_1": 1536, "START_2": 0}  # fmt: skip
+BGMV = {"PAGE": 32768, "PDL": 1, "PROGRAMS": 528, "MAX_SPLITS": 16, "WARPS": 8,
+        "THREADS": 128}  # fmt: skip
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("bf16", [0, 1])
-@pytest.mark.parametrize(
-    "macros",
-    [
-        *({"K": k, "K_ROW": -(-k // 64) * 64, "NT": nt, "WARPS": 8} for k in (576, 18944)
-          for nt in (1, 8)),
-        *({"OUT_0": 4096, "OUT_1": 1024, "OUT_2": 1024, "START_1": 4096, "START_2": 5120,
-           "ROWS": rows, "THREADS": 128, "SPLITS": splits}
-          for rows, splits in ((1, 2), (2, 8), (4, 16))),
-    ],
-)  # fmt: skip
-def test_bgmv(tmp_path, bf16: int, macros: dict[str, int]):
+@pytest.mark.parametrize(("nt", "rows"), [(1, 1), (2, 4)], ids=["distinct", "shared"])
+@pytest.mark.parametrize("group", [QKV, DOWN, SMALL], ids=["qkv", "down", "small"])
+def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
     source = resources.files("loraplex.backends.lora.kernels").joinpath("bgmv.cu")
-    macros = macros | {"BF16": bf16, "PAGE": 32768, "NUM_MODULES": 3, "PDL": 1}
+    macros = BGMV | group | {"BF16": bf16, "K_ROW": -(-group["K"] // 64) * 64}
+    macros |= {"NT": nt, "ROWS": rows}
     defines = [f"-D{name}={value}" for name, value in macros.items()]
     result = subprocess.run(
         ["nvcc", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin",
@@ -108,8 +123,10 @@ def test_bgmv(tmp_path, bf16: int, macros: dict[str, int]):
             [tool, "--dump-sass", tmp_path / "kernel.cubin"],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        # The last wait is that of blocks with nothing to do.
-        wait = re.search(r"ACQBULK(?=[^$]*PREEXIT)", sass[sass.index("LDG.E.NA.128") :])
-        assert wait, "the weights are fetched only after the wait for the kernel before"
+        for kernel in sass.split("Function :")[1:]:
+            # The last wait, without PREEXIT behind it, is that of blocks with nothing to do.
+            weights = kernel.index("LDG.E.NA.128")
+            wait = re.search(r"ACQBULK(?=[^$]*PREEXIT)", kernel[weights:])
+            assert wait, "the weights are fetched only after the wait for the kernel before"
     spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
     assert max(map(int, spilled)) <= 16

@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from loraplex.backends.lora.contract import ROW_ALIGN, LoRABatch, LoRAGroup, LoRATable
+from loraplex.backends.lora.contract import (
+    ROW_ALIGN,
+    LoRABatch,
+    LoRAGroup,
+    LoRASpec,
+    LoRATable,
+)
 from loraplex.memory.adapter_layout import MODULES, ModuleShape, num_pages, place_layer
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
@@ -63,7 +70,7 @@ def make_case(
 ) -> LoRACase:
     """Adapter i goes to slot 2 i + 1, on shuffled pages; all that is not a weight is NaN."""
     assert page_elems % ROW_ALIGN == 0
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     counts = [num_pages(ranks, shapes, page_elems) for ranks in adapters]
     total, num_layers = sum(counts) + 3, len(adapters[0]) if adapters else 1
     slots, most = 2 * len(adapters) + 2, max(counts, default=1)
@@ -74,23 +81,26 @@ def make_case(
         "b_start": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
         "scale": torch.zeros(num_layers, len(MODULES), slots),
     }
-    pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype)
-    order = torch.randperm(total - 1, generator=generator) + 1
+    pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype, device=device)
+    order = torch.randperm(total - 1, generator=torch.Generator().manual_seed(seed)) + 1
     free = (order if shuffle else order.sort().values).tolist()
     weights: Weights = {}
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     for index, (layers, count) in enumerate(zip(adapters, counts, strict=True)):
         slot, pages = 2 * index + 1, torch.tensor([free.pop() for _ in range(count)][::-1])
         fields["page_table"][slot, :count] = pages
         for layer, ranks in enumerate(layers):
             for module, place in place_layer(ranks, shapes)[0].items():
                 shape = shapes[module]
-                a = torch.randn(place.rank, shape.in_features, generator=generator)
-                b = torch.randn(shape.out_features, place.rank, generator=generator)
-                a, b = (a * shape.in_features**-0.5).to(dtype), (b * place.rank**-0.5).to(dtype)
+                a = (random(place.rank, shape.in_features) * shape.in_features**-0.5).to(dtype)
+                b = (random(shape.out_features, place.rank) * place.rank**-0.5).to(dtype)
                 scale = 0.5 + slot % 3 + 0.25 * module
                 weights[layer, slot, module] = (a, b, scale)
-                _write_rows(pool[layer], pages, place.a_start, a)
-                _write_rows(pool[layer], pages, place.b_start, b.T)
+                _write_rows(pool[layer], pages.to(device), place.a_start, a)
+                _write_rows(pool[layer], pages.to(device), place.b_start, b.T)
                 fields["rank"][layer, module, slot] = place.rank
                 fields["a_start"][layer, module, slot] = place.a_start
                 fields["b_start"][layer, module, slot] = place.b_start
@@ -99,17 +109,29 @@ def make_case(
         **{name: value.to(device) for name, value in fields.items()},
         **{f"host_{name}": value for name, value in fields.items()},
     )
-    case = LoRACase(pool.to(device), table, shapes, make_groups(shapes), len(adapters))
+    case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
     case.weights = weights
     return case
 
 
 def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:
-    page_elems, width = layer.shape[1], rows.shape[1]
+    page_elems, (count, width) = layer.shape[1], rows.shape
     stride = -(-width // ROW_ALIGN) * ROW_ALIGN
-    for i, row in enumerate(rows):
-        at = torch.arange(start + i * stride, start + i * stride + width)
-        layer[pages[at // page_elems], at % page_elems] = row
+    first = start + torch.arange(count, device=layer.device)[:, None] * stride
+    at = first + torch.arange(width, device=layer.device)
+    layer[pages[at // page_elems], at % page_elems] = rows
+
+
+def make_spec(case: LoRACase, max_num_tokens: int, max_rank: int = 256) -> LoRASpec:
+    """What an op for this case is made with."""
+    return LoRASpec(
+        max_num_tokens=max_num_tokens,
+        max_rank=max_rank,
+        dtype=case.pool.dtype,
+        device=case.pool.device,
+        page_elems=case.pool.shape[2],
+        groups=tuple(case.groups),
+    )
 
 
 def draw_slots(popularity: str, num_rows: int, num_adapters: int, seed: int = 0) -> list[int]:
@@ -132,7 +154,7 @@ def draw_slots(popularity: str, num_rows: int, num_adapters: int, seed: int = 0)
     return slots[torch.randperm(num_rows, generator=generator)].tolist()
 
 
-def make_batch(slots: list[int], device: str = "cpu") -> LoRABatch:
+def make_batch(slots: list[int]) -> LoRABatch:
     """By the contract's words, with no code of the engine."""
     present = sorted({slot for slot in slots if slot >= 0})
     segments = [[row for row, slot in enumerate(slots) if slot == s] for s in present]
@@ -141,10 +163,7 @@ def make_batch(slots: list[int], device: str = "cpu") -> LoRABatch:
         starts.append(starts[-1] + len(rows))
     return LoRABatch(
         num_tokens=len(slots),
-        token_slots=torch.tensor(slots, dtype=torch.int32, device=device),
-        token_order=torch.tensor(
-            [row for rows in segments for row in rows], dtype=torch.int64, device=device
-        ),
-        segment_starts=tuple(starts),
-        segment_slots=tuple(present),
+        token_order=np.array([row for rows in segments for row in rows], dtype=np.int32),
+        segment_starts=np.array(starts, dtype=np.int32),
+        segment_slots=np.array(present, dtype=np.int32),
     )

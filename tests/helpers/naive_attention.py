@@ -1,9 +1,12 @@
 """A paged attention op made of plain loops, and a forward context around it, for decoder tests."""
 
+import numpy as np
 import torch
 
 from loraplex.backends.attention.contract import AttentionBatch
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRATable
+from loraplex.backends.fused.contract import FusedSpec
+from loraplex.backends.fused.torch_ops import TorchFused
+from loraplex.backends.lora.contract import LoRAGroup, LoRATable
 from loraplex.engine.forward_context import ForwardContext
 from loraplex.engine.models.spec import ModelSpec
 
@@ -46,18 +49,11 @@ class RecordingLoRA:
     def __init__(self) -> None:
         self.calls: list[tuple[int, LoRAGroup, tuple[int, ...], tuple[int, ...]]] = []
 
-    def apply(
-        self,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        pool: torch.Tensor,
-        layer: int,
-        group: LoRAGroup,
-        table: LoRATable,
-        batch: LoRABatch,
-    ) -> None:
-        self.calls.append((layer, group, tuple(x.shape), tuple(y.shape)))
+    def shrink(self, *, x: torch.Tensor, layer: int, group: LoRAGroup, **unused: object) -> None:
+        self._x = x
+
+    def expand(self, *, y: torch.Tensor, layer: int, group: LoRAGroup, **unused: object) -> None:
+        self.calls.append((layer, group, tuple(self._x.shape), tuple(y.shape)))
 
 
 class PagedSequences:
@@ -81,6 +77,7 @@ class PagedSequences:
         self.page_table = order.view(num_seqs, per_seq).to(torch.int32)
         self.attention = NaiveAttention(spec.head_dim)
         self.lora = RecordingLoRA()
+        self.fused = TorchFused(FusedSpec(dtype, torch.device("cpu"), spec.head_dim))
 
     def context(
         self, starts: list[int], query_lens: list[int], with_lora: bool = False
@@ -96,13 +93,10 @@ class PagedSequences:
         kv_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
         self.attention.plan(
             AttentionBatch(
-                query_lens=tuple(query_lens),
-                kv_lens=tuple(kv_lens),
+                query_lens=np.array(query_lens, dtype=np.int32),
+                kv_lens=np.array(kv_lens, dtype=np.int32),
                 num_decodes=0,
-                query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
-                kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32),
-                page_table=self.page_table,
-                kv_rows=kv_rows,
+                page_table=self.page_table.numpy(),
             )
         )
         return ForwardContext(
@@ -111,24 +105,13 @@ class PagedSequences:
             pool=self.pool,
             kv=self.kv,
             attention=self.attention,
+            fused=self.fused,
             lora=self.lora,
             lora_table=_empty_table(),
-            lora_batch=_lora_batch(len(positions), with_lora),
+            has_lora=with_lora,
         )
 
 
 def _empty_table() -> LoRATable:
     none = torch.empty(0)
     return LoRATable(*([none] * 10))
-
-
-def _lora_batch(num_tokens: int, with_lora: bool) -> LoRABatch:
-    """Base rows only, or every row of adapter slot 0."""
-    order = torch.arange(num_tokens if with_lora else 0)
-    return LoRABatch(
-        num_tokens=num_tokens,
-        token_slots=torch.full((num_tokens,), 0 if with_lora else -1, dtype=torch.int32),
-        token_order=order,
-        segment_starts=(0, num_tokens) if with_lora else (0,),
-        segment_slots=(0,) if with_lora else (),
-    )

@@ -1,32 +1,36 @@
-"""The judges of every backend: plain loops in fp32, one row and one head at a time."""
+"""The judges of every backend: plain loops in fp32."""
 
 import torch
 
 from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup
+from loraplex.backends.lora.contract import LoRAGroup
 
 
 def lora_oracle(
     y: torch.Tensor,
     x: torch.Tensor,
     group: LoRAGroup,
-    batch: LoRABatch,
+    slots: list[int],
     weights: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, float]],
 ) -> torch.Tensor:
-    """The expected y in fp32.
+    """The expected y in fp32, one adapter and one module at a time.
 
     Args:
+        slots: the adapter slot of each row, -1 for the base model; y may have more rows.
         weights: (adapter slot, module) to A [rank, in], B [out, rank] and scale, of this layer,
             as they were before they went into pages.
     """
-    want = y.float().clone()
-    for row, slot in enumerate(batch.token_slots.tolist()):
+    want = y.float()
+    of_row = torch.tensor(slots, device=y.device)
+    for slot in sorted({slot for slot in slots if slot >= 0}):
+        rows = (of_row == slot).nonzero().flatten()
+        x32 = x[rows].float()
         columns = zip(group.modules, group.out_starts, group.out_features, strict=True)
         for module, start, width in columns:
             if (slot, module) in weights:
                 a, b, scale = weights[slot, module]
-                delta = (x[row].float() @ a.float().T) @ b.float().T
-                want[row, start : start + width] += scale * delta
+                delta = (x32 @ a.float().T) @ b.float().T
+                want[rows, start : start + width] += scale * delta
     return want
 
 
@@ -36,7 +40,7 @@ def attention_oracle(
     """The expected out [T, num_heads, head_dim] in fp32. Reads only the positions in sight."""
     out = torch.zeros(q.shape, dtype=torch.float32)
     kv32, group = kv.float().cpu(), spec.num_heads // spec.num_kv_heads
-    table = batch.page_table.cpu()
+    table = torch.from_numpy(batch.page_table)
     token = 0
     for b, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         positions = torch.arange(kv_len)

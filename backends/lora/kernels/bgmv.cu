@@ -1,14 +1,27 @@
 // CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter,
 // reading weights in place from the page pool. Both are bound by the bytes of the weights.
 //
-// Compiled once for each shape, with these macros:
+// Compiled once for each group of projections, with these macros:
 //   BF16          1 for bfloat16, 0 for float16
 //   PDL           1 where programmatic dependent launch exists (sm_90 on)
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
-// shrink: K, K_ROW (K rounded up to 64), NT (tiles of 8 rows), WARPS
-// expand: OUT_0, OUT_1, OUT_2, START_1, START_2, ROWS (rows of a tile), THREADS,
-//         SPLITS (of K, in shrink)
+//   K, K_ROW      input features; the same rounded up to 64
+//   PROGRAMS      blocks that fill the chip: more splits of K than that gain nothing
+//   MAX_SPLITS    of K
+//   NT            tiles of 8 rows in an item of shrink
+//   WARPS         of a block of shrink
+//   OUT_0, OUT_1, OUT_2, START_1, START_2   columns of the modules in y, and where they start
+//   ROWS          rows of a tile of expand
+//   THREADS       of a block of expand
+//
+// Both kernels loop over the work that the step's plan describes, with a grid that depends on the
+// number of rows alone, so that a captured launch serves every later plan, of `capacity` rows:
+//   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
+//   plan[4 ..]    capacity tiles: int4 (slot, first row, rows, unused)
+//   then          order: the token of each of capacity rows
+//   then          items: int4 (slot, first row, rows, first rank)
+// Each part has its place whatever the numbers are, so that reading them delays nothing.
 
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -78,7 +91,38 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-#ifdef K
+struct Plan {
+  int num_items, num_tiles, num_rows;
+};
+__device__ __forceinline__ Plan read_plan(const int* plan) {
+  const int4 counts = __ldg(reinterpret_cast<const int4*>(plan));
+  return {counts.x, counts.y, counts.z};
+}
+__device__ __forceinline__ const int4* tiles_of(const int* plan) {
+  return reinterpret_cast<const int4*>(plan) + 1;
+}
+__device__ __forceinline__ const int* order_of(const int* plan, int capacity) {
+  return plan + 4 + 4 * capacity;
+}
+__device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
+  return reinterpret_cast<const int4*>(plan + 4 + 5 * capacity);
+}
+
+// How K is split follows from the number of items, alike in both kernels: as many ways as fill
+// the chip, a power of two, and no more than v, of `v_rows` rows, has room for.
+struct Split {
+  int splits, units;  // units of 64 input features in each
+};
+__device__ __forceinline__ Split split_k(const Plan& step, int v_rows) {
+  const int UNITS = (K + 63) / 64;
+  if (step.num_items == 0) return {0, 0};
+  int most = min(PROGRAMS / (step.num_items * NUM_MODULES), v_rows / step.num_rows);
+  most = max(1, min(most, min(MAX_SPLITS, UNITS / WARPS)));
+  const int wanted = 1 << (31 - __clz(most));
+  const int units = (UNITS + wanted - 1) / wanted;
+  return {(UNITS + units - 1) / units, units};
+}
+
 // v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
 //
 // A block takes 16 ranks and up to 8 * NT rows of one adapter; its warps take units in turn and
@@ -87,196 +131,218 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
 // row), which a sum over K does not see: no shared memory and no transpose stand in between.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
-       const int4* __restrict__ items, const long long* __restrict__ order,
-       const int* __restrict__ page_table, const int* __restrict__ rank,
-       const int* __restrict__ a_start, int x_stride, int pages_stride, int num_slots,
-       int v_split_stride, int v_row_stride, int v_module_stride, int units_per_split) {
+       const int* __restrict__ plan, const int* __restrict__ page_table,
+       const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
+       int pages_stride, int num_slots, int capacity, int v_rows, int v_row_stride,
+       int v_module_stride) {
   const int UNITS = (K + 63) / 64;
-  const int4 item = __ldg(items + blockIdx.x / NUM_MODULES);  // slot, first row, rows, first rank
-  const int module = blockIdx.x % NUM_MODULES;
-  const int limit = __ldg(rank + module * num_slots + item.x);
-  const int start = __ldg(a_start + module * num_slots + item.x);
-  const int* pages = page_table + (long long)item.x * pages_stride;
+  __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const int width = step.num_items * NUM_MODULES;
+  const Split split = split_k(step, v_rows);
   const int warp = threadIdx.x / 32, group = (threadIdx.x & 31) >> 2, lane = threadIdx.x & 3;
-  if (item.w >= limit) {
-    wait_for_previous();
-    return;
-  }
-  const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
-  const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
-  const T* x_row[NT];
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    const int row = n * 8 + group;
-    x_row[n] = row < item.z ? x + __ldg(order + item.y + row) * x_stride : nullptr;
-  }
-  const int last = min(UNITS, (int)(blockIdx.y + 1) * units_per_split);
-  int unit = blockIdx.y * units_per_split + warp;
-
   const uint4 zero = make_uint4(0, 0, 0, 0);
-  uint4 a_low[2], a_high[2];
-  auto fetch = [&](int u) {
-    const T* p_low = has_low ? locate(pool, pages, low + u * 64) : nullptr;
-    const T* p_high = has_high ? locate(pool, pages, high + u * 64) : nullptr;
+  bool has_waited = false;
+  for (int work = blockIdx.x; work < width * split.splits; work += gridDim.x) {
+    const int part = work / width, module = work % width % NUM_MODULES;
+    const int4 item = __ldg(items_of(plan, capacity) + work % width / NUM_MODULES);
+    const int limit = __ldg(rank + module * num_slots + item.x);
+    if (item.w >= limit) continue;
+    const int start = __ldg(a_start + module * num_slots + item.x);
+    const int* pages = page_table + (long long)item.x * pages_stride;
+    const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
+    const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
+    const T* x_row[NT];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int k = h * 32 + lane * 8;
-      const bool in = u * 64 + k < K;
-      a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
-      a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
+    for (int n = 0; n < NT; ++n) {
+      const int row = n * 8 + group;
+      x_row[n] =
+          row < item.z ? x + (long long)__ldg(order + item.y + row) * x_stride : nullptr;
     }
-  };
-  if (unit < last) fetch(unit);
-  wait_for_previous();
-  release_next();
+    const int last = min(UNITS, (part + 1) * split.units);
+    int unit = part * split.units + warp;
 
-  float c[NT][4] = {};
-  while (unit < last) {
-    uint4 b[NT][2];
+    uint4 a_low[2], a_high[2];
+    auto fetch = [&](int u) {
+      const T* p_low = has_low ? locate(pool, pages, low + u * 64) : nullptr;
+      const T* p_high = has_high ? locate(pool, pages, high + u * 64) : nullptr;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = h * 32 + lane * 8;
+        const bool in = u * 64 + k < K;
+        a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
+        a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
+      }
+    };
+    if (unit < last) fetch(unit);
+    if (!has_waited) {
+      wait_for_previous();
+      release_next();
+      has_waited = true;
+    }
+
+    float c[NT][4] = {};
+    while (unit < last) {
+      uint4 b[NT][2];
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int k = unit * 64 + h * 32 + lane * 8;
+          b[n][h] = x_row[n] && k < K ? load_input(x_row[n] + k) : zero;
+        }
+      uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
+      unit += WARPS;
+      if (unit < last) fetch(unit);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          mma(c[n], w_low[h].x, w_high[h].x, w_low[h].y, w_high[h].y, b[n][h].x, b[n][h].y);
+          mma(c[n], w_low[h].z, w_high[h].z, w_low[h].w, w_high[h].w, b[n][h].z, b[n][h].w);
+        }
+    }
+
+    __syncthreads();  // the work before may still be read
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int k = unit * 64 + h * 32 + lane * 8;
-        b[n][h] = x_row[n] && k < K ? load_input(x_row[n] + k) : zero;
+      for (int i = 0; i < 4; ++i)
+        partial[warp][n * 8 + lane * 2 + (i & 1)][group + (i >> 1) * 8] = c[n][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32) {
+      const int row = i / 16, r = i % 16;
+      if (row < item.z && item.w + r < limit) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += partial[w][row][r];
+        v[((long long)part * step.num_rows + item.y + row) * v_row_stride +
+          module * v_module_stride + item.w + r] = sum;
       }
-    uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
-    unit += WARPS;
-    if (unit < last) fetch(unit);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        mma(c[n], w_low[h].x, w_high[h].x, w_low[h].y, w_high[h].y, b[n][h].x, b[n][h].y);
-        mma(c[n], w_low[h].z, w_high[h].z, w_low[h].w, w_high[h].w, b[n][h].z, b[n][h].w);
-      }
-  }
-
-  __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
-#pragma unroll
-  for (int n = 0; n < NT; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      partial[warp][n * 8 + lane * 2 + (i & 1)][group + (i >> 1) * 8] = c[n][i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32) {
-    const int row = i / 16, r = i % 16;
-    if (row < item.z && item.w + r < limit) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += partial[w][row][r];
-      v[(long long)blockIdx.y * v_split_stride + (long long)(item.y + row) * v_row_stride +
-        module * v_module_stride + item.w + r] = sum;
     }
   }
+  if (!has_waited) wait_for_previous();
 }
-#endif
 
-#ifdef OUT_0
 // y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
 //
 // A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
 // takes 8 columns and, of 16 ranks at a time, one vector each, all in flight together.
-extern "C" __global__ void __launch_bounds__(THREADS, 640 / THREADS - ROWS / 2)
-expand(T* y, const float* v, const T* __restrict__ pool,
-       const int4* __restrict__ tiles, const long long* __restrict__ order,
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
+expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
-       int pages_stride, int num_slots, int v_split_stride, int v_row_stride,
+       int pages_stride, int num_slots, int capacity, int v_rows, int v_row_stride,
        int v_module_stride) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
-  int block = blockIdx.x;
-  int module = 0, width = OUT_0, column = 0;
-  if (block >= BLOCKS_0 + BLOCKS_1) {
-    module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
-  } else if (block >= BLOCKS_0) {
-    module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
-  }
-  const int4 tile = __ldg(tiles + blockIdx.y);  // slot, first row, rows, unused
-  const int limit = __ldg(rank + module * num_slots + tile.x);
-  if (limit == 0) {
-    wait_for_previous();
-    return;
-  }
-  const int start = __ldg(b_start + module * num_slots + tile.x);
-  const float factor = __ldg(scale + module * num_slots + tile.x);
-  const int* pages = page_table + (long long)tile.x * pages_stride;
-  const int width_row = (width + 63) / 64 * 64;
-  const int n = block * WIDTH + threadIdx.x * 8;
-  const bool in = n < width;
-
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  uint4 b[16];
-  auto fetch = [&](int first) {
-    const T* from[16];  // all page numbers first: each is a load that the weights wait for
-#pragma unroll
-    for (int r = 0; r < 16; ++r)
-      from[r] = in && first + r < limit
-                    ? locate(pool, pages, start + (first + r) * width_row + n)
-                    : nullptr;
-#pragma unroll
-    for (int r = 0; r < 16; ++r) b[r] = from[r] ? load_weights(from[r]) : zero;
-  };
-  fetch(0);
-  wait_for_previous();
-  release_next();
-
-  uint4 old[ROWS];
-#pragma unroll
-  for (int row = 0; row < ROWS; ++row)
-    old[row] = in && row < tile.z
-                   ? load_input(y + __ldg(order + tile.y + row) * y_stride + column + n)
-                   : zero;
-
+  const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
+  const int AT_ONCE = ROWS == 1 ? 4 : MAX_SPLITS;  // distinct adapters leave few splits
   __shared__ float shrunk[ROWS][16];
-  float acc[ROWS][8] = {};
-  for (int first = 0; first < limit; first += 16) {
-    if (first) {
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const int num_splits = split_k(step, v_rows).splits;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  bool has_waited = false;
+  int4 tile = __ldg(tiles_of(plan) + min((int)blockIdx.x / BLOCKS, capacity - 1));
+  for (int work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+    if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
+    int block = work % BLOCKS;
+    int module = 0, width = OUT_0, column = 0;
+    if (block >= BLOCKS_0 + BLOCKS_1) {
+      module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
+    } else if (block >= BLOCKS_0) {
+      module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
+    }
+    const int limit = __ldg(rank + module * num_slots + tile.x);
+    if (limit == 0) continue;
+    const int start = __ldg(b_start + module * num_slots + tile.x);
+    const float factor = __ldg(scale + module * num_slots + tile.x);
+    const int* pages = page_table + (long long)tile.x * pages_stride;
+    const int width_row = (width + 63) / 64 * 64;
+    const int n = block * WIDTH + threadIdx.x * 8;
+    const bool in = n < width;
+
+    uint4 b[16];
+    auto fetch = [&](int first) {
+      const T* from[16];  // all page numbers first: each is a load that the weights wait for
+#pragma unroll
+      for (int r = 0; r < 16; ++r)
+        from[r] = in && first + r < limit
+                      ? locate(pool, pages, start + (first + r) * width_row + n)
+                      : nullptr;
+#pragma unroll
+      for (int r = 0; r < 16; ++r) b[r] = from[r] ? load_weights(from[r]) : zero;
+    };
+    T* y_row[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const int token = row < tile.z ? __ldg(order + tile.y + row) : 0;
+      y_row[row] = y + (long long)token * y_stride + column + n;
+    }
+    fetch(0);
+    if (!has_waited) {
+      wait_for_previous();
+      release_next();
+      has_waited = true;
+    }
+
+    uint4 old[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row)
+      old[row] = in && row < tile.z ? load_input(y_row[row]) : zero;
+
+    float acc[ROWS][8] = {};
+    for (int first = 0; first < limit; first += 16) {
+      __syncthreads();  // what was shrunk before may still be read
+      if (first) fetch(first);
+      for (int i = threadIdx.x; i < ROWS * 16; i += THREADS) {
+        const int row = i / 16, r = first + i % 16;
+        float sum = 0;
+        if (row < tile.z && r < limit) {
+          const float* from =
+              v + (long long)(tile.y + row) * v_row_stride + module * v_module_stride + r;
+          const long long stride = (long long)step.num_rows * v_row_stride;
+          for (int first_split = 0; first_split < num_splits; first_split += AT_ONCE) {
+            float share[AT_ONCE];
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s)
+              share[s] = first_split + s < num_splits ? __ldcg(from + (first_split + s) * stride) : 0;
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s) sum += share[s];
+          }
+        }
+        shrunk[row][i % 16] = sum * factor;
+      }
       __syncthreads();
-      fetch(first);
-    }
-    for (int i = threadIdx.x; i < ROWS * 16; i += THREADS) {
-      const int row = i / 16, r = first + i % 16;
-      float sum = 0;
-      if (row < tile.z && r < limit) {
-        const float* from = v + (long long)(tile.y + row) * v_row_stride +
-                            module * v_module_stride + r;
-        float share[SPLITS];
 #pragma unroll
-        for (int s = 0; s < SPLITS; ++s) share[s] = __ldcg(from + (long long)s * v_split_stride);
+      for (int r = 0; r < 16; ++r) {
+        const float2 w0 = unpack(b[r].x), w1 = unpack(b[r].y), w2 = unpack(b[r].z),
+                     w3 = unpack(b[r].w);
 #pragma unroll
-        for (int s = 0; s < SPLITS; ++s) sum += share[s];
-      }
-      shrunk[row][i % 16] = sum * factor;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < 16; ++r) {
-      const float2 w0 = unpack(b[r].x), w1 = unpack(b[r].y), w2 = unpack(b[r].z),
-                   w3 = unpack(b[r].w);
-#pragma unroll
-      for (int row = 0; row < ROWS; ++row) {
-        const float s = shrunk[row][r];
-        acc[row][0] += s * w0.x, acc[row][1] += s * w0.y;
-        acc[row][2] += s * w1.x, acc[row][3] += s * w1.y;
-        acc[row][4] += s * w2.x, acc[row][5] += s * w2.y;
-        acc[row][6] += s * w3.x, acc[row][7] += s * w3.y;
+        for (int row = 0; row < ROWS; ++row) {
+          const float s = shrunk[row][r];
+          acc[row][0] += s * w0.x, acc[row][1] += s * w0.y;
+          acc[row][2] += s * w1.x, acc[row][3] += s * w1.y;
+          acc[row][4] += s * w2.x, acc[row][5] += s * w2.y;
+          acc[row][6] += s * w3.x, acc[row][7] += s * w3.y;
+        }
       }
     }
-  }
-  if (!in) return;
+    if (!in) continue;
 #pragma unroll
-  for (int row = 0; row < ROWS; ++row) {
-    if (row >= tile.z) break;
-    const float2 o0 = unpack(old[row].x), o1 = unpack(old[row].y);
-    const float2 o2 = unpack(old[row].z), o3 = unpack(old[row].w);
-    uint4 sum;
-    sum.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
-    sum.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
-    sum.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
-    sum.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
-    *reinterpret_cast<uint4*>(y + __ldg(order + tile.y + row) * y_stride + column + n) = sum;
+    for (int row = 0; row < ROWS; ++row) {
+      if (row >= tile.z) break;
+      const float2 o0 = unpack(old[row].x), o1 = unpack(old[row].y);
+      const float2 o2 = unpack(old[row].z), o3 = unpack(old[row].w);
+      uint4 sum;
+      sum.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
+      sum.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
+      sum.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
+      sum.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
+      *reinterpret_cast<uint4*>(y_row[row]) = sum;
+    }
   }
+  if (!has_waited) wait_for_previous();
 }
-#endif

@@ -1,5 +1,10 @@
 """Triton device code of SGMV: shrink (x A, split over K) and expand (v B, added to y).
 
+Both take their work from `meta`, an int32 array that the host writes once a step, so that what is
+launched does not depend on the batch: a grid of any size covers the units of work in turn. Of each
+group of projections meta holds, from HEADER on, the fields numbered below; the positions of lists
+are counted from meta's start.
+
 Weights are read in place through the adapter's page table. A row of weights starts at a
 multiple of 64 elements and a page holds a multiple of 64, so a chunk of 64 aligned elements never
 straddles a page: pointers are built per chunk, and the loads inside one stay 16 bytes wide.
@@ -10,6 +15,97 @@ Shape legend: M rows of a tile, K input features, R ranks, N output columns, C c
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+NUM_ITEMS = tl.constexpr(0)
+ITEMS_AT = tl.constexpr(1)  # items: (slot, first row, rows, first rank)
+NUM_TILES = tl.constexpr(2)
+TILES_AT = tl.constexpr(3)  # tiles: (slot, first row, rows, unused)
+NUM_SPLITS = tl.constexpr(4)
+SPLIT_CHUNKS = tl.constexpr(5)  # chunks of 64 input features in a split
+PANEL_BLOCKS = tl.constexpr(6)  # blocks of columns that one unit of expand takes
+V_MODULE_STRIDE = tl.constexpr(7)  # a multiple of 16
+NUM_ROWS = tl.constexpr(8)  # rows with an adapter
+
+
+@triton.jit(do_not_specialize=["layer", "pages_stride", "num_slots"])
+def shrink_kernel(
+    x, v, pool, meta, page_table, rank, a_start,
+    layer, x_stride, layer_stride, pages_stride, num_slots,
+    HEADER: tl.constexpr, ORDER_AT: tl.constexpr, TABLE_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """v[split, p, m, r] = x[order[p], split of K] @ A[slot, m, r, split of K], fp32.
+
+    A unit is a split of an item: BLOCK_M rows of one adapter, and BLOCK_R of the ranks of all
+    modules in a row (q's, then k's, then v's), so that x is read once for all modules.
+    """
+    K_ROW: tl.constexpr = (K + 63) // 64 * 64
+    header = meta + HEADER
+    num_splits = tl.load(header + NUM_SPLITS)
+    num_units = tl.load(header + NUM_ITEMS) * num_splits
+    items = meta + tl.load(header + ITEMS_AT)
+    split_k = tl.load(header + SPLIT_CHUNKS) * 64
+    v_module_stride = tl.multiple_of(tl.load(header + V_MODULE_STRIDE), 16)
+    num_rows = tl.load(header + NUM_ROWS)
+    pool += layer.to(tl.int64) * layer_stride
+    at = (layer * TABLE_MODULES + FIRST_MODULE) * num_slots
+    lane = tl.arange(0, 64)
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        item = items + unit // num_splits * 4
+        split = unit % num_splits
+        slot, first, rows = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        flat_R = tl.load(item + 3) + tl.arange(0, BLOCK_R)
+        end_0 = tl.load(rank + at + slot)
+        rank_R = flat_R
+        start_R = tl.load(a_start + at + slot) + flat_R * K_ROW
+        v_column_R = flat_R
+        total = end_0
+        if NUM_MODULES > 1:
+            total += tl.load(rank + at + num_slots + slot)
+            rank_R = flat_R - end_0
+            start_1 = tl.load(a_start + at + num_slots + slot)
+            start_R = tl.where(flat_R < end_0, start_R, start_1 + rank_R * K_ROW)
+            v_column_R = tl.where(flat_R < end_0, flat_R, v_module_stride + rank_R)
+        if NUM_MODULES > 2:
+            end_1 = total
+            total += tl.load(rank + at + 2 * num_slots + slot)
+            rank_R = flat_R - end_1
+            start_2 = tl.load(a_start + at + 2 * num_slots + slot)
+            start_R = tl.where(flat_R < end_1, start_R, start_2 + rank_R * K_ROW)
+            v_column_R = tl.where(flat_R < end_1, v_column_R, 2 * v_module_stride + rank_R)
+        mask_R = flat_R < total
+        row_M = tl.arange(0, BLOCK_M)
+        mask_M = row_M < rows
+        token_M = tl.load(meta + ORDER_AT + first + row_M, mask=mask_M, other=0).to(tl.int64)
+        x_MK = x + token_M[:, None] * x_stride + lane[None, :]
+        pages = page_table + slot.to(tl.int64) * pages_stride
+        begin = split * split_k
+        # The page of the next chunk is looked up one chunk ahead: a lookup in the same
+        # iteration would halve the depth of the compiler's pipeline.
+        page_R = tl.load(pages + (start_R + begin) // PAGE, mask=mask_R, other=0)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        acc_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k in range(begin, tl.minimum(begin + split_k, K), 64):
+            element_R = start_R + k
+            offset_R = tl.multiple_of(page_R.to(tl.int64) * PAGE + element_R % PAGE, 64)
+            mask_RK = mask_R[:, None]
+            mask_MK = mask_M[:, None]
+            if K % 64 != 0:
+                mask_RK = mask_RK & (k + lane < K)[None, :]
+                mask_MK = mask_MK & (k + lane < K)[None, :]
+            chunk_MK = tl.load(x_MK + k, mask=mask_MK, other=0.0)
+            a_RK = tl.load(pool + offset_R[:, None] + lane[None, :], mask=mask_RK, other=0.0)
+            acc_MR = tl.dot(chunk_MK, tl.trans(a_RK), acc_MR, input_precision="ieee")
+            next_R = start_R + tl.minimum(k + 64, K_ROW - 64)
+            page_R = tl.load(pages + next_R // PAGE, mask=mask_R, other=0)
+        row_M = (split * num_rows + first + row_M) * (NUM_MODULES * v_module_stride)
+        v_MR = v + row_M[:, None] + v_column_R[None, :]
+        tl.store(v_MR, acc_MR, mask=mask_M[:, None] & mask_R[None, :])
+    if PDL:  # of programs without work, too: what follows must not overtake what went before
+        gdc_wait()
 
 
 @triton.jit
@@ -30,123 +126,120 @@ def _load_weights(
 
 
 @triton.jit
-def shrink_kernel(
-    x, v, pool, items, order, page_table, rank, a_start,
-    x_stride, pages_stride, num_slots, v_split_stride, v_row_stride, v_module_stride, k_per_split,
-    K: tl.constexpr, K_ROW: tl.constexpr, NUM_MODULES: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """v[split, p, m, r] = x[order[p], split of K] @ A[slot, m, r, split of K], fp32.
-
-    Axis 0 of the grid is (item, module), axis 1 the split. items[i] = (slot, first row, rows,
-    first rank): BLOCK_M rows of one adapter and BLOCK_R of its ranks.
-    """
-    item = items + (tl.program_id(0) // NUM_MODULES) * 4
-    module = tl.program_id(0) % NUM_MODULES
-    split = tl.program_id(1)
-    slot, first, rows = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    rank_R = tl.load(item + 3) + tl.arange(0, BLOCK_R)
-    mask_R = rank_R < tl.load(rank + module * num_slots + slot)
-    row_M = tl.arange(0, BLOCK_M)
-    mask_M = row_M < rows
-    token_M = tl.load(order + first + row_M, mask=mask_M, other=0).to(tl.int64)
-    start_R = tl.load(a_start + module * num_slots + slot) + rank_R * K_ROW
-    pages = page_table + slot.to(tl.int64) * pages_stride
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    acc_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    begin = split * k_per_split
-    for k in range(begin, tl.minimum(begin + k_per_split, K), BLOCK_K):
-        k_K = k + tl.arange(0, BLOCK_K)
-        x_MK = tl.load(
-            x + token_M[:, None] * x_stride + k_K[None, :],
-            mask=mask_M[:, None] & (k_K < K)[None, :],
-            other=0.0,
-        )
-        a_RK = _load_weights(pool, pages, start_R, mask_R, k, K, PAGE, BLOCK_R, BLOCK_K)
-        acc_MR = tl.dot(x_MK, tl.trans(a_RK), acc_MR, input_precision="ieee")
-    out = v + split * v_split_stride + module * v_module_stride
-    out_MR = out + (first + row_M).to(tl.int64)[:, None] * v_row_stride + rank_R[None, :]
-    tl.store(out_MR, acc_MR, mask=mask_M[:, None] & mask_R[None, :])
-
-
-@triton.jit
 def _load_shrunk(
-    v, row_M, mask_M, rank_R, limit, v_split_stride, v_row_stride,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    v, row_M, mask_M, rank_R, limit, num_splits, split_stride, row_stride,
+    MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Sum of the splits in their order, so that two runs agree bit for bit."""
-    mask_MR = mask_M[:, None] & (rank_R < limit)[None, :]
-    pointer_MR = v + row_M.to(tl.int64)[:, None] * v_row_stride + rank_R[None, :]
+    # Up to a multiple of 16 ranks, for wide loads; what lies beyond the limit is no number.
+    wide_R = rank_R // 16 * 16
+    pointer_MR = v + row_M[:, None] * row_stride + rank_R[None, :]
     sum_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        sum_MR += tl.load(pointer_MR + split * v_split_stride, mask=mask_MR, other=0.0)
-    return sum_MR
+    for split in tl.static_range(MAX_SPLITS):  # unrolled, so that the loads go out together
+        mask_R = wide_R < tl.where(num_splits > split, limit, 0)
+        mask_MR = mask_M[:, None] & mask_R[None, :]
+        sum_MR += tl.load(pointer_MR + split * split_stride, mask=mask_MR, other=0.0)
+    return tl.where((rank_R < limit)[None, :], sum_MR, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "pages_stride", "num_slots"])
 def expand_kernel(
-    y, v, pool, tiles, order, page_table, rank, b_start, scale,
-    y_stride, pages_stride, num_slots, v_split_stride, v_row_stride, v_module_stride,
-    OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, PAGE: tl.constexpr,
-    START_1: tl.constexpr, START_2: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    y, v, pool, meta, page_table, rank, b_start, scale,
+    layer, y_stride, layer_stride, pages_stride, num_slots,
+    HEADER: tl.constexpr, ORDER_AT: tl.constexpr, TABLE_MODULES: tl.constexpr,
+    FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, OUT_0: tl.constexpr,
+    OUT_1: tl.constexpr, OUT_2: tl.constexpr, START_1: tl.constexpr, START_2: tl.constexpr,
+    PAGE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, MAX_RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[order[p], out_m] += scale * sum over splits of v[:, p, m] @ B[slot, m], in place.
 
-    Axis 0 of the grid is the block of columns (module 0's, then 1's, then 2's), axis 1 the tile.
-    tiles[i] = (slot, first row, rows, unused). Each element of y belongs to one program.
+    A unit is a tile and a panel: some blocks of columns of one module, one after the other, each
+    fetched while the one before is computed. An element of y belongs to one unit.
     """
     BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
     BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(0)
-    module = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
-    width = tl.where(module == 0, OUT_0, tl.where(module == 1, OUT_1, OUT_2))
-    width_row = (width + 63) // 64 * 64
-    column = tl.where(module == 0, 0, tl.where(module == 1, START_1, START_2))
-    block -= tl.where(module == 0, 0, tl.where(module == 1, BLOCKS_0, BLOCKS_0 + BLOCKS_1))
-    tile = tiles + tl.program_id(1) * 4
-    slot, first, rows = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    limit = tl.load(rank + module * num_slots + slot)
-    if limit > 0:
-        row_M = tl.arange(0, BLOCK_M)
-        mask_M = row_M < rows
-        token_M = tl.load(order + first + row_M, mask=mask_M, other=0).to(tl.int64)
-        row_M += first
-        rank_R = tl.arange(0, BLOCK_R)
-        start = tl.load(b_start + module * num_slots + slot)
-        factor = tl.load(scale + module * num_slots + slot)
-        pages = page_table + slot.to(tl.int64) * pages_stride
-        n = block * BLOCK_N
-        n_N = n + tl.arange(0, BLOCK_N)
-        y_MN = y + token_M[:, None] * y_stride + (column + n_N)[None, :]
-        mask_MN = mask_M[:, None] & (n_N < width)[None, :]
-        b_RN = _load_weights(
-            pool, pages, start + rank_R * width_row, rank_R < limit, n, width, PAGE,
-            BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-        base_MN = tl.load(y_MN, mask=mask_MN, other=0.0)
-        if PDL:  # weights and y do not depend on the shrink before: only v does
-            gdc_wait()
-            gdc_launch_dependents()
-        shrunk = v + module * v_module_stride
-        v_MR = _load_shrunk(
-            shrunk, row_M, mask_M, rank_R, limit, v_split_stride, v_row_stride,
-            SPLITS, BLOCK_M, BLOCK_R,
-        )  # fmt: skip
-        acc_MN = tl.dot((v_MR * factor).to(b_RN.dtype), b_RN, input_precision="ieee")
-        for r in range(BLOCK_R, limit, BLOCK_R):
-            rank_R = r + tl.arange(0, BLOCK_R)
-            v_MR = _load_shrunk(
-                shrunk, row_M, mask_M, rank_R, limit, v_split_stride, v_row_stride,
-                SPLITS, BLOCK_M, BLOCK_R,
-            )  # fmt: skip
+    BLOCKS_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
+    header = meta + HEADER
+    tiles = meta + tl.load(header + TILES_AT)
+    num_splits = tl.load(header + NUM_SPLITS)
+    panel_blocks = tl.load(header + PANEL_BLOCKS)
+    v_module_stride = tl.multiple_of(tl.load(header + V_MODULE_STRIDE), 16)
+    v_row_stride = NUM_MODULES * v_module_stride
+    v_split_stride = tl.load(header + NUM_ROWS) * v_row_stride
+    panels_0 = tl.cdiv(BLOCKS_0, panel_blocks)
+    panels_1 = tl.cdiv(BLOCKS_1, panel_blocks)
+    num_panels = panels_0 + panels_1 + tl.cdiv(BLOCKS_2, panel_blocks)
+    num_units = tl.load(header + NUM_TILES) * num_panels
+    pool += layer.to(tl.int64) * layer_stride
+    at = (layer * TABLE_MODULES + FIRST_MODULE) * num_slots
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        panel = unit % num_panels
+        module = (panel >= panels_0).to(tl.int32) + (panel >= panels_0 + panels_1).to(tl.int32)
+        width = tl.where(module == 0, OUT_0, tl.where(module == 1, OUT_1, OUT_2))
+        width_row = (width + 63) // 64 * 64
+        column = tl.where(module == 0, 0, tl.where(module == 1, START_1, START_2))
+        panel -= tl.where(module == 0, 0, tl.where(module == 1, panels_0, panels_0 + panels_1))
+        tile = tiles + unit // num_panels * 4
+        slot, first, rows = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        place = at + module * num_slots + slot
+        limit = tl.load(rank + place)
+        if limit > 0:
+            row_M = tl.arange(0, BLOCK_M)
+            mask_M = row_M < rows
+            token_M = tl.load(meta + ORDER_AT + first + row_M, mask=mask_M, other=0).to(tl.int64)
+            row_M += first
+            rank_R = tl.arange(0, BLOCK_R)
+            start = tl.load(b_start + place)
+            factor = tl.load(scale + place)
+            pages = page_table + slot.to(tl.int64) * pages_stride
+            begin = panel * panel_blocks * BLOCK_N
+            end = tl.minimum(begin + panel_blocks * BLOCK_N, width)
+            mask_R = rank_R < limit
+            n_N = tl.arange(0, BLOCK_N)
+            y_MN = y + token_M[:, None] * y_stride + (column + n_N)[None, :]
+            mask_MN = mask_M[:, None] & (begin + n_N < width)[None, :]
+            base_MN = tl.load(y_MN + begin, mask=mask_MN, other=0.0)
             b_RN = _load_weights(
-                pool, pages, start + rank_R * width_row, rank_R < limit, n, width, PAGE,
+                pool, pages, start + rank_R * width_row, mask_R, begin, width, PAGE,
                 BLOCK_R, BLOCK_N,
             )  # fmt: skip
-            acc_MN = tl.dot((v_MR * factor).to(b_RN.dtype), b_RN, acc_MN, input_precision="ieee")
-        tl.store(y_MN, (base_MN.to(tl.float32) + acc_MN).to(y.dtype.element_ty), mask=mask_MN)
-    elif PDL:
+            if PDL:  # weights and y do not depend on the shrink before: only v does
+                gdc_wait()
+                gdc_launch_dependents()
+            shrunk = v + module * v_module_stride
+            sum_MR = _load_shrunk(
+                shrunk, row_M, mask_M, rank_R, limit, num_splits, v_split_stride, v_row_stride,
+                MAX_SPLITS, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+            first_MR = (sum_MR * factor).to(b_RN.dtype)
+            for n in range(begin, end, BLOCK_N):
+                next_n = n + BLOCK_N
+                next_width = tl.where(next_n < end, width, 0)
+                mask_next_MN = mask_M[:, None] & (next_n + n_N < next_width)[None, :]
+                next_MN = tl.load(y_MN + next_n, mask=mask_next_MN, other=0.0)
+                next_RN = _load_weights(
+                    pool, pages, start + rank_R * width_row, mask_R, next_n, next_width, PAGE,
+                    BLOCK_R, BLOCK_N,
+                )  # fmt: skip
+                acc_MN = tl.dot(first_MR, b_RN, input_precision="ieee")
+                if MAX_RANK > BLOCK_R:
+                    for r in range(BLOCK_R, limit, BLOCK_R):
+                        more_R = r + rank_R
+                        sum_MR = _load_shrunk(
+                            shrunk, row_M, mask_M, more_R, limit, num_splits, v_split_stride,
+                            v_row_stride, MAX_SPLITS, BLOCK_M, BLOCK_R,
+                        )  # fmt: skip
+                        b_RN = _load_weights(
+                            pool, pages, start + more_R * width_row, more_R < limit, n, width, PAGE,
+                            BLOCK_R, BLOCK_N,
+                        )  # fmt: skip
+                        more_MR = (sum_MR * factor).to(b_RN.dtype)
+                        acc_MN = tl.dot(more_MR, b_RN, acc_MN, input_precision="ieee")
+                sum_MN = (base_MN.to(tl.float32) + acc_MN).to(y.dtype.element_ty)
+                tl.store(y_MN + n, sum_MN, mask=mask_MN)
+                base_MN = next_MN
+                b_RN = next_RN
+                mask_MN = mask_next_MN
+    if PDL:
         gdc_wait()

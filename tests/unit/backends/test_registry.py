@@ -9,15 +9,20 @@ import torch
 
 from loraplex.backends import registry
 from loraplex.backends.attention.contract import AttentionSpec
+from loraplex.backends.fused.contract import FusedSpec
 from loraplex.backends.lora.contract import LoRASpec
 from loraplex.backends.registry import Backend, BackendError, list_backends, resolve
 
 CPU = torch.device("cpu")
-LORA = LoRASpec(max_num_tokens=16, max_rank=8, dtype=torch.float32, device=CPU)
+LORA = LoRASpec(
+    max_num_tokens=16, max_rank=8, dtype=torch.float32, device=CPU, page_elems=512, groups=()
+)
 ATTENTION = AttentionSpec(
     num_heads=2, num_kv_heads=1, head_dim=16, block_tokens=16, scale=0.25,
-    dtype=torch.float32, device=CPU,
+    dtype=torch.float32, device=CPU, max_num_seqs=4, max_num_tokens=16, max_pages=4,
 )  # fmt: skip
+FUSED = FusedSpec(dtype=torch.float32, device=CPU, head_dim=16)
+SPECS = {"lora": LORA, "attention": ATTENTION, "fused": FUSED}
 
 
 class Works:
@@ -80,11 +85,11 @@ def test_errors_list_what_there_is_and_why_not(fakes: None) -> None:
 def test_every_backend_can_be_asked(backend: Backend) -> None:
     reason = backend.probe()
     assert reason is None or (isinstance(reason, str) and reason)
-    reason = backend.probe(LORA if backend.op == "lora" else ATTENTION)
+    reason = backend.probe(SPECS[backend.op])
     assert reason is None or (isinstance(reason, str) and reason)
 
 
-@pytest.mark.parametrize(("op", "spec"), [("lora", LORA), ("attention", ATTENTION)])
+@pytest.mark.parametrize(("op", "spec"), SPECS.items())
 def test_torch_runs_anywhere_and_names_match(op: str, spec: Any) -> None:
     backend = resolve(op, "torch", spec)
     assert backend.make(spec).name == "torch"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex.backends.staging import Staging
 from loraplex.engine.adapter_table import AdapterTable, group_rows
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.engine.request_states import RequestStates
-from loraplex.engine.staging import StepStaging
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host_store import PackedAdapter
 from loraplex.scheduler.plan import NewRequest, SamplingSpec, StepPlan, int_array
@@ -24,17 +24,19 @@ def test_group_rows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     slots = rng.integers(-1, 5, size=int(rng.integers(0, 20))).astype(np.int32)
     counts = rng.integers(1, 6, size=len(slots)).astype(np.int32)
-    groups = group_rows(slots, counts)
+    batch = group_rows(slots, counts)
     of_token = [int(s) for s, n in zip(slots, counts, strict=True) for _ in range(n)]
-    assert groups.token_slots.tolist() == of_token and groups.token_slots.dtype == np.int32
+    assert batch.num_tokens == len(of_token)
     present = sorted({slot for slot in of_token if slot >= 0})
-    assert groups.segment_slots == tuple(present)
+    assert batch.segment_slots.tolist() == present and batch.is_empty == (not present)
     for index, slot in enumerate(present):
-        start, end = groups.segment_starts[index : index + 2]
-        rows = groups.token_order[start:end].tolist()
+        start, end = batch.segment_starts[index : index + 2]
+        rows = batch.token_order[start:end].tolist()
         assert rows == [row for row, s in enumerate(of_token) if s == slot]
-    assert len(groups.segment_starts) == len(present) + 1
-    assert groups.segment_starts[-1] == len(groups.token_order)
+    assert len(batch.segment_starts) == len(present) + 1
+    for part in (batch.token_order, batch.segment_starts, batch.segment_slots):
+        assert part.dtype == np.int32
+    assert batch.segment_starts[-1] == len(batch.token_order)
 
 
 def make_packed(value: int) -> PackedAdapter:
@@ -48,9 +50,11 @@ def test_table_rows_come_and_go(device: str) -> None:
     # rank 4 on all seven modules of 64 -> 64: 7 * 4 * 128 elements
     assert table.num_slots == 4 and table.table.page_table.shape == (4, 28)
     addresses = [getattr(table.table, name).data_ptr() for name in ("rank", "page_table")]
-    table.fill(1, make_packed(3), torch.tensor([9, 5], dtype=torch.int32))
-    table.fill(2, make_packed(7), torch.tensor([4], dtype=torch.int32))
-    table.fill(1, make_packed(2), torch.tensor([8], dtype=torch.int32))
+    for slot, value, page_ids in ((1, 3, [9, 5]), (2, 7, [4]), (1, 2, [8])):
+        before = table.table.host_rank.clone()
+        table.write_device(slot, make_packed(value), torch.tensor(page_ids, device=device))
+        assert torch.equal(table.table.host_rank, before)  # that is another thread's
+        table.write_host(slot, make_packed(value), torch.tensor(page_ids, dtype=torch.int32))
     table.clear(2)
     for name, want in (("rank", 2), ("a_start", 3), ("b_start", 4), ("scale", 1.0)):
         got = getattr(table.table, name).cpu()
@@ -85,21 +89,20 @@ def test_states_follow_the_plans(device: str) -> None:
     states = RequestStates(
         max_num_seqs=4, max_model_len=20, block_tokens=4, vocab_size=50, device=torch.device(device)
     )
-    staging = StepStaging(torch.device(device))
+    staging = Staging(torch.device(device))
 
     def apply(*args: Any) -> None:
         states.write(staging.upload(states.apply(make_plan(*args))))
 
     apply([make_request(2, 5, [7, 3]), make_request(0, 2, [9])], [], [])
     apply([], [], [(2, 11), (0, 4), (2, 12), (0, 5)])
-    assert states.page_table.tolist()[2][:5] == [7, 3, 11, 12, 0]
-    assert states.page_table.tolist()[0][:4] == [9, 4, 5, 0]
+    assert states.page_table[2, :4].tolist() == [7, 3, 11, 12]
+    assert states.page_table[0, :3].tolist() == [9, 4, 5]
     assert states.token_ids.tolist()[2][:6] == [200, 201, 202, 203, 204, 0]
     assert states.adapter_slots.tolist() == [-1, -1, 1, -1]
     apply([make_request(2, 3, [6]), make_request(3, 1, [])], [2], [(3, 1), (2, 2)])
-    assert states.page_table.tolist()[2] == [6, 2, 0, 0, 0, 0]
-    assert states.page_table.tolist()[3][:2] == [1, 0]
-    assert states.host_page_table[2, :2].tolist() == [6, 2]
+    assert states.page_table[2, :2].tolist() == [6, 2]
+    assert states.page_table[3, :1].tolist() == [1]
     apply([], [0, 2, 3], [])
     assert states.adapter_slots.tolist() == [-1] * 4
     apply([make_request(1, 20, [1, 2, 3, 4, 5])], [], [])
@@ -109,9 +112,24 @@ def test_states_follow_the_plans(device: str) -> None:
         apply([make_request(1, 21, [])], [], [])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_staging_fills_a_given_tensor(device: str) -> None:
+    staging = Staging(torch.device(device))
+    out = torch.zeros(64, dtype=torch.uint8, device=device)
+    arrays = {"a": np.arange(5, dtype=np.int32), "b": np.arange(3.0, dtype=np.float32)}
+    for _ in range(6):
+        arrays["a"] = arrays["a"] + 7
+        tensors = staging.upload(arrays, out=out)
+        assert tensors["a"].tolist() == arrays["a"].tolist() and tensors["b"].tolist() == [0, 1, 2]
+    assert tensors["a"].data_ptr() == out.data_ptr()
+    assert tensors["b"].data_ptr() == out.data_ptr() + 32
+    with pytest.raises(ValueError, match="80 bytes"):
+        staging.upload({"long": np.arange(20, dtype=np.int32)}, out=out)
+
+
 @pytest.mark.gpu
 def test_staging_reuses_buffers_safely() -> None:
-    staging, rng = StepStaging(torch.device("cuda"), depth=2), np.random.default_rng(0)
+    staging, rng = Staging(torch.device("cuda"), depth=2), np.random.default_rng(0)
     kept = []
     for step in range(50):
         arrays = {

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from loraplex.backends.lora.contract import LoRAGroup, LoRASpec
+from loraplex.backends.lora.contract import LoRAGroup, LoRASpec, apply_lora
 from loraplex.backends.lora.torch_bmm import TorchLoRA
 from loraplex.engine.adapter_table import AdapterTable, group_rows
 from loraplex.engine.adapters import WEIGHTS_FILE, AdapterTarget, module_name, read_adapter
@@ -89,13 +90,15 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
     pages = torch.randperm(pool.num_pages - 1)[: packed.num_pages] + 1
     pool.write_pages(pages, packed.data)
     table = AdapterTable(target, num_slots=4, device=torch.device("cpu"))
-    table.fill(2, packed, pages.int())
-    op = TorchLoRA(LoRASpec(64, 64, torch.float32, torch.device("cpu")))
-    groups = group_rows(torch.tensor([2]).int().numpy(), torch.tensor([5]).int().numpy())
-    batch = groups.to_batch(
-        torch.from_numpy(groups.token_slots), torch.from_numpy(groups.token_order)
-    )
-    op.plan(table=table.table, batch=batch)
+    table.write_device(2, packed, pages)
+    table.write_host(2, packed, pages)
+    groups = {
+        module: LoRAGroup((module,), sizes.in_features, (0,), (sizes.out_features,))
+        for module, sizes in enumerate(SHAPES)
+    }
+    spec = LoRASpec(64, 64, torch.float32, torch.device("cpu"), PAGE_ELEMS, tuple(groups.values()))
+    op = TorchLoRA(spec)
+    op.plan(table=table.table, batch=group_rows(np.array([2], np.int32), np.array([5], np.int32)))
     peft_model = PeftModel.from_pretrained(hf_model, folder)
     num_adapted = 0
     try:
@@ -108,10 +111,9 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
                     want = linear(x)
                     base = getattr(linear, "base_layer", linear)(x)
                 got = base.clone()
-                group = LoRAGroup((module,), sizes.in_features, (0,), (sizes.out_features,))
-                op.apply(
-                    y=got, x=x, pool=pool.pages, layer=layer, group=group,
-                    table=table.table, batch=batch,
+                apply_lora(
+                    op, y=got, x=x, pool=pool.pages, layer=layer, group=groups[module],
+                    table=table.table,
                 )  # fmt: skip
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
                 is_adapted = hasattr(linear, "base_layer")

@@ -1,12 +1,10 @@
-"""The page pool and the host store."""
-
-import threading
+"""The page pool, and copies of adapters into it."""
 
 import pytest
 import torch
 
 from loraplex.memory.config import MemoryConfig
-from loraplex.memory.host_store import HostStore, PackedAdapter
+from loraplex.memory.page_copier import chunks, make_page_copier
 from loraplex.memory.pool import (
     CPU_POOL_BYTES,
     PagePool,
@@ -78,67 +76,32 @@ def test_pool_beyond_32_bit_offsets() -> None:
     assert torch.equal(rows.index_select(0, index)[0].cpu().view(-1), packed[0, -1024:])
 
 
-def make_packed(name: str, num_bytes: int = 100) -> PackedAdapter:
-    empty = torch.zeros(1, 7, dtype=torch.int32)
-    data = torch.zeros(num_bytes, dtype=torch.uint8)
-    return PackedAdapter(name, 1, data, empty, empty, empty, empty.float())
+@pytest.mark.parametrize(
+    ("num_layers", "num_pages", "max_pages"),
+    [(32, 40, 128), (32, 40, 40), (3, 1, 1), (5, 7, 20), (2, 9, 4), (1, 1, 99), (4, 8, 7)],
+)
+def test_chunks_tile_an_adapter(num_layers: int, num_pages: int, max_pages: int) -> None:
+    """In order, each contiguous and no larger than a staging buffer."""
+    pages = torch.arange(num_layers * num_pages).view(num_layers, num_pages)
+    seen: list[int] = []
+    for layers, some in chunks(num_layers, num_pages, max_pages):
+        chunk = pages[layers, some]
+        assert chunk.is_contiguous() and 0 < chunk.numel() <= max_pages
+        seen += chunk.flatten().tolist()
+    assert seen == list(range(num_layers * num_pages))
+    count = sum(1 for _ in chunks(num_layers, num_pages, max_pages))
+    assert count <= 2 * -(-num_layers * num_pages // max_pages) + num_layers * (
+        num_pages > max_pages
+    )
 
 
-def check(store: HostStore, *names: str) -> None:
-    store.check_integrity()
-    assert {name for name in "abcdefg" if name in store} == set(names)
-
-
-def test_least_recently_used_goes_first() -> None:
-    store = HostStore(300)
-    for name in "abc":
-        store.add(make_packed(name))
-    check(store, "a", "b", "c")
-    assert store.pin("a") is not None
-    store.unpin("a")
-    store.add(make_packed("d"))
-    check(store, "a", "c", "d")
-    first = store.add(make_packed("a"))
-    assert store.add(make_packed("a")) is first
-    store.add(make_packed("e"))
-    check(store, "a", "d", "e")
-    assert store.num_bytes == 300 and len(store) == 3
-
-
-def test_pinned_stay_and_oversized_is_kept_until_the_next() -> None:
-    store = HostStore(200)
-    store.add(make_packed("a"), pin=True)
-    assert store.pin("a") is not None
-    store.add(make_packed("b", 500))
-    check(store, "a", "b")
-    store.add(make_packed("c"))
-    check(store, "a", "c")
-    store.add(make_packed("d"), pin=True)
-    check(store, "a", "d")
-    store.unpin("a")
-    store.add(make_packed("e"))
-    check(store, "a", "d", "e")
-    store.unpin("a")
-    check(store, "a", "d")
-    assert store.pin("zz") is None
-    with pytest.raises(KeyError):
-        store.unpin("never")
-
-
-def test_store_under_threads() -> None:
-    store = HostStore(250)
-
-    def work(seed: int) -> None:
-        for i in range(200):
-            name = "abcdefg"[(seed * 31 + i * 7) % 7]
-            store.add(make_packed(name), pin=True)
-            assert name in store
-            store.unpin(name)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    store.check_integrity()
-    assert store.num_bytes <= 250
+def test_copy_on_a_cpu() -> None:
+    pool = PagePool(SHAPE, 6, torch.device("cpu"))
+    packed = torch.arange(3 * 2 * 256).view(3, 512).half()
+    copier, told = make_page_copier(pool), []
+    mark = copier.copy(packed, [4, 1], after=copier.mark(), then=lambda ids: told.append(ids))
+    mark.synchronize()
+    copier.hold(mark)
+    assert torch.equal(pool.pages[:, [4, 1]], packed.view(3, 2, 256))
+    assert not pool.pages[:, [0, 2, 3, 5]].any()
+    assert told[0].tolist() == [4, 1]

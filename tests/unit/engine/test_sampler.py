@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex.backends.fused import torch_ops
+from loraplex.backends.fused.contract import FusedSpec
+from loraplex.backends.fused.torch_ops import TorchFused, gumbel_noise
 from loraplex.engine import sampler
-from loraplex.engine.sampler import SamplingBatch, gumbel_noise, sample, score
+from loraplex.engine.sampler import SamplingBatch, sample, score
 from loraplex.engine.sampling_states import SamplingStates, noise_keys
 from loraplex.scheduler.plan import SamplingSpec, int_array
 
 VOCAB = 50
+FUSED = TorchFused(FusedSpec(torch.float32, torch.device("cpu"), 64))
 
 DEFAULTS: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0,
@@ -48,7 +52,10 @@ def draw(
         positions.append(len(prompt + answer))
     arrays = states.collect(np.array(slots, dtype=np.int32), np.array(positions, dtype=np.int32))
     batch = SamplingBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})
-    return sample(logits.clone(), batch, token_ids, max(positions)).tolist()
+    before = logits.clone()
+    chosen = sample(logits, batch, token_ids, max(positions), fused=FUSED)
+    assert torch.equal(logits, before)
+    return chosen.tolist()
 
 
 def naive_distribution(
@@ -188,13 +195,43 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"prompts": [PROMPT] * len(specs), "answers": [ANSWER] * len(specs)}
     whole = draw(specs, logits, **texts)
     monkeypatch.setattr(sampler, "CHUNK_ELEMS", 3 * VOCAB)
+    monkeypatch.setattr(torch_ops, "CHUNK_ELEMS", 2 * VOCAB)
     assert draw(specs, logits, **texts) == whole
 
 
-def test_greedy_batch_takes_the_short_path() -> None:
-    states = SamplingStates(4, VOCAB)
+class OnlyDraws:
+    """FusedOps that remembers what it drew from."""
+
+    name = "only-draws"
+
+    def draw(
+        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        self.logits, self.temperature = logits, temperature
+        return FUSED.draw(logits, temperature, keys)
+
+
+def test_plain_batch_draws_from_the_logits_themselves() -> None:
+    states, fused = SamplingStates(4, VOCAB), OnlyDraws()
     states.set(2, make_spec(temperature=0.0, top_k=3, top_p=0.5, min_p=0.1), 1)
-    assert not states.collect(np.array([2], dtype=np.int32), np.array([5], dtype=np.int32))
+    states.set(0, make_spec(temperature=1.5), 1)
+    arrays = states.collect(np.array([2, 0], dtype=np.int32), np.array([5, 3], dtype=np.int32))
+    batch = SamplingBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})
+    logits = torch.randn(2, VOCAB).bfloat16()
+    sample(logits, batch, torch.zeros(4, 9, dtype=torch.int32), 5, fused=fused)
+    assert fused.logits is logits
+    assert fused.temperature.tolist() == [0.0, 1.5]
+
+
+def test_neighbours_with_other_parameters_change_nothing() -> None:
+    """A plain row is drawn the same beside rows that take the long way."""
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(6)).bfloat16()
+    plain = [make_spec(seed=seed, temperature=seed % 3 / 2) for seed in range(40)]
+    alone = draw(plain, logits)
+    spicy = [make_spec(**values) for values in SPECS.values()]
+    texts = [[1]] * 40 + [PROMPT] * len(spicy)
+    mixed = draw(plain + spicy, torch.cat((logits, logits[: len(spicy)])), prompts=texts)
+    assert mixed[:40] == alone
 
 
 def test_cleared_slot_leaves_nothing_behind() -> None:
@@ -203,7 +240,8 @@ def test_cleared_slot_leaves_nothing_behind() -> None:
     states.set(0, make_spec(**SPECS["everything"]), 1)
     states.clear(0)
     states.set(0, make_spec(temperature=0.0), 1)
-    assert not states.collect(slot, position)
+    arrays = states.collect(slot, position)
+    assert set(arrays) == {"temperature", "keys"} and arrays["temperature"] == [0]
     assert states.num_logprobs[0] == -1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.engine import worker as worker_module
+from loraplex.engine import adapter_loader
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.worker import Worker
@@ -102,10 +102,10 @@ def test_bad_adapters_are_answers(
     assert "no directory" in inspect(worker, tmp_path / "absent").error
     assert "no adapter_config.json" in inspect(worker, tmp_path).error
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(worker_module, "read_adapter", fail)
+    monkeypatch.setattr(adapter_loader, "read_adapter", fail)
     assert "reading it failed: MemoryError: none left" in inspect(worker, root / "one").error
     load = LoadAdapter(0, "hash", str(root / "one"), int_array([1]))
     assert "MemoryError" in ask(worker, load).error
@@ -160,7 +160,7 @@ def test_unload_and_reuse(root: Path) -> None:
         outputs["base"] = emptied.output
     assert outputs["one"] == outputs["one again"]
     assert len({tuple(output) for output in outputs.values()}) == 3
-    worker._store.check_integrity()
+    worker._loader._store.check_integrity()
 
 
 def test_unload_overtakes_a_load(root: Path) -> None:
@@ -170,11 +170,12 @@ def test_unload_overtakes_a_load(root: Path) -> None:
     worker.handle(UnloadAdapter(3))
     (event,) = worker.events(20.0)
     assert "unloaded before" in event.error
-    assert not worker._parts.table.table.host_rank.any()
-    assert not worker._parts.pool.pages[:, 9].any()
+    table = worker._parts.table.table
+    assert not table.host_rank.any() and not table.rank.any()
     wrong = ask(worker, LoadAdapter(3, one.content_hash, one.path, int_array([9, 10])))
     assert "needs 1 pages, not 2" in wrong.error
-    assert not worker._store._pins
+    entries = worker._loader._store._entries.values()
+    assert not any(entry.num_pins for entry in entries)
 
 
 def test_error_in_a_step_is_raised(root: Path) -> None:

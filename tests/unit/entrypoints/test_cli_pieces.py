@@ -157,7 +157,7 @@ def test_backends_table_marks_what_auto_takes() -> None:
 def test_backends_command_runs_here(capsys: Capture) -> None:
     assert cli.main(["backends"]) == 0
     out = capsys.readouterr().out
-    assert {line.split()[0] for line in out.splitlines()[1:]} == {"lora", "attention"}
+    assert {line.split()[0] for line in out.splitlines()[1:]} == {"lora", "attention", "fused"}
 
 
 @pytest.mark.parametrize(

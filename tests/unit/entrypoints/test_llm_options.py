@@ -57,7 +57,7 @@ def test_defaults_are_the_configs() -> None:
         ("max_model_length", "did you mean 'max_model_len'"),
         ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
         ("block_size", "use block_tokens"),
-        ("enforce_eager", "leave it out"),
+        ("quantization", "leave it out"),
         ("zzz", "known: adapter_dir"),
         ("endpoint", "no keyword 'endpoint'"),
     ],

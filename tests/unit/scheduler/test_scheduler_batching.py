@@ -2,8 +2,8 @@
 
 import pytest
 
+from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.plan import StepResult, int_array
-from loraplex.scheduler.policy import get_policy
 
 from helpers.fake_worker import oracle, sampling_spec
 from helpers.scheduler_harness import Harness
@@ -260,8 +260,8 @@ def test_lost_pages_fail_the_request_rather_than_hang() -> None:
 
 
 def test_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"lottery.*fcfs"):
-        get_policy("lottery")
+    with pytest.raises(ValueError, match=r"fcfs.*lottery"):
+        SchedulerConfig(policy="lottery")
 
 
 def test_stats_are_plain_and_add_up() -> None:

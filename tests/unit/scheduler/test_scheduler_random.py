@@ -14,15 +14,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from loraplex.scheduler.request import RequestRefused
 
+from helpers.policy_harness import PolicyHarness
 from helpers.scheduler_harness import Harness
 
 NAMES = "abcd"
 CONTENTS = {"red": 1, "green": 2, "blue": 3, "huge": 12}  # content -> pages
 
 
-def random_harness(rng: random.Random) -> Harness:
+POLICIES: dict[str, dict[str, Any]] = {
+    "fcfs": {"max_wait_s": 20.0},
+    "priority": {"max_wait_s": 5.0},
+    "cluster": {"max_adapters_per_batch": 2, "max_wait_s": 15.0},
+    "abort": {"ttft_slo_s": 12.0},
+    "vtc": {"max_wait_s": 30.0, "fair_share_weights": (("tenant", "2.5"),)},
+}
+
+
+def random_harness(rng: random.Random, policy: str) -> Harness:
     max_num_seqs = rng.randint(1, 6)
-    return Harness(
+    options = {"policy": policy, **POLICIES[policy]}
+    if policy == "vtc":
+        options["fair_share_by"] = rng.choice(["tenant", "adapter"])
+    return PolicyHarness(
+        options,
         num_pages=rng.randint(8, 40),
         block_tokens=rng.choice([1, 2, 4]),
         max_num_seqs=max_num_seqs,
@@ -38,9 +52,9 @@ def random_harness(rng: random.Random) -> Harness:
 class Traffic:
     """What clients, files and the engine may do, with every choice made by `rng`."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, policy: str = "fcfs") -> None:
         self.rng = rng
-        self.harness = random_harness(rng)
+        self.harness = random_harness(rng, policy)
         self.num_loads = 0
         for name in NAMES:
             self.register(name)
@@ -114,7 +128,7 @@ class Traffic:
     def finish(self) -> None:
         self.harness.run()
         for end in (expectation.end for expectation in self.harness.expected.values()):
-            assert end is None or end.error_code in ("", "adapter", "bad_request"), end
+            assert end is None or end.error_code in ("", "adapter", "bad_request", "deadline"), end
         assert len(self.harness.adapter_updates) == self.num_loads
         self.make_everything_free()
 
@@ -125,9 +139,10 @@ class Traffic:
         assert memory.blocks.num_free == memory.blocks.num_usable
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_random_traffic(seed: int) -> None:
-    traffic = Traffic(random.Random(seed))
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_random_traffic(policy: str, seed: int) -> None:
+    traffic = Traffic(random.Random(seed), policy)
     weights = {
         traffic.plan: 12,
         traffic.commit: 8,
@@ -144,11 +159,12 @@ def test_random_traffic(seed: int) -> None:
     traffic.finish()
 
 
-def test_random_traffic_provokes_what_it_should() -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_random_traffic_provokes_what_it_should(policy: str) -> None:
     """The seeds above are worth nothing unless they reach the rare paths."""
     totals: dict[str, int] = {}
     for seed in range(12):
-        traffic = Traffic(random.Random(1000 + seed))
+        traffic = Traffic(random.Random(1000 + seed), policy)
         traffic.harness.check = False
         for _ in range(40):
             traffic.add()
@@ -163,14 +179,15 @@ def test_random_traffic_provokes_what_it_should() -> None:
     for key in ("num_preemptions", "num_dropped_tokens", "prefix_hit_tokens", "num_refused",
                 "num_adapter_loads", "num_adapter_unloads", "stop", "length", "error"):  # fmt: skip
         assert totals[key] > 0, f"no {key}"
+    assert (totals["num_deadline_drops"] > 0) == (policy == "abort")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """The same traffic with hypothesis in charge of the order, so that failures shrink."""
 
-    @initialize(seed=st.integers(0, 2**32))
-    def begin(self, seed: int) -> None:
-        self.traffic = Traffic(random.Random(seed))
+    @initialize(seed=st.integers(0, 2**32), policy=st.sampled_from(list(POLICIES)))
+    def begin(self, seed: int, policy: str) -> None:
+        self.traffic = Traffic(random.Random(seed), policy)
 
     @rule()
     def add(self) -> None:

@@ -1,0 +1,58 @@
+"""A tiny batch that every attention backend must get right before it is called usable."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from loraplex.backends.attention.contract import (
+    AttentionBatch,
+    AttentionOp,
+    AttentionSpec,
+    Int32Array,
+)
+
+NUM_PAGES = 8
+
+
+def trial_spec(spec: AttentionSpec) -> AttentionSpec:
+    """`spec` with the limits that `try_out` needs, so that a trial costs little memory."""
+    return replace(spec, max_num_seqs=4, max_num_tokens=16, max_pages=4)
+
+
+def try_out(op: AttentionOp, spec: AttentionSpec) -> str | None:
+    """What is wrong with the op's answers, or None.
+
+    V is all ones, so every answer is, too. `op` must be made with `trial_spec`.
+    """
+    block, device = spec.block_tokens, spec.device
+    shape = (NUM_PAGES, 2, block, spec.num_kv_heads, spec.head_dim)
+    kv = torch.ones(shape, dtype=spec.dtype, device=device)
+    mixed = AttentionBatch(
+        query_lens=np.array([1, 1, 3], dtype=np.int32),
+        kv_lens=np.array([block + 1, 1, block + 3], dtype=np.int32),
+        num_decodes=2,
+        page_table=_page_table(block + 3, block),
+    )
+    op.plan(mixed)
+    is_right = _gives_ones(op, spec, kv, 5)
+    if op.supports_graphs:
+        decodes = replace(
+            mixed, query_lens=mixed.query_lens[:2], kv_lens=mixed.kv_lens[:2],
+            page_table=mixed.page_table[:2],
+        )  # fmt: skip
+        op.plan_graph(decodes, 4)
+        is_right = is_right and _gives_ones(op, spec, kv, 4)
+    return None if is_right else "a trial run gave wrong results"
+
+
+def _page_table(longest: int, block_tokens: int) -> Int32Array:
+    columns = -(-longest // block_tokens)
+    return np.arange(3 * columns, dtype=np.int32).reshape(3, columns) % (NUM_PAGES - 1) + 1
+
+
+def _gives_ones(op: AttentionOp, spec: AttentionSpec, kv: torch.Tensor, num_tokens: int) -> bool:
+    q = torch.ones(num_tokens, spec.num_heads, spec.head_dim, dtype=spec.dtype, device=spec.device)
+    out = torch.zeros_like(q)
+    op.run(q=q, kv=kv, out=out)
+    return torch.allclose(out.float(), torch.ones_like(out, dtype=torch.float32), atol=0.02)

@@ -1,0 +1,111 @@
+"""The contract of op ``fused``: the small operators of a decode step, each one launch.
+
+Arithmetic is float32 and rounds to the tensors' dtype where Hugging Face's models round. Rows are
+contiguous; the stride between rows is free where an argument says so. Nothing syncs or allocates
+but the result, and the same input gives the same bits, so every operator may be captured in a
+CUDA graph.
+
+Noise of `draw`. Token id i of a row with keys (k0, k1) has, in arithmetic modulo 2^32::
+
+    mix(x):  x = (x ^ x >> 16) * 0x45D9F3B, twice; then x ^ x >> 16
+    bits   = mix(mix(i * 0x61C88647 + k0) ^ k1)
+    u      = ((bits >> 9) + 0.5) * 2^-23        exact in float32, and never 0 or 1
+    noise  = -log(-log(u))                      of the Gumbel distribution
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class FusedSpec:
+    """What one worker's calls have in common."""
+
+    dtype: torch.dtype  # of activations and weights
+    device: torch.device
+    head_dim: int  # even
+
+
+class FusedOps(Protocol):
+    """One backend, made once a worker with a FusedSpec. T tokens, N rows that sample."""
+
+    name: str
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """weight * x / sqrt(mean(x^2) + eps), rounded before the weight is applied.
+
+        Args:
+            x: [T, size], any row stride.
+            weight: [size].
+
+        Returns:
+            [T, size], contiguous.
+        """
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x, in place and rounded; then rms_norm(residual).
+
+        Args:
+            x: [T, size], any row stride; residual alike, mutated.
+        """
+        ...
+
+    def rope_store_kv(
+        self,
+        *,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: torch.Tensor,
+        kv_rows: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """Norm of each head of q and k, where there are weights for it; RoPE; K and V to pages.
+
+        Args:
+            qkv: [T, (num_heads + 2 * kv_heads) * head_dim], q | k | v, any row stride.
+            cos_sin: float32 [T, head_dim], cos | sin of the head_dim / 2 angles; element i of a
+                head turns with element i + head_dim / 2.
+            kv: [num_pages, 2, block_tokens, kv_heads, head_dim], one layer of the pool,
+                contiguous; mutated.
+            kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's
+                lies block_tokens later. Where tokens share a row, one of them is left in it.
+            q_norm: [head_dim] or None; k_norm alike, and both or neither.
+
+        Returns:
+            q [T, num_heads, head_dim], contiguous.
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up; silu's result is rounded before the product.
+
+        Args:
+            gate_up: [T, 2 * size], gate | up, any row stride.
+
+        Returns:
+            [T, size], contiguous.
+        """
+        ...
+
+    def draw(
+        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """The greatest element of each row of logits / temperature + noise (see above), or of
+        the logits where the temperature is 0; the lowest token id among equals.
+
+        Args:
+            logits: [N, vocabulary], the model's dtype or float32, any row stride, no NaN.
+            temperature: float32 [N], not negative.
+            keys: int64 [N, 2], 32 bits each.
+
+        Returns:
+            Token ids, int64 [N].
+        """
+        ...

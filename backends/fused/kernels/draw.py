@@ -1,0 +1,79 @@
+"""Triton device code of `draw`: the best of each split of a row, then the best of the splits.
+
+A candidate is one int64: the bits of its value, in an order that integers share, above
+2^31 - 1 - token id. So the greatest is the best, and among equal values the lowest token id,
+whatever the order in which candidates are compared.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * 0x45D9F3B
+    x = (x ^ (x >> 16)) * 0x45D9F3B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(id_C, key_0, key_1):
+    """The contract's noise; tl.log is libdevice's, exact to an ulp near 1 too."""
+    bits_C = _mix32(_mix32(id_C.to(tl.uint32) * 0x61C88647 + key_0) ^ key_1)
+    uniform_C = ((bits_C >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform_C))
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def draw_split_kernel(
+    logits, temperature, keys, candidates, logits_stride, num_splits, split_size,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The best of `split_size` (a multiple of BLOCK) logits of one row a program."""
+    row = tl.program_id(0) // num_splits
+    split = tl.program_id(0) % num_splits
+    lane_C = tl.arange(0, BLOCK)
+    begin = split * split_size
+    best_C = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_id_C = begin + lane_C
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    heat = tl.load(temperature + row)
+    key_0 = tl.load(keys + row * 2).to(tl.uint32)
+    key_1 = tl.load(keys + row * 2 + 1).to(tl.uint32)
+    logits += row.to(tl.int64) * logits_stride
+    end = tl.minimum(begin + split_size, VOCAB)
+    id_C = begin + lane_C
+    raw_C = tl.load(logits + id_C, mask=id_C < VOCAB, other=float("-inf"))
+    for start in range(begin, end, BLOCK):
+        value_C = raw_C.to(tl.float32)
+        id_C = start + lane_C
+        next_C = id_C + BLOCK  # on its way while this block is compared
+        is_last = start + BLOCK >= end
+        mask_C = (next_C < VOCAB) & (not is_last)
+        raw_C = tl.load(logits + next_C, mask=mask_C, other=float("-inf"))
+        if heat > 0:
+            value_C = value_C / heat + _gumbel(id_C, key_0, key_1)
+        better_C = value_C > best_C
+        best_C = tl.where(better_C, value_C, best_C)
+        best_id_C = tl.where(better_C, id_C, best_id_C)
+    best_C = tl.where(best_C == 0, 0.0, best_C)  # -0 and 0 are equals
+    bits_C = best_C.to(tl.int32, bitcast=True)
+    ordered_C = (bits_C ^ ((bits_C >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    candidate_C = (ordered_C << 32) | (0x7FFFFFFF - best_id_C).to(tl.int64)
+    tl.store(candidates + row * num_splits + split, tl.max(candidate_C, axis=0))
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def draw_merge_kernel(candidates, chosen, num_splits, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """The token id of the best of a row's splits."""
+    row = tl.program_id(0)
+    split = tl.arange(0, MAX_SPLITS)
+    mask = split < num_splits
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    candidate = tl.load(candidates + row * num_splits + split, mask=mask, other=-(1 << 63))
+    tl.store(chosen + row, 0x7FFFFFFF - (tl.max(candidate, axis=0) & 0x7FFFFFFF))

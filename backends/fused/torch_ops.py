@@ -1,0 +1,96 @@
+"""Backend ``torch`` of op ``fused``: PyTorch's operators. Runs anywhere."""
+
+import torch
+from torch.nn import functional
+
+from loraplex.backends.fused.contract import FusedSpec
+
+CHUNK_ELEMS = 1 << 24
+"""Rows are drawn in chunks of about so many logits, which bounds the scratch memory."""
+
+_MASK_32 = 0xFFFFFFFF
+
+
+class TorchFused:
+    name = "torch"
+
+    @staticmethod
+    def probe(spec: FusedSpec | None = None) -> str | None:
+        return None
+
+    def __init__(self, spec: FusedSpec) -> None:
+        self._head_dim = spec.head_dim
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return weight * (x32 * scale).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self.rms_norm(residual.add_(x), weight, eps)
+
+    def rope_store_kv(
+        self,
+        *,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: torch.Tensor,
+        kv_rows: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        block_tokens, num_kv_heads = kv.shape[2:4]
+        heads = qkv.unflatten(-1, (-1, self._head_dim))
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)
+        cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
+        rows = kv.view(-1, num_kv_heads, self._head_dim)
+        rows.index_copy_(0, kv_rows, _rotate(k, cos, sin))
+        rows[block_tokens:].index_copy_(0, kv_rows, v)
+        return _rotate(q, cos, sin)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def draw(
+        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        chosen = logits.argmax(dim=-1)
+        rows = torch.arange(len(chosen), device=logits.device)
+        if logits.device.type == "cpu":  # elsewhere, to know the random rows would be a sync
+            rows = temperature.nonzero()[:, 0]
+        for part in rows.split(max(1, CHUNK_ELEMS // logits.shape[1])):
+            heat = temperature.index_select(0, part)
+            values = logits.index_select(0, part).float() / heat[:, None]
+            values += gumbel_noise(keys.index_select(0, part), logits.shape[1])
+            greedy = chosen.index_select(0, part)
+            chosen.index_copy_(0, part, torch.where(heat > 0, values.argmax(dim=-1), greedy))
+        return chosen
+
+
+def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The contract's noise, float32 [R, vocab_size], of keys [R, 2]; the same on every device up
+    to the rounding of log. Products of the hash stay below 2^63."""
+    ids = torch.arange(vocab_size, device=keys.device)
+    bits = _mix32((ids * 0x61C88647 + keys[:, :1]) & _MASK_32)
+    bits = _mix32(bits ^ keys[:, 1:])
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK_32
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK_32
+    return x ^ (x >> 16)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, head_dim], turned by its tokens' angles in float32; contiguous."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,154 @@
+"""Backend ``triton`` of op ``fused``: one launch an operator, two for `draw`.
+
+In decode every operator is a matter of latency, so a program takes so little that each of its
+threads makes one 16-byte access; many tokens bring as many programs.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+from loraplex.backends.fused.contract import FusedSpec
+from loraplex.backends.fused.kernels.draw import draw_merge_kernel, draw_split_kernel
+from loraplex.backends.fused.kernels.layer import (
+    rms_norm_kernel,
+    rope_store_kv_kernel,
+    silu_mul_kernel,
+)
+
+SILU_BLOCK = 1024
+HEADS_PER_PROGRAM = 8
+DRAW_BLOCK = 1024
+MAX_SPLITS = 256
+PROGRAMS_PER_PROCESSOR = 8
+"""Of `draw`: as many as the registers of a multiprocessor hold at one time."""
+
+
+class TritonFused:
+    name = "triton"
+
+    @staticmethod
+    def probe(spec: FusedSpec | None = None) -> str | None:
+        """None when usable, else the reason."""
+        interpreted = knobs.runtime.interpret
+        if not interpreted and not torch.cuda.is_available():
+            return "it needs a CUDA device"
+        if spec is None:
+            return None
+        if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it takes float16, bfloat16 and float32, not {spec.dtype}"
+        if interpreted:
+            is_bf16 = spec.dtype == torch.bfloat16
+            return "Triton's interpreter gets bfloat16 wrong" if is_bf16 else None
+        if spec.device.type != "cuda":
+            return f"it needs a CUDA device, not {spec.device.type}"
+        return None
+
+    def __init__(self, spec: FusedSpec) -> None:
+        self._head_dim = spec.head_dim
+        is_cuda = spec.device.type == "cuda"
+        # Programmatic dependent launch, of Hopper and later.
+        pdl = is_cuda and torch.cuda.get_device_capability(spec.device)[0] >= 9
+        self._options: dict[str, Any] = {"PDL": pdl}
+        if pdl:
+            self._options["launch_pdl"] = True
+        self._draw_programs = PROGRAMS_PER_PROCESSOR * _num_processors(spec.device)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, x, weight, eps, is_add=False)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self._norm(x, residual, weight, eps, is_add=True)
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        is_add: bool,
+    ) -> torch.Tensor:
+        num_rows, size = x.shape
+        y = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
+        block = triton.next_power_of_2(size)
+        rms_norm_kernel[(num_rows,)](
+            x, residual, weight, y, x.stride(0), residual.stride(0), eps,
+            SIZE=size, BLOCK=block, ADD=is_add, num_warps=_num_warps(block), **self._options,
+        )  # fmt: skip
+        return y
+
+    def rope_store_kv(
+        self,
+        *,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: torch.Tensor,
+        kv_rows: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        num_tokens, width = qkv.shape
+        block_tokens, num_kv_heads = kv.shape[2:4]
+        head_dim, heads = self._head_dim, HEADS_PER_PROGRAM
+        num_heads = width // head_dim - 2 * num_kv_heads
+        q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+        num_blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+        half = triton.next_power_of_2(head_dim // 2)
+        has_norm = q_norm is not None and k_norm is not None
+        rope_store_kv_kernel[(num_tokens * num_blocks,)](
+            qkv, cos_sin, kv, kv_rows, q, q_norm if has_norm else q, k_norm if has_norm else q,
+            qkv.stride(0), eps,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+            BLOCK_TOKENS=block_tokens, HEADS=heads, BLOCK_D=half, NORM=has_norm,
+            num_warps=_num_warps(heads * half), **self._options,
+        )  # fmt: skip
+        return q
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        y = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+        silu_mul_kernel[(num_tokens * triton.cdiv(size, SILU_BLOCK),)](
+            gate_up, y, gate_up.stride(0), SIZE=size, BLOCK=SILU_BLOCK,
+            num_warps=_num_warps(SILU_BLOCK), **self._options,
+        )  # fmt: skip
+        return y
+
+    def draw(
+        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        num_rows, vocab_size = logits.shape
+        # Never more splits than blocks, and none of them empty.
+        most = max(1, min(MAX_SPLITS, self._draw_programs // num_rows))
+        blocks_per_split = triton.cdiv(triton.cdiv(vocab_size, DRAW_BLOCK), most)
+        num_splits = triton.cdiv(vocab_size, blocks_per_split * DRAW_BLOCK)
+        # The result, and behind it, 16-byte aligned, the best of each split.
+        start = num_rows + num_rows % 2
+        size = start + num_rows * num_splits
+        buffer = torch.empty(size, dtype=torch.int64, device=logits.device)
+        chosen, candidates = buffer[:num_rows], buffer[start:]
+        draw_split_kernel[(num_rows * num_splits,)](
+            logits, temperature, keys, candidates, logits.stride(0), num_splits,
+            blocks_per_split * DRAW_BLOCK, VOCAB=vocab_size, BLOCK=DRAW_BLOCK, num_warps=4,
+            **self._options,
+        )  # fmt: skip
+        draw_merge_kernel[(num_rows,)](
+            candidates, chosen, num_splits, MAX_SPLITS=MAX_SPLITS, num_warps=1, **self._options
+        )
+        return chosen
+
+
+def _num_warps(num_elems: int) -> int:
+    """One access of 8 elements a thread, within the limits of a program."""
+    return min(16, max(1, num_elems // (8 * 32)))
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count

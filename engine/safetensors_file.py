@@ -1,0 +1,175 @@
+"""Tensors of a safetensors file, read piece by piece into the caller's memory.
+
+The file is read, never mapped: one that somebody truncates meanwhile must not end the process. The
+safetensors library reads a file whole or maps it, so the header, a JSON map of name to type, shape
+and place, is parsed here; what the library refuses is refused.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+MAX_HEADER_BYTES = 16 << 20
+ByteArray = npt.NDArray[np.uint8]
+
+_LENGTH_BYTES = 8
+_ALIGN = 64
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class DamagedFileError(ValueError):
+    """No file that the safetensors library would read."""
+
+
+class NotRegularFileError(ValueError):
+    """A directory, a pipe or a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """A tensor and its bytes in the file, `start` counted from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class SafetensorsFile:
+    """An open file; several threads may `read` at a time."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.status = os.fstat(descriptor)
+
+    def read_header(self) -> dict[str, TensorPlace]:
+        """Raises DamagedFileError."""
+        length_bytes = os.pread(self._descriptor, _LENGTH_BYTES, 0)
+        length = int.from_bytes(length_bytes, "little")
+        data_start = _LENGTH_BYTES + length
+        if len(length_bytes) < _LENGTH_BYTES or data_start > self.status.st_size:
+            raise DamagedFileError("its header is not whole")
+        if length > MAX_HEADER_BYTES:
+            raise DamagedFileError(f"its header is larger than {MAX_HEADER_BYTES} bytes")
+        try:
+            header = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES))
+        except (ValueError, RecursionError):
+            raise DamagedFileError("its header is no JSON") from None
+        if not isinstance(header, dict):
+            raise DamagedFileError("its header is no map")
+        header.pop("__metadata__", None)
+        places = {name: _parse(name, entry, data_start) for name, entry in header.items()}
+        end = data_start
+        for place in sorted(places.values(), key=lambda place: (place.start, place.num_bytes)):
+            if place.start != end:
+                raise DamagedFileError("its tensors overlap or leave holes")
+            end += place.num_bytes
+        if end != self.status.st_size:
+            raise DamagedFileError(f"it has {self.status.st_size} bytes, its header says {end}")
+        return places
+
+    def read(self, places: list[TensorPlace], scratch: ByteArray) -> list[ByteArray]:
+        """The bytes of the tensors, as views of `scratch`, each aligned to its type.
+
+        Args:
+            scratch: at least scratch_bytes(places) of them.
+
+        Raises:
+            DamagedFileError: the file ends before they do.
+        """
+        base = min(place.start for place in places)
+        if _is_run(places, base):
+            self._fill(scratch[: _span(places, base)], base)
+            return [
+                scratch[place.start - base : place.start - base + place.num_bytes]
+                for place in places
+            ]
+        views, end = [], 0
+        for place in places:
+            views.append(scratch[end : end + place.num_bytes])
+            self._fill(views[-1], place.start)
+            end += -(-place.num_bytes // _ALIGN) * _ALIGN
+        return views
+
+    def stamp(self) -> tuple[int, ...]:
+        """As stamp(), of the file as it is now."""
+        return stamp(os.fstat(self._descriptor))
+
+    def _fill(self, target: ByteArray, start: int) -> None:
+        view, done = target.data, 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if not count:
+                raise DamagedFileError("it was truncated while it was being read")
+            done += count
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
+    """Raises OSError or NotRegularFileError; a pipe that nobody writes to does not hang."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        file = SafetensorsFile(descriptor)
+        if not stat.S_ISREG(file.status.st_mode):
+            raise NotRegularFileError(f"{path.name} is no regular file")
+        yield file
+    finally:
+        os.close(descriptor)
+
+
+def scratch_bytes(places: list[TensorPlace]) -> int:
+    """What SafetensorsFile.read needs of them."""
+    base = min(place.start for place in places)
+    if _is_run(places, base):
+        return _span(places, base)
+    return sum(-(-place.num_bytes // _ALIGN) * _ALIGN for place in places)
+
+
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Differs when a file was replaced or written: ctime moves even where mtime is set back."""
+    return (
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip
+
+
+def _is_run(places: list[TensorPlace], base: int) -> bool:
+    """Whether one read of all of them reads hardly more, and leaves each aligned to its type."""
+    total = sum(place.num_bytes for place in places)
+    return 8 * _span(places, base) <= 9 * total and all(
+        (place.start - base) % place.dtype.itemsize == 0 for place in places
+    )
+
+
+def _span(places: list[TensorPlace], base: int) -> int:
+    return max(place.start + place.num_bytes for place in places) - base
+
+
+def _parse(name: str, entry: Any, data_start: int) -> TensorPlace:
+    try:
+        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+        begin, end = entry["data_offsets"]
+        if not all(type(value) is int and value >= 0 for value in (begin, end, *shape)):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise DamagedFileError(f"its header is wrong about tensor {name}") from None
+    if dtype is None:
+        raise DamagedFileError(f"tensor {name} is of a type that is not known")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise DamagedFileError(f"tensor {name} has not the bytes of its shape")
+    return TensorPlace(dtype, tuple(shape), data_start + begin, end - begin)

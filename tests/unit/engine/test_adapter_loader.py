@@ -1,0 +1,133 @@
+"""Loads beside the steps: the order of copies, steps and pages that change hands."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex.engine import adapter_loader
+from loraplex.engine.adapter_loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapter_table import AdapterTable
+from loraplex.engine.adapters import AdapterTarget
+from loraplex.memory.page_copier import HostPageCopier
+from loraplex.memory.pool import PagePool
+from loraplex.scheduler.plan import InspectAdapter, LoadAdapter, int_array
+
+from helpers.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
+from helpers.dummy_models import write_adapter
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_loads_in_every_order(tmp_path: Path, seed: int) -> None:
+    world = LoadWorld(tmp_path, CPU, seed)
+    try:
+        for step in range(2500):
+            world.act()
+            if step % 250 == 249:
+                world.settle()
+    finally:
+        world.close()
+    assert world.num_loaded > 100 and world.num_overtaken > 50
+
+
+class Recorder:
+    """A loader over a pool of 20 pages whose reports arrive in a list."""
+
+    def __init__(self, root: Path, **options: object) -> None:
+        self.target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+        self.pool = PagePool(PAGE_SHAPE, 20, CPU)
+        self.table = AdapterTable(self.target, 4, CPU)
+        self.items: list[object] = []
+        self.arrived = threading.Semaphore(0)
+        self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
+        settings = {"copier": HostPageCopier(self.pool), "host_bytes": 1 << 20, **options}
+        self.loader = AdapterLoader(
+            target=self.target, table=self.table, report=self._report, **settings
+        )
+
+    def _report(self, item: object) -> None:
+        self.items.append(item)
+        self.arrived.release()
+
+    def next(self) -> object:
+        assert self.arrived.acquire(timeout=20)
+        return self.items.pop(0)
+
+    def content_hash(self) -> str:
+        self.loader.inspect(InspectAdapter("one", str(self.path)))
+        return self.next().content_hash
+
+    def command(self, content_hash: str, num_pages: int = 8) -> LoadAdapter:
+        pages = int_array(range(3, 3 + num_pages))
+        return LoadAdapter(2, content_hash, str(self.path), pages)
+
+
+def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    self_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(self_hash).num_pages
+    recorder.loader.load(recorder.command(self_hash, pages))
+    load = recorder.next()
+    assert isinstance(load, Load)
+    assert recorder.table.table.rank[..., 2].any()  # the device's row comes with the pages
+    assert not recorder.table.table.host_rank.any()
+    assert recorder.loader.finish(load).error == ""
+    assert (recorder.table.table.host_rank[..., 2] == 4).all()
+    recorder.loader.close()
+
+
+def test_unloaded_between_the_copy_and_its_report(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    content_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(content_hash).num_pages
+    recorder.loader.load(recorder.command(content_hash, pages))
+    load = recorder.next()
+    recorder.loader.unload(2)
+    recorder.loader.load(recorder.command(content_hash, pages))
+    assert recorder.loader.finish(load).error == UNLOADED
+    assert not recorder.table.table.host_rank.any()
+    again = recorder.next()
+    assert recorder.loader.finish(again).error == ""
+    assert recorder.table.table.host_rank[..., 2].any()
+    recorder.loader.close()
+
+
+def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read goes on, nothing is copied."""
+    reading, go_on = threading.Event(), threading.Event()
+    original = adapter_loader.read_adapter
+
+    def slow(*args: object, **options: object) -> object:
+        reading.set()
+        assert go_on.wait(20)
+        return original(*args, **options)
+
+    recorder = Recorder(tmp_path)
+    content_hash = original("one", recorder.path, recorder.target).content_hash
+    monkeypatch.setattr(adapter_loader, "read_adapter", slow)
+    recorder.loader.load(recorder.command(content_hash))
+    assert reading.wait(20)
+    recorder.loader.unload(2)
+    go_on.set()
+    load = recorder.next()
+    assert recorder.loader.finish(load).error == UNLOADED
+    assert not recorder.pool.pages.any() and not recorder.table.table.rank.any()
+    recorder.loader._store.check_integrity()
+    recorder.loader.close()
+
+
+def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
+    class Broken(HostPageCopier):
+        def copy(self, *args: object, **options: object) -> object:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    pool = PagePool(PAGE_SHAPE, 4, CPU)
+    recorder = Recorder(tmp_path, copier=Broken(pool))
+    content_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(content_hash).num_pages
+    recorder.loader.load(recorder.command(content_hash, pages))
+    assert isinstance(recorder.next(), RuntimeError)
+    recorder.loader.close()
