@@ -154,7 +154,9 @@ class Setup:
                 )
         scale = np.full(fields.shape[1:], 0.5, dtype=np.float32)
         host = [torch.from_numpy(array) for array in (page_table, *fields, scale)]
-        return LoRATable(*(tensor.to(device) for tensor in host), *host), total
+        fields_there = (x.transpose(1, 2).contiguous().to(device) for x in host[1:])
+        there = (host[0].to(device), *(x.transpose(1, 2) for x in fields_there))
+        return LoRATable(*there, *host), total
 
     def _group(self, modules: tuple[int, ...]) -> LoRAGroup:
         shapes = self.model.shapes

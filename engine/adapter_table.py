@@ -21,9 +21,10 @@ class AdapterTable:
         all_modules = {module: target.max_rank for module in range(len(MODULES))}
         max_pages = num_pages([all_modules], target.shapes, target.page_elems)
         # rank, a_start, b_start and the bits of scale: a row goes to the device in one copy.
-        shape = (4, target.num_layers, len(MODULES), num_slots)
-        self._host_fields = torch.zeros(shape, dtype=torch.int32)
-        self._fields = torch.zeros(shape, dtype=torch.int32, device=device)
+        # On the device an adapter's modules lie side by side: kernels read those of one slot.
+        shape = (4, target.num_layers, num_slots, len(MODULES))
+        self._host_fields = torch.zeros(shape, dtype=torch.int32).transpose(2, 3).contiguous()
+        self._fields = torch.zeros(shape, dtype=torch.int32, device=device).transpose(2, 3)
         page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32)
         self.table = LoRATable(
             page_table=page_table.clone().to(device),

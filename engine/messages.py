@@ -79,7 +79,7 @@ class StepOutputs:
 @dataclass(frozen=True, slots=True)
 class AdapterCommand:
     """`op` is "register" (name and path, read on first use), "load" (checked now), "unload",
-    "list"."""
+    "pin", "unpin", "list" (an empty name: all)."""
 
     command_id: int
     op: str
@@ -89,7 +89,7 @@ class AdapterCommand:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReply:
-    """`adapters` holds the adapter concerned, or all for "list", as plain maps."""
+    """`adapters` holds the adapter concerned, or those that "list" asked for, as plain maps."""
 
     command_id: int
     error: str = ""
@@ -181,4 +181,6 @@ WIRE_TYPES: tuple[type, ...] = (
     ChildProgress,
     ChildReady,
     ChildFailed,
+    plan.DropAdapter,
+    plan.AdapterEvicted,
 )

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.backends.attention.contract import AttentionBatch
-from loraplex.backends.lora.contract import LoRABatch, LoRATable
+from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
 from loraplex.backends.staging import Staging
 from loraplex.engine.adapter_table import group_rows
 from loraplex.engine.config import GraphConfig
@@ -60,8 +60,6 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, config: GraphConfig) -> str:
         """Returns one line on what was captured, or on why nothing was."""
-        if self._device.type != "cuda":
-            return ""
         if config.enforce_eager:
             return "no CUDA graphs: enforce_eager is set"
         if not self._attention.supports_graphs:
@@ -77,6 +75,28 @@ class ModelRunner:
             ),
         )
         return self._graphs.capture(config)
+
+    @torch.inference_mode()
+    def warm_up(self, rows: int, rank: int) -> None:
+        """Launch the LoRA kernels of a prefill of so many rows of one adapter, before there is
+        any: some are compiled on first use. Backends without kernels of their own need none."""
+        if not self._lora.graph_kinds:
+            return
+        order = np.arange(rows, dtype=np.int32)
+        batch = LoRABatch(
+            rows, order, np.array([0, rows], dtype=np.int32), np.zeros(1, dtype=np.int32)
+        )
+        host_rank = self._lora_table.host_rank
+        host_rank[..., 0] = rank  # on the device it is 0 still: nothing is read or added
+        self._lora.plan(table=self._lora_table, batch=batch)
+        host_rank[..., 0] = 0
+        for group in self._model.groups:
+            x = torch.zeros(rows, group.in_features, dtype=self._model.dtype, device=self._device)
+            y = x.new_zeros(rows, sum(group.out_features))
+            apply_lora(
+                self._lora, y=y, x=x, pool=self.pool.pages, layer=0, group=group,
+                table=self._lora_table,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:

@@ -27,7 +27,9 @@ from loraplex.memory.pool import PagePool, PageShape, PoolSizeError
 logger = logging.getLogger("loraplex")
 
 TYPICAL_RANK = 16
-"""Of the adapters that the start-up line counts."""
+"""Of the adapters that the start-up line counts, and that long prefills are compiled for."""
+
+WARM_UP_ROWS = 1024
 
 Progress = Callable[[str], None]
 
@@ -99,8 +101,12 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
     num_pages = size_pool(config, shape, device, limit, make_runner)
     max_model_len = _fit_model_len(config.model.max_model_len, limit, num_pages, shape)
     runner = make_runner(num_pages, max_model_len)
-    if graphs := runner.capture_graphs(config.graph):
-        progress(graphs)
+    if device.type == "cuda":
+        runner.warm_up(
+            min(WARM_UP_ROWS, config.scheduler.max_num_batched_tokens),
+            min(TYPICAL_RANK, config.memory.max_lora_rank),
+        )
+        progress(runner.capture_graphs(config.graph))
     typical = num_adapter_pages(
         [dict.fromkeys(range(len(MODULES)), TYPICAL_RANK)], target.shapes, shape.page_elems
     )

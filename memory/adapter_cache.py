@@ -4,13 +4,12 @@ An adapter is known by the hash of its content, so equal adapters under several 
 set of pages. Its adapter slot is its row in the workers' table of resident adapters.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex.memory.block_manager import BlockManager, IntegrityError, Owner
-from loraplex.memory.eviction import Candidate
+from loraplex.memory.eviction import EvictionClock, IdleHeap, Priority, load_cost_ns
 
 
 class Residency(Enum):
@@ -25,6 +24,7 @@ class CachedAdapter:
     content_hash: str
     slot: int
     page_ids: list[int] = field(repr=False)
+    load_cost_ns: int = 0
     residency: Residency = Residency.LOADING
     num_pins: int = 0
     last_use: float = 0.0
@@ -37,12 +37,13 @@ class CachedAdapter:
 class AdapterCache:
     """Content hash -> pages and adapter slot. Idle adapters stay until they are evicted."""
 
-    def __init__(self, blocks: BlockManager, max_slots: int) -> None:
+    def __init__(self, blocks: BlockManager, clock: EvictionClock, max_slots: int) -> None:
         self._blocks = blocks
+        self._clock = clock
         self._max_slots = max_slots
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._adapters: dict[str, CachedAdapter] = {}
-        self._idle: OrderedDict[str, CachedAdapter] = OrderedDict()  # oldest last use first
+        self._idle = IdleHeap()
         self._num_idle_pages = 0
 
     def __len__(self) -> int:
@@ -67,14 +68,22 @@ class AdapterCache:
     def get(self, content_hash: str) -> CachedAdapter | None:
         return self._adapters.get(content_hash)
 
-    def allocate(self, content_hash: str, num_pages: int, now: float) -> CachedAdapter:
-        """Reserve a slot and pages for a load; there must be room for both."""
+    def allocate(
+        self, content_hash: str, num_pages: int, now: float, *, num_bytes: int = 0
+    ) -> CachedAdapter:
+        """Reserve a slot and pages for a load of `num_bytes`; there must be room for both."""
         if content_hash in self._adapters:
             raise IntegrityError(f"adapter {content_hash} already has pages")
         if not self._free_slots:
             raise IntegrityError("no adapter slot is free")
         page_ids = self._blocks.allocate(Owner.ADAPTER, num_pages)
-        adapter = CachedAdapter(content_hash, self._free_slots.pop(), page_ids, last_use=now)
+        adapter = CachedAdapter(
+            content_hash,
+            self._free_slots.pop(),
+            page_ids,
+            load_cost_ns=load_cost_ns(num_bytes),
+            last_use=now,
+        )
         self._adapters[content_hash] = adapter
         return adapter
 
@@ -117,17 +126,17 @@ class AdapterCache:
         self._free_slots.append(adapter.slot)
         return adapter.slot
 
-    def idle_adapters(self) -> Iterator[Candidate]:
-        """Idle adapters, least recently used first."""
-        for key, adapter in self._idle.items():
-            yield Candidate(adapter.last_use, Owner.ADAPTER, key, len(adapter.page_ids))
+    def first_idle(self) -> tuple[Priority, str] | None:
+        """Priority and content hash of the idle adapter to evict first."""
+        return self._idle.first()
 
     def _make_idle(self, adapter: CachedAdapter) -> None:
-        self._idle[adapter.content_hash] = adapter
-        self._num_idle_pages += len(adapter.page_ids)
+        num_pages = len(adapter.page_ids)
+        self._idle.add(adapter.content_hash, self._clock.stamp(adapter.load_cost_ns, num_pages))
+        self._num_idle_pages += num_pages
 
     def _unmake_idle(self, adapter: CachedAdapter) -> None:
-        del self._idle[adapter.content_hash]
+        self._idle.remove(adapter.content_hash)
         self._num_idle_pages -= len(adapter.page_ids)
 
     def claims(self) -> Iterator[tuple[int, Owner, int]]:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 
 from loraplex.memory.block_manager import BlockManager, IntegrityError, Owner
-from loraplex.memory.eviction import Candidate
+from loraplex.memory.eviction import EvictionClock, Priority, recompute_cost_ns
 
 _DIGEST_BYTES = 32
 
@@ -67,18 +67,29 @@ class KVCache:
 
     A prefix block in use is held by reference; an idle one stays findable until it is evicted,
     and a hit revives it. Of equal blocks computed twice only the first is findable.
+
+    Every block costs the same to compute again, so a later stamp is never lower and idle blocks
+    are in order of eviction as they fall idle. A block in use has all before it in use; so it
+    falls idle no later than they do, and is evicted before them.
     """
 
     def __init__(
-        self, blocks: BlockManager, block_tokens: int, *, enable_prefix_caching: bool = True
+        self,
+        blocks: BlockManager,
+        clock: EvictionClock,
+        block_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
     ) -> None:
         self.block_tokens = block_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self._blocks = blocks
+        self._clock = clock
+        self._recompute_cost_ns = recompute_cost_ns(block_tokens)
         self._tables: dict[Hashable, _Table] = {}
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, float] = OrderedDict()  # page id -> last use, oldest first
+        self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, first to go first
 
     @property
     def num_idle(self) -> int:
@@ -142,14 +153,15 @@ class KVCache:
                 self._hash_of[page_id] = key
         table.num_registered = max(table.num_registered, num_full)
 
-    def release(self, request_id: Hashable, now: float) -> None:
+    def release(self, request_id: Hashable) -> None:
         """End a page table. Its findable blocks go idle, the deepest first: a block is of use only
         while all before it are there."""
         table = self._tables.pop(request_id)
+        priority = self._clock.stamp(self._recompute_cost_ns, 1)
         for page_id in reversed(table.page_ids):
             keep = page_id in self._hash_of
             if self._blocks.release(page_id, keep=keep) and keep:
-                self._idle[page_id] = now
+                self._idle[page_id] = priority
 
     def evict(self, page_id: int) -> None:
         """Forget an idle prefix block and free its page."""
@@ -157,10 +169,11 @@ class KVCache:
         del self._page_of[self._hash_of.pop(page_id)]
         self._blocks.discard(page_id)
 
-    def idle_blocks(self) -> Iterator[Candidate]:
-        """Idle prefix blocks, least recently used first."""
-        for page_id, last_use in self._idle.items():
-            yield Candidate(last_use, Owner.PREFIX, page_id, 1)
+    def first_idle(self) -> tuple[Priority, int] | None:
+        """Priority and page id of the idle prefix block to evict first."""
+        for page_id, priority in self._idle.items():
+            return priority, page_id
+        return None
 
     def claims(self) -> Iterator[tuple[int, Owner, int]]:
         """What the block manager's books must say: (page id, owner, references)."""
@@ -194,5 +207,8 @@ class KVCache:
         for page_id in self._hash_of:
             if (page_id in in_use) == (page_id in self._idle):
                 raise IntegrityError(f"cached page {page_id} must be either in use or idle")
+        stamps = list(self._idle.values())
+        if stamps != sorted(stamps):
+            raise IntegrityError("idle prefix blocks are out of order")
         if len(self._idle) > len(self._hash_of):
             raise IntegrityError("an idle page is in no prefix")

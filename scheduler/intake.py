@@ -25,19 +25,22 @@ def check_lengths(request: Request, max_model_len: int) -> None:
     request.max_total = min(num_prompt + max_tokens, max_model_len)
 
 
-def misfit(request: Request, record: Adapter | None, memory: LogicalMemory) -> str:
+def misfit(
+    request: Request, record: Adapter | None, memory: LogicalMemory, num_pinned: int
+) -> str:
     """Why the request would not fit even an empty pool, or nothing if it would.
 
-    The KV of the last token is never computed. An adapter that was not inspected counts nothing
+    `num_pinned` pages are taken for good, by adapters that are pinned and not its own. The KV of the last token is never computed. An adapter that was not inspected counts nothing
     yet; the question is asked again when it was.
     """
     num_kv = memory.kv.num_pages_for(request.max_total - 1)
     num_weights = record.num_pages if record else 0
-    num_usable = memory.blocks.num_usable
+    num_usable = memory.blocks.num_usable - num_pinned
     if num_kv + num_weights <= num_usable:
         return ""
     weights = f" and its adapter {num_weights}" if num_weights else ""
+    pinned = f" beside {num_pinned} of pinned adapters" if num_pinned else ""
     return (
         f"prompt and max_tokens need {num_kv} pages of KV cache{weights}, but the pool has "
-        f"{num_usable}; lower max_tokens, shorten the prompt or enlarge the pool"
+        f"{num_usable}{pinned}; lower max_tokens, shorten the prompt or enlarge the pool"
     )

@@ -16,8 +16,12 @@ def check_books(
     running: RunningSet,
     waiting: WaitingQueue,
     memory: LogicalMemory,
+    pinned: Iterable[str],
 ) -> None:
-    """Raise IntegrityError unless each request is in one place and holds what it should."""
+    """Raise IntegrityError unless each request is in one place and holds what it should.
+
+    `pinned` are the content hashes that the user's pins hold.
+    """
     requests = list(requests)
     waiting.check_integrity()
     queued = set(waiting.by_age)
@@ -31,14 +35,14 @@ def check_books(
     tables = {request.request_id for request in running}
     if tables != set(memory.kv.request_ids()):
         raise IntegrityError("a page table belongs to no running request, or one has none")
-    pins: Counter[str] = Counter()
+    pins: Counter[str] = Counter(pinned)
     for request in requests:
         _check_request(request, memory)
         if request.pins_adapter and request.record is not None:
             pins[request.record.content_hash] += 1
     held = Counter({adapter.content_hash: adapter.num_pins for adapter in memory.adapters})
     if +held != pins:
-        raise IntegrityError(f"adapters are pinned {+held}, requests hold {pins}")
+        raise IntegrityError(f"adapters are pinned {+held}, requests and the user hold {pins}")
 
 
 def _check_request(request: Request, memory: LogicalMemory) -> None:

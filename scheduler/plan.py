@@ -140,6 +140,7 @@ class AdapterLoaded:
     content_hash: str
     error: str = ""
     load_us: int = 0
+    from_host: bool = False  # it was in the host store when the load began
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,20 @@ class UnloadAdapter:
     """The slot's pages belong to others from the next message on."""
 
     adapter_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """No name and no request refers to this content: free its host memory, if it has any."""
+
+    content_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvicted:
+    """The host store gave this content up for room: it is on disk alone, or in pages."""
+
+    content_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,5 +182,5 @@ class WorkerReady:
     eos_token_ids: "array[int]" = field(default_factory=int_array)
 
 
-WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter
-WorkerEvent = WorkerReady | StepResult | AdapterInspected | AdapterLoaded
+WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter
+WorkerEvent = WorkerReady | StepResult | AdapterInspected | AdapterLoaded | AdapterEvicted

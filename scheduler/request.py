@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
+TIERS = ("pages", "host", "disk")
+"""Where an adapter is, from near to far."""
+
 Rank = tuple[float, int]
 """A place in an order: smaller goes first; the second part, the order of arrival, is unique."""
 
@@ -73,6 +76,8 @@ class Request:
     capacity: int = field(default=0, init=False)  # tokens that its pages hold
     num_cached_tokens: int = field(default=-1, init=False)  # of the prompt, at first admission
     num_prompt_logprobs: int = field(default=1, init=False)  # next position to report
+    first_token_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
+    tier: str = field(default="", init=False)  # one of TIERS: whence its adapter had to come
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt_token_ids[:]

@@ -58,6 +58,9 @@ class LoRATable:
     memory/adapter_layout.py): element e is pool[layer, page_table[s, e // page_elems],
     e % page_elems]. Row i of A starts at a_start + i * stride(in_features), row i of B
     transposed at b_start + i * stride(out_features), the stride rounded up to ROW_ALIGN.
+
+    The fields [L, M, S] on the device have the same strides, whatever these are; best, an
+    adapter's modules lie side by side, so that one read brings a layer's.
     """
 
     page_table: torch.Tensor  # int32 [S, max pages of an adapter]

@@ -118,7 +118,7 @@ class CupyBGMV:
         launch = self._launches_of(layer, group, table, pool)[0]
         blocks = self._num_processors * _KINDS[self._kind].shrink_blocks
         launch.pointers[0], launch.integers[0] = x.data_ptr(), x.stride(0)
-        launch.integers[3] = self._capacity_planned
+        launch.integers[4] = self._capacity_planned
         launch(max(blocks, x.shape[0] * len(group.modules)), _stream(x))
 
     def expand(
@@ -128,7 +128,7 @@ class CupyBGMV:
         most = y.shape[0] * sum(-(-out // EXPAND_COLUMNS) for out in group.out_features)
         blocks = self._num_processors * _KINDS[self._kind].expand_blocks
         launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride(0)
-        launch.integers[3] = self._capacity_planned
+        launch.integers[4] = self._capacity_planned
         launch(min(most, blocks), _stream(y))
 
     def _launches_of(
@@ -154,8 +154,8 @@ class CupyBGMV:
             table.rank[layer, first].data_ptr(),
         )  # fmt: skip
         integers = (
-            0, table.page_table.stride(0), table.rank.shape[2], 0, self._v_rows,
-            self._v_row_stride, self._spec.max_rank,
+            0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1), 0,
+            self._v_rows, self._v_row_stride, self._spec.max_rank,
         )  # fmt: skip
         shrink = Launch(
             kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,

@@ -1,15 +1,15 @@
-"""Backend ``hybrid`` of op ``lora``: BGMV for steps of few rows, SGMV for steps of many.
+"""Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
-BGMV is the faster one up to 256 rows, the most that were measured
-(benchmarks/results/lora_kernels_h200.jsonl); where it ceases to be is not known yet.
+BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
+adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl).
 """
 
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 
-MAX_BGMV_ROWS = 512
-"""Rows with an adapter up to which BGMV runs. A guess above 256."""
+SGMV_ROWS = 8
+"""Rows an adapter, on average, from which SGMV runs."""
 
 
 class HybridLoRA:
@@ -32,8 +32,8 @@ class HybridLoRA:
         self._few: LoRAOp = CupyBGMV(spec)
         self._many: LoRAOp = TritonSGMV(spec)
         self._op: LoRAOp = self._few
-        self.graph_kinds = self._few.graph_kinds
-        self.max_graph_rows = min(self._few.max_graph_rows, MAX_BGMV_ROWS)
+        self.graph_kinds = (*self._few.graph_kinds, *self._many.graph_kinds)
+        self.max_graph_rows = min(self._few.max_graph_rows, self._many.max_graph_rows)
 
     @property
     def family(self) -> str:
@@ -43,11 +43,11 @@ class HybridLoRA:
         return self._choose(batch).kind_of(batch)
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
-        self._op = self._choose(batch)
+        if kind is None:
+            self._op = self._choose(batch)
+        else:
+            self._op = self._few if kind in self._few.graph_kinds else self._many
         self._op.plan(table=table, batch=batch, kind=kind)
-
-    def _choose(self, batch: LoRABatch) -> LoRAOp:
-        return self._few if batch.num_tokens <= MAX_BGMV_ROWS else self._many
 
     def shrink(
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
@@ -58,3 +58,7 @@ class HybridLoRA:
         self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
         self._op.expand(y=y, pool=pool, layer=layer, group=group, table=table)
+
+    def _choose(self, batch: LoRABatch) -> LoRAOp:
+        is_many = len(batch.token_order) >= SGMV_ROWS * max(1, len(batch.segment_slots))
+        return self._many if is_many else self._few

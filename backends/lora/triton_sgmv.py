@@ -134,9 +134,9 @@ class TritonSGMV:
             )
         shrink_kernel[(units,)](
             x, self._v, pool, self._meta, table.page_table, table.rank, table.a_start,
-            layer, x.stride(0), pool.stride(0), table.page_table.stride(0), table.rank.shape[2],
+            layer, x.stride(0), pool.stride(0), table.page_table.stride(0), *_strides(table),
             HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
-            TABLE_MODULES=table.rank.shape[1], FIRST_MODULE=group.modules[0],
+            FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), K=group.in_features, PAGE=pool.shape[2],
             BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks, PDL=self._pdl,
             num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages,
@@ -159,9 +159,9 @@ class TritonSGMV:
         starts = (*group.out_starts, 0, 0)
         expand_kernel[(units,)](
             y, self._v, pool, self._meta, table.page_table, table.rank, table.b_start, table.scale,
-            layer, y.stride(0), pool.stride(0), table.page_table.stride(0), table.rank.shape[2],
+            layer, y.stride(0), pool.stride(0), table.page_table.stride(0), *_strides(table),
             HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
-            TABLE_MODULES=table.rank.shape[1], FIRST_MODULE=group.modules[0],
+            FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
             START_1=starts[1], START_2=starts[2], PAGE=pool.shape[2],
             MAX_SPLITS=blocks.max_splits, BLOCK_M=blocks.expand.rows,
@@ -268,6 +268,11 @@ class TritonSGMV:
                 ints += 4 * (item_tiles * num_items + tiles)
             most = max(most, ints)
         return -(-(self._order_at + rows + most) // 4) * 4
+
+
+def _strides(table: LoRATable) -> tuple[int, int, int]:
+    """From one layer, slot and module to the next in rank and the fields laid out like it."""
+    return table.rank.stride(0), table.rank.stride(2), table.rank.stride(1)
 
 
 def _num_panels(group: LoRAGroup, columns: int, panel_blocks: int) -> int:

@@ -45,8 +45,8 @@ class LoRALinear:
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[T, in_features] to [T, sum of out_features]."""
-        ctx.shrink(x, self.layer, self.group)  # before the product: it may overlap what made x
         y = functional.linear(x, self.weight, self.bias)
+        ctx.shrink(x, self.layer, self.group)  # behind the product, whose last blocks it overlaps
         ctx.expand(y, self.layer, self.group)
         return y
 

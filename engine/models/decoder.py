@@ -115,8 +115,8 @@ class Decoder:
             else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device)
         )
         self.rope = RotaryEmbedding(spec, self.device)
-        groups = projection_groups(self._shapes)
-        self.layers = [self._make_layer(index, groups) for index in range(spec.num_layers)]
+        self.groups = projection_groups(self._shapes)
+        self.layers = [self._make_layer(index, self.groups) for index in range(spec.num_layers)]
         self.norm = self._make_norm(spec.hidden_size)
 
     def module_shapes(self) -> tuple[ModuleShape, ...]:

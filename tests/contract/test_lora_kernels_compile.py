@@ -22,7 +22,7 @@ POINTERS = {
 }  # fmt: skip
 ALIGNED = {*POINTERS, "x_stride", "y_stride", "layer_stride"}
 COMMON = {
-    "HEADER": 16, "ORDER_AT": 64, "TABLE_MODULES": 7, "FIRST_MODULE": 0, "NUM_MODULES": 3,
+    "HEADER": 16, "ORDER_AT": 64, "FIRST_MODULE": 0, "NUM_MODULES": 3,
     "PAGE": 32768, "PDL": True,
 }  # fmt: skip
 REGIMES = [("decode", 16), ("prefill", 16), ("prefill", 64)]

@@ -24,6 +24,7 @@ FROZEN_TAGS = [
     "AdapterReply", "StatsQuery", "StatsReply", "EngineDead", "Shutdown", "StepPlan", "StepResult",
     "InspectAdapter", "AdapterInspected", "LoadAdapter", "AdapterLoaded", "UnloadAdapter",
     "WorkerReady", "ChildStart", "ChildProgress", "ChildReady", "ChildFailed",
+    "DropAdapter", "AdapterEvicted",
 ]  # fmt: skip
 
 PLAIN = st.recursive(

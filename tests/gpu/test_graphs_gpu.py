@@ -78,20 +78,22 @@ def test_graphs_and_overlap_change_no_answer(lora: str) -> None:
         if reason:
             pytest.skip(f"{name}: {reason}")
     requests = make_requests(seed=5)
-    fast, stats = run(
-        requests,
-        memory=MemoryConfig(num_pages=700),
-        scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=256),
-        backend=BackendConfig(lora_backend=lora),
-    )
-    assert stats["num_preemptions"] > 0
-    slow, _ = run(
+    slow, stats = run(
         requests,
         memory=MemoryConfig(num_pages=6000),
         scheduler=SchedulerConfig(max_num_seqs=64, max_steps_in_flight=1),
         graph=GraphConfig(enforce_eager=True),
         backend=BackendConfig(lora_backend=lora, attention_backend="flashinfer"),
     )
+    assert all(kernels.startswith("eager") for kernels in stats["steps_by_kernels"])
+    fast, stats = run(
+        requests,
+        memory=MemoryConfig(num_pages=1 + stats["pages_adapter"] + 200),
+        scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=512),
+        backend=BackendConfig(lora_backend=lora),
+    )
+    assert stats["num_preemptions"] > 0
+    assert any(kernels.startswith("graph+") for kernels in stats["steps_by_kernels"])
     num_equal = num_parted = 0
     for (_, _, params, cancel_at), got, want in zip(requests, fast, slow, strict=True):
         for output in (got, want):

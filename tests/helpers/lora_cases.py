@@ -106,12 +106,19 @@ def make_case(
                 fields["b_start"][layer, module, slot] = place.b_start
                 fields["scale"][layer, module, slot] = scale
     table = LoRATable(
-        **{name: value.to(device) for name, value in fields.items()},
+        **{name: _to_device(value, device) for name, value in fields.items()},
         **{f"host_{name}": value for name, value in fields.items()},
     )
     case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
     case.weights = weights
     return case
+
+
+def _to_device(field: torch.Tensor, device: str) -> torch.Tensor:
+    """As a worker lays it out: an adapter's modules side by side."""
+    if field.ndim < 3:
+        return field.to(device)
+    return field.transpose(1, 2).contiguous().to(device).transpose(1, 2)
 
 
 def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:

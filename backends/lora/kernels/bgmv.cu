@@ -133,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
        const int* __restrict__ plan, const int* __restrict__ page_table,
        const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
-       int pages_stride, int num_slots, int capacity, int v_rows, int v_row_stride,
-       int v_module_stride) {
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_rows,
+       int v_row_stride, int v_module_stride) {
   const int UNITS = (K + 63) / 64;
   __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
   const int* order = order_of(plan, capacity);
@@ -147,9 +147,9 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
   for (int work = blockIdx.x; work < width * split.splits; work += gridDim.x) {
     const int part = work / width, module = work % width % NUM_MODULES;
     const int4 item = __ldg(items_of(plan, capacity) + work % width / NUM_MODULES);
-    const int limit = __ldg(rank + module * num_slots + item.x);
+    const int limit = __ldg(rank + module * module_stride + item.x * slot_stride);
     if (item.w >= limit) continue;
-    const int start = __ldg(a_start + module * num_slots + item.x);
+    const int start = __ldg(a_start + module * module_stride + item.x * slot_stride);
     const int* pages = page_table + (long long)item.x * pages_stride;
     const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
     const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
@@ -233,8 +233,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
 expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
-       int pages_stride, int num_slots, int capacity, int v_rows, int v_row_stride,
-       int v_module_stride) {
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_rows,
+       int v_row_stride, int v_module_stride) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
@@ -255,10 +255,11 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     } else if (block >= BLOCKS_0) {
       module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
     }
-    const int limit = __ldg(rank + module * num_slots + tile.x);
+    const int place = module * module_stride + tile.x * slot_stride;
+    const int limit = __ldg(rank + place);
     if (limit == 0) continue;
-    const int start = __ldg(b_start + module * num_slots + tile.x);
-    const float factor = __ldg(scale + module * num_slots + tile.x);
+    const int start = __ldg(b_start + place);
+    const float factor = __ldg(scale + place);
     const int* pages = page_table + (long long)tile.x * pages_stride;
     const int width_row = (width + 63) / 64 * 64;
     const int n = block * WIDTH + threadIdx.x * 8;

@@ -27,11 +27,11 @@ V_MODULE_STRIDE = tl.constexpr(7)  # a multiple of 16
 NUM_ROWS = tl.constexpr(8)  # rows with an adapter
 
 
-@triton.jit(do_not_specialize=["layer", "pages_stride", "num_slots"])
+@triton.jit(do_not_specialize=["layer", "pages_stride", "table_stride", "slot_stride"])
 def shrink_kernel(
     x, v, pool, meta, page_table, rank, a_start,
-    layer, x_stride, layer_stride, pages_stride, num_slots,
-    HEADER: tl.constexpr, ORDER_AT: tl.constexpr, TABLE_MODULES: tl.constexpr,
+    layer, x_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
+    HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -49,29 +49,30 @@ def shrink_kernel(
     v_module_stride = tl.multiple_of(tl.load(header + V_MODULE_STRIDE), 16)
     num_rows = tl.load(header + NUM_ROWS)
     pool += layer.to(tl.int64) * layer_stride
-    at = (layer * TABLE_MODULES + FIRST_MODULE) * num_slots
+    at = layer * table_stride + FIRST_MODULE * module_stride
     lane = tl.arange(0, 64)
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
         item = items + unit // num_splits * 4
         split = unit % num_splits
         slot, first, rows = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         flat_R = tl.load(item + 3) + tl.arange(0, BLOCK_R)
-        end_0 = tl.load(rank + at + slot)
+        place = at + slot * slot_stride
+        end_0 = tl.load(rank + place)
         rank_R = flat_R
-        start_R = tl.load(a_start + at + slot) + flat_R * K_ROW
+        start_R = tl.load(a_start + place) + flat_R * K_ROW
         v_column_R = flat_R
         total = end_0
         if NUM_MODULES > 1:
-            total += tl.load(rank + at + num_slots + slot)
+            total += tl.load(rank + place + module_stride)
             rank_R = flat_R - end_0
-            start_1 = tl.load(a_start + at + num_slots + slot)
+            start_1 = tl.load(a_start + place + module_stride)
             start_R = tl.where(flat_R < end_0, start_R, start_1 + rank_R * K_ROW)
             v_column_R = tl.where(flat_R < end_0, flat_R, v_module_stride + rank_R)
         if NUM_MODULES > 2:
             end_1 = total
-            total += tl.load(rank + at + 2 * num_slots + slot)
+            total += tl.load(rank + place + 2 * module_stride)
             rank_R = flat_R - end_1
-            start_2 = tl.load(a_start + at + 2 * num_slots + slot)
+            start_2 = tl.load(a_start + place + 2 * module_stride)
             start_R = tl.where(flat_R < end_1, start_R, start_2 + rank_R * K_ROW)
             v_column_R = tl.where(flat_R < end_1, v_column_R, 2 * v_module_stride + rank_R)
         mask_R = flat_R < total
@@ -142,11 +143,11 @@ def _load_shrunk(
     return tl.where((rank_R < limit)[None, :], sum_MR, 0.0)
 
 
-@triton.jit(do_not_specialize=["layer", "pages_stride", "num_slots"])
+@triton.jit(do_not_specialize=["layer", "pages_stride", "table_stride", "slot_stride"])
 def expand_kernel(
     y, v, pool, meta, page_table, rank, b_start, scale,
-    layer, y_stride, layer_stride, pages_stride, num_slots,
-    HEADER: tl.constexpr, ORDER_AT: tl.constexpr, TABLE_MODULES: tl.constexpr,
+    layer, y_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
+    HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, OUT_0: tl.constexpr,
     OUT_1: tl.constexpr, OUT_2: tl.constexpr, START_1: tl.constexpr, START_2: tl.constexpr,
     PAGE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -172,7 +173,7 @@ def expand_kernel(
     num_panels = panels_0 + panels_1 + tl.cdiv(BLOCKS_2, panel_blocks)
     num_units = tl.load(header + NUM_TILES) * num_panels
     pool += layer.to(tl.int64) * layer_stride
-    at = (layer * TABLE_MODULES + FIRST_MODULE) * num_slots
+    at = layer * table_stride + FIRST_MODULE * module_stride
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
         panel = unit % num_panels
         module = (panel >= panels_0).to(tl.int32) + (panel >= panels_0 + panels_1).to(tl.int32)
@@ -182,7 +183,7 @@ def expand_kernel(
         panel -= tl.where(module == 0, 0, tl.where(module == 1, panels_0, panels_0 + panels_1))
         tile = tiles + unit // num_panels * 4
         slot, first, rows = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-        place = at + module * num_slots + slot
+        place = at + module * module_stride + slot * slot_stride
         limit = tl.load(rank + place)
         if limit > 0:
             row_M = tl.arange(0, BLOCK_M)

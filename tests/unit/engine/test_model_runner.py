@@ -165,6 +165,17 @@ def _check_entry(entry: Any, want: torch.Tensor, token: int) -> None:
         assert math.isclose(logprob, float(want[token_id]), abs_tol=1e-3)
 
 
+@pytest.mark.gpu
+def test_warm_up_leaves_no_trace(setup: Setup) -> None:
+    worker = setup.worker("cuda")
+    parts = worker._parts
+    parts.runner.warm_up(1024, 8)
+    table = parts.table.table
+    assert not table.host_rank.any() and not table.rank.any()
+    assert not parts.pool.pages[:, 1:].any()
+    worker.close()
+
+
 def test_plan_without_rows(setup: Setup) -> None:
     driver, _ = make_driver(setup)
     result = driver.step([], 1)
