@@ -36,7 +36,13 @@ from loraplex.entrypoints.bench.dummy import AdapterWriter, model_config
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.page_copier import StreamPageCopier
 from loraplex.memory.pool import PagePool, PageShape
-from loraplex.scheduler.plan import AdapterInspected, InspectAdapter, LoadAdapter, int_array
+from loraplex.scheduler.plan import (
+    AdapterEvicted,
+    AdapterInspected,
+    InspectAdapter,
+    LoadAdapter,
+    int_array,
+)
 
 MODEL, RANK, NUM_LAYERS = "llama-3-8b", 16, 32
 HIDDEN, KV, INNER = 4096, 1024, 14336
@@ -80,7 +86,7 @@ class Setup:
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.loader = AdapterLoader(
             target=target, table=self.table, copier=StreamPageCopier(pool), host_bytes=host_bytes,
-            report=self.reports.put, enter_thread=lambda: torch.cuda.set_device(device),
+            report=self._take, enter_thread=lambda: torch.cuda.set_device(device),
         )  # fmt: skip
         order = torch.randperm(pool.num_pages - 1)[: NUM_SLOTS * PAGES_EACH] + 1
         self.pages = order.view(NUM_SLOTS, PAGES_EACH).tolist()
@@ -98,6 +104,10 @@ class Setup:
         self.num_bytes = event.num_bytes
         self.turn = itertools.count()
         self.free_slots = deque(range(NUM_SLOTS))
+
+    def _take(self, item: object) -> None:
+        if not isinstance(item, AdapterEvicted):
+            self.reports.put(item)
 
     def begin(self) -> None:
         """Put the next adapter where the oldest is; `free_slots` must not be empty."""

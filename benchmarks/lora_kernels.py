@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from loraplex.backends.lora.contract import (
     apply_lora,
 )
 from loraplex.backends.registry import resolve
+from loraplex.entrypoints.bench.svg import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
 
@@ -234,7 +236,9 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     device = torch.device("cuda", 0)
     setup = Setup(case, dtype, device)
     op = resolve("lora", op_name).make(setup.spec())
-    op.plan(table=setup.table, batch=setup.batch)
+    is_graph = case.num_tokens <= op.max_graph_rows  # longer steps are captured here alone
+    kind = op.kind_of(setup.batch) if is_graph else None
+    op.plan(table=setup.table, batch=setup.batch, kind=kind)
 
     def run() -> None:
         for layer in range(case.num_layers):
@@ -254,13 +258,46 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     }
 
 
+def draw_rows(rows: list[dict[str, Any]]) -> str:
+    """An SVG of the decode steps of the largest sweep: each popularity, backend and the floor."""
+    sweep = [r for r in rows if r["model"] == "llama-3-8b" and r["num_tokens"] <= 256]
+    sweep = [r for r in sweep if r["ranks"] == [16] and not r["num_resident"]]
+    panels = []
+    for popularity in ("distinct", "uniform", "skewed", "identical"):
+        chosen = [r for r in sweep if r["popularity"] == popularity]
+        if not chosen:
+            continue
+        sizes = sorted({r["num_tokens"] for r in chosen})
+        at = {size: float(index) for index, size in enumerate(sizes)}
+        backends = dict.fromkeys(r["backend"] for r in chosen)
+        lines = [
+            Line(
+                name, sorted((at[r["num_tokens"]], r["us"]) for r in chosen if r["backend"] == name)
+            )
+            for name in backends
+        ]
+        floor = sorted({(at[r["num_tokens"]], r["floor_us"]) for r in chosen})
+        lines.append(Line("floor", floor, dashed=True))
+        ticks = [(index, str(size)) for size, index in at.items()]
+        title = f"{popularity} adapters"
+        panels.append(Panel(title, "rows", "us a layer", lines, log_y=True, x_ticks=ticks))
+    return draw(panels, caption=f"Llama-3-8B, rank 16, all projections, {rows[0]['gpu']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default="triton,cupy")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    parser.add_argument(
+        "--draw", type=Path, help="measure nothing; draw this file's rows beside it"
+    )
     parser.add_argument("--only", default="", help="model name, or part of it")
     options = parser.parse_args()
+    if options.draw:
+        rows = [json.loads(line) for line in options.draw.read_text().splitlines()]
+        options.draw.with_suffix(".svg").write_text(draw_rows(rows))
+        return
     bandwidth = copy_bandwidth()
     machine = {
         "gpu": torch.cuda.get_device_name(),
@@ -286,6 +323,9 @@ def main() -> None:
                 with options.out.open("a") as file:
                     file.write(json.dumps({**machine, **row}) + "\n")
             torch.cuda.empty_cache()
+    if options.out:
+        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+        options.out.with_suffix(".svg").write_text(draw_rows(rows))
 
 
 if __name__ == "__main__":

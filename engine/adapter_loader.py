@@ -25,7 +25,13 @@ from loraplex.engine.errors import AdapterError
 from loraplex.memory.adapter_layout import MODULES
 from loraplex.memory.host_store import HostStore, PackedAdapter
 from loraplex.memory.page_copier import Mark, PageCopier
-from loraplex.scheduler.plan import AdapterInspected, AdapterLoaded, InspectAdapter, LoadAdapter
+from loraplex.scheduler.plan import (
+    AdapterEvicted,
+    AdapterInspected,
+    AdapterLoaded,
+    InspectAdapter,
+    LoadAdapter,
+)
 
 logger = logging.getLogger("loraplex")
 
@@ -51,18 +57,20 @@ class Load:
     after: Mark  # what used the pages before
     started_at: float = field(default_factory=time.perf_counter)
     adapter: PackedAdapter | None = None  # pinned in the host store until the copy has ended
+    from_host: bool = False
     is_unloaded: bool = False
     mark: Mark | None = None  # the end of the copy; None: not enqueued
     error: str = ""
 
 
 class AdapterLoader:
-    """`inspect`, `load`, `unload` and `finish` are for the thread that launches steps; they do not
-    wait. What comes of the first two is given to `report`, from other threads.
+    """`inspect`, `load`, `unload`, `drop` and `finish` are for the thread that launches steps; they
+    do not wait. What comes of the first two is given to `report`, from other threads.
 
     Args:
-        report: takes an AdapterInspected; a Load, for `finish`; or an error that is no adapter's
-            fault, to be raised where the steps are.
+        report: takes an AdapterInspected; a Load, for `finish`; an AdapterEvicted, in the order in
+            which the store changed; or an error that is no adapter's fault, to be raised where the
+            steps are.
         enter_thread: called first in each thread.
     """
 
@@ -73,7 +81,7 @@ class AdapterLoader:
         table: AdapterTable,
         copier: PageCopier,
         host_bytes: int,
-        report: Callable[[AdapterInspected | Load | BaseException], None],
+        report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self._target = target
@@ -85,6 +93,7 @@ class AdapterLoader:
         self._hashes = ContentHashes()
         self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
         num_packers = min(MAX_PACKERS, max(1, len(os.sched_getaffinity(0)) // 2))
         self._packers = ThreadPoolExecutor(num_packers, "adapter-packer")
@@ -104,6 +113,7 @@ class AdapterLoader:
         self._loads[command.adapter_slot] = load
         load.adapter = self._store.pin(command.content_hash)
         if load.adapter is not None:
+            load.from_host = True
             self._queue.put(load)
         else:
             self._readers.submit(self._read_again, load)
@@ -123,6 +133,11 @@ class AdapterLoader:
                 self._copier.hold(mark)
         self._table.clear(adapter_slot)
 
+    def drop(self, content_hash: str) -> None:
+        """Free its host memory, once the loads under way are done with it."""
+        self._store.drop(content_hash)
+        self._tell()
+
     def finish(self, load: Load) -> AdapterLoaded:
         """Take in a load that was reported; steps planned from now on may use its slot."""
         command, error = load.command, load.error
@@ -137,6 +152,7 @@ class AdapterLoader:
             content_hash=command.content_hash,
             error=UNLOADED if load.is_unloaded else error,
             load_us=int((time.perf_counter() - load.started_at) * 1e6),
+            from_host=load.from_host,
         )
 
     def close(self) -> None:
@@ -156,12 +172,13 @@ class AdapterLoader:
                     allocate=allocate,
                     hashes=self._hashes,
                     packers=self._packers,
-                )
+                ),
+                pin=True,
             )
-            self._report(_describe(command, adapter))
+            self._tell(_describe(command, adapter), unpin=adapter.content_hash)
         except Exception as error:
             text = _explain(command.name, error)
-            self._report(AdapterInspected(name=command.name, path=command.path, error=text))
+            self._tell(AdapterInspected(name=command.name, path=command.path, error=text))
         self._store.prepare()
 
     def _read_again(self, load: Load) -> None:
@@ -190,7 +207,7 @@ class AdapterLoader:
             self._queue.put(load)
         except Exception as error:
             load.error = _explain(name, error)
-            self._report(load)
+            self._tell(load)
         self._store.prepare()
 
     def _run(self) -> None:
@@ -234,9 +251,21 @@ class AdapterLoader:
     def _end(self, load: Load) -> None:
         if load.mark is not None:
             load.mark.synchronize()
-        if load.adapter is not None:
-            self._store.unpin(load.command.content_hash)
-        self._report(load)
+        self._tell(load, unpin=load.command.content_hash if load.adapter is not None else "")
+
+    def _tell(self, item: AdapterInspected | Load | None = None, unpin: str = "") -> None:
+        """Report an item after all evictions so far, and before its own content's."""
+        with self._telling:
+            self._tell_evicted()
+            if unpin:
+                self._store.unpin(unpin)
+            if item is not None:
+                self._report(item)
+            self._tell_evicted()
+
+    def _tell_evicted(self) -> None:
+        for content_hash in self._store.take_evicted():
+            self._report(AdapterEvicted(content_hash))
 
 
 def _describe(command: InspectAdapter, adapter: PackedAdapter) -> AdapterInspected:

@@ -165,8 +165,23 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListAdapters:
+class PinAdapter:
     request_id: str = field(metadata=_ID)
+    name: str = field(metadata={"check": _adapter_name})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpinAdapter:
+    request_id: str = field(metadata=_ID)
+    name: str = field(metadata={"check": _adapter_name})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListAdapters:
+    """All without a `name`."""
+
+    request_id: str = field(metadata=_ID)
+    name: str = field(default="", metadata={"check": _optional_adapter})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,13 +205,25 @@ class Bye:
 
 
 ClientMessage = (
-    Generate | Cancel | LoadAdapter | UnloadAdapter | ListAdapters | Health | Stats | Ping | Bye
+    Generate
+    | Cancel
+    | LoadAdapter
+    | UnloadAdapter
+    | PinAdapter
+    | UnpinAdapter
+    | ListAdapters
+    | Health
+    | Stats
+    | Ping
+    | Bye
 )
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": Generate,
     "cancel": Cancel,
     "load_adapter": LoadAdapter,
     "unload_adapter": UnloadAdapter,
+    "pin_adapter": PinAdapter,
+    "unpin_adapter": UnpinAdapter,
     "list_adapters": ListAdapters,
     "health": Health,
     "stats": Stats,

@@ -131,7 +131,8 @@ class DecodeGraphs:
         self._upload(inputs)
         self._attention.plan_graph(attention_batch, size)
         if not lora_batch.is_empty:
-            self._lora.plan(table=self._lora_table, batch=lora_batch)
+            kind = self._lora.kind_of(lora_batch)
+            self._lora.plan(table=self._lora_table, batch=lora_batch, kind=kind)
 
     def replay(self, size: int, kind: str) -> torch.Tensor:
         """Run the planned step; logits [size, vocabulary], valid until the next."""

@@ -111,14 +111,23 @@ class Frontend:
             case protocol.Stats():
                 query_id = self._new_query(client, message.request_id, "stats")
                 self._scheduler.send(StatsQuery(query_id))
+            case _:
+                self._dispatch_adapter(client, message)
+
+    def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
+        match message:
             case protocol.LoadAdapter():
                 path = check_under_root(message.path, self._config.adapter.adapter_root)
                 op = "register" if message.lazy else "load"
                 self._adapter_command(client, message.request_id, op, message.name, path)
             case protocol.UnloadAdapter():
                 self._adapter_command(client, message.request_id, "unload", message.name)
+            case protocol.PinAdapter():
+                self._adapter_command(client, message.request_id, "pin", message.name)
+            case protocol.UnpinAdapter():
+                self._adapter_command(client, message.request_id, "unpin", message.name)
             case protocol.ListAdapters():
-                self._adapter_command(client, message.request_id, "list")
+                self._adapter_command(client, message.request_id, "list", message.name)
 
     def _adapter_command(
         self, client: bytes, request_id: str, op: str, name: str = "", path: str = ""

@@ -21,7 +21,7 @@ from loraplex.engine.messages import (
     StatsReply,
     StepOutputs,
 )
-from loraplex.scheduler.plan import AdapterInspected, AdapterLoaded, StepResult
+from loraplex.scheduler.plan import AdapterEvicted, AdapterInspected, AdapterLoaded, StepResult
 from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
 from loraplex.scheduler.scheduler import Scheduler
 
@@ -75,6 +75,8 @@ class SchedulerLoop:
                 self._scheduler.on_adapter_inspected(message)
             case AdapterLoaded():
                 self._scheduler.on_adapter_loaded(message)
+            case AdapterEvicted():
+                self._scheduler.on_adapter_evicted(message)
             case _:
                 raise TypeError(f"a worker sent {type(message).__name__}")
 
@@ -119,18 +121,23 @@ class SchedulerLoop:
 
     def _run_adapter_command(self, peer: bytes, message: AdapterCommand) -> None:
         scheduler, adapters = self._scheduler, []
+        key: Hashable = (peer, message.command_id)
         try:
             match message.op:
                 case "load":
-                    key: Hashable = (peer, message.command_id)
                     scheduler.load_adapter(message.name, message.path, key)
                     return  # answered by an adapter update
+                case "pin":
+                    scheduler.pin_adapter(message.name, key)
+                    return  # the same
                 case "register":
                     adapters = [scheduler.register_adapter(message.name, message.path)]
                 case "unload":
                     adapters = [scheduler.unload_adapter(message.name)]
+                case "unpin":
+                    adapters = [scheduler.unpin_adapter(message.name)]
                 case "list":
-                    adapters = scheduler.list_adapters()
+                    adapters = scheduler.list_adapters(message.name)
                 case _:
                     raise RequestRefused("bad_request", f"unknown adapter command {message.op!r}")
         except RequestRefused as refusal:

@@ -13,6 +13,7 @@ from loraplex.engine.pending_step import PendingStep
 from loraplex.engine.worker_setup import set_up
 from loraplex.memory.page_copier import make_page_copier
 from loraplex.scheduler.plan import (
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     StepPlan,
@@ -75,6 +76,7 @@ class Worker:
             load_seconds=time.perf_counter() - started_at,
             base_fingerprint=f"{parts.spec.fingerprint}:{parts.target.dtype}",
             eos_token_ids=int_array(parts.spec.eos_token_ids),
+            max_adapter_pages=parts.table.max_pages,
         )
 
     def handle(self, command: WorkerCommand) -> None:
@@ -92,6 +94,8 @@ class Worker:
                 self._loader.load(command)
             case UnloadAdapter():
                 self._loader.unload(command.adapter_slot)
+            case DropAdapter():
+                self._loader.drop(command.content_hash)
             case _:
                 raise TypeError(f"a worker has no use for {type(command).__name__}")
 

@@ -29,7 +29,7 @@ logger = logging.getLogger("loraplex")
 TYPICAL_RANK = 16
 """Of the adapters that the start-up line counts, and that long prefills are compiled for."""
 
-WARM_UP_ROWS = 1024
+WARM_UP_ROWS = 2048
 
 Progress = Callable[[str], None]
 

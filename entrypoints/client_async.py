@@ -119,8 +119,17 @@ class AsyncClient:
         await self._command("unload_adapter", name=name)
         self._adapter_paths.pop(name, None)
 
-    async def list_adapters(self) -> list[dict[str, Any]]:
-        return list((await self._command("list_adapters"))["adapters"])
+    async def pin_adapter(self, name: str) -> dict[str, Any]:
+        """Keep an adapter in pages until unpin_adapter(); AdapterError beyond the pinned share."""
+        return dict((await self._command("pin_adapter", name=name))["adapters"][0])
+
+    async def unpin_adapter(self, name: str) -> dict[str, Any]:
+        """Let a pinned adapter be evicted again once it is idle."""
+        return dict((await self._command("unpin_adapter", name=name))["adapters"][0])
+
+    async def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
+        """All, or the one of this name: tier, size, users, pins, service; see docs/protocol.md."""
+        return list((await self._command("list_adapters", name=name))["adapters"])
 
     async def health(self) -> dict[str, Any]:
         """Status, model and limits; see docs/protocol.md."""

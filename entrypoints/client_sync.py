@@ -165,8 +165,17 @@ class Client:
         self._command("unload_adapter", name=name)
         self._adapter_paths.pop(name, None)
 
-    def list_adapters(self) -> list[dict[str, Any]]:
-        return list(self._command("list_adapters")["adapters"])
+    def pin_adapter(self, name: str) -> dict[str, Any]:
+        """Keep an adapter in pages until unpin_adapter(); AdapterError beyond the pinned share."""
+        return dict(self._command("pin_adapter", name=name)["adapters"][0])
+
+    def unpin_adapter(self, name: str) -> dict[str, Any]:
+        """Let a pinned adapter be evicted again once it is idle."""
+        return dict(self._command("unpin_adapter", name=name)["adapters"][0])
+
+    def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
+        """All, or the one of this name: tier, size, users, pins, service; see docs/protocol.md."""
+        return list(self._command("list_adapters", name=name)["adapters"])
 
     def health(self) -> dict[str, Any]:
         """Status, model and limits; see docs/protocol.md."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from loraplex.memory.eviction import EVICTION_POLICIES
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
@@ -27,10 +29,33 @@ class MemoryConfig:
         default=1024, metadata={"help": "adapters whose weights can be in pages at one time"}
     )
     adapter_host_bytes: int = field(
-        default=4 << 30, metadata={"help": "bytes of host memory for packed adapters (LRU)"}
+        default=4 << 30,
+        metadata={
+            "help": "bytes of host memory for packed adapters (LRU); 0 keeps none but the last, so "
+            "that every load reads its file again"
+        },
     )
     max_lora_rank: int = field(
         default=256, metadata={"help": "largest rank accepted; an adapter above it is refused"}
+    )
+    prefetch: bool = field(
+        default=True,
+        metadata={"help": "load adapters of requests that wait; off only to measure its effect"},
+    )
+    eviction_policy: str = field(
+        default="cost",
+        metadata={
+            "help": "which idle adapter or prefix block gives way: cost (cheap to bring back and "
+            "long unused first), lru (longest unused first; only to measure the effect)",
+            "choices": EVICTION_POLICIES,
+        },
+    )
+    fixed_adapter_slots: int = field(
+        default=0,
+        metadata={
+            "help": "set pages apart for that many adapters of max_lora_rank on all modules, and "
+            "give adapters no others; only to measure what one pool for both brings; 0: one pool"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -44,6 +69,19 @@ class MemoryConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("max_adapter_slots", "adapter_host_bytes", "max_lora_rank"):
+        for name in ("max_adapter_slots", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.adapter_host_bytes < 0:
+            raise ValueError(
+                f"adapter_host_bytes must not be negative, got {self.adapter_host_bytes}"
+            )
+        if not 0 <= self.fixed_adapter_slots <= self.max_adapter_slots:
+            raise ValueError(
+                f"fixed_adapter_slots must lie in [0, max_adapter_slots = "
+                f"{self.max_adapter_slots}], got {self.fixed_adapter_slots}"
+            )
+        if self.eviction_policy not in EVICTION_POLICIES:
+            raise ValueError(
+                f"eviction_policy must be one of {EVICTION_POLICIES}, got {self.eviction_policy!r}"
+            )

@@ -48,6 +48,7 @@ class _Entry:
     adapter: PackedAdapter
     chunks: list[Chunk]
     num_pins: int = 0
+    is_dropped: bool = False  # goes with its last pin
 
 
 class HostStore:
@@ -69,6 +70,7 @@ class HostStore:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._writing: set[Chunk] = set()
         self._largest = 0  # bytes of the largest chunk so far
+        self._evicted: list[str] = []
         self._lock = threading.Lock()
         self._growing = threading.Lock()  # taken before _lock: one thread at a time page-locks
 
@@ -113,6 +115,7 @@ class HostStore:
                 self._free(chunks)
                 self._entries.move_to_end(adapter.content_hash)
             entry.num_pins += pin
+            entry.is_dropped = False
             self._evict_extra(keep=adapter.content_hash)
             return entry.adapter
 
@@ -124,6 +127,7 @@ class HostStore:
                 return None
             self._entries.move_to_end(content_hash)
             entry.num_pins += 1
+            entry.is_dropped = False
             return entry.adapter
 
     def unpin(self, content_hash: str) -> None:
@@ -133,6 +137,25 @@ class HostStore:
             if entry is None or not entry.num_pins:
                 raise ValueError(f"adapter {content_hash} is unpinned without a pin")
             entry.num_pins -= 1
+            if entry.is_dropped and not entry.num_pins:
+                self._drop(content_hash)
+
+    def drop(self, content_hash: str) -> None:
+        """Free an adapter's memory, if it is here: at once, or with its last pin unless it is asked
+        for again. Of the slabs that are empty then, one is kept."""
+        with self._lock:
+            entry = self._entries.get(content_hash)
+            if entry is None:
+                return
+            entry.is_dropped = True
+            if not entry.num_pins:
+                self._drop(content_hash)
+
+    def take_evicted(self) -> list[str]:
+        """Contents that have left since the last call, in order."""
+        with self._lock:
+            evicted, self._evicted = self._evicted, []
+            return evicted
 
     def prepare(self) -> None:
         """Take the next slab before it is needed, if the budget has room for it and no adapter
@@ -226,9 +249,18 @@ class HostStore:
     def _evict_oldest(self) -> bool:
         for content_hash, entry in self._entries.items():
             if not entry.num_pins:
-                self._free(self._entries.pop(content_hash).chunks)
+                self._evict(content_hash)
                 return True
         return False
+
+    def _evict(self, content_hash: str) -> None:
+        self._free(self._entries.pop(content_hash).chunks)
+        self._evicted.append(content_hash)
+
+    def _drop(self, content_hash: str) -> None:
+        self._evict(content_hash)
+        for slab_id in self._space.empty_slabs()[1:]:
+            self._drop_slab(slab_id)
 
     def _evict_extra(self, keep: str) -> None:
         """Bring the store back into its budget as far as pins allow."""
@@ -236,7 +268,7 @@ class HostStore:
             for content_hash, entry in list(self._entries.items()):
                 is_extra = any(chunk.slab_id in self._extra_slabs for chunk in entry.chunks)
                 if is_extra and not entry.num_pins and content_hash != keep:
-                    self._free(self._entries.pop(content_hash).chunks)
+                    self._evict(content_hash)
 
     def _free(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:

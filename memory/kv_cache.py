@@ -69,8 +69,10 @@ class KVCache:
     and a hit revives it. Of equal blocks computed twice only the first is findable.
 
     Every block costs the same to compute again, so a later stamp is never lower and idle blocks
-    are in order of eviction as they fall idle. A block in use has all before it in use; so it
-    falls idle no later than they do, and is evicted before them.
+    are in order of eviction as they fall idle. A request that uses a block uses all before it, so
+    those fall idle no earlier and the block is evicted before them. (If another request's equal
+    copy of an earlier block is the findable one, that may go first; the block is of no use then
+    until the earlier one is computed again, or it is evicted itself.)
     """
 
     def __init__(

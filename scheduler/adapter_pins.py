@@ -88,7 +88,7 @@ class AdapterPins:
             adapter = self._memory.adapters.get(content_hash)
             if adapter is None:
                 record = next(iter(self._records[content_hash]))
-                has_room = self._memory.num_available >= record.num_pages
+                has_room = self._memory.num_available >= self._memory.charge(record.num_pages)
                 if has_room and self._memory.has_adapter_slot:
                     self._load(record, now)
             elif adapter.residency is Residency.RESIDENT:

@@ -8,10 +8,16 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from heapq import nsmallest
+from typing import TYPE_CHECKING, Any
 
 from loraplex.scheduler.plan import AdapterInspected, InspectAdapter
 from loraplex.scheduler.request import RequestRefused
+
+if TYPE_CHECKING:
+    from loraplex.scheduler.service import ServiceStats
+
+MAX_LISTED = 20  # names in an error
 
 
 class AdapterState(Enum):
@@ -39,11 +45,16 @@ class Adapter:
     modules: list[str] = field(default_factory=list)
     num_requests: int = 0  # unfinished ones
     reply_keys: list[Hashable] = field(default_factory=list)  # who awaits the inspection
+    pin_keys: list[Hashable] = field(default_factory=list)  # who awaits it to have it pinned
+    wants_pin: bool = False  # to be pinned once it is inspected
+    is_pinned: bool = False
+    last_use: float = -1.0  # seconds: when a request came or ended last; negative: never
+    service: "ServiceStats | None" = None  # of the name; shared by its versions
 
 
 @dataclass(slots=True)
 class AdapterUpdate:
-    """The outcome of load_adapter(), for whoever gave `reply_key`."""
+    """The outcome of load_adapter() or pin_adapter(), for whoever gave `reply_key`."""
 
     reply_key: Hashable
     name: str
@@ -53,8 +64,9 @@ class AdapterUpdate:
 
 
 class AdapterRegistry:
-    """Name -> record. Emits InspectAdapter through `send`; `orphan` is told a content hash that no
-    name and no request refers to any more."""
+    """Name -> record. Emits InspectAdapter through `send`. `orphan` is told a content hash that no
+    name and no request refers to any more; `retire` a record before it loses its name, and the one
+    that takes its place, if any."""
 
     def __init__(
         self,
@@ -62,9 +74,11 @@ class AdapterRegistry:
         max_pages: int,
         send: Callable[[InspectAdapter], None],
         orphan: Callable[[str], None],
+        retire: Callable[[Adapter, Adapter | None], None],
     ) -> None:
         self._max_pages = max_pages
         self._send = send
+        self._retired = retire
         self._orphan = orphan
         self._by_name: dict[str, Adapter] = {}
         self._by_hash: dict[str, list[Adapter]] = {}  # READY records that are named or in use
@@ -91,26 +105,36 @@ class AdapterRegistry:
         return record
 
     def load(self, name: str, path: str, reply_key: Hashable) -> Adapter:
-        """Inspect `path` now. A version that serves goes on serving until the new one is found
-        good; otherwise new requests wait for the new one."""
+        """Inspect `path` now. The version that the name has goes on serving until the new one is
+        found good; where there is none, or it has failed, new requests wait for the new one."""
         current = self._by_name.get(name)
         record = self._create(name, path)
         record.reply_keys.append(reply_key)
-        if current is None or current.state is not AdapterState.READY:
+        if current is None or current.state is AdapterState.FAILED:
             self._set_current(record)
-        self._inspect(record)
+        self.inspect_once(record)
         return record
 
     def unload(self, name: str) -> Adapter:
         """Forget a name; requests that have its records keep them."""
-        record = self._by_name.pop(name, None)
-        if record is None:
-            raise self._unknown(name)
+        record = self.find(name)
+        del self._by_name[name]
         for (inspected_name, _), pending in self._inspecting.items():
             if inspected_name == name:
                 for other in pending:
                     other.is_unloaded = True
-        self._retire(record)
+        self._retire(record, None)
+        return record
+
+    def find(self, name: str) -> Adapter:
+        """The record that a name means now.
+
+        Raises:
+            RequestRefused: the name is unknown.
+        """
+        record = self._by_name.get(name)
+        if record is None:
+            raise self._unknown(name)
         return record
 
     def resolve(self, name: str) -> Adapter:
@@ -119,21 +143,25 @@ class AdapterRegistry:
         Raises:
             RequestRefused: the name is unknown, or its adapter could not be read.
         """
-        record = self._by_name.get(name)
-        if record is None:
-            raise self._unknown(name)
+        record = self.find(name)
         if record.state is AdapterState.FAILED:
             raise RequestRefused("adapter", f"{failure(record)}; load it again once it is mended")
         return record
 
-    def bind(self, record: Adapter) -> None:
+    def bind(self, record: Adapter, now: float) -> None:
         """Count a request of this record; the first one has the files inspected."""
         record.num_requests += 1
+        record.last_use = now
+        self.inspect_once(record)
+
+    def inspect_once(self, record: Adapter) -> None:
+        """Have the files inspected unless they were, or are being."""
         if record.state is AdapterState.REGISTERED:
             self._inspect(record)
 
-    def unbind(self, record: Adapter) -> None:
+    def unbind(self, record: Adapter, now: float) -> None:
         record.num_requests -= 1
+        record.last_use = now
         self._forget_unused(record)
 
     def on_inspected(self, event: AdapterInspected) -> tuple[Adapter, str]:
@@ -203,9 +231,12 @@ class AdapterRegistry:
         self._by_name[record.name] = record
         record.is_named = True
         if old is not None:
-            self._retire(old)
+            record.service = old.service
+            record.last_use = old.last_use
+            self._retire(old, record)
 
-    def _retire(self, record: Adapter) -> None:
+    def _retire(self, record: Adapter, successor: Adapter | None) -> None:
+        self._retired(record, successor)
         record.is_named = False
         self._forget_unused(record)
 
@@ -229,8 +260,8 @@ class AdapterRegistry:
                 self._orphan(record.content_hash)
 
     def _unknown(self, name: str) -> RequestRefused:
-        known = sorted(self._by_name)
-        listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        more = ", ..." if len(self._by_name) > MAX_LISTED else ""
+        listed = ", ".join(nsmallest(MAX_LISTED, self._by_name)) + more
         return RequestRefused(
             "unknown_adapter",
             f"no adapter is registered as {name!r}; known: {listed or 'none'}",

@@ -10,7 +10,8 @@ What bounds the wait:
   an empty pool, or it was refused.
 - For an adapter that is being inspected or loaded: others go ahead meanwhile. Once it is loaded the
   adapter is held for the request that had it loaded; only requests of a lower rank can take it
-  away, and those are finitely many.
+  away, and those are finitely many. One that is being loaded ahead (prefetch.py) is held for the
+  first request that comes to it with room for its KV; until there is room it opens no way past.
 - For an adapter slot: only base-model requests go ahead, which take no slot.
 - For its turn in the order: each policy states its bound.
 """
@@ -24,7 +25,9 @@ from loraplex.memory.logical import LogicalMemory
 from loraplex.scheduler.adapters import Adapter
 from loraplex.scheduler.plan import AdapterLoaded, LoadAdapter, int_array
 from loraplex.scheduler.policy import Context, Policy
+from loraplex.scheduler.prefetch import Prefetcher
 from loraplex.scheduler.request import Rank, Request
+from loraplex.scheduler.running import RunningSet
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.waiting import WaitingQueue
 
@@ -50,6 +53,7 @@ class Admission:
         stats: SchedulerStats,
         base_fingerprint: str,
         send: Callable[[LoadAdapter], None],
+        prefetch: bool = True,
     ) -> None:
         self._memory = memory
         self._waiting = waiting
@@ -59,6 +63,12 @@ class Admission:
         self._send = send
         self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
         self._loading: dict[str, Adapter] = {}  # content hash -> record whose path is read
+        self._loading_ahead: set[str] = set()  # content hashes among _loading that nobody holds
+        self._prefetcher: Prefetcher | None = None
+        if prefetch:
+            self._prefetcher = Prefetcher(
+                memory=memory, waiting=waiting, policy=policy, begin=self._load_ahead
+            )
         self.lacked_room = False  # the last walk ended for want of pages, and none were freed since
 
     @property
@@ -110,7 +120,20 @@ class Admission:
                 num_running += 1
                 if not start(request):
                     break
-        self._waiting.discard(taken)
+        if taken:
+            self._waiting.discard(taken)
+            self._note_change()
+
+    def prefetch(self, now: float, running: RunningSet) -> None:
+        """Load adapters of waiting requests ahead, where nobody has to wait for it."""
+        if self._prefetcher is not None:
+            # The order that counts is the one there will be when a seat is free.
+            context = self.context(now, num_free_slots=len(self._holders) + 1)
+            self._prefetcher.run(context, running=running, num_loading=self.num_loading)
+
+    def _note_change(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.is_stale = True
 
     def _choose(self, request: Request, context: Context) -> None:
         context.num_free -= 1
@@ -124,20 +147,24 @@ class Admission:
             return _Verdict.NO_ROOM
         record = request.record
         adapter = self._memory.adapters.get(record.content_hash) if record else None
-        if adapter is not None and adapter.residency is Residency.LOADING:
+        is_loading = adapter is not None and adapter.residency is Residency.LOADING
+        if adapter and is_loading and adapter.content_hash not in self._loading_ahead:
             self._waiting.park(request, adapter.content_hash)
             return _Verdict.PARKED
         prefix = self._find_prefix(request)
-        num_kv = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
-        num_weights = record.num_pages if record and not adapter else 0
-        if num_weights and not self._find_slot(request, now):
-            return _Verdict.NO_SLOT
-        while self._num_available(prefix, adapter) < num_kv + num_weights + num_running:
-            if not self.revoke_newest(request.rank, now):
-                return _Verdict.NO_ROOM
+        num_pages = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
         if record and not adapter:
+            if not self._find_slot(request, now):
+                return _Verdict.NO_SLOT
+            num_pages += self._memory.charge(record.num_pages)
+        while self._num_available(prefix, adapter) < num_pages + num_running:
+            if not self.revoke_pages(request.rank, now):
+                return _Verdict.NO_ROOM
+        if record and (is_loading or not adapter):
             self._choose(request, context)
-            self._load(request, record, now)
+            if not adapter:
+                self.begin_load(record, now)
+            self._hold(request, record)
             return _Verdict.PARKED
         if request.request_id not in self._holders:  # else its seat was counted when it was chosen
             self._choose(request, context)
@@ -157,7 +184,7 @@ class Admission:
         """Available pages, less the idle ones that the request itself will revive."""
         num_available = self._memory.num_available - self._memory.kv.num_idle_among(prefix)
         if adapter is not None and adapter.is_idle:
-            num_available -= len(adapter.page_ids)
+            num_available -= self._memory.charge(len(adapter.page_ids))
         return num_available
 
     def _find_slot(self, request: Request, now: float) -> bool:
@@ -166,13 +193,14 @@ class Admission:
                 return False
         return True
 
-    def _load(self, request: Request, record: Adapter, now: float) -> None:
-        """Reserve pages, have the adapter copied into them, and hold it for `request`."""
+    def begin_load(self, record: Adapter, now: float) -> None:
+        """Reserve a slot and pages and have the adapter copied into them; there must be room for
+        both. Without a holder it is idle once it is loaded."""
         self._memory.make_adapter_slot()
-        self._memory.make_room(record.num_pages)
-        adapter = self._memory.adapters.allocate(record.content_hash, record.num_pages, now)
-        self._pin(request)
-        self._holders[request.request_id] = request
+        self._memory.make_room(self._memory.charge(record.num_pages))
+        adapter = self._memory.adapters.allocate(
+            record.content_hash, record.num_pages, now, num_bytes=record.num_bytes
+        )
         self._loading[record.content_hash] = record
         self._stats.num_adapter_loads += 1
         self._send(
@@ -183,6 +211,17 @@ class Admission:
                 page_ids=int_array(adapter.page_ids),
             )
         )
+
+    def _load_ahead(self, record: Adapter, now: float) -> None:
+        self.begin_load(record, now)
+        self._loading_ahead.add(record.content_hash)
+        self._stats.num_adapter_prefetches += 1
+
+    def _hold(self, request: Request, record: Adapter) -> None:
+        """Let `request` wait for its adapter, which is being loaded, and keep that for it."""
+        self._loading_ahead.discard(record.content_hash)
+        self._pin(request)
+        self._holders[request.request_id] = request
         self._waiting.park(request, record.content_hash)
 
     def _reserve(self, request: Request, prefix: list[int]) -> None:
@@ -210,6 +249,7 @@ class Admission:
 
     def unpin(self, request: Request, now: float) -> None:
         """Let go of the adapter of a request that ends, is preempted, or held it while waiting."""
+        self._note_change()
         self._holders.pop(request.request_id, None)
         if request.pins_adapter and request.record is not None:
             request.pins_adapter = False
@@ -232,6 +272,10 @@ class Admission:
         self.unpin(holder, now)
         return True
 
+    def revoke_pages(self, rank: Rank, now: float) -> bool:
+        """The same for the sake of its pages, where KV can have them."""
+        return self._memory.is_unified and self.revoke_newest(rank, now)
+
     def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], Adapter]:
         """Take in the end of a load; a failed one gives its slot and pages back.
 
@@ -244,6 +288,8 @@ class Admission:
             raise ValueError(
                 f"nobody asked to load adapter {event.content_hash} into slot {event.adapter_slot}"
             )
+        self._loading_ahead.discard(event.content_hash)
+        self._note_change()
         requests = self._waiting.unpark(event.content_hash)
         if event.error:
             self._stats.num_adapter_load_failures += 1

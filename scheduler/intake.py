@@ -25,17 +25,23 @@ def check_lengths(request: Request, max_model_len: int) -> None:
     request.max_total = min(num_prompt + max_tokens, max_model_len)
 
 
-def misfit(
-    request: Request, record: Adapter | None, memory: LogicalMemory, num_pinned: int
-) -> str:
+def misfit(request: Request, record: Adapter | None, memory: LogicalMemory, num_pinned: int) -> str:
     """Why the request would not fit even an empty pool, or nothing if it would.
 
-    `num_pinned` pages are taken for good, by adapters that are pinned and not its own. The KV of the last token is never computed. An adapter that was not inspected counts nothing
-    yet; the question is asked again when it was.
+    `num_pinned` pages are taken for good, by adapters that are pinned and not its own. The KV of
+    the last token is never computed. An adapter that was not inspected counts nothing yet; the
+    question is asked again when it was.
     """
     num_kv = memory.kv.num_pages_for(request.max_total - 1)
     num_weights = record.num_pages if record else 0
-    num_usable = memory.blocks.num_usable - num_pinned
+    if not memory.is_unified:
+        if num_weights > memory.fixed_slot_pages:
+            return (
+                f"its adapter needs {num_weights} pages, and a fixed adapter slot has "
+                f"{memory.fixed_slot_pages}; raise max_lora_rank or unset fixed_adapter_slots"
+            )
+        num_weights = num_pinned = 0
+    num_usable = memory.num_usable - num_pinned
     if num_kv + num_weights <= num_usable:
         return ""
     weights = f" and its adapter {num_weights}" if num_weights else ""

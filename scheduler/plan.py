@@ -159,7 +159,7 @@ class DropAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvicted:
-    """The host store gave this content up for room: it is on disk alone, or in pages."""
+    """The host store has this content no more, for want of room or because it was dropped."""
 
     content_hash: str
 
@@ -180,6 +180,7 @@ class WorkerReady:
     load_seconds: float = 0.0
     base_fingerprint: str = ""  # identifies the base weights in prefix-cache keys
     eos_token_ids: "array[int]" = field(default_factory=int_array)
+    max_adapter_pages: int = 0  # of an adapter of max_lora_rank on all modules
 
 
 WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter

@@ -37,12 +37,14 @@ class StepPlanner:
         self._plan_running(step, now)
         if self._waiting.by_age and step.budget and self._running.has_free_slot:
             self._plan_waiting(step, now)
+        if self._waiting.by_age:
+            self._admission.prefetch(now, self._running)
 
     def vacate(self, request: Request, now: float) -> None:
         """Take slot, pages and pin from a running request."""
         self._admission.lacked_room = False
         self._running.release(request)
-        self._memory.kv.release(request.request_id, now)
+        self._memory.kv.release(request.request_id)
         self._admission.unpin(request, now)
 
     def _plan_running(self, step: StepBuilder, now: float) -> None:
@@ -74,7 +76,7 @@ class StepPlanner:
         the request itself had to give way."""
         while not self._memory.num_available:
             newest = self._running.newest  # never before `request`, so the step has no row of it
-            if self._admission.revoke_newest(newest.rank, now):
+            if self._admission.revoke_pages(newest.rank, now):
                 continue
             self._preempt(newest, now)
             if newest is request:

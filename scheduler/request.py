@@ -62,6 +62,7 @@ class Request:
     record: "Adapter | None" = field(default=None, init=False)
     pins_adapter: bool = field(default=False, init=False)
     parked_on: Hashable = field(default=None, init=False)  # see WaitingQueue
+    was_prefetched: bool = field(default=False, init=False)  # its adapter was loaded ahead, once
     chain: BlockChain | None = field(default=None, init=False)
 
     token_ids: "array[int]" = field(default_factory=int_array, init=False)

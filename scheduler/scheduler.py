@@ -21,8 +21,10 @@ from loraplex.scheduler.intake import check_lengths, misfit
 from loraplex.scheduler.integrity import check_books
 from loraplex.scheduler.outcomes import take_result
 from loraplex.scheduler.plan import (
+    AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     StepPlan,
@@ -37,7 +39,7 @@ from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step import StepBuilder
 from loraplex.scheduler.waiting import WaitingQueue
 
-Command = InspectAdapter | LoadAdapter | UnloadAdapter
+Command = InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter
 
 
 class Scheduler:
@@ -51,9 +53,16 @@ class Scheduler:
         num_pages: int,
         max_model_len: int,
         base_fingerprint: str,
+        max_adapter_pages: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`num_pages` counts the null page; `base_fingerprint` names the base model."""
+        """`num_pages` counts the null page; `base_fingerprint` names the base model.
+
+        `max_adapter_pages` are those of the largest adapter allowed: the size of a fixed slot.
+
+        Raises:
+            ValueError: fixed slots leave no page for KV, or their size is not given.
+        """
         self._config = config
         self._max_model_len = max_model_len
         self._clock = clock
@@ -67,12 +76,17 @@ class Scheduler:
         self._num_planned = 0
         self._commands: list[Command] = []
         self._updates: list[RequestUpdate] = []
+        if memory.fixed_adapter_slots and max_adapter_pages < 1:
+            raise ValueError("fixed_adapter_slots need max_adapter_pages, the size of a slot")
+        num_slots = memory.fixed_adapter_slots or memory.max_adapter_slots
         self._memory = LogicalMemory(
             num_pages=num_pages,
             block_tokens=memory.block_tokens,
-            max_adapter_slots=memory.max_adapter_slots,
+            max_adapter_slots=num_slots,
             enable_prefix_caching=memory.enable_prefix_caching,
             unload=self._unload,
+            eviction_policy=memory.eviction_policy,
+            fixed_slot_pages=max_adapter_pages if memory.fixed_adapter_slots else 0,
         )
         self._admission = Admission(
             memory=self._memory,
@@ -81,6 +95,7 @@ class Scheduler:
             stats=self._stats,
             base_fingerprint=base_fingerprint,
             send=self._commands.append,
+            prefetch=memory.prefetch,
         )
         self._planner = StepPlanner(
             memory=self._memory,
@@ -89,7 +104,14 @@ class Scheduler:
             admission=self._admission,
             stats=self._stats,
         )
-        self._desk = AdapterDesk(memory=self._memory, send=self._commands.append, clock=clock)
+        self._desk = AdapterDesk(
+            memory=self._memory,
+            max_slots=num_slots,
+            requests=self._requests,
+            send=self._commands.append,
+            load=self._admission.begin_load,
+            clock=clock,
+        )
 
     # Requests
 
@@ -113,8 +135,9 @@ class Scheduler:
         request.key = request.rank = self._policy.key(request)
         self._policy.on_arrival(request, request.arrival)
         self._requests[request.request_id] = request
+        self._desk.service.on_accepted(request)
         if record is not None:
-            self._desk.registry.bind(record)
+            self._desk.registry.bind(record, request.arrival)
             if record.state is not AdapterState.READY:
                 self._waiting.park(request, record)
                 return
@@ -131,9 +154,13 @@ class Scheduler:
             )
         check_lengths(request, self._max_model_len)
         record = self._desk.registry.resolve(request.adapter) if request.adapter else None
-        if refusal := misfit(request, record, self._memory):
+        if refusal := self._misfit(request, record):
             raise RequestRefused("bad_request", refusal)
         return record
+
+    def _misfit(self, request: Request, record: Adapter | None) -> str:
+        own = record.content_hash if record else ""
+        return misfit(request, record, self._memory, self._desk.pins.num_pages_besides(own))
 
     def abort(self, request_id: Hashable) -> bool:
         """End a request in any state, without an update; False if it is not there (any more)."""
@@ -152,8 +179,9 @@ class Scheduler:
             self._admission.unpin(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
+        self._desk.service.on_end(request)
         if request.record is not None:
-            self._desk.registry.unbind(request.record)
+            self._desk.registry.unbind(request.record, now)
         self._stats.finished[reason] += 1
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
@@ -173,6 +201,7 @@ class Scheduler:
         if len(self._in_flight) >= self._config.max_steps_in_flight:
             return None
         now = self._clock()
+        self._desk.pins.keep(now)
         self._give_up(now)
         step = StepBuilder(
             self._num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
@@ -205,7 +234,7 @@ class Scheduler:
             return False
         order = self._policy.order(self._waiting, self._planner.context(now))
         request = next(order, self._waiting.by_age[0])
-        reason = misfit(request, request.record, self._memory) or "pages are lost"
+        reason = self._misfit(request, request.record) or "pages are lost"
         self._fail(request, "internal", f"no room to start: {reason}", now)
         return True
 
@@ -222,6 +251,7 @@ class Scheduler:
         self._in_flight.popleft()
         now = self._clock()
         self._policy.on_result(step, now)
+        self._desk.service.on_result(step, now)
         updates, ended = take_result(step, result, self._memory.kv, self._stats)
         for request in ended:
             self._end(request, request.finish_reason(), now)
@@ -231,22 +261,40 @@ class Scheduler:
 
     def register_adapter(self, name: str, path: str) -> dict[str, Any]:
         """Remember a path under a name, replacing the name's adapter for new requests."""
-        return self._desk.describe(self._desk.registry.register(name, path))
+        return self._desk.describe(self._desk.registry.register(name, path), {})
 
     def load_adapter(self, name: str, path: str, reply_key: Hashable) -> None:
         """Register and inspect now; the outcome comes in take_adapter_updates()."""
         self._desk.registry.load(name, path, reply_key)
 
     def unload_adapter(self, name: str) -> dict[str, Any]:
-        """Forget a name; its pages are freed after the last request that uses them.
+        """Forget a name; its pages and host memory are freed after the last request that uses
+        them.
 
         Raises:
             RequestRefused: the name is unknown.
         """
-        return self._desk.describe(self._desk.registry.unload(name))
+        return self._desk.describe(self._desk.registry.unload(name), {})
 
-    def list_adapters(self) -> list[dict[str, Any]]:
-        return [self._desk.describe(record) for record in self._desk.registry]
+    def pin_adapter(self, name: str, reply_key: Hashable) -> None:
+        """Keep what the name means in pages from now on; the outcome, decided once its files are
+        inspected, comes in take_adapter_updates(). It is loaded when there is room.
+
+        Raises:
+            RequestRefused: the name is unknown, or its adapter could not be read.
+        """
+        self._desk.pin(name, reply_key)
+
+    def unpin_adapter(self, name: str) -> dict[str, Any]:
+        """Idempotent; RequestRefused if the name is unknown."""
+        return self._desk.describe(self._desk.unpin(name), {})
+
+    def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
+        """The adapter of this name (RequestRefused if it is unknown), or all; see docs/protocol.md.
+
+        All of 10,000 take a tenth of a second, in which no step is planned.
+        """
+        return self._desk.describe_all(name, self._running)
 
     def on_adapter_inspected(self, event: AdapterInspected) -> None:
         """Let the requests that waited for the files go on, or fail them."""
@@ -257,7 +305,7 @@ class Scheduler:
         for request in requests:
             if record.state is AdapterState.FAILED:
                 self._fail(request, "adapter", failure(record), now)
-            elif refusal := misfit(request, record, self._memory):
+            elif refusal := self._misfit(request, record):
                 self._fail(request, "bad_request", refusal, now)
 
     def on_adapter_loaded(self, event: AdapterLoaded) -> None:
@@ -265,12 +313,14 @@ class Scheduler:
         now = self._clock()
         requests, record = self._admission.on_loaded(event, now)
         self._waiting.push_all(requests)
+        self._desk.on_loaded(event, record, requests)
         if event.error:
-            self._desk.registry.fail(record, event.error)
             for request in [r for r in self._waiting.by_age if r.record is record]:
                 self._fail(request, "adapter", failure(record), now)
-        else:
-            self._desk.release_unwanted(event.content_hash)
+
+    def on_adapter_evicted(self, event: AdapterEvicted) -> None:
+        """The workers' host store has it no more: its next load comes from disk."""
+        self._desk.on_evicted(event.content_hash)
 
     # What goes out
 
@@ -286,7 +336,7 @@ class Scheduler:
         return updates
 
     def take_adapter_updates(self) -> list[AdapterUpdate]:
-        """Outcomes of load_adapter()."""
+        """Outcomes of load_adapter() and pin_adapter()."""
         return self._desk.take_updates()
 
     @property
@@ -296,19 +346,21 @@ class Scheduler:
     def stats(self) -> dict[str, Any]:
         """Load, memory and counters, as plain values."""
         pages = self._memory.num_owned()
-        return self._stats.snapshot() | {
-            "running": len(self._running),
-            "waiting": len(self._waiting),
-            "waiting_for_adapter": self._waiting.num_parked,
-            "steps_in_flight": len(self._in_flight),
-            "num_pages": self._memory.blocks.num_usable,
-            "pages_free": pages["free"],
-            "pages_kv": pages["kv"],
-            "pages_prefix": pages["prefix"],
-            "pages_adapter": pages["adapter"],
-            "registered_adapters": len(self._desk.registry),
-            "resident_adapters": self._desk.describe_resident(),
-        }
+        return (
+            self._stats.snapshot()
+            | {
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+                "waiting_for_adapter": self._waiting.num_parked,
+                "steps_in_flight": len(self._in_flight),
+                "num_pages": self._memory.blocks.num_usable,
+                "pages_free": pages["free"],
+                "pages_kv": pages["kv"],
+                "pages_prefix": pages["prefix"],
+                "pages_adapter": pages["adapter"],
+            }
+            | self._desk.stats()
+        )
 
     def check_integrity(self) -> None:
         """Prove that no page, slot, pin or request is lost or leaked; raises IntegrityError."""
@@ -318,7 +370,9 @@ class Scheduler:
             running=self._running,
             waiting=self._waiting,
             memory=self._memory,
+            pinned=self._desk.pins.held(),
         )
+        self._desk.pins.check_integrity()
         self._policy.check_integrity(self._requests.values())
 
     def _unload(self, adapter_slot: int) -> None:

@@ -116,10 +116,10 @@ class ServiceBook:
             request.tier = request.tier or ("host" if event.from_host else "disk")
 
     def on_result(self, step: StepBuilder, now: float) -> None:
-        """Before the step's tokens are handed out. A first token comes from no row that decodes."""
-        first = step.num_decodes
-        for request, samples in zip(step.requests[first:], step.samples[first:], strict=True):
-            if samples and request.first_token_at < 0 and request.state is not RequestState.FINISHED:
+        """Before the step's tokens are handed out."""
+        for row in [i for i, request in enumerate(step.requests) if request.first_token_at < 0]:
+            request = step.requests[row]
+            if step.samples[row] and request.state is not RequestState.FINISHED:
                 request.first_token_at = now
                 ttft_us = int((now - request.arrival) * 1e6)
                 tier = TIERS.index(request.tier or "pages")

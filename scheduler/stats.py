@@ -25,6 +25,7 @@ class SchedulerStats:
     prefix_query_tokens: int = 0  # of admitted requests that read the prefix cache
     prefix_hit_tokens: int = 0
     num_adapter_loads: int = 0
+    num_adapter_prefetches: int = 0  # of those, begun before the request could start
     num_adapter_load_failures: int = 0
     num_adapter_unloads: int = 0  # evicted, or no longer wanted
     adapter_load_us: int = 0

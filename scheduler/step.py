@@ -14,15 +14,14 @@ class StepBuilder:
     """
 
     __slots__ = (
-        "budget", "follows", "new_requests", "num_decodes", "num_tokens", "page_ids", "page_slots",
-        "positions", "requests", "runs", "samples", "slots", "step_id",
+        "budget", "follows", "new_requests", "num_tokens", "page_ids", "page_slots", "positions",
+        "requests", "runs", "samples", "slots", "step_id",
     )  # fmt: skip
 
     def __init__(self, step_id: int, budget: int, follows: bool = False) -> None:
         self.step_id = step_id
         self.follows = follows  # requests were running already: the GPU should not have waited
         self.budget = budget  # tokens that the step can still take
-        self.num_decodes = 0  # rows that come first
         self.requests: list[Request] = []
         self.positions: list[int] = []
         self.num_tokens: list[int] = []
@@ -35,7 +34,6 @@ class StepBuilder:
 
     def add_decodes(self, requests: list[Request], positions: list[int]) -> None:
         """Add rows of one token each; the caller has moved the requests' counts on already."""
-        self.num_decodes += len(requests)
         self.requests += requests
         self.positions += positions
         ones = [1] * len(requests)

@@ -124,7 +124,8 @@ class LoRAOp(Protocol):
         """Prepare what all layers of the step share. Called before them, once a step.
 
         Args:
-            kind: None: `kind_of(batch)`. Another is for an empty batch, to capture.
+            kind: None for an eager step. Before a capture the kind to capture, with an empty
+                batch; before a replay the kind of the graph, `kind_of(batch)`.
         """
         ...
 

@@ -1,7 +1,9 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
 BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
-adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl).
+adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl). Where
+no graph is replayed, a Triton launch costs the CPU several times what BGMV's own launcher does, and
+a step of up to MAX_EAGER_BGMV_ROWS is short enough to wait for it.
 """
 
 import torch
@@ -10,6 +12,7 @@ from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASp
 
 SGMV_ROWS = 8
 """Rows an adapter, on average, from which SGMV runs."""
+MAX_EAGER_BGMV_ROWS = 1024
 
 
 class HybridLoRA:
@@ -43,10 +46,12 @@ class HybridLoRA:
         return self._choose(batch).kind_of(batch)
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
-        if kind is None:
-            self._op = self._choose(batch)
-        else:
+        if kind is not None:
             self._op = self._few if kind in self._few.graph_kinds else self._many
+        elif batch.num_tokens <= MAX_EAGER_BGMV_ROWS:
+            self._op = self._few
+        else:
+            self._op = self._choose(batch)
         self._op.plan(table=table, batch=batch, kind=kind)
 
     def shrink(

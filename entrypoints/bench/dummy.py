@@ -51,16 +51,25 @@ def read_config(model: str) -> dict[str, Any]:
 class AdapterWriter:
     """Writes PEFT directories; the adapters differ in content.
 
-    One buffer of random bf16 numbers serves all: each adapter's file is that buffer, turned by
-    another offset, so that writing costs little more than the disk.
+    One buffer of random bf16 numbers serves all: each file of weights is that buffer, turned by
+    another offset, so that writing costs little more than the disk. There are at most
+    `num_weight_files` of them: further adapters link to one and have another `lora_alpha`. The
+    scale is part of an adapter's content hash, so they share neither pages nor host memory.
     """
 
     def __init__(
-        self, config: dict[str, Any], *, ranks: Sequence[int], modules: Sequence[str]
+        self,
+        config: dict[str, Any],
+        *,
+        ranks: Sequence[int],
+        modules: Sequence[str],
+        num_weight_files: int = 64,
     ) -> None:
         """`ranks` are dealt to the adapters in turn; `modules` are some of names.MODULES."""
         self._ranks = tuple(ranks)
         self._modules = tuple(modules)
+        self._cycle = -(-num_weight_files // len(ranks)) * len(ranks)  # a file serves one rank
+        self._files: dict[int, Path] = {}  # by index modulo the cycle
         self._shapes = _shapes(config)
         self._num_layers = int(config["num_hidden_layers"])
         self._headers = {rank: self._header(rank) for rank in set(ranks)}
@@ -69,24 +78,40 @@ class AdapterWriter:
         values *= _WEIGHT_STD
         self._buffer = (values.view(np.uint32) >> 16).astype("<u2")  # the upper half is bf16
 
+    def num_bytes(self, index: int) -> int:
+        """Of an adapter's weights."""
+        return 2 * self._num_values(self._rank(index))
+
     def write(self, folder: Path, index: int) -> Path:
         """Adapter number `index`, which decides its rank and its content."""
-        rank = self._ranks[index % len(self._ranks)]
-        data = self._buffer[: self._num_values(rank)]
-        turn = (index * 1009) % len(data)
         folder.mkdir(parents=True)
-        header = self._headers[rank]
-        with (folder / "adapter_model.safetensors").open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(data[turn:].data)
-            file.write(data[:turn].data)
-        names = [f"{module}_proj" for module in self._modules]
+        weights = folder.absolute() / "adapter_model.safetensors"
+        turn, source = divmod(index, self._cycle)
+        if source in self._files:
+            weights.symlink_to(self._files[source])
+        else:
+            self._write_weights(weights, source)
+            self._files[source] = weights
+        rank = self._rank(index)
         settings = {
-            "peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
-            "target_modules": names,
+            "peft_type": "LORA", "r": rank, "lora_alpha": rank * (1 + turn / 4096), "bias": "none",
+            "target_modules": [f"{module}_proj" for module in self._modules],
         }  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(settings))
         return folder
+
+    def _write_weights(self, path: Path, source: int) -> None:
+        rank = self._rank(source)
+        data = self._buffer[: self._num_values(rank)]
+        turn = (source * 1009) % len(data)
+        header = self._headers[rank]
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(data[turn:].data)
+            file.write(data[:turn].data)
+
+    def _rank(self, index: int) -> int:
+        return self._ranks[index % len(self._ranks)]
 
     def _num_values(self, rank: int) -> int:
         return self._num_layers * rank * sum(sum(self._shapes[m]) for m in self._modules)

@@ -5,7 +5,8 @@ import argparse
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import check_complete, medians, step_times, summarize
 from loraplex.entrypoints.bench.names import BASE
-from loraplex.entrypoints.bench.session import Table, open_session
+from loraplex.entrypoints.bench.results import Table
+from loraplex.entrypoints.bench.session import open_session
 from loraplex.entrypoints.bench.traces import adapters_of_rows, closed_batch
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -124,7 +125,7 @@ def check_complete(timelines: Sequence[Timeline], trace: Sequence[TraceRequest])
 
 
 def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """Rates over the whole run, and percentiles in milliseconds."""
+    """Rates over the whole run; means and percentiles in milliseconds."""
     done = [t for t in timelines if t.error is None]
     seconds = max((t.news[-1][0] for t in done), default=0.0)
     num_tokens = sum(t.num_tokens for t in done)
@@ -139,12 +140,28 @@ def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
     }
 
 
+def outcome(timelines: Sequence[Timeline], ttft_objective_s: float) -> dict[str, Any]:
+    """summarize(), what failed, and the share of requests whose first token came in time.
+
+    A request that failed has missed the objective.
+    """
+    attained = [t.error is None and t.ttft_s <= ttft_objective_s for t in timelines]
+    errors = [t.error for t in timelines if t.error is not None]
+    return {
+        "num_failed": len(errors),
+        "first_failure": str(errors[0]) if errors else None,
+        "attainment": round(sum(attained) / len(attained), 4),
+        **summarize(timelines),
+    }
+
+
 def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile in milliseconds; nothing where there is no value."""
+    """Mean, median and 99th percentile in milliseconds; nothing where there is no value."""
     if not seconds:
         return {}
-    p50, p99 = np.percentile(seconds, (50, 99)) * 1e3
-    return {f"{name}_p50": round(float(p50), 3), f"{name}_p99": round(float(p99), 3)}
+    p50, p99 = np.percentile(seconds, (50, 99))
+    values = {"mean": np.mean(seconds), "p50": p50, "p99": p99}
+    return {f"{name}_{key}": round(float(value) * 1e3, 3) for key, value in values.items()}
 
 
 def step_times(timelines: Sequence[Timeline]) -> dict[str, float]:

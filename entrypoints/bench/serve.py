@@ -4,8 +4,9 @@ import argparse
 import math
 import sys
 
-from loraplex.entrypoints.bench.measure import Timeline, summarize
-from loraplex.entrypoints.bench.session import Row, Table, open_session
+from loraplex.entrypoints.bench.measure import outcome
+from loraplex.entrypoints.bench.results import Row, Table
+from loraplex.entrypoints.bench.session import open_session
 from loraplex.entrypoints.bench.traces import make_trace
 
 
@@ -29,24 +30,16 @@ def run(args: argparse.Namespace) -> int:
             )
             session.warm_up(trace)
             timelines = session.measure(trace, title=f"{rate:g} requests/s")
-            row = {"rate": rate, "num_requests": len(trace), **_outcome(args, timelines)}
+            row = {
+                "rate": rate,
+                "num_requests": len(trace),
+                **outcome(timelines, args.ttft_objective),
+            }
             table.add(row)
             if row["num_failed"]:
                 print(f"first failure: {row['first_failure']}", file=sys.stderr)
             session.write({"bench": "serve", **_case(args), **row})
     return 0
-
-
-def _outcome(args: argparse.Namespace, timelines: list[Timeline]) -> Row:
-    """A request that failed has missed the objective."""
-    attained = [t.error is None and t.ttft_s <= args.ttft_objective for t in timelines]
-    errors = [t.error for t in timelines if t.error is not None]
-    return {
-        "num_failed": len(errors),
-        "first_failure": str(errors[0]) if errors else None,
-        "attainment": round(sum(attained) / len(attained), 4),
-        **summarize(timelines),
-    }
 
 
 def _case(args: argparse.Namespace) -> Row:

@@ -1,15 +1,16 @@
-"""What every benchmark needs: an engine over a real or a dummy model, adapters, a results file."""
+"""What every benchmark needs: an engine over a real or a dummy model, and adapters."""
 
 import argparse
-import json
 import platform
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 import loraplex
 from loraplex.engine.adapter_paths import adapters_at_start
@@ -18,10 +19,16 @@ from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.entrypoints import flags
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.measure import MEASURED, LoadGenerator, Timeline
-from loraplex.entrypoints.bench.traces import TraceRequest, make_prompts, warm_up_trace
+from loraplex.entrypoints.bench.results import Results, Row
+from loraplex.entrypoints.bench.traces import (
+    TraceRequest,
+    full_steps_trace,
+    make_prompts,
+    warm_up_trace,
+)
 from loraplex.entrypoints.local_engine import LocalEngine
 
-Row = dict[str, Any]
+SLAB_BYTES = 256 << 20  # by which the host store grows
 _MAX_CLIENT_BACKLOG = 1 << 18  # tokens of a whole batch may wait while requests are sent
 _DEATH_WAIT_S = 3.0
 
@@ -33,8 +40,9 @@ class BenchSession:
     config: EngineConfig
     engine: LocalEngine
     generator: LoadGenerator
+    adapters: list[tuple[str, str]]  # name and path, by number
     setup: Row
-    out: Path | None
+    results: Results
     num_runs: int = 0
 
     def measure(self, trace: Sequence[TraceRequest], *, title: str) -> list[Timeline]:
@@ -63,9 +71,17 @@ class BenchSession:
         return timelines
 
     def warm_up(self, trace: Sequence[TraceRequest]) -> None:
-        """Compile what compiles late, and load every adapter of the trace once."""
-        short = warm_up_trace(trace, at_least=self.config.scheduler.max_num_seqs)
-        self.measure(short, title="warm-up")
+        """Compile what compiles late, and load every adapter of the trace once: full steps of the
+        longest prompts, then the trace's own prompts beside decoding ones."""
+        limits = self.config.scheduler
+        full = full_steps_trace(
+            trace,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
+        short = warm_up_trace(trace, at_least=2 * limits.max_num_seqs)
+        for requests in (full, short):
+            self.measure(requests, title="warm-up")
 
     def counters(self) -> Row:
         """Numbers that the engine counts since its start."""
@@ -79,43 +95,59 @@ class BenchSession:
         return round(idle / (idle + busy), 4) if idle + busy else 0.0
 
     def write(self, row: Row) -> None:
-        """Append a JSON line: the set-up beside the numbers."""
-        if self.out is not None:
-            with self.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.setup, **row}) + "\n")
+        """Keep a row, with the set-up beside its numbers."""
+        self.results.write({**self.setup, **row})
 
 
 @contextmanager
-def open_session(args: argparse.Namespace, num_adapters: int) -> Iterator[BenchSession]:
+def open_session(
+    args: argparse.Namespace,
+    num_adapters: int,
+    *,
+    results: Results | None = None,
+    adjust: Callable[[EngineConfig], EngineConfig] = lambda config: config,
+    hold_all: bool = False,
+) -> Iterator[BenchSession]:
     """Start an engine with at least `num_adapters` adapters known.
 
     They are those that the flags name; where none is named, random ones of --ranks on
-    --lora-modules, written to a temporary directory.
+    --lora-modules, written to a temporary directory, from which the client may load others.
+
+    Args:
+        results: where rows go; --out unless given.
+        adjust: what the benchmark itself must set in the configuration.
+        hold_all: let the host store hold all random adapters, unless a flag gives its size.
 
     Raises:
         ConfigError: the flags name fewer adapters, or the engine cannot start like this.
     """
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ConfigError(f"--out: there is no directory {args.out.parent}")
-    config = flags.engine_config_of(args)
-    name = config.model.model
+    results = results or Results(args.out)
+    config = adjust(flags.engine_config_of(args))
+    model = config.model.model
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         config = _with_dummy_model(config, Path(folder))
-        config, are_random = _with_adapters(config, args, num_adapters, Path(folder))
+        are_random = num_adapters > 0 and not adapters_at_start(config.adapter)
+        if are_random:
+            config = _with_random_adapters(
+                config, args, num_adapters, Path(folder), hold_all=hold_all
+            )
         server = replace(config.server, max_client_backlog=_MAX_CLIENT_BACKLOG)
         config = replace(config, server=server)
+        adapters = adapters_at_start(config.adapter)
+        if len(adapters) < num_adapters:
+            raise ConfigError(f"{num_adapters} adapters are needed, and {len(adapters)} were named")
         engine = LocalEngine(config, in_process=False)
         try:
             generator = LoadGenerator(
                 engine.client,
-                [name for name, _ in adapters_at_start(config.adapter)],
+                [name for name, _ in adapters],
                 detokenize=not config.model.skip_tokenizer_init,
                 max_open=min(server.max_requests_per_client, config.scheduler.max_queue_len),
             )
-            setup = {**_machine(), **_engine_row(name, config, engine), "measured": MEASURED}
+            setup = {**_machine(), **_engine_row(model, config, engine), "measured": MEASURED}
             if are_random:
                 setup |= {"ranks": args.ranks, "lora_modules": args.lora_modules}
-            yield BenchSession(config, engine, generator, setup, args.out)
+            yield BenchSession(config, engine, generator, adapters, setup, results)
         finally:
             engine.close()
 
@@ -131,23 +163,36 @@ def _with_dummy_model(config: EngineConfig, folder: Path) -> EngineConfig:
     return replace(config, model=model)
 
 
-def _with_adapters(
-    config: EngineConfig, args: argparse.Namespace, num_adapters: int, folder: Path
-) -> tuple[EngineConfig, bool]:
-    """The configuration with adapters, and whether they are random ones."""
-    given = adapters_at_start(config.adapter)
-    if given and len(given) < num_adapters:
-        raise ConfigError(f"{num_adapters} adapters are needed, and {len(given)} were named")
-    if given or not num_adapters:
-        return config, False
+def _with_random_adapters(
+    config: EngineConfig,
+    args: argparse.Namespace,
+    num_adapters: int,
+    folder: Path,
+    *,
+    hold_all: bool,
+) -> EngineConfig:
     writer = dummy.AdapterWriter(
-        dummy.read_config(config.model.model), ranks=args.ranks, modules=args.lora_modules
+        dummy.read_config(config.model.model),
+        ranks=args.ranks,
+        modules=args.lora_modules,
+        num_weight_files=args.weight_files,
     )
-    pairs = tuple(
-        (f"a{index}", str(writer.write(folder / f"a{index}", index)))
-        for index in range(num_adapters)
-    )
-    return replace(config, adapter=replace(config.adapter, adapters=pairs)), True
+    numbers = tqdm(range(num_adapters), desc="writing adapters", disable=None, leave=False)
+    pairs = tuple((f"a{i}", str(writer.write(folder / f"a{i}", i))) for i in numbers)
+    adapter = replace(config.adapter, adapters=pairs, adapter_root=str(folder))
+    memory = config.memory
+    num_bytes = sum(map(writer.num_bytes, range(num_adapters)))
+    if hold_all and not hasattr(args, "adapter_host_bytes"):
+        room = num_bytes + num_bytes // 4 + SLAB_BYTES  # an adapter fills its last page in part
+        memory = replace(memory, adapter_host_bytes=max(room, memory.adapter_host_bytes))
+    elif num_bytes > memory.adapter_host_bytes:
+        print(
+            f"note: the {num_adapters} adapters take {num_bytes:,} bytes and the host store "
+            f"{memory.adapter_host_bytes:,}: some are read from disk again; "
+            "--adapter-host-bytes makes it larger",
+            file=sys.stderr,
+        )
+    return replace(config, adapter=adapter, memory=memory)
 
 
 def _machine() -> Row:
@@ -163,6 +208,9 @@ def _machine() -> Row:
 def _engine_row(model: str, config: EngineConfig, engine: LocalEngine) -> Row:
     worker = engine.info.workers[0]
     return {
+        **asdict(config.memory),
+        **asdict(config.scheduler),
+        **asdict(config.graph),
         "model": model or "SmolLM2-135M-Instruct",
         "load_format": config.model.load_format,
         "dtype": config.model.dtype,
@@ -171,29 +219,5 @@ def _engine_row(model: str, config: EngineConfig, engine: LocalEngine) -> Row:
         "attention_backend": worker.attention_backend,
         "num_pages": engine.info.num_pages,
         "block_tokens": engine.info.block_tokens,
-        "max_num_seqs": config.scheduler.max_num_seqs,
-        "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
-        "max_steps_in_flight": config.scheduler.max_steps_in_flight,
         "load_seconds": round(worker.load_seconds, 2),
     }
-
-
-class Table:
-    """Rows printed as they come, under one head."""
-
-    def __init__(self, **widths: int) -> None:
-        """Column names and widths; a negative width is left-aligned."""
-        self._widths = widths
-        print("  ".join(f"{k:{_align(w)}}" for k, w in widths.items()), flush=True)
-
-    def add(self, row: Row) -> None:
-        cells = []
-        for name, width in self._widths.items():
-            value = row.get(name, "-")
-            text = f"{value:,.2f}" if isinstance(value, float) else str(value)
-            cells.append(f"{text:{_align(width)}}")
-        print("  ".join(cells), flush=True)
-
-
-def _align(width: int) -> str:
-    return f">{width}" if width > 0 else f"<{-width}"

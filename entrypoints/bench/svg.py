@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#555555")
 _WIDTH, _HEIGHT = 460, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 40, 92
+_MAX_DOTS = 16  # a line of more points is drawn without dots
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. y starts at 0, or spans decades with `log_y`."""
+    """One pair of axes. y starts at 0, or spans decades with `log_y`; `x_ticks` are (x, text) of
+    an axis of names."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line] = field(default_factory=list)
     log_y: bool = False
+    x_ticks: Sequence[tuple[float, str]] = ()
 
 
 def draw(panels: Sequence[Panel], *, caption: str) -> str:
@@ -67,9 +70,10 @@ def _panel(panel: Panel) -> str:
         y = place_y(tick)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="#ddd"/>')
         parts.append(_text(_LEFT - 5, y + 4, _short(tick), anchor="end"))
-    for tick in _ticks(x_low, x_high):
-        if x_low <= tick <= x_high:
-            parts.append(_text(place_x(tick), bottom + 15, _short(tick), anchor="middle"))
+    x_ticks = panel.x_ticks or [(tick, _short(tick)) for tick in _ticks(x_low, x_high)]
+    for x, text in x_ticks:
+        if x_low <= x <= x_high:
+            parts.append(_text(place_x(x), bottom + 15, text, anchor="middle"))
     parts.append(_text((_LEFT + right) / 2, bottom + 31, panel.x_label, anchor="middle"))
     parts.append(
         f'<g transform="translate(14,{(_TOP + bottom) / 2}) rotate(-90)">'
@@ -78,10 +82,15 @@ def _panel(panel: Panel) -> str:
     for index, line in enumerate(panel.lines):
         colour = _COLOURS[index % len(_COLOURS)]
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line.points)
+        places = [(place_x(x), place_y(y)) for x, y in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dash}/>'
         )
+        if len(places) <= _MAX_DOTS:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places
+            ]
         legend_x, legend_y = _LEFT + 190 * (index % 2), bottom + 48 + 14 * (index // 2)
         parts.append(
             f'<path d="M{legend_x} {legend_y - 4}h18" stroke="{colour}" stroke-width="2"{dash}/>'

@@ -3,7 +3,8 @@
 import argparse
 
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize
-from loraplex.entrypoints.bench.session import BenchSession, Row, Table, open_session
+from loraplex.entrypoints.bench.results import Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
 
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")

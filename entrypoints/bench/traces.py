@@ -10,6 +10,7 @@ from loraplex.entrypoints.bench.names import POPULARITIES, POWER
 
 SEED = 42
 SKEW = 1.5
+MAX_PUNICA_PROMPT, MAX_PUNICA_ANSWER = 255, 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +88,54 @@ def adapters_of_rows(popularity: str, num_rows: int, num_adapters: int) -> list[
     raise ValueError(f"popularity must be one of {POPULARITIES}, got {popularity!r}")
 
 
-def warm_up_trace(
-    trace: Sequence[TraceRequest], *, at_least: int, num_new_tokens: int = 8
+def punica_trace(num_requests: int, popularity: str | None) -> list[TraceRequest]:
+    """Punica's closed batch (arXiv 2310.18547); None is the base model.
+
+    The paper takes lengths from ShareGPT, which is not ours to ship, and says that 1,000 requests
+    generate about 101k tokens. Stand-in: prompts are log-normal as in the authors' published
+    benchmark (sigma 0.8, scale 18, shifted by -1), answers log-normal with the same sigma and a
+    mean of 101 tokens. Lengths do not depend on the popularity.
+    """
+    length_rng, adapter_rng = (
+        np.random.default_rng(child) for child in np.random.SeedSequence(SEED).spawn(2)
+    )
+    prompts = length_rng.lognormal(math.log(18.0), 0.8, num_requests) - 1
+    answers = length_rng.lognormal(math.log(101.0) - 0.8**2 / 2, 0.8, num_requests)
+    adapters: Sequence[int | None] = [None] * num_requests
+    if popularity is not None:
+        dealt = adapters_of_rows(popularity, num_requests, num_requests)
+        adapters = adapter_rng.permutation(dealt).tolist()
+    columns = zip(
+        adapters,
+        prompts.round().clip(1, MAX_PUNICA_PROMPT).astype(int).tolist(),
+        answers.round().clip(1, MAX_PUNICA_ANSWER).astype(int).tolist(),
+        strict=True,
+    )
+    return [TraceRequest(*fields) for fields in columns]
+
+
+def full_steps_trace(
+    trace: Sequence[TraceRequest], *, max_num_seqs: int, max_num_batched_tokens: int
 ) -> list[TraceRequest]:
-    """The first `at_least` requests and one of each adapter, all at once, with short answers."""
+    """Prompts as long as the trace's longest, for its first adapters in turn, with answers of one
+    token: two steps of prefill alone, as full as the limits let them be."""
+    longest = max(request.num_prompt_tokens for request in trace)
+    num_rows = 2 * min(max_num_seqs, math.ceil(max_num_batched_tokens / longest))
+    return [TraceRequest(trace[i % len(trace)].adapter, longest, 1) for i in range(num_rows)]
+
+
+def warm_up_trace(
+    trace: Sequence[TraceRequest], *, at_least: int, max_new_tokens: int = 16
+) -> list[TraceRequest]:
+    """The first `at_least` requests and one of each adapter, all at once, with short answers.
+
+    The answers differ in length, so that prompts join batches that decode already.
+    """
     seen: set[int | None] = set()
     chosen = []
     for index, request in enumerate(trace):
         if index < at_least or request.adapter not in seen:
-            short = min(num_new_tokens, request.num_new_tokens)
+            short = min(1 + index % max_new_tokens, request.num_new_tokens)
             chosen.append(replace(request, num_new_tokens=short, arrival_s=0.0))
             seen.add(request.adapter)
     return chosen

@@ -15,12 +15,13 @@ MODEL = [
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
-    "--block-tokens", "--enable-prefix-caching", "--enforce-eager", "--fair-share-by",
-    "--fair-share-weight", "--fused-backend", "--gpu-memory-utilization", "--graph-bytes",
-    "--graph-seconds", "--lora-backend", "--max-adapter-slots", "--max-adapters-per-batch",
-    "--max-lora-rank", "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len",
-    "--max-steps-in-flight", "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
-    "--num-pages", "--policy", "--pool-bytes", "--ttft-slo-s",
+    "--block-tokens", "--enable-prefix-caching", "--enforce-eager", "--eviction-policy",
+    "--fair-share-by", "--fair-share-weight", "--fixed-adapter-slots", "--fused-backend",
+    "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--lora-backend",
+    "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank",
+    "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
+    "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager", "--no-prefetch",
+    "--num-pages", "--policy", "--pool-bytes", "--prefetch", "--ttft-slo-s",
 ]  # fmt: skip
 SAMPLING = [
     "--frequency-penalty", "--ignore-eos", "--include-stop-str-in-output", "--logit-bias",
@@ -29,7 +30,7 @@ SAMPLING = [
     "--prompt-logprobs", "--repetition-penalty", "--skip-special-tokens", "--stop",
     "--stop-token-ids", "--temperature", "--top-k", "--top-p",
 ]  # fmt: skip
-BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--ranks"]
+BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
     "serve": [
@@ -48,6 +49,16 @@ FROZEN = {
     ],
     "bench serve": [
         *BENCH, *TRACE, "--cv", "--duration", "--num-adapters", "--rates", "--ttft-objective",
+    ],
+    "bench slora": [
+        *BENCH, "--alpha", "--cv", "--duration", "--lengths", "--num-adapters",
+        "--num-registered", "--num-requests", "--rates", "--repeats", "--setting",
+        "--ttft-objective",
+    ],
+    "bench punica": [*BENCH, "--batches", "--num-requests", "--popularity", "--repeats"],
+    "bench tiers": [
+        *BENCH, "--answer-len", "--batch", "--load-rate", "--probe-rate", "--prompt-len",
+        "--repeats", "--samples",
     ],
     "backends": ["--log-level"],
 }  # fmt: skip

@@ -275,9 +275,10 @@ def test_graph_replays_any_batch(name: str, shape: str, num_rows: int) -> None:
         for old, new in zip(places, inputs, strict=True):
             for destination, source in zip(old, new, strict=True):
                 destination.copy_(source)
-        op.plan(table=case.table, batch=make_batch(slots))
-        graphs[op.kind_of(make_batch(slots))].replay()
-        eager.plan(table=case.table, batch=make_batch(slots))
+        kind = op.kind_of(make_batch(slots))
+        op.plan(table=case.table, batch=make_batch(slots), kind=kind)
+        graphs[kind].replay()
+        eager.plan(table=case.table, batch=make_batch(slots), kind=kind)
         for group, (x, buffer), (_, replayed) in zip(case.groups, inputs, places, strict=True):
             want = _apply(eager, case, 0, group, x, buffer)
             _compare(replayed, buffer, x, case, slots, 0, group)

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,14 +16,19 @@ COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli", "bench"]
 TINY = ["--model", "tiny", "--device", "cpu", "--num-pages", "400", "--max-num-seqs", "8"]
 
 
-def bench(kind: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
+def bench(
+    kind: str, out: Path, *arguments: str, engine: Sequence[str] = TINY, num_notes: int = 0
+) -> list[dict[str, Any]]:
+    """The rows; the table on the screen has as many, and the plot is beside them."""
     run = subprocess.run(
-        [*COMMAND, kind, *TINY, "--ranks", "4,8", "--out", str(out), *arguments],
+        [*COMMAND, kind, *engine, "--ranks", "4,8", "--out", str(out), *arguments],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(run.stdout.splitlines()) == len(rows) + 1, run.stdout
+    assert len(run.stdout.splitlines()) == len(rows) + 1 + num_notes, run.stdout
+    assert "note:" not in run.stderr
+    ElementTree.parse(out.with_suffix(".svg"))
     for row in rows:
         assert row["bench"] == kind
         assert (row["model"], row["device"], row["ranks"]) == ("tiny", "cpu", [4, 8])
@@ -69,6 +76,61 @@ def test_serve(tmp_path: Path) -> None:
     assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
 
 
+def test_slora(tmp_path: Path) -> None:
+    rows = bench(
+        "slora", tmp_path / "out.jsonl", "--num-adapters", "6,0", "--num-registered", "300",
+        "--num-requests", "12", "--lengths", "4,16", "--rates", "inf,12", "--duration", "1",
+        "--weight-files", "2", num_notes=1,
+    )  # fmt: skip
+    assert [(row["num_adapters"], row["load"]) for row in rows] == [
+        (0, "saturated"), (0, "12/s, cv 1"), (6, "saturated"), (6, "12/s, cv 1"),
+    ]  # fmt: skip
+    for row in rows:
+        assert (row["setting"], row["num_registered"], row["num_failed"]) == ("S1", 300, 0)
+        assert row["num_used"] == min(row["num_adapters"], row["num_used"])
+        assert row["new_tokens_per_s"] > 0 and row["of_base"] > 0 and row["attainment"] == 1.0
+        assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"] and row["ttft_ms_mean"] > 0
+        assert "paper" not in row, "the paper did not measure this model"
+    assert rows[0]["of_base"] == rows[1]["of_base"] == 1.0
+    assert rows[0]["new_tokens"] == rows[2]["new_tokens"]
+
+
+def test_punica(tmp_path: Path) -> None:
+    rows = bench(
+        "punica", tmp_path / "out.jsonl", "--popularity", "distinct,base,identical",
+        "--num-requests", "8", "--batches", "4", "--lora-modules", "all",
+        engine=["--model", "tiny", "--device", "cpu", "--num-pages", "400"], num_notes=1,
+    )  # fmt: skip
+    assert [(row["popularity"], row["num_adapters"]) for row in rows] == [
+        ("identical", 1), ("distinct", 8), ("base", 0),
+    ]  # fmt: skip
+    assert {row["max_num_seqs"] for row in rows} == {4}
+    assert len({row["new_tokens"] for row in rows}) == 1
+    assert rows[0]["of_identical"] == 1.0 and all(row["of_identical"] > 0 for row in rows)
+    for row in rows:
+        tokens = row["new_tokens"] + row["num_prompt_tokens"]
+        assert row["all_tokens_per_s"] == pytest.approx(tokens / row["seconds"], rel=0.01)
+
+
+def test_tiers(tmp_path: Path) -> None:
+    rows = bench(
+        "tiers", tmp_path / "out.jsonl", "--batch", "3", "--prompt-len", "8", "--answer-len",
+        "150", "--samples", "1", "--probe-rate", "25", "--load-rate", "20", "--repeats", "1",
+    )  # fmt: skip
+    cases = [(row["part"], row["case"]) for row in rows]
+    assert cases == [("ttft", t) for t in ("resident", "host", "disk", "new")] + [
+        ("inter_token", case) for case in ("quiet", "warm", "loads")
+    ]
+    for row in rows[:4]:
+        assert row["num_samples"] >= 1 and row["ttft_ms_p50"] > 0
+    for row in rows[4:]:
+        assert 0 < row["inter_token_ms_p50"] <= row["inter_token_ms_p99"]
+    quiet, warm, loads = rows[4:]
+    assert quiet["loads_per_s"] == warm["loads_per_s"] == 0
+    assert 10 < loads["loads_per_s"] <= 20
+    assert {"p99_over_quiet", "p99_over_warm"} <= loads.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +138,13 @@ def test_serve(tmp_path: Path) -> None:
         (["latency", "--popularity", "odd"], "'odd' is none of"),
         (["serve", "--rates", "0"], "--rates"),
         (["throughput", "--out", "/nowhere/x.jsonl"], "/nowhere"),
+        (["throughput", "--out", "x.svg"], "JSON lines"),
+        (["slora", "--setting", "S3"], "'S3' is none of"),
+        (["slora", "--rates", "nan"], "--rates"),
+        (["punica", "--max-num-seqs", "8"], "--batches"),
+        (["tiers", "--adapter", "a=/nowhere"], "name none"),
+        (["tiers", "--max-adapter-slots", "8"], "sets --max-adapter-slots itself"),
+        (["tiers", *TINY, "--batch", "8"], "--max-num-seqs must exceed"),
         (["throughput", "--model", "/nowhere", "--num-adapters", "1"], "config.json"),
     ],
 )

@@ -132,7 +132,11 @@ def test_adapters_come_and_go_over_the_wire(
     client.load_adapter("late", str(base / "late" / "x"))
     *_, output = client.generate([3], params(5), adapter="late")
     assert output.outputs[0].token_ids == expected_tokens([3], "late", max_tokens=5)
+    assert client.pin_adapter("late")["pinned"]
+    (listed_late,) = client.list_adapters("late")
+    assert (listed_late["tier"], listed_late["service"]["num_ended"]) == ("pages", 1)
     client.unload_adapter("late")
+    assert client.stats()["pages_pinned"] == 0
     with pytest.raises(UnknownAdapterError):
         list(client.generate([3], params(5), adapter="late"))
     with pytest.raises(ClientError) as caught:
@@ -152,6 +156,9 @@ def test_asyncio_clients_stream_side_by_side(engine: Engine) -> None:
         async with AsyncClient(engine.endpoint) as client:
             assert (await client.health())["status"] == "ok"
             assert len(await client.list_adapters()) == 6
+            assert (await client.pin_adapter(ADAPTERS[1]))["pinned"]
+            assert (await client.list_adapters(ADAPTERS[1]))[0]["pinned"]
+            assert not (await client.unpin_adapter(ADAPTERS[1]))["pinned"]
             await asyncio.gather(*(one(client, i) for i in range(20)))
             task = asyncio.create_task(consume(client))
             await asyncio.sleep(0.1)

@@ -25,7 +25,7 @@ from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host_store import PackedAdapter
 from loraplex.memory.page_copier import AfterPages, StreamPageCopier
 from loraplex.memory.pool import PagePool, PageShape
-from loraplex.scheduler.plan import AdapterInspected, LoadAdapter, int_array
+from loraplex.scheduler.plan import AdapterEvicted, AdapterInspected, LoadAdapter, int_array
 
 from helpers.dummy_models import write_adapter
 
@@ -139,7 +139,7 @@ class RealStreams:
         return True
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Placed:
     """An adapter in a slot, or on its way there."""
 
@@ -269,7 +269,7 @@ class LoadWorld:
                 return
             if isinstance(item, BaseException):
                 raise item
-            if isinstance(item, AdapterInspected):
+            if isinstance(item, AdapterInspected | AdapterEvicted):
                 continue
             self._finish(item)
 

@@ -16,6 +16,7 @@ from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.plan import (
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     StepPlan,
@@ -30,6 +31,7 @@ MAX_MODEL_LEN = 512
 NUM_PAGES = 400
 BLOCK_TOKENS = 16
 ADAPTER_PAGES = 3
+HOST_ADAPTERS = 100
 
 
 def fake_config(**parts: Any) -> EngineConfig:
@@ -74,6 +76,7 @@ class FakeEngineWorker:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_adapter_slots=config.memory.max_adapter_slots,
             vocab_size=VOCAB_SIZE,
+            max_host=HOST_ADAPTERS,
         )
         self.ready = WorkerReady(
             rank=rank,
@@ -99,6 +102,9 @@ class FakeEngineWorker:
                 self._events.append(self._fake.load(command))
             case UnloadAdapter():
                 self._fake.unload(command)
+            case DropAdapter():
+                self._fake.drop(command)
+        self._events.extend(self._fake.take_evicted())
 
     def _step(self, plan: StepPlan) -> None:
         self._num_steps += 1

@@ -7,11 +7,14 @@ a function of the same hash, so `oracle()` predicts every output whatever the ba
 """
 
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from loraplex.scheduler.plan import (
+    AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     NewRequest,
@@ -129,7 +132,9 @@ class FakeWorker:
         max_adapter_slots: int,
         vocab_size: int = 50,
         files: dict[str, FakeAdapter] | None = None,
+        max_host: int = 0,
     ) -> None:
+        """`max_host` adapters fit the host store; with 0 every load reads its files."""
         self.num_pages = num_pages
         self.block_tokens = block_tokens
         self.max_num_seqs = max_num_seqs
@@ -141,6 +146,9 @@ class FakeWorker:
         self.num_loads = 0
         self._slots: dict[int, _Slot] = {}
         self._adapters: dict[int, tuple[str, list[int]]] = {}  # slot -> content, pages
+        self.max_host = max_host
+        self.host: OrderedDict[str, int] = OrderedDict()  # content -> pages
+        self._evicted: list[AdapterEvicted] = []
         self._rows: list[list[object]] = [[None] * block_tokens for _ in range(num_pages)]
 
     # Adapters
@@ -149,6 +157,7 @@ class FakeWorker:
         file = self.files.get(command.path, FakeAdapter(error="no such directory"))
         if file.error:
             return AdapterInspected(command.name, command.path, error=file.error)
+        self._keep_on_host(file.content, file.num_pages)
         return AdapterInspected(
             command.name,
             command.path,
@@ -168,11 +177,34 @@ class FakeWorker:
         for index, page_id in enumerate(page_ids):
             self._rows[page_id] = [("adapter", command.content_hash, index)] * self.block_tokens
         self.num_loads += 1
+        if command.content_hash in self.host:
+            assert self.host[command.content_hash] == len(page_ids)
+            self.host.move_to_end(command.content_hash)
+            self._adapters[slot] = (command.content_hash, page_ids)
+            return AdapterLoaded(slot, command.content_hash, load_us=1, from_host=True)
         file = self.files.get(command.path, FakeAdapter(error="no such directory"))
         if file.error or file.content != command.content_hash:
             return AdapterLoaded(slot, command.content_hash, error=file.error or "it changed")
         self._adapters[slot] = (command.content_hash, page_ids)
+        self._keep_on_host(file.content, file.num_pages)
         return AdapterLoaded(slot, command.content_hash, load_us=1)
+
+    def drop(self, command: DropAdapter) -> None:
+        contents = {content for content, _ in self._adapters.values()}
+        assert command.content_hash not in contents, "dropped an adapter that is in pages"
+        if self.host.pop(command.content_hash, None):
+            self._evicted.append(AdapterEvicted(command.content_hash))
+
+    def take_evicted(self) -> list[AdapterEvicted]:
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def _keep_on_host(self, content: str, num_pages: int) -> None:
+        if self.max_host:
+            self.host[content] = num_pages
+            self.host.move_to_end(content)
+            if len(self.host) > self.max_host:
+                self._evicted.append(AdapterEvicted(self.host.popitem(last=False)[0]))
 
     def unload(self, command: UnloadAdapter) -> None:
         assert command.adapter_slot in self._adapters, "unloaded an adapter that is not there"

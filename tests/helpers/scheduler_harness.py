@@ -8,6 +8,9 @@ from typing import Any
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.plan import (
+    AdapterEvicted,
+    AdapterLoaded,
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     SamplingSpec,
@@ -167,14 +170,19 @@ class Harness:
                 self.events.append(self.worker.inspect(command))
             elif isinstance(command, LoadAdapter):
                 self.events.append(self.worker.load(command))
+            elif isinstance(command, DropAdapter):
+                self.worker.drop(command)
             else:
                 assert isinstance(command, UnloadAdapter)
                 self.worker.unload(command)
+            self.events.extend(self.worker.take_evicted())
 
     def deliver_event(self) -> None:
         event = self.events.popleft()
-        if hasattr(event, "adapter_slot"):
+        if isinstance(event, AdapterLoaded):
             self.scheduler.on_adapter_loaded(event)
+        elif isinstance(event, AdapterEvicted):
+            self.scheduler.on_adapter_evicted(event)
         else:
             self.scheduler.on_adapter_inspected(event)
         self.take_updates()

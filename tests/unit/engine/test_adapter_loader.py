@@ -12,7 +12,7 @@ from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.memory.page_copier import HostPageCopier
 from loraplex.memory.pool import PagePool
-from loraplex.scheduler.plan import InspectAdapter, LoadAdapter, int_array
+from loraplex.scheduler.plan import AdapterEvicted, InspectAdapter, LoadAdapter, int_array
 
 from helpers.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
 from helpers.dummy_models import write_adapter
@@ -130,4 +130,56 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
     pages = recorder.loader._store.pin(content_hash).num_pages
     recorder.loader.load(recorder.command(content_hash, pages))
     assert isinstance(recorder.next(), RuntimeError)
+    recorder.loader.close()
+
+
+def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, host_bytes=60_000)  # for either of two adapters
+    content_hash = recorder.content_hash()
+    store = recorder.loader._store
+    adapter = store.pin(content_hash)
+    assert adapter is not None
+    store.unpin(content_hash)
+    command = recorder.command(content_hash, adapter.num_pages)
+    recorder.loader.load(command)
+    assert recorder.loader.finish(recorder.next()).from_host
+    recorder.loader.drop(content_hash)
+    assert recorder.next() == AdapterEvicted(content_hash)
+    recorder.loader.drop(content_hash)
+    assert len(store) == 0 and store.num_bytes == 0
+    recorder.loader.unload(2)
+    recorder.loader.load(command)
+    loaded = recorder.loader.finish(recorder.next())
+    assert not loaded.error and not loaded.from_host
+    other = write_adapter(tmp_path / "two", TINY, rank=8, seed=2)
+    recorder.loader.inspect(InspectAdapter("two", str(other)))
+    assert recorder.next() == AdapterEvicted(content_hash)
+    assert recorder.next().content_hash != content_hash
+    recorder.loader.close()
+    store.check_integrity()
+
+
+def test_dropped_while_it_is_read_for_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load asked for it before: it is done, and a later drop frees the memory."""
+    reading, go_on = threading.Event(), threading.Event()
+    original = adapter_loader.read_adapter
+
+    def slow(*args: object, **options: object) -> object:
+        reading.set()
+        assert go_on.wait(20)
+        return original(*args, **options)
+
+    recorder = Recorder(tmp_path)
+    packed = original("one", recorder.path, recorder.target)
+    monkeypatch.setattr(adapter_loader, "read_adapter", slow)
+    recorder.loader.load(recorder.command(packed.content_hash, packed.num_pages))
+    assert reading.wait(20)
+    recorder.loader.drop(packed.content_hash)
+    go_on.set()
+    assert recorder.loader.finish(recorder.next()).error == ""
+    recorder.loader.drop(packed.content_hash)
+    assert len(recorder.loader._store) == 0
+    assert recorder.table.table.rank[..., 2].any(), "what is in pages stays"
     recorder.loader.close()

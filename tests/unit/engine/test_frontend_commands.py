@@ -59,8 +59,16 @@ def test_adapter_commands(codec: TextCodec, tmp_path: Path) -> None:
     assert command.op == "unload"
     desk.frontend.on_scheduler(AdapterReply(command.command_id, "unknown", "unknown_adapter"))
     assert desk.take()[0]["code"] == "unknown_adapter"
+    for kind, op in [("pin_adapter", "pin"), ("unpin_adapter", "unpin"), ("list_adapters", "list")]:
+        desk.ask(A, kind, name="pirate")
+        (command,) = desk.take_sent(AdapterCommand)
+        assert (command.op, command.name) == (op, "pirate")
     desk.ask(A, "list_adapters")
-    assert desk.take_sent(AdapterCommand)[0].op == "list"
+    (command,) = desk.take_sent(AdapterCommand)
+    assert (command.op, command.name) == ("list", "")
+    for kind in ("pin_adapter", "unpin_adapter"):
+        desk.ask(A, kind)
+        assert "needs 'name'" in desk.take()[-1]["message"]
 
 
 def test_adapters_load_from_the_root_alone(codec: TextCodec, tmp_path: Path) -> None:

@@ -186,6 +186,11 @@ def test_adapter_commands(tmp_path: Path) -> None:
 
     assert [a["name"] for a in run("list").adapters] == ["mute"]
     assert run("load", "pirate", pirate).adapters[0]["num_pages"] == 3
+    assert run("pin", "pirate").adapters[0]["pinned"]
+    assert [(a["name"], a["tier"]) for a in run("list", "pirate").adapters] == [("pirate", "pages")]
+    assert not run("unpin", "pirate").adapters[0]["pinned"]
+    for op in ("pin", "unpin", "list"):
+        assert run(op, "nobody").error_code == "unknown_adapter"
     assert run("register", "later", tmp_path / "nowhere").error == ""
     failed = run("load", "bad", tmp_path / "nowhere")
     assert (failed.error_code, "nowhere" in failed.error) == ("adapter", True)

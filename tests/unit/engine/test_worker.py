@@ -18,8 +18,10 @@ from loraplex.engine.worker_setup import resolve_dtype
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.plan import (
+    AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
+    DropAdapter,
     InspectAdapter,
     LoadAdapter,
     StepPlan,
@@ -53,10 +55,13 @@ def make_config(root: Path, **memory: Any) -> EngineConfig:
 
 
 def ask(worker: Worker, command: Any) -> Any:
+    """Evictions that the command led to are passed over."""
     worker.handle(command)
-    events = worker.events(20.0)
-    assert len(events) == 1
-    return events[0]
+    while True:
+        events = [e for e in worker.events(20.0) if not isinstance(e, AdapterEvicted)]
+        if events:
+            assert len(events) == 1
+            return events[0]
 
 
 def inspect(worker: Worker, path: Path) -> AdapterInspected:
@@ -119,10 +124,11 @@ def test_load_from_the_store_and_from_disk(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "one", folder)
     one = inspect(worker, folder)
     two = inspect(worker, root / "two")
-    for adapter in (two, one, two):
+    for adapter, from_host in ((two, True), (one, False), (two, False)):
         load = LoadAdapter(1, adapter.content_hash, adapter.path, int_array([5]))
         loaded = ask(worker, load)
-        assert loaded == AdapterLoaded(1, adapter.content_hash, "", loaded.load_us)
+        want = AdapterLoaded(1, adapter.content_hash, "", loaded.load_us, from_host)
+        assert loaded == want
     prompt = list(range(10, 30))
     expected = Sequence(prompt, 1)
     driver.run([expected], 4)
@@ -176,6 +182,18 @@ def test_unload_overtakes_a_load(root: Path) -> None:
     assert "needs 1 pages, not 2" in wrong.error
     entries = worker._loader._store._entries.values()
     assert not any(entry.num_pins for entry in entries)
+
+
+def test_drop_frees_host_memory(root: Path) -> None:
+    worker = Worker(make_config(root))
+    one = inspect(worker, root / "one")
+    worker.handle(DropAdapter(one.content_hash))
+    assert worker.events(20.0) == [AdapterEvicted(one.content_hash)]
+    store = worker._loader._store
+    assert len(store) == 0 and store.num_bytes == 0
+    loaded = ask(worker, LoadAdapter(3, one.content_hash, one.path, int_array([9])))
+    assert not loaded.error and not loaded.from_host
+    worker.close()
 
 
 def test_error_in_a_step_is_raised(root: Path) -> None:

@@ -14,6 +14,7 @@ from loraplex.entrypoints.bench.measure import (
     LoadGenerator,
     Timeline,
     check_complete,
+    outcome,
     percentiles,
     step_times,
     summarize,
@@ -99,7 +100,42 @@ def test_warm_up_reaches_every_adapter() -> None:
     short = traces.warm_up_trace(trace, at_least=8)
     assert {r.adapter for r in short} == {r.adapter for r in trace}
     assert len(short) < 60
-    assert max(r.num_new_tokens for r in short) == 8 and {r.arrival_s for r in short} == {0.0}
+    assert len({r.num_new_tokens for r in short}) == 16 and {r.arrival_s for r in short} == {0.0}
+    assert {r.num_prompt_tokens for r in short} <= {r.num_prompt_tokens for r in trace}
+
+
+def test_warm_up_fills_steps_with_the_longest_prompts() -> None:
+    trace = traces.make_trace(50, 3)
+    for max_num_seqs, budget, expected in ((256, 8192, 2 * 17), (8, 8192, 16), (64, 100, 2)):
+        full = traces.full_steps_trace(
+            trace, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        )
+        assert len(full) == expected
+        longest = max(r.num_prompt_tokens for r in trace)
+        assert {(r.num_prompt_tokens, r.num_new_tokens) for r in full} == {(longest, 1)}
+    assert {r.adapter for r in full} <= {r.adapter for r in trace}
+
+
+def test_punica_lengths() -> None:
+    trace = traces.punica_trace(20000, "distinct")
+    answers = [r.num_new_tokens for r in trace]
+    assert np.mean(answers) == pytest.approx(101, rel=0.05)  # 1,000 requests: about 101k tokens
+    prompts = [r.num_prompt_tokens for r in trace]
+    assert np.median(prompts) == pytest.approx(17, abs=1)
+    assert min(prompts) >= 1 and min(answers) >= 1
+    assert max(p + a for p, a in zip(prompts, answers, strict=True)) <= 1024
+
+
+@pytest.mark.parametrize(
+    ("popularity", "num_adapters"),
+    [("distinct", 1024), ("uniform", 32), ("identical", 1), (None, 0)],
+)
+def test_punica_popularities(popularity: str | None, num_adapters: int) -> None:
+    trace = traces.punica_trace(1024, popularity)
+    assert len({r.adapter for r in trace} - {None}) == num_adapters
+    lengths = [(r.num_prompt_tokens, r.num_new_tokens) for r in trace]
+    assert lengths == [(r.num_prompt_tokens, r.num_new_tokens)
+                       for r in traces.punica_trace(1024, "skewed")]  # fmt: skip
 
 
 def test_prompts_differ_between_runs() -> None:
@@ -115,7 +151,7 @@ def test_times_of_a_run() -> None:
     two = Timeline(0.0, news=[(1.2, 1), (1.6, 3), (1.9, 4)])
     row = summarize([one, two])
     assert row["new_tokens"] == 9 and row["seconds"] == 1.9
-    assert row["ttft_ms_p50"] == pytest.approx(850.0)
+    assert row["ttft_ms_p50"] == row["ttft_ms_mean"] == pytest.approx(850.0)
     assert step_times([one, two])["step_ms"] == pytest.approx(200.0)  # from 1.2 s to 1.7 s
     assert sorted(two.gaps_s()) == pytest.approx([0.2, 0.2, 0.3])
     assert percentiles("x", []) == {}
@@ -166,6 +202,14 @@ def test_the_load_generator_keeps_its_limit_and_the_order() -> None:
     assert [t.num_tokens for t in timelines] == list(range(1, 21))
     assert all(t.ttft_s >= 0 for t in timelines), "sent before it was due"
     assert client.most_open == 3 and not client.open
+
+
+def test_a_failed_request_misses_the_objective() -> None:
+    late = Timeline(0.0, news=[(2.0, 1)])
+    failed = Timeline(0.0, error=QueueFullError("no room"))
+    row = outcome([Timeline(0.5, news=[(1.0, 1)]), late, failed, failed], 1.0)
+    assert (row["num_failed"], row["first_failure"], row["attainment"]) == (2, "no room", 0.25)
+    assert row["new_tokens"] == 2
 
 
 def test_an_incomplete_run_is_an_error() -> None:

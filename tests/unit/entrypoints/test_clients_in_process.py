@@ -294,3 +294,24 @@ def test_server_limits_hold_in_process() -> None:
             news = client.poll(5.0)
             codes += [n.error.code for n in news if isinstance(n, RequestFailure)]
         assert codes == ["too_many_requests"]
+
+
+def test_pins_tiers_and_service(client: Client, tmp_path: Path) -> None:
+    client.load_adapter("one", str(tmp_path / "a"))
+    assert client.list_adapters("one")[0]["tier"] == "host"
+    assert client.pin_adapter("one")["pinned"]
+    last(client.generate([1, 2, 3], TEN, adapter="one"))
+    (listed,) = client.list_adapters("one")
+    assert (listed["tier"], listed["pinned"], listed["num_requests"]) == ("pages", True, 0)
+    service = listed["service"]
+    assert (service["num_prompt_tokens"], service["num_generated_tokens"]) == (3, 10)
+    assert sum(service["hits"].values()) == 1 and service["ttft_p99_ms"] > 0
+    assert not client.unpin_adapter("one")["pinned"]
+    stats = client.stats()
+    assert stats["adapter_service"]["num_requests"] == 1
+    assert (stats["pinned_adapters"], stats["pages_pinned"]) == (0, 0)
+    for command in (client.pin_adapter, client.unpin_adapter, client.list_adapters):
+        with pytest.raises(UnknownAdapterError, match="'nobody'"):
+            command("nobody")
+    client.unload_adapter("one")
+    assert client.stats()["host_adapters"] == 0

@@ -2,10 +2,11 @@ import pytest
 
 from loraplex.memory.adapter_cache import AdapterCache, Residency
 from loraplex.memory.block_manager import BlockManager, IntegrityError
+from loraplex.memory.eviction import LOAD_FIXED_NS, EvictionClock
 
 
 def make(num_pages: int = 16, max_slots: int = 3) -> AdapterCache:
-    return AdapterCache(BlockManager(num_pages), max_slots)
+    return AdapterCache(BlockManager(num_pages), EvictionClock(), max_slots)
 
 
 def check(cache: AdapterCache) -> None:
@@ -34,7 +35,8 @@ def test_life_of_an_adapter() -> None:
     assert cache.num_idle_pages == 0
     cache.unpin("h", 4.0)
     assert (cache.num_idle, cache.num_idle_pages) == (1, 4)
-    assert [candidate.last_use for candidate in cache.idle_adapters()] == [4.0]
+    assert adapter.last_use == 4.0
+    assert cache.first_idle() == ((LOAD_FIXED_NS // 4, 1), "h")
     check(cache)
     cache.pin("h")
     with pytest.raises(IntegrityError, match="pinned"):
@@ -46,14 +48,19 @@ def test_life_of_an_adapter() -> None:
     check(cache)
 
 
-def test_idle_adapters_are_offered_least_recently_used_first() -> None:
+def test_idle_adapters_are_offered_cheapest_a_page_first() -> None:
     cache = make()
-    for index, name in enumerate("abc"):
-        load(cache, name, index + 1, float(index))
-    cache.pin("a")
-    cache.unpin("a", 10.0)
-    assert [candidate.key for candidate in cache.idle_adapters()] == ["b", "c", "a"]
-    assert [candidate.num_pages for candidate in cache.idle_adapters()] == [2, 3, 1]
+    for name, num_pages, num_bytes in (("a", 1, 0), ("b", 2, 0), ("c", 4, 500_000_000)):
+        cache.allocate(name, num_pages, 0.0, num_bytes=num_bytes)
+        cache.finish_load(name, 0.0)
+        check(cache)
+    order = []
+    while (found := cache.first_idle()) is not None:
+        order.append(found[1])
+        cache.release(found[1])
+        check(cache)
+    assert order == ["b", "a", "c"]  # 0.5, 1 and 2.75 ms a page
+    assert cache.num_idle_pages == 0
 
 
 def test_loading_adapter_is_not_idle_but_a_failed_load_gives_all_back() -> None:

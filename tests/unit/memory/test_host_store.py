@@ -165,3 +165,40 @@ def test_under_threads() -> None:
     assert not errors, errors
     store.check_integrity()
     assert store._space.num_free_bytes == store.num_slab_bytes - store.num_bytes
+
+
+def test_dropped_ones_free_their_memory_at_once_or_with_their_last_pin() -> None:
+    store = HostStore(4 * UNIT, slab_bytes=2 * UNIT)
+    for name in "ab":
+        store.add(reading(name, 2))
+    store.drop("a")
+    store.drop("never")
+    check(store, "b")
+    assert store.num_bytes == 2 * UNIT and store.take_evicted() == ["a"]
+    assert store.pin("b") is not None and store.pin("b") is not None
+    store.drop("b")
+    check(store, "b")  # which asks for it, so that it stays
+    store.unpin("b")
+    store.unpin("b")
+    check(store, "b")
+    assert store.pin("b") is not None
+    store.drop("b")
+    store.drop("b")
+    store.unpin("b")
+    check(store)
+    assert store.num_bytes == 0 and store.take_evicted() == ["b"]
+    assert store.num_slab_bytes == 2 * UNIT, "one empty slab is kept"
+    store.add(reading("c"), pin=True)
+    store.drop("c")
+    store.add(reading("c"))  # read again meanwhile: it is wanted
+    store.unpin("c")
+    check(store, "c")
+
+
+def test_what_made_room_is_told_in_order() -> None:
+    store = HostStore(2 * UNIT)
+    for name in "abcd":
+        store.add(reading(name))
+    assert store.take_evicted() == ["a", "b"] and store.take_evicted() == []
+    store.add(reading("e", 2))
+    assert store.take_evicted() == ["c", "d"]

@@ -5,13 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.memory.block_manager import BlockManager, IntegrityError, Owner
+from loraplex.memory.eviction import EvictionClock
 from loraplex.memory.kv_cache import BlockChain, KVCache, prefix_root
 
 BLOCK = 4
 
 
 def make(num_pages: int = 32) -> KVCache:
-    return KVCache(BlockManager(num_pages), BLOCK)
+    return KVCache(BlockManager(num_pages), EvictionClock(), BLOCK)
 
 
 def check(kv: KVCache) -> None:
@@ -47,10 +48,10 @@ def test_pages_are_shared_while_in_use_and_after() -> None:
     start(kv, "b", list(range(9)))
     assert kv.page_ids("a")[:2] == kv.page_ids("b")[:2]
     assert kv.page_ids("a")[2] != kv.page_ids("b")[2]
-    kv.release("a", 1.0)
+    kv.release("a")
     check(kv)
     assert kv.num_idle == 0
-    kv.release("b", 2.0)
+    kv.release("b")
     check(kv)
     assert kv.num_idle == 2
     assert start(kv, "c", list(range(9))) == 2
@@ -69,9 +70,9 @@ def test_equal_blocks_computed_twice_stay_apart() -> None:
     start(kv, "b", list(range(9)))
     kv.register("a", array("i", range(9)), 9)
     check(kv)
-    kv.release("a", 1.0)  # none of a's pages is the findable one
+    kv.release("a")  # none of a's pages is the findable one
     assert kv.num_idle == 0
-    kv.release("b", 2.0)
+    kv.release("b")
     assert kv.num_idle == 2
     check(kv)
 
@@ -80,11 +81,26 @@ def test_hit_stops_at_the_first_block_that_is_missing() -> None:
     kv = make()
     start(kv, "a", list(range(12)))
     first = kv.page_ids("a")[0]
-    kv.release("a", 1.0)
-    assert [candidate.key for candidate in kv.idle_blocks()][-1] == first  # the root goes last
+    kv.release("a")
     kv.evict(first)
     check(kv)
     assert start(kv, "b", list(range(12))) == 0
+
+
+def test_deepest_block_goes_first_whatever_shares_the_root() -> None:
+    kv = make()
+    start(kv, "a", list(range(12)))
+    pages = list(kv.page_ids("a"))
+    kv.release("a")
+    assert start(kv, "b", [*range(4), 99, *range(20, 30)]) == 1
+    kv.release("b")  # the root fell idle again, later than what stands on it
+    order = []
+    while (found := kv.first_idle()) is not None:
+        order.append(found[1])
+        kv.evict(found[1])
+        check(kv)
+    assert order[:2] == pages[:0:-1]
+    assert order[-1] == pages[0]
 
 
 def test_another_history_or_root_is_no_hit() -> None:
@@ -106,11 +122,11 @@ def test_another_history_or_root_is_no_hit() -> None:
 
 
 def test_disabled_cache_shares_nothing() -> None:
-    kv = KVCache(BlockManager(16), BLOCK, enable_prefix_caching=False)
+    kv = KVCache(BlockManager(16), EvictionClock(), BLOCK, enable_prefix_caching=False)
     start(kv, "a", list(range(9)))
     assert start(kv, "b", list(range(9))) == 0
-    kv.release("a", 1.0)
-    kv.release("b", 1.0)
+    kv.release("a")
+    kv.release("b")
     assert kv.num_idle == 0
     check(kv)
 
@@ -162,7 +178,7 @@ def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
     content: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # page -> what was computed there
     for request_id in range(data.draw(st.integers(1, 25))):
         for old in [r for r in open_requests if data.draw(st.booleans())]:
-            kv.release(old, float(request_id))
+            kv.release(old)
             del open_requests[old]
             check(kv)
         root = data.draw(st.sampled_from([b"r1", b"r2"]))
@@ -173,10 +189,10 @@ def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
             assert content[page_id] == (root, tuple(tokens[: (block + 1) * BLOCK]))
         kv.open(request_id, chain, prefix)
         missing = kv.num_pages_for(len(tokens)) - len(prefix)
-        while kv._blocks.num_free < missing and kv.num_idle:
-            kv.evict(int(next(kv.idle_blocks()).key))
+        while kv._blocks.num_free < missing and (found := kv.first_idle()):
+            kv.evict(found[1])
         if kv._blocks.num_free < missing:
-            kv.release(request_id, float(request_id))
+            kv.release(request_id)
             continue
         kv.grow(request_id, len(tokens))
         for block, page_id in enumerate(kv.page_ids(request_id)):
@@ -185,6 +201,6 @@ def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
         open_requests[request_id] = tokens
         check(kv)
     for old in open_requests:
-        kv.release(old, 100.0)
+        kv.release(old)
     check(kv)
     assert kv._blocks.num_free + kv._blocks.num_owned(Owner.PREFIX) == 23

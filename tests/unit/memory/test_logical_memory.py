@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.memory.adapter_cache import Residency
-from loraplex.memory.block_manager import OutOfPagesError
+from loraplex.memory.block_manager import IntegrityError, OutOfPagesError
 from loraplex.memory.kv_cache import BlockChain
 from loraplex.memory.logical import LogicalMemory
 
@@ -16,6 +16,8 @@ BLOCK, NUM_PAGES, MAX_SLOTS = 2, 20, 3
 
 
 class PoolTraffic(RuleBasedStateMachine):
+    slot_pages = 0  # of a fixed slot; 0: one pool
+
     def __init__(self) -> None:
         super().__init__()
         self.unloaded: list[int] = []
@@ -25,6 +27,7 @@ class PoolTraffic(RuleBasedStateMachine):
             max_adapter_slots=MAX_SLOTS,
             enable_prefix_caching=True,
             unload=self.unloaded.append,
+            fixed_slot_pages=self.slot_pages,
         )
         self.now = 0.0
         self.num_requests = 0
@@ -56,7 +59,7 @@ class PoolTraffic(RuleBasedStateMachine):
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        self.memory.kv.release(request_id, self.now)
+        self.memory.kv.release(request_id)
         del self.requests[request_id]
 
     @rule(name=st.sampled_from("abcdef"), num_pages=st.integers(1, 6))
@@ -64,10 +67,12 @@ class PoolTraffic(RuleBasedStateMachine):
         memory = self.memory
         if memory.adapters.get(name):
             return
-        if not memory.has_adapter_slot or memory.num_available < num_pages:
+        if not memory.has_adapter_slot or memory.num_available < memory.charge(num_pages):
             return
-        memory.make_adapter_slot()
-        memory.make_room(num_pages)
+        if self.slot_pages and num_pages > self.slot_pages:
+            return
+        assert memory.make_adapter_slot()
+        assert memory.make_room(memory.charge(num_pages))
         memory.adapters.allocate(name, num_pages, self.now)
 
     @rule()
@@ -96,8 +101,8 @@ class PoolTraffic(RuleBasedStateMachine):
             assert memory.num_owned() == before
         else:
             available = memory.num_available
-            memory.make_room(num_pages)
-            assert memory.blocks.num_free >= num_pages
+            assert memory.make_room(num_pages)
+            assert memory.num_free >= num_pages
             assert memory.num_available == available
 
     @invariant()
@@ -112,16 +117,54 @@ class PoolTraffic(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for request_id in self.requests:
-            self.memory.kv.release(request_id, self.now)
+            self.memory.kv.release(request_id)
         for name in self.pins:
             self.memory.adapters.unpin(name, self.now)
         self.finish_loads()
-        assert self.memory.num_available == NUM_PAGES - 1
-        self.memory.make_room(NUM_PAGES - 1)
+        num_usable = NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
+        assert self.memory.num_usable == self.memory.num_available == num_usable
+        self.memory.make_room(num_usable)
+        for adapter in list(self.memory.adapters):
+            assert self.slot_pages, "an idle adapter had to go"
+            self.memory.evict_adapter(adapter.content_hash)
         self.memory.check_integrity()
         assert self.memory.blocks.num_free == NUM_PAGES - 1
         assert not len(self.memory.adapters)
 
 
+class FixedSlotTraffic(PoolTraffic):
+    """Adapters have pages of their own, and KV never more than the rest."""
+
+    slot_pages = 4
+
+    @invariant()
+    def kv_leaves_the_slots_alone(self) -> None:
+        owned = self.memory.num_owned()
+        assert owned["kv"] + owned["prefix"] <= NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
+        assert self.memory.num_free + owned["kv"] + owned["prefix"] == self.memory.num_usable
+
+
+def test_fixed_slots_must_leave_pages_for_kv() -> None:
+    with pytest.raises(ValueError, match="3 fixed adapter slots of 7 pages leave no page"):
+        LogicalMemory(
+            num_pages=22,
+            block_tokens=BLOCK,
+            max_adapter_slots=3,
+            enable_prefix_caching=True,
+            unload=lambda slot: None,
+            fixed_slot_pages=7,
+        )
+
+
+def test_adapter_larger_than_its_slot_is_found() -> None:
+    machine = FixedSlotTraffic()
+    machine.memory.adapters.allocate("a", 5, 0.0)
+    with pytest.raises(IntegrityError, match="larger than its slot"):
+        machine.memory.check_integrity()
+
+
 TestPoolTraffic = PoolTraffic.TestCase
-TestPoolTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestFixedSlotTraffic = FixedSlotTraffic.TestCase
+TestPoolTraffic.settings = TestFixedSlotTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)

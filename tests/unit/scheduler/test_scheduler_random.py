@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from loraplex.scheduler.request import RequestRefused
 
-from helpers.policy_harness import PolicyHarness
+from helpers.memory_harness import MemoryHarness
 from helpers.scheduler_harness import Harness
 
 NAMES = "abcd"
@@ -35,14 +35,23 @@ def random_harness(rng: random.Random, policy: str) -> Harness:
     options = {"policy": policy, **POLICIES[policy]}
     if policy == "vtc":
         options["fair_share_by"] = rng.choice(["tenant", "adapter"])
-    return PolicyHarness(
+    memory: dict[str, Any] = {
+        "prefetch": rng.random() < 0.7,
+        "eviction_policy": rng.choice(["cost", "cost", "lru"]),
+    }
+    max_adapter_slots = rng.randint(1, 4)
+    if rng.random() < 0.25:
+        memory["fixed_adapter_slots"] = min(2, max_adapter_slots)
+    return MemoryHarness(
+        memory,
         options,
+        max_adapter_pages=3,  # huge ones fit no fixed slot
         num_pages=rng.randint(8, 40),
         block_tokens=rng.choice([1, 2, 4]),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 60]),
         max_steps_in_flight=rng.randint(1, 3),
-        max_adapter_slots=rng.randint(1, 4),
+        max_adapter_slots=max_adapter_slots,
         max_model_len=rng.choice([24, 48]),
         max_queue_len=rng.choice([3, 100]),
         enable_prefix_caching=rng.random() < 0.8,
@@ -134,7 +143,10 @@ class Traffic:
 
     def make_everything_free(self) -> None:
         memory = self.harness.scheduler._memory
-        memory.make_room(memory.blocks.num_usable)
+        memory.make_room(memory.num_usable)
+        for adapter in list(memory.adapters):  # of fixed slots; else they are gone by now
+            assert not memory.is_unified
+            memory.evict_adapter(adapter.content_hash)
         self.harness.verify()
         assert memory.blocks.num_free == memory.blocks.num_usable
 
@@ -177,7 +189,8 @@ def test_random_traffic_provokes_what_it_should(policy: str) -> None:
             if isinstance(value, int):
                 totals[key] = totals.get(key, 0) + value
     for key in ("num_preemptions", "num_dropped_tokens", "prefix_hit_tokens", "num_refused",
-                "num_adapter_loads", "num_adapter_unloads", "stop", "length", "error"):  # fmt: skip
+                "num_adapter_loads", "num_adapter_prefetches", "num_adapter_unloads", "stop",
+                "length", "error"):  # fmt: skip
         assert totals[key] > 0, f"no {key}"
     assert (totals["num_deadline_drops"] > 0) == (policy == "abort")
 

@@ -1,0 +1,62 @@
+"""What the papers report, to be printed beside our own numbers.
+
+S-LoRA (arXiv 2311.03285): the result files that its authors publish for the paper's throughput
+table (github.com/S-LoRA/S-LoRA, benchmarks/paper/synthetic/slora/*_a100-80_*_table.jsonl): one
+A100 80GB, fp16, 10 requests/s offered for 120 s, alpha 1, cv 1, lengths U[8,512), adapters in
+main memory from the start. Tokens per second are not reported.
+
+Punica (arXiv 2310.18547), section 7.2: one A100 80GB, 1,000 requests with ShareGPT's lengths
+(about 101k tokens generated), at most 32 at a time, rank 16 on all projections. One figure for all
+popularities is in the text; whether prompt tokens count is not said, and its published benchmark
+counts them.
+"""
+
+from typing import NamedTuple
+
+
+class SLoraFigure(NamedTuple):
+    """One row of the table; `attainment` is of a first token within 6 s."""
+
+    requests_per_s: float
+    ttft_s_mean: float
+    attainment: float
+
+
+SLORA = {
+    "S1": {
+        5: SLoraFigure(8.05, 0.60, 1.0),
+        100: SLoraFigure(7.99, 0.62, 1.0),
+        1000: SLoraFigure(7.64, 1.90, 0.921),
+        2000: SLoraFigure(7.61, 2.02, 0.899),
+    },
+    "S2": {
+        5: SLoraFigure(7.48, 2.66, 0.765),
+        100: SLoraFigure(7.29, 4.21, 0.65),
+        1000: SLoraFigure(6.69, 10.54, 0.469),
+        2000: SLoraFigure(6.73, 10.65, 0.448),
+    },
+    "S4": {
+        2: SLoraFigure(4.49, 50.54, 0.178),
+        5: SLoraFigure(4.43, 54.81, 0.133),
+        100: SLoraFigure(4.28, 58.56, 0.137),
+        1000: SLoraFigure(3.90, 72.07, 0.123),
+    },
+}
+"""By setting and number of adapters."""
+
+SLORA_NOTE = (
+    "paper: S-LoRA's published results on one A100 80GB, 10 requests/s offered for 120 s; it "
+    "reports no tokens/s. The hardware differs: compare the shape over n, not the level."
+)
+
+PUNICA = {"llama-2-7b": 1044.0, "llama-2-13b": 693.0}
+"""Tokens per second, every popularity."""
+
+PUNICA_BASE = {"llama-2-7b": 1140.0, "llama-2-13b": 789.0}
+"""Tokens per second of vLLM (of 2023) without adapters, by the same paper."""
+
+PUNICA_NOTE = (
+    "paper: Punica on one A100 80GB, 1,000 requests of ShareGPT's lengths, batch 32, the same "
+    "figure for every popularity; base is the paper's vLLM without adapters. Lengths here are a "
+    "stand-in (see docs/benchmarks.md) and the hardware differs: compare Distinct with Identical."
+)

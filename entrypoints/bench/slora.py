@@ -1,0 +1,107 @@
+"""`loraplex bench slora`: S-LoRA's settings and traces, saturated or at a rate."""
+
+import argparse
+import math
+
+from loraplex.entrypoints.bench.measure import check_complete, medians, outcome
+from loraplex.entrypoints.bench.names import SETTINGS
+from loraplex.entrypoints.bench.papers import SLORA, SLORA_NOTE
+from loraplex.entrypoints.bench.results import Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
+
+_COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Each number of adapters at each rate; the base model goes first, so that others are
+    compared with it."""
+    model, ranks = SETTINGS[args.setting]
+    if not hasattr(args, "model"):
+        args.model = model
+    args.ranks = args.ranks or list(ranks)
+    counts = sorted(args.num_adapters, key=lambda count: count > 0)
+    with open_session(args, max(*counts, args.num_registered or 0)) as session:
+        table = Table(
+            load=-12, num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14,
+            paper_requests_per_s=20, ttft_ms_mean=13, ttft_ms_p50=12, ttft_ms_p99=12,
+            attainment=10, gpu_idle_share=14, num_adapter_loads=17,
+        )  # fmt: skip
+        base_rates: dict[float, float] = {}
+        for num_adapters in counts:
+            for rate in args.rates:
+                trace = _trace(args, num_adapters, rate)
+                session.warm_up(trace)
+                row = _describe(args, session, num_adapters, rate, trace)
+                row |= _measure(session, trace, args, f"{row['load']}, {num_adapters} adapters")
+                if num_adapters == 0:
+                    base_rates[rate] = row["new_tokens_per_s"]
+                if base_rates.get(rate):
+                    row["of_base"] = round(row["new_tokens_per_s"] / base_rates[rate], 4)
+                table.add(row)
+                session.write(row)
+    print(SLORA_NOTE)
+    return 0
+
+
+def _trace(args: argparse.Namespace, num_adapters: int, rate: float) -> list[TraceRequest]:
+    is_open = math.isfinite(rate)
+    return make_trace(
+        math.ceil(rate * args.duration) if is_open else args.num_requests,
+        num_adapters,
+        alpha=args.alpha,
+        lengths=args.lengths,
+        rate=rate if is_open else None,
+        cv=args.cv,
+    )
+
+
+def _measure(
+    session: BenchSession, trace: list[TraceRequest], args: argparse.Namespace, title: str
+) -> Row:
+    """Medians over the repeated runs, and the rate of each; in a closed run nothing may fail."""
+    rows = []
+    for _ in range(args.repeats):
+        before = session.counters()
+        timelines = session.measure(trace, title=title)
+        if trace[-1].arrival_s == 0:
+            check_complete(timelines, trace)
+        after = session.counters()
+        counted = {name: after[name] - before[name] for name in _COUNTERS}
+        idle = session.idle_share(before, after)
+        rows.append({**outcome(timelines, args.ttft_objective), **counted, "gpu_idle_share": idle})
+    failure = next((row.pop("first_failure") for row in rows if row["num_failed"]), None)
+    numbers = [{k: v for k, v in row.items() if k != "first_failure"} for row in rows]
+    rates = [row["new_tokens_per_s"] for row in rows]
+    return {**medians(numbers), "first_failure": failure, "new_tokens_per_s_of_runs": rates}
+
+
+def _describe(
+    args: argparse.Namespace,
+    session: BenchSession,
+    num_adapters: int,
+    rate: float,
+    trace: list[TraceRequest],
+) -> Row:
+    """The case, and what the paper has of it."""
+    is_open = math.isfinite(rate)
+    row = {
+        "bench": "slora",
+        "setting": args.setting,
+        "load": f"{rate:g}/s, cv {args.cv:g}" if is_open else "saturated",
+        "rate": rate if is_open else None,
+        "cv": args.cv if is_open else None,
+        "num_adapters": num_adapters,
+        "num_registered": len(session.adapters),
+        "num_used": len({request.adapter for request in trace} - {None}),
+        "num_requests": len(trace),
+        "alpha": args.alpha,
+        "lengths": args.lengths,
+        "repeats": args.repeats,
+        "ttft_objective_s": args.ttft_objective,
+    }
+    figure = SLORA[args.setting].get(num_adapters)
+    if figure is not None and session.setup["model"] == SETTINGS[args.setting][0]:
+        row |= {f"paper_{name}": value for name, value in figure._asdict().items()}
+        row["paper"] = SLORA_NOTE
+    return row

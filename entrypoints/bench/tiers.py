@@ -1,0 +1,262 @@
+"""`loraplex bench tiers`: what it costs that an adapter is not in pages, while a batch decodes.
+
+A wave is one trace: a batch of long answers, each with an adapter of its own, and short requests
+("probes") that come while all of the batch decodes. In the first kind of wave probes measure the
+time to a first token, by where their adapter is:
+
+resident: in pages, as it was used a moment ago.
+host:     in the host store. More adapters take turns than there are slots beside the batch's.
+disk:     registered again before the wave, so that its files (in the page cache) are read, checked
+          and packed first; its hash is known.
+new:      registered at start and never used: as disk, and its content is hashed and checked.
+
+In the second kind probes come at the rate of --load-rate, and what is measured is the time between
+the batch's tokens: without probes (quiet), with probes for resident adapters (warm), and with
+probes whose adapters are loaded from the host store (loads).
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.entrypoints.bench.measure import Timeline, check_complete, percentiles
+from loraplex.entrypoints.bench.results import Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.traces import TraceRequest
+
+NUM_WARM = 8  # adapters of warm probes
+NUM_SPARE_SLOTS = 16  # adapter slots beside those of the batch; NUM_WARM stay resident in them
+NUM_TOUR = 3 * NUM_SPARE_SLOTS  # adapters that take turns, so that none is resident at its turn
+NUM_DISK = 32
+TIERS = ("resident", "host", "disk", "new")
+CASES = ("quiet", "warm", "loads")
+_PROBE_TOKENS = 4
+_EDGE = 0.15  # of the time in which all of the batch decodes, left alone at either end
+_MAX_WAVES = 40
+
+
+class Numbers:
+    """Which adapter numbers serve what: the batch, warm, tour, disk, then new ones."""
+
+    def __init__(self, batch: int, num_new: int) -> None:
+        bounds = np.cumsum([0, batch, NUM_WARM, NUM_TOUR, NUM_DISK, num_new]).tolist()
+        spans = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.batch, self.warm, self.tour, self.disk, self.new = spans
+        self.num_adapters = bounds[-1]
+        self.num_slots = batch + NUM_SPARE_SLOTS
+
+
+@dataclass
+class Window:
+    """Seconds of a wave in which all of the batch decodes."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def inner(self) -> "Window":
+        edge = _EDGE * (self.end_s - self.start_s)
+        return Window(self.start_s + edge, self.end_s - edge)
+
+
+@dataclass
+class Wave:
+    """What one wave measured."""
+
+    batch: Sequence[Timeline]
+    probes: Sequence[tuple[TraceRequest, Timeline]]
+    num_loads: int
+
+    @property
+    def window(self) -> Window:
+        return Window(
+            max(timeline.news[0][0] for timeline in self.batch),
+            min(timeline.news[-1][0] for timeline in self.batch),
+        )
+
+    def gaps_s(self, window: Window) -> list[float]:
+        return [gap for t in self.batch for gap in t.gaps_s(window.start_s, window.end_s)]
+
+
+@dataclass
+class TiersBench:
+    """The waves of one engine."""
+
+    args: argparse.Namespace
+    session: BenchSession
+    numbers: Numbers
+    num_toured: int = 0
+    new_left: list[int] = field(default_factory=list)
+
+    def warm_up(self) -> Window:
+        """Compile, read all adapters but the new ones, and find out how long a batch decodes."""
+        numbers = self.numbers
+        read = [*numbers.batch, *numbers.warm, *numbers.tour, *numbers.disk]
+        self.new_left = list(numbers.new)
+        self.session.warm_up([self._probe(number) for number in read])
+        self.wave([], "warm-up")
+        return self.wave([], "warm-up").window
+
+    def wave(self, probes: Sequence[TraceRequest], title: str) -> Wave:
+        """Run the batch with probes beside it; the batch's and the warm adapters are resident when
+        it begins, so that only probes load."""
+        session, numbers, args = self.session, self.numbers, self.args
+        resident = [self._probe(number) for number in (*numbers.batch, *numbers.warm)]
+        session.measure(resident, title=title)
+        batch = [TraceRequest(n, args.prompt_len, args.answer_len) for n in numbers.batch]
+        trace = [*batch, *probes]
+        before = session.counters()
+        timelines = session.measure(trace, title=title)
+        check_complete(timelines, trace)
+        num_loads = session.counters()["num_adapter_loads"] - before["num_adapter_loads"]
+        beside = list(zip(probes, timelines[len(batch) :], strict=True))
+        return Wave(timelines[: len(batch)], beside, num_loads)
+
+    def first_tokens(self, window: Window) -> dict[str, list[float]]:
+        """Seconds to the first token of probes in each tier, while all of the batch decoded."""
+        num_probes = math.floor((window.end_s - window.start_s) * self.args.probe_rate)
+        num_probes = min(num_probes, len(TIERS) * NUM_DISK) // len(TIERS) * len(TIERS)
+        if num_probes == 0:
+            raise ConfigError(
+                f"the batch decodes for {window.end_s - window.start_s:.2f} s: no room for a "
+                "probe in each tier; make --answer-len or --probe-rate larger"
+            )
+        found: dict[str, list[float]] = {tier: [] for tier in TIERS}
+        for _ in range(_MAX_WAVES):
+            if min(map(len, found.values())) >= self.args.samples:
+                break
+            if len(self.new_left) < num_probes // len(TIERS):
+                break
+            tier_of, probes = self._tier_probes(window, num_probes)
+            wave = self.wave(probes, "first tokens")
+            self._check_loads(wave, num_cold=num_probes - num_probes // len(TIERS))
+            decoding = wave.window
+            for probe, timeline in wave.probes:
+                is_inside = decoding.start_s <= probe.arrival_s
+                if is_inside and timeline.news[0][0] <= decoding.end_s:
+                    found[tier_of[probe.adapter]].append(timeline.ttft_s)
+        return found
+
+    def case_wave(self, case: str, window: Window) -> tuple[list[float], float]:
+        """Seconds between the batch's tokens while probes came, and loads a second."""
+        seconds = window.end_s - window.start_s
+        num_probes = 0 if case == "quiet" else max(1, math.floor(seconds * self.args.load_rate))
+        warm = [self.numbers.warm[i % NUM_WARM] for i in range(num_probes)]
+        adapters = self._take_tour(num_probes) if case == "loads" else warm
+        probes = self._spread(adapters, window, self.args.load_rate)
+        wave = self.wave(probes, case)
+        self._check_loads(wave, num_cold=num_probes if case == "loads" else 0)
+        decoding = wave.window
+        measured = Window(max(window.start_s, decoding.start_s), min(window.end_s, decoding.end_s))
+        return wave.gaps_s(measured), wave.num_loads / seconds
+
+    def _tier_probes(
+        self, window: Window, num_probes: int
+    ) -> tuple[dict[int | None, str], list[TraceRequest]]:
+        """Probes of all tiers in turn."""
+        count = num_probes // len(TIERS)
+        disk = self.numbers.disk[:count]
+        for number in disk:
+            name, path = self.session.adapters[number]
+            self.session.engine.client.unload_adapter(name)
+            self.session.engine.client.load_adapter(name, path, lazy=True)
+        new, self.new_left = self.new_left[:count], self.new_left[count:]
+        by_tier = ([self.numbers.warm[0]] * count, self._take_tour(count), disk, new)
+        adapters = [number for turn in zip(*by_tier, strict=True) for number in turn]
+        tier_of: dict[int | None, str] = {
+            number: tier for tier, numbers in zip(TIERS, by_tier, strict=True) for number in numbers
+        }
+        return tier_of, self._spread(adapters, window, self.args.probe_rate)
+
+    def _take_tour(self, count: int) -> list[int]:
+        start, self.num_toured = self.num_toured, self.num_toured + count
+        return [self.numbers.tour[i % NUM_TOUR] for i in range(start, start + count)]
+
+    def _spread(self, adapters: Sequence[int], window: Window, rate: float) -> list[TraceRequest]:
+        return [
+            replace(self._probe(number), arrival_s=window.start_s + index / rate)
+            for index, number in enumerate(adapters)
+        ]
+
+    def _probe(self, number: int) -> TraceRequest:
+        return TraceRequest(number, self.args.prompt_len, _PROBE_TOKENS)
+
+    def _check_loads(self, wave: Wave, *, num_cold: int) -> None:
+        if wave.num_loads != num_cold:
+            print(
+                f"note: {wave.num_loads} adapters were loaded where {num_cold} probes should have "
+                "found theirs outside the pages: tiers are mixed in these numbers",
+                file=sys.stderr,
+            )
+
+
+def run(args: argparse.Namespace) -> int:
+    """First tokens by tier, then the time between the batch's tokens."""
+    if getattr(args, "adapters", None) or getattr(args, "adapter_dir", None):
+        raise ConfigError("bench tiers writes the adapters it needs: name none")
+    if hasattr(args, "max_adapter_slots"):
+        raise ConfigError("bench tiers sets --max-adapter-slots itself")
+    numbers = Numbers(args.batch, num_new=args.samples + NUM_DISK)
+    with open_session(
+        args, numbers.num_adapters, adjust=partial(_adjust, numbers), hold_all=True
+    ) as session:
+        if session.config.scheduler.max_num_seqs <= args.batch:
+            raise ConfigError(f"--max-num-seqs must exceed --batch, {args.batch}")
+        table = Table(
+            part=-11, case=-8, num_samples=11, ttft_ms_p50=11, ttft_ms_p99=11,
+            over_resident_ms=16, loads_per_s=11, inter_token_ms_p50=18, inter_token_ms_p99=18,
+            p99_over_warm=13, p99_over_quiet=14,
+        )  # fmt: skip
+        bench = TiersBench(args, session, numbers)
+        window = bench.warm_up().inner
+        case = {"bench": "tiers", "batch": args.batch, "prompt_len": args.prompt_len,
+                "answer_len": args.answer_len}  # fmt: skip
+        for row in (*_tier_rows(bench, window), *_gap_rows(bench, window)):
+            table.add(row)
+            session.write({**case, **row})
+    return 0
+
+
+def _adjust(numbers: Numbers, config: EngineConfig) -> EngineConfig:
+    memory = replace(config.memory, max_adapter_slots=numbers.num_slots)
+    return replace(config, memory=memory)
+
+
+def _tier_rows(bench: TiersBench, window: Window) -> list[Row]:
+    rows: list[Row] = []
+    for tier, seconds in bench.first_tokens(window).items():
+        row: Row = {"part": "ttft", "case": tier, "probe_rate": bench.args.probe_rate,
+                    "num_samples": len(seconds), **percentiles("ttft_ms", seconds)}  # fmt: skip
+        if rows and {"ttft_ms_p50"} <= row.keys() & rows[0].keys():
+            row["over_resident_ms"] = round(row["ttft_ms_p50"] - rows[0]["ttft_ms_p50"], 3)
+        rows.append(row)
+    return rows
+
+
+def _gap_rows(bench: TiersBench, window: Window) -> list[Row]:
+    gaps: dict[str, list[float]] = {case: [] for case in CASES}
+    rates: dict[str, list[float]] = {case: [] for case in CASES}
+    for _ in range(bench.args.repeats):
+        for case in CASES:
+            found, loads_per_s = bench.case_wave(case, window)
+            gaps[case] += found
+            rates[case].append(loads_per_s)
+    rows: list[Row] = []
+    for case in CASES:
+        row: Row = {"part": "inter_token", "case": case, "load_rate": bench.args.load_rate,
+                    "repeats": bench.args.repeats, "num_samples": len(gaps[case]),
+                    "loads_per_s": round(float(np.mean(rates[case])), 2),
+                    **percentiles("inter_token_ms", gaps[case])}  # fmt: skip
+        for other in rows:
+            if "inter_token_ms_p99" in row.keys() & other.keys():
+                rise = row["inter_token_ms_p99"] / other["inter_token_ms_p99"] - 1
+                row[f"p99_over_{other['case']}"] = round(rise, 4)
+        rows.append(row)
+    return rows

@@ -1,0 +1,75 @@
+"""Which of its two kernel families `hybrid` takes. The families are stand-ins that remember."""
+
+from typing import Any
+
+import pytest
+
+from loraplex.backends.lora.contract import LoRABatch
+from loraplex.backends.lora.hybrid import MAX_EAGER_BGMV_ROWS, SGMV_ROWS, HybridLoRA
+
+from helpers.lora_cases import make_batch
+
+
+class Family:
+    def __init__(self, family: str, *kinds: str) -> None:
+        self.family = family
+        self.graph_kinds = kinds
+        self.max_graph_rows = 512
+        self.planned: list[tuple[int, str | None]] = []
+
+    def kind_of(self, batch: LoRABatch) -> str:
+        return self.graph_kinds[0]
+
+    def plan(self, *, table: Any, batch: LoRABatch, kind: str | None = None) -> None:
+        self.planned.append((batch.num_tokens, kind))
+
+
+@pytest.fixture
+def op() -> Any:
+    op: Any = object.__new__(HybridLoRA)
+    op._few, op._many = Family("bgmv", "distinct", "shared"), Family("sgmv", "sgmv")
+    op._op = op._few
+    return op
+
+
+@pytest.mark.parametrize(
+    ("slots", "family"),
+    [
+        ([], "bgmv"),
+        ([-1] * 40, "bgmv"),
+        (range(64), "bgmv"),
+        ([3] * (SGMV_ROWS - 1), "bgmv"),
+        ([3] * SGMV_ROWS, "sgmv"),
+        ([3] * SGMV_ROWS + [4], "bgmv"),
+        ([3] * SGMV_ROWS + [-1] * 90, "sgmv"),
+        ([*range(8)] * SGMV_ROWS, "sgmv"),
+        ([*range(9)] * (SGMV_ROWS - 1), "bgmv"),
+    ],
+)
+def test_graphs_go_by_rows_an_adapter(op: Any, slots: Any, family: str) -> None:
+    batch = make_batch(list(slots))
+    kind = op.kind_of(batch)
+    op.plan(table=None, batch=batch, kind=kind)
+    assert op.family == family
+    chosen = op._few if family == "bgmv" else op._many
+    assert kind in chosen.graph_kinds and chosen.planned == [(len(slots), kind)]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_adapters", "family"),
+    [
+        (MAX_EAGER_BGMV_ROWS, 1, "bgmv"),
+        (MAX_EAGER_BGMV_ROWS + 1, 1, "sgmv"),
+        (MAX_EAGER_BGMV_ROWS + 1, 200, "bgmv"),
+    ],
+)
+def test_eager_steps_go_by_rows_too(op: Any, num_rows: int, num_adapters: int, family: str) -> None:
+    batch = make_batch([row % num_adapters for row in range(num_rows)])
+    op.plan(table=None, batch=batch)
+    assert op.family == family
+
+
+@pytest.mark.parametrize("kind", ["distinct", "shared", "sgmv"])
+def test_a_kind_is_kept_for_a_capture(op: Any, kind: str) -> None:
+    op.plan(table=None, batch=make_batch([-1] * 8), kind=kind)
+    assert op.family == ("sgmv" if kind == "sgmv" else "bgmv")
