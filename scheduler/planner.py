@@ -37,6 +37,11 @@ class StepPlanner:
         self._plan_running(step, now)
         if self._waiting.by_age and step.budget and self._running.has_free_slot:
             self._plan_waiting(step, now)
+        self.look_ahead(now)
+
+    def look_ahead(self, now: float) -> None:
+        """Begin loads for requests that wait; also while no step can be planned, so that one that
+        has just come has its adapter on the way before the next step."""
         if self._waiting.by_age:
             self._admission.prefetch(now, self._running)
 

@@ -198,9 +198,10 @@ class Scheduler:
 
         Commands that planning caused are in take_commands() and go out before the plan.
         """
-        if len(self._in_flight) >= self._config.max_steps_in_flight:
-            return None
         now = self._clock()
+        if len(self._in_flight) >= self._config.max_steps_in_flight:
+            self._planner.look_ahead(now)
+            return None
         self._desk.pins.keep(now)
         self._give_up(now)
         step = StepBuilder(

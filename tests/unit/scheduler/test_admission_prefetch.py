@@ -63,6 +63,21 @@ def test_request_whose_adapter_was_loaded_ahead_starts_a_load_earlier() -> None:
     assert seat_is_taken(True) == seat_is_taken(True, warm=True) == seat_is_taken(False) - 3.0
 
 
+def test_load_begins_though_no_step_can_be_planned() -> None:
+    harness = make(max_num_seqs=4, max_steps_in_flight=1)
+    harness.register("x", num_pages=2)
+    harness.add("known", [1], adapter="x", max_tokens=1)
+    serve(harness, 0.0)
+    harness.register("y", num_pages=2)
+    harness.add("runs", [1], max_tokens=9)
+    assert harness.plan() is not None
+    harness.add("comes", [2], adapter="y", max_tokens=2)
+    harness.settle()
+    assert harness.plan() is None
+    assert [event.content_hash for event in harness.events] == ["y"]
+    assert set(serve(harness, 1.0)) == {"known", "runs", "comes"}
+
+
 def test_request_without_room_has_its_adapter_loaded_and_lets_nobody_past() -> None:
     harness = make(num_pages=19, max_num_seqs=4)
     harness.register("x", num_pages=2)
