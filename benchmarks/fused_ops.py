@@ -20,6 +20,7 @@ import torch
 
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
 from loraplex.backends.registry import resolve
+from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 
 BLOCK_TOKENS = 16
 ROTATED_BYTES = 256 << 20
@@ -133,35 +134,6 @@ class Cases:
             return lambda op: op.draw(logits, heat, keys)
 
         return self._case(name, make, rows * (vocab_size * self._size + 28))
-
-
-def time_graph(run: Callable[[], None], repeats: int) -> list[float]:
-    """Microseconds of each replay of what `run` launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large device-to-device copy."""
-    source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    times = time_graph(lambda: torch.mul(source, 1.0, out=target), 15)
-    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-6)
 
 
 def measure(case: Case, op: FusedOps, bandwidth: float) -> dict[str, object]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from loraplex.backends.lora.contract import (
     apply_lora,
 )
 from loraplex.backends.registry import resolve
+from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 from loraplex.entrypoints.bench.svg import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
@@ -202,34 +202,6 @@ def make_batch(slots: list[int]) -> LoRABatch:
         segment_starts=np.array([*starts, len(slots)], dtype=np.int32),
         segment_slots=in_order[starts].astype(np.int32),
     )
-
-
-def time_graph(run: Callable[[], None], repeats: int) -> list[float]:
-    """Microseconds of each replay of what `run` launches."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large device-to-device copy."""
-    source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    times = time_graph(lambda: torch.mul(source, 1.0, out=target), 15)
-    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-6)
 
 
 def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> dict[str, object]:
