@@ -106,7 +106,13 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
             min(WARM_UP_ROWS, config.scheduler.max_num_batched_tokens),
             min(TYPICAL_RANK, config.memory.max_lora_rank),
         )
-        progress(runner.capture_graphs(config.graph))
+        try:
+            progress(runner.capture_graphs(config.graph))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"GPU memory ran out while CUDA graphs were captured ({error}); lower "
+                "gpu_memory_utilization, raise graph_bytes, or set enforce_eager"
+            ) from error
     typical = num_adapter_pages(
         [dict.fromkeys(range(len(MODULES)), TYPICAL_RANK)], target.shapes, shape.page_elems
     )
