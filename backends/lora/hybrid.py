@@ -2,8 +2,8 @@
 
 BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
 adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl). Where
-no graph is replayed, a Triton launch costs the CPU several times what BGMV's own launcher does, and
-a step of up to MAX_EAGER_BGMV_ROWS is short enough to wait for it.
+no graph is replayed the CPU launches each kernel, and a step of up to MAX_EAGER_BGMV_ROWS may be
+too short for Triton's launches; BGMV's launcher does less. The bound is reasoned, not measured.
 """
 
 import torch
