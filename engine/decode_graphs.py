@@ -73,10 +73,6 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
-
-    @property
     def max_rows(self) -> int:
         """Rows of the largest graph; 0: there is none."""
         return max(self._sizes, default=0)
@@ -105,7 +101,7 @@ class DecodeGraphs:
                 break
         seconds = time.perf_counter() - started_at
         return (
-            f"captured {self.num_graphs} CUDA graphs of {self._sizes[0]} to {self.max_rows} rows "
+            f"captured {len(self._graphs)} CUDA graphs of {self._sizes[0]} to {self.max_rows} rows "
             f"in {seconds:.1f} s and {used >> 20} MiB{why}"
         )
 
@@ -123,15 +119,16 @@ class DecodeGraphs:
     def plan(
         self,
         size: int,
+        kind: str,
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
         lora_batch: LoRABatch,
     ) -> None:
-        """Hand a decode step to the graph of `size` rows, which comes from `fit`."""
+        """Hand a decode step to a graph, whose size comes from `fit` and whose kind from
+        `kind_of`."""
         self._upload(inputs)
         self._attention.plan_graph(attention_batch, size)
-        if not lora_batch.is_empty:
-            kind = self._lora.kind_of(lora_batch)
+        if kind != BASE:
             self._lora.plan(table=self._lora_table, batch=lora_batch, kind=kind)
 
     def replay(self, size: int, kind: str) -> torch.Tensor:

@@ -146,7 +146,7 @@ class ModelRunner:
         if self._graphs is not None and rows.is_decode:
             kind = self._graphs.kind_of(lora_batch)
             if size := self._graphs.fit(len(rows.slots), kind):
-                self._graphs.plan(size, inputs, attention_batch, lora_batch)
+                self._graphs.plan(size, kind, inputs, attention_batch, lora_batch)
                 step.start(self._describe("graph", lora_batch))
                 logits = self._graphs.replay(size, kind)[: len(rows.slots)]
                 self._sample(rows, logits, sampling, output)
@@ -215,7 +215,7 @@ class ModelRunner:
         if len(wanted) < len(chosen):
             index = self._staging.upload({"wanted": wanted})["wanted"]
             logits, chosen = logits.index_select(0, index), chosen.index_select(0, index)
-        return score(logits.float(), chosen, num_best)
+        return score(logits, chosen, num_best)
 
     def _score_prompts(self, rows: StepRows, hidden: torch.Tensor, output: StepOutput) -> None:
         """Log-probabilities of the prompt tokens that follow the fed ones, where asked for."""
@@ -229,5 +229,5 @@ class ModelRunner:
                 stop = min(at + PROMPT_SCORE_ROWS, end)
                 logits = self._model.logits(hidden[start + at - first : start + stop - first])
                 targets = self.states.token_ids[slot, at:stop].long()
-                scores = score(logits.float(), targets, num_best)
+                scores = score(logits, targets, num_best)
                 output.prompts.append(ScoredPrompt(slot, at, num_best, scores))

@@ -14,6 +14,7 @@ import torch
 from loraplex.backends.attention.contract import AttentionSpec
 from loraplex.backends.attention.flashinfer_jit import build_errors, jit_spec, module_key
 from loraplex.backends.attention.paged_rows import PagedRows
+from loraplex.backends.staging import PinnedRing
 
 logger = logging.getLogger("loraplex")
 
@@ -21,44 +22,27 @@ NO_WINDOW, NO_SOFT_CAP, NO_FIXED_SPLIT = -1, 0.0, -1
 CUDA_CORE_GROUPS = (1, 2, 3)
 """Query heads a KV head for which decode has kernels on CUDA cores and uses them: from 4 on, tensor
 cores were measured to be faster."""
-NUM_PINNED = 4
 
 
 class PlanMemory:
     """What a module's plans write and its kernels read, besides the rows themselves.
 
     The library fills a page-locked buffer on the CPU and queues a copy to the device from it.
-    `take` hands out another buffer each time, and none whose copy may still be waiting.
 
     Attributes:
         floats: scratch of split sequences; may be shared by all modules of one stream.
         ints: the plan on the device, overwritten in stream order.
+        pinned: the buffers on the CPU.
     """
 
     def __init__(self, floats: torch.Tensor, num_int_bytes: int) -> None:
         self.floats = floats
         self.ints = torch.zeros(num_int_bytes, dtype=torch.uint8, device=floats.device)
-        self._is_cuda = floats.device.type == "cuda"
-        self._pinned = [
-            torch.empty(num_int_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
-            for _ in range(NUM_PINNED)
-        ]
-        self._copied: list[torch.cuda.Event | None] = [None] * NUM_PINNED
-        self._next = 0
+        self.pinned = PinnedRing(floats.device)
 
     def take(self) -> torch.Tensor:
-        copied = self._copied[self._next]
-        if copied is not None:
-            copied.synchronize()
-        return self._pinned[self._next]
-
-    def mark_copied(self) -> None:
-        """To be called once the copy from the buffer last taken is queued."""
-        if self._is_cuda:
-            event = self._copied[self._next] or torch.cuda.Event()
-            event.record()
-            self._copied[self._next] = event
-        self._next = (self._next + 1) % NUM_PINNED
+        """The buffer for the next plan, as long as `ints`; then `pinned.mark_copied()`."""
+        return self.pinned.take(self.ints.numel())[: self.ints.numel()]
 
 
 class Module(Protocol):
@@ -117,7 +101,7 @@ class PrefillModule:
         info = self._module.plan(
             memory.floats, memory.ints, pinned, *starts, *sizes, *heads, *arguments
         )
-        memory.mark_copied()
+        memory.pinned.mark_copied()
         return info
 
     def run(
@@ -197,7 +181,7 @@ class DecodeModule:
             self._empty,
             self._empty,
         )
-        memory.mark_copied()
+        memory.pinned.mark_copied()
         return info
 
     def run(

@@ -89,12 +89,11 @@ class CupyBGMV:
         self._pdl = properties.major >= 9
         self._kernels = {(k, g): self._compile(k, g) for k in _KINDS for g in spec.groups}
         self._v_row_stride = 3 * spec.max_rank
-        self._v_rows = max(spec.max_num_tokens, 512)
+        self._capacity = max(spec.max_num_tokens, GRAPH_ROWS)
         self._v = torch.empty(
-            self._v_rows * self._v_row_stride, dtype=torch.float32, device=spec.device
+            self._capacity * self._v_row_stride, dtype=torch.float32, device=spec.device
         )
         self._items_per_row = -(-spec.max_rank // ITEM_RANKS)
-        self._capacity = max(spec.max_num_tokens, GRAPH_ROWS)
         num_bytes = 16 + self._capacity * (16 * self._items_per_row + 16 + 4)
         self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
         self._staging = Staging(spec.device)
@@ -155,7 +154,7 @@ class CupyBGMV:
         )  # fmt: skip
         integers = (
             0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1), 0,
-            self._v_rows, self._v_row_stride, self._spec.max_rank,
+            self._capacity, self._v_row_stride, self._spec.max_rank,
         )  # fmt: skip
         shrink = Launch(
             kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,

@@ -2,8 +2,8 @@
 
 BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
 adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl). Where
-no graph is replayed the CPU launches each kernel, and a step of up to MAX_EAGER_BGMV_ROWS may be
-too short for Triton's launches; BGMV's launcher does less. The bound is reasoned, not measured.
+no graph is replayed the CPU launches each kernel, and BGMV's launcher does less than Triton's; so
+BGMV takes all eager steps of few rows (compare benchmarks/results/variants_h200.jsonl).
 """
 
 import torch
@@ -12,7 +12,7 @@ from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASp
 
 SGMV_ROWS = 8
 """Rows an adapter, on average, from which SGMV runs."""
-MAX_EAGER_BGMV_ROWS = 1024
+MAX_EAGER_BGMV_ROWS = 512
 
 
 class HybridLoRA:

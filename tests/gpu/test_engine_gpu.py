@@ -184,8 +184,6 @@ def test_preemption(oracles):
 
 @pytest.mark.parametrize(("attention", "lora"), BACKENDS)
 def test_backends(oracles, attention, lora):
-    if not oracles.path or "qwen" in oracles.path:
-        pytest.skip("backends are compared on one model")
     for op, name in (("attention", attention), ("lora", lora)):
         reason = next(b for b in registry.list_backends(op) if b.name == name).probe()
         if reason:

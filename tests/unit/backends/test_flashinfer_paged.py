@@ -31,7 +31,7 @@ class LoopModule:
     def plan(self, memory: PlanMemory, rows: PagedRows, *, for_graph: bool) -> list[int]:
         pinned = memory.take()
         assert pinned.numel() == memory.ints.numel()
-        memory.mark_copied()
+        memory.pinned.mark_copied()
         if not self.causal:
             self._check_decode_scratch(memory, rows)
         self.for_graph = for_graph
