@@ -31,7 +31,7 @@ class StepOutput:
 
 
 class PendingStep:
-    """`result` waits for the step; `is_done` does not."""
+    """`result` waits for the step."""
 
     def __init__(
         self, step_id: int, device: torch.device, previous: "PendingStep | None" = None
@@ -74,9 +74,6 @@ class PendingStep:
             self._end.record()
         else:
             self._seconds = time.perf_counter() - self._started_at
-
-    def is_done(self) -> bool:
-        return not self._is_cuda or self._end.query()
 
     def result(self) -> StepResult:
         if self._is_cuda:

@@ -5,8 +5,14 @@ CuPy's own launch cannot ask for programmatic dependent launch, and packs its ar
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 class _Attribute(ctypes.Structure):
@@ -63,7 +69,7 @@ class Launch:
         )
         self._config_address = ctypes.byref(self._config)
         self._function = ctypes.c_void_p(function)
-        self._launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        self._launch = _driver().cuLaunchKernelEx
 
     def __call__(self, num_blocks: int, stream: int) -> None:
         """Enqueue on a raw stream. Raises RuntimeError if the driver refuses."""

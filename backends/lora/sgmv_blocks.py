@@ -9,7 +9,6 @@ from typing import Literal
 from loraplex.backends.lora.sgmv_tuned import TUNED
 
 Regime = Literal["decode", "prefill"]
-Kernel = Literal["shrink", "expand"]
 
 RANK_CLASSES = (16, 32, 64, 256)
 """A prefill takes the first class that its largest rank does not pass; a decode step the first,
