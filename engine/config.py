@@ -73,6 +73,27 @@ class GraphConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """Records of what each step costs; off unless a directory is named."""
+
+    profile_dir: str = field(
+        default="", metadata={"help": "write a line for each step here, and timelines if asked for"}
+    )
+    profile_steps: int = field(
+        default=0, metadata={"help": "steps of a timeline (of torch.profiler); 0: none"}
+    )
+    profile_every: int = field(
+        default=500, metadata={"help": "steps from one timeline to the next"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.profile_steps < 0 or self.profile_every < 1:
+            raise ValueError("profile_steps must not be negative, profile_every must be positive")
+        if self.profile_steps and not self.profile_dir:
+            raise ValueError("profile_steps needs profile_dir, where timelines are written")
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """Which adapters are known at start and from where more may come."""
 
@@ -126,6 +147,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     num_workers: int = field(

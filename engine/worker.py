@@ -10,6 +10,7 @@ import torch
 from loraplex.engine.adapter_loader import AdapterLoader, Load
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.pending_step import PendingStep
+from loraplex.engine.step_profile import StepProfile
 from loraplex.engine.worker_setup import set_up
 from loraplex.memory.page_copier import make_page_copier
 from loraplex.scheduler.plan import (
@@ -17,6 +18,7 @@ from loraplex.scheduler.plan import (
     InspectAdapter,
     LoadAdapter,
     StepPlan,
+    StepResult,
     UnloadAdapter,
     WorkerCommand,
     WorkerEvent,
@@ -51,6 +53,8 @@ class Worker:
         started_at = time.perf_counter()
         self._wakeup = wakeup
         self._parts = parts = set_up(config, rank, progress)
+        profiled = bool(config.profile.profile_dir)
+        self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()
         self._loader = AdapterLoader(
             target=parts.target,
@@ -83,11 +87,7 @@ class Worker:
         """Begin a command. What comes of it is in `events`, of steps in the order of the plans."""
         match command:
             case StepPlan():
-                step = self._parts.runner.launch(command)
-                if self._parts.device.type == "cuda":
-                    self._steps.put(step)
-                else:
-                    self._events.put(step.result())
+                self._run(command)
             case InspectAdapter():
                 self._loader.inspect(command)
             case LoadAdapter():
@@ -98,6 +98,16 @@ class Worker:
                 self._loader.drop(command.content_hash)
             case _:
                 raise TypeError(f"a worker has no use for {type(command).__name__}")
+
+    def _run(self, plan: StepPlan) -> None:
+        started_at = time.perf_counter()
+        step = self._parts.runner.launch(plan)
+        if self._profile is not None:
+            self._profile.launched(plan, started_at)
+        if self._parts.device.type == "cuda":
+            self._steps.put(step)
+        else:
+            self._events.put(step.result())
 
     def events(self, timeout_s: float = 0.0) -> list[WorkerEvent]:
         """All that has come since the last call; waits up to `timeout_s` for a first one."""
@@ -111,12 +121,17 @@ class Worker:
                 return events
             if isinstance(item, BaseException):
                 raise item
-            events.append(self._loader.finish(item) if isinstance(item, Load) else item)
+            event = self._loader.finish(item) if isinstance(item, Load) else item
+            if self._profile is not None and isinstance(event, StepResult):
+                self._profile.finished(event)
+            events.append(event)
 
     def close(self) -> None:
         """Stop the threads; reads that have not begun are dropped."""
         self._loader.close()
         self._steps.put(None)
+        if self._profile is not None:
+            self._profile.close()
 
     def _await_steps(self) -> None:
         _enter_thread(self._parts.device)

@@ -1,5 +1,6 @@
 """``python -m loraplex.engine.worker_proc``: the process of one worker, the owner of one GPU."""
 
+import gc
 import sys
 from typing import Protocol
 
@@ -33,6 +34,8 @@ def run(child: Child) -> None:
     worker = Worker(
         child.start.config, child.start.index, wakeup=child.wakeup.set, progress=child.progress
     )
+    gc.collect()
+    gc.freeze()  # what start-up made stays: later collections pass it over
     serve(child, worker)
 
 

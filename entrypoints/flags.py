@@ -23,6 +23,7 @@ GROUPS = {
     "scheduler": "scheduler",
     "backend": "backends",
     "graph": "CUDA graphs",
+    "profile": "profiling",
     "server": "server",
 }
 """Title in --help of each part of EngineConfig. `num_workers` becomes a flag when it may vary."""

@@ -52,6 +52,9 @@ class LLMOptions(TypedDict, total=False):
     enforce_eager: bool
     graph_bytes: int
     graph_seconds: float
+    profile_dir: str
+    profile_steps: int
+    profile_every: int
     lora_backend: str
     attention_backend: str
     fused_backend: str
@@ -60,7 +63,7 @@ class LLMOptions(TypedDict, total=False):
     tensor_parallel_size: int
 
 
-_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "graph")
+_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "graph", "profile")
 _ALIASES = {"max_loras": "max_adapter_slots"}
 _ELSEWHERE = {
     "block_size": "use block_tokens",
