@@ -84,8 +84,10 @@ class Setup:
         )
         self.table = AdapterTable(target, NUM_SLOTS, device)
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.copier = StreamPageCopier(pool)
+        self.marks = [self.copier.mark()] * NUM_SLOTS
         self.loader = AdapterLoader(
-            target=target, table=self.table, copier=StreamPageCopier(pool), host_bytes=host_bytes,
+            target=target, table=self.table, copier=self.copier, host_bytes=host_bytes,
             report=self._take, enter_thread=lambda: torch.cuda.set_device(device),
         )  # fmt: skip
         order = torch.randperm(pool.num_pages - 1)[: NUM_SLOTS * PAGES_EACH] + 1
@@ -110,14 +112,13 @@ class Setup:
             self.reports.put(item)
 
     def begin(self) -> None:
-        """Put the next adapter where the oldest is; `free_slots` must not be empty."""
+        """Load the next adapter into what has been free for longest; `free_slots` must not be
+        empty."""
         slot, index = self.free_slots.popleft(), next(self.turn) % len(self.paths)
-        self.loader.unload(slot)
-        self.loader.load(
-            LoadAdapter(
-                slot, self.hashes[index], str(self.paths[index]), int_array(self.pages[slot])
-            )
+        command = LoadAdapter(
+            slot, self.hashes[index], str(self.paths[index]), int_array(self.pages[slot])
         )
+        self.loader.load(command, self.marks[slot])
 
     def finish(self, timeout_s: float | None = None) -> float:
         """Take in one load; returns its milliseconds.
@@ -131,6 +132,8 @@ class Setup:
         assert isinstance(item, Load)
         loaded = self.loader.finish(item)
         assert not loaded.error, loaded
+        self.loader.unload(loaded.adapter_slot)
+        self.marks[loaded.adapter_slot] = self.copier.mark()
         self.free_slots.append(loaded.adapter_slot)
         return loaded.load_us / 1e3
 
@@ -156,7 +159,7 @@ def time_copies(pool: PagePool, num_loads: int) -> dict[str, float]:
         mark = copier.mark()
         for turn in range(num_loads):
             data = packed[turn % len(packed)].view(NUM_LAYERS, -1)
-            mark = copier.copy(data, pages[turn % NUM_SLOTS], after=mark, then=lambda ids: None)
+            mark = copier.copy(data, pages[turn % NUM_SLOTS], after=[mark], then=lambda ids: None)
         mark.synchronize()
 
     def rate(run: Callable[[], None]) -> float:

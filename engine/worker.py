@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.pending_step import PendingStep
 from loraplex.engine.step_profile import StepProfile
 from loraplex.engine.worker_setup import set_up
-from loraplex.memory.page_copier import make_page_copier
+from loraplex.memory.page_copier import Mark, make_page_copier
 from loraplex.scheduler.plan import (
     DropAdapter,
     InspectAdapter,
@@ -25,6 +26,9 @@ from loraplex.scheduler.plan import (
     WorkerReady,
     int_array,
 )
+
+NUM_MARKS = 8
+"""Ends of the last steps that are remembered: more than are ever in flight."""
 
 
 class Worker:
@@ -56,10 +60,12 @@ class Worker:
         profiled = bool(config.profile.profile_dir)
         self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()
+        self._copier = make_page_copier(parts.pool)
+        self._marks: deque[tuple[int, Mark]] = deque(maxlen=NUM_MARKS)
         self._loader = AdapterLoader(
             target=parts.target,
             table=parts.table,
-            copier=make_page_copier(parts.pool),
+            copier=self._copier,
             host_bytes=config.memory.adapter_host_bytes,
             report=self._report,
             enter_thread=lambda: _enter_thread(parts.device),
@@ -91,7 +97,7 @@ class Worker:
             case InspectAdapter():
                 self._loader.inspect(command)
             case LoadAdapter():
-                self._loader.load(command)
+                self._loader.load(command, self._mark_of(command.after_step))
             case UnloadAdapter():
                 self._loader.unload(command.adapter_slot)
             case DropAdapter():
@@ -99,11 +105,19 @@ class Worker:
             case _:
                 raise TypeError(f"a worker has no use for {type(command).__name__}")
 
+    def _mark_of(self, step_id: int) -> Mark:
+        """A point that is reached once the step has run, and no sooner."""
+        for marked_id, mark in self._marks:
+            if marked_id >= step_id:
+                return mark
+        return self._copier.mark()
+
     def _run(self, plan: StepPlan) -> None:
         started_at = time.perf_counter()
         step = self._parts.runner.launch(plan)
         if self._profile is not None:
             self._profile.launched(plan, started_at)
+        self._marks.append((plan.step_id, self._copier.mark()))
         if self._parts.device.type == "cuda":
             self._steps.put(step)
         else:

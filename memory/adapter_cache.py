@@ -4,6 +4,7 @@ An adapter is known by the hash of its content, so equal adapters under several 
 set of pages. Its adapter slot is its row in the workers' table of resident adapters.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,6 +28,9 @@ class CachedAdapter:
     load_cost_ns: int = 0
     residency: Residency = Residency.LOADING
     num_pins: int = 0
+    num_planned: int = 0
+    """Steps planned when the last user of it ended or, until it has one, the last user of what was
+    in its slot and pages before."""
     last_use: float = 0.0
 
     @property
@@ -41,7 +45,8 @@ class AdapterCache:
         self._blocks = blocks
         self._clock = clock
         self._max_slots = max_slots
-        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._free_slots = deque(range(max_slots))  # handed out first: what was freed first
+        self._num_planned_at_release = [0] * max_slots
         self._adapters: dict[str, CachedAdapter] = {}
         self._idle = IdleHeap()
         self._num_idle_pages = 0
@@ -77,12 +82,16 @@ class AdapterCache:
         if not self._free_slots:
             raise IntegrityError("no adapter slot is free")
         page_ids = self._blocks.allocate(Owner.ADAPTER, num_pages)
+        slot = self._free_slots.popleft()
         adapter = CachedAdapter(
             content_hash,
-            self._free_slots.pop(),
+            slot,
             page_ids,
             load_cost_ns=load_cost_ns(num_bytes),
             last_use=now,
+            num_planned=max(
+                self._blocks.num_planned_at_release(page_ids), self._num_planned_at_release[slot]
+            ),
         )
         self._adapters[content_hash] = adapter
         return adapter
@@ -109,6 +118,7 @@ class AdapterCache:
         if not adapter.num_pins:
             raise IntegrityError(f"adapter {content_hash} unpinned without a pin")
         adapter.num_pins -= 1
+        adapter.num_planned = self._blocks.num_planned
         adapter.last_use = now
         if adapter.is_idle:
             self._make_idle(adapter)
@@ -122,8 +132,9 @@ class AdapterCache:
             self._unmake_idle(adapter)
         del self._adapters[content_hash]
         for page_id in reversed(adapter.page_ids):
-            self._blocks.release(page_id)
+            self._blocks.release(page_id, num_planned=adapter.num_planned)
         self._free_slots.append(adapter.slot)
+        self._num_planned_at_release[adapter.slot] = adapter.num_planned
         return adapter.slot
 
     def first_idle(self) -> tuple[Priority, str] | None:
@@ -147,7 +158,7 @@ class AdapterCache:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every slot is free or used once and idleness is exact."""
-        slots = self._free_slots + [adapter.slot for adapter in self._adapters.values()]
+        slots = [*self._free_slots] + [adapter.slot for adapter in self._adapters.values()]
         if sorted(slots) != list(range(self._max_slots)):
             raise IntegrityError("an adapter slot is lost or used twice")
         idle = {key for key, adapter in self._adapters.items() if adapter.is_idle}

@@ -5,7 +5,8 @@ nobody owns. Integers only: the page's bytes live in the worker's pool.
 """
 
 from array import array
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
@@ -35,16 +36,22 @@ class BlockManager:
 
     A page with references is pinned. A KV page holds one reference for each request whose page
     table lists it, an adapter's page exactly one; free pages and idle prefix blocks hold none.
+
+    Attributes:
+        num_planned: steps planned so far, kept by the scheduler: a page that is released now may
+            be in use by the last of them.
     """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 2:
             raise ValueError(f"a pool needs at least 2 pages (page 0 is reserved), got {num_pages}")
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, 0, -1))  # a stack: low ids are handed out first
+        self._free = deque(range(1, num_pages))  # handed out first: what was freed first
         self._owners = bytearray(num_pages)
         self._ref_counts = array("i", bytes(4 * num_pages))
         self._num_owned = [num_pages - 1, 0, 0, 0]
+        self.num_planned = 0
+        self._num_planned_at_release = array("q", bytes(8 * num_pages))
 
     @property
     def num_free(self) -> int:
@@ -72,12 +79,16 @@ class BlockManager:
         free = self._free
         if num_pages > len(free):
             raise OutOfPagesError(f"{num_pages} pages asked for, {len(free)} free")
-        page_ids = [free.pop() for _ in range(num_pages)]
+        page_ids = [free.popleft() for _ in range(num_pages)]
         for page_id in page_ids:
             self._owners[page_id] = owner
             self._ref_counts[page_id] = 1
         self._move(_FREE, owner, num_pages)
         return page_ids
+
+    def num_planned_at_release(self, page_ids: Sequence[int]) -> int:
+        """How many steps were planned when the last user of any of these pages ended."""
+        return max(map(self._num_planned_at_release.__getitem__, page_ids), default=0)
 
     def share(self, page_id: int) -> None:
         """Add a reference to a KV page; an idle prefix block is a KV page again."""
@@ -89,10 +100,13 @@ class BlockManager:
             raise IntegrityError(f"page {page_id} of {Owner(owner).name} cannot be shared")
         self._ref_counts[page_id] += 1
 
-    def release(self, page_id: int, *, keep: bool = False) -> bool:
+    def release(self, page_id: int, *, keep: bool = False, num_planned: int | None = None) -> bool:
         """Drop one reference; True if it was the last.
 
         The page is free then or, with `keep`, an idle prefix block.
+
+        Args:
+            num_planned: how many steps were planned when its last user ended, if that was before.
         """
         count = self._ref_counts[page_id] - 1
         if count < 0:
@@ -100,6 +114,8 @@ class BlockManager:
         self._ref_counts[page_id] = count
         if count:
             return False
+        planned = self.num_planned if num_planned is None else num_planned
+        self._num_planned_at_release[page_id] = planned
         owner = self._owners[page_id]
         if keep:
             if owner != _KV:

@@ -209,6 +209,7 @@ class Admission:
                 content_hash=record.content_hash,
                 path=record.path,
                 page_ids=int_array(adapter.page_ids),
+                after_step=adapter.num_planned - 1,
             )
         )
 

@@ -132,6 +132,7 @@ class LoadAdapter:
     content_hash: str
     path: str  # where to read it again if the host store dropped it
     page_ids: "array[int]"
+    after_step: int = -1  # the last that may use the slot or the pages for what they held before
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,7 @@ class Scheduler:
         if not step.requests:
             return None
         self._num_planned += 1
+        self._memory.blocks.num_planned = self._num_planned
         self._stats.num_scheduled_tokens += sum(step.num_tokens)
         self._in_flight.append(step)
         return step.finish(self._running.take_freed_slots())

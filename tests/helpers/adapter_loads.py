@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class SimulatedStreams:
         packed: torch.Tensor,
         page_ids: Sequence[int],
         *,
-        after: SimulatedEvent,
+        after: Sequence[SimulatedEvent],
         then: AfterPages,
     ) -> SimulatedEvent:
         ids, done = torch.tensor(page_ids), SimulatedEvent()
@@ -86,7 +87,7 @@ class SimulatedStreams:
             for layer, source in zip(self._pool.pages, per_layer, strict=True)
         ]
         with self._lock:
-            self._scatter += [after, *writes, lambda: then(ids), done.reached.set]
+            self._scatter += [*after, *writes, lambda: then(ids), done.reached.set]
         return done
 
     def advance(self, num_operations: int) -> None:
@@ -196,6 +197,7 @@ class LoadWorld:
             target=self.target, table=self.table, copier=copier, host_bytes=self.host_bytes,
             report=self.reports.put,
         )  # fmt: skip
+        self.mark = copier.mark
         self.paths, self.adapters, self.oracles = [], [], []
         for index in range(self.num_adapters):
             path = write_adapter(self.root / f"a{index}", TINY, rank=1 + index % 8, seed=index)
@@ -206,11 +208,13 @@ class LoadWorld:
         self.free_pages = list(range(1, self.num_pages))
         self.free_slots = list(range(self.num_slots))
         self.next_value = 1.0
+        self.marks = [copier.mark()]
+        self.last_launch: dict[tuple[str, int], int] = {}  # of a slot or page: index into marks
 
     def act(self) -> None:
         actions = (self.load, self.load, self.unload, self.write_kv, self.free_kv, self.check)
         self.rng.choice(actions)()
-        self.streams.advance(self.rng.randrange(12))
+        self.streams.advance(self.rng.randrange(20))
         self.poll()
 
     def load(self) -> None:
@@ -225,7 +229,25 @@ class LoadWorld:
             placed.slot, adapter.content_hash, str(self.paths[index]), int_array(placed.page_ids)
         )
         self.loading.append(placed)
-        self.loader.load(placed.command)
+        self.loader.load(placed.command, self._mark_of(placed))
+
+    def _mark_of(self, placed: Placed) -> Any:
+        """Behind all that was launched on its slot and pages; None: behind all that was launched.
+
+        A worker knows the former from the scheduler."""
+        if self.rng.random() < 0.2:
+            return None
+        keys = [("slot", placed.slot), *(("page", page_id) for page_id in placed.page_ids)]
+        numbers = [self.last_launch[key] for key in keys if key in self.last_launch]
+        return self.marks[max(numbers, default=0)]
+
+    def _launch(
+        self, function: Callable[[], Any], *, slot: int = -1, page_ids: Sequence[int] = ()
+    ) -> None:
+        self.streams.launch(function)
+        self.marks.append(self.mark())
+        used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
+        self.last_launch.update(dict.fromkeys(used, len(self.marks) - 1))
 
     def unload(self) -> None:
         candidates = [placed for placed in self.loading if not placed.is_unloaded]
@@ -236,7 +258,8 @@ class LoadWorld:
             placed.is_unloaded = True
             self.resident.pop(placed.slot, None)
             self.loader.unload(placed.slot)
-            self._check_row(placed.slot, torch.zeros_like(self.oracles[0].rank))
+            if self.rng.random() < 0.5:  # else the clearing of its row is the last that uses it
+                self._check_row(placed.slot, torch.zeros_like(self.oracles[0].rank))
             self.free_slots.append(placed.slot)
             self.free_pages += placed.page_ids
 
@@ -247,7 +270,8 @@ class LoadWorld:
             self.next_value = self.next_value % 100 + 1
             self.kv.append(kv)
             ids = self._ids(kv.page_ids)
-            self.streams.launch(lambda: self.pool.pages.index_fill_(1, ids, kv.value))
+            write = partial(self.pool.pages.index_fill_, 1, ids, kv.value)
+            self._launch(write, page_ids=kv.page_ids)
 
     def free_kv(self) -> None:
         if self.kv:
@@ -323,14 +347,14 @@ class LoadWorld:
             self.bad[0] += (got != want).any()
             self.bad[1] += (self.table.table.page_table[slot, : len(ids)] != ids).any()
 
-        self.streams.launch(check)
+        self._launch(check, slot=slot, page_ids=placed.page_ids)
         self._check_row(slot, oracle.rank)
 
     def _check_row(self, slot: int, rank: torch.Tensor) -> None:
         def check() -> None:
             self.bad[1] += (self.table.table.rank[..., slot] != rank).any()
 
-        self.streams.launch(check)
+        self._launch(check, slot=slot)
 
     def _check_kv(self, kv: KvPages) -> None:
         ids = self._ids(kv.page_ids)
@@ -338,7 +362,7 @@ class LoadWorld:
         def check() -> None:
             self.bad[2] += (self.pool.pages.index_select(1, ids) != kv.value).any()
 
-        self.streams.launch(check)
+        self._launch(check, page_ids=kv.page_ids)
 
     def _ids(self, page_ids: list[int]) -> torch.Tensor:
         """On the device, without a wait for it."""

@@ -149,6 +149,7 @@ class FakeWorker:
         self.max_host = max_host
         self.host: OrderedDict[str, int] = OrderedDict()  # content -> pages
         self._evicted: list[AdapterEvicted] = []
+        self._last_use: dict[tuple[str, int], int] = {}  # of a page or adapter slot: its last step
         self._rows: list[list[object]] = [[None] * block_tokens for _ in range(num_pages)]
 
     # Adapters
@@ -174,6 +175,9 @@ class FakeWorker:
         assert 0 <= slot < self.max_adapter_slots
         assert slot not in self._adapters, f"adapter slot {slot} is taken"
         self._check_pages(page_ids)
+        used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
+        last_use = max(self._last_use.get(key, -1) for key in used)
+        assert last_use <= command.after_step, "steps in flight use its pages"
         for index, page_id in enumerate(page_ids):
             self._rows[page_id] = [("adapter", command.content_hash, index)] * self.block_tokens
         self.num_loads += 1
@@ -290,6 +294,7 @@ class FakeWorker:
         assert slot.num_fed in (-1, position), "positions are not contiguous"
         assert end <= len(slot.token_ids), "a token is fed that nobody knows"
         assert end <= len(slot.page_ids) * self.block_tokens, "no page for a token"
+        self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in slot.page_ids)
         if slot.adapter_slot >= 0:
             self._check_weights(slot)
         for past in range(position):
@@ -306,6 +311,8 @@ class FakeWorker:
 
     def _check_weights(self, slot: _Slot) -> None:
         content, page_ids = self._adapters[slot.adapter_slot]
+        self._last_use["slot", slot.adapter_slot] = self.num_steps - 1
+        self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in page_ids)
         assert content == slot.content, "the adapter slot holds another adapter now"
         for index, page_id in enumerate(page_ids):
             expected = [("adapter", content, index)] * self.block_tokens

@@ -130,3 +130,27 @@ def test_random_use_keeps_the_books(data: st.DataObject) -> None:
             blocks.discard(page)
             del model[page]
         blocks.check_integrity((page, *held) for page, held in model.items())
+
+
+def test_a_page_remembers_how_many_steps_were_planned_when_it_was_released() -> None:
+    blocks = BlockManager(6)
+    pages = blocks.allocate(Owner.KV, 3)
+    assert blocks.num_planned_at_release(pages) == 0
+    for count, page_id in zip((4, 7, 9), pages, strict=True):
+        blocks.num_planned = count
+        blocks.release(page_id, keep=page_id == pages[0])
+    blocks.num_planned = 12
+    blocks.discard(pages[0])  # nobody has used it since it became idle
+    assert [blocks.num_planned_at_release([page_id]) for page_id in pages] == [4, 7, 9]
+    assert blocks.num_planned_at_release(pages) == 9
+    (other,) = blocks.allocate(Owner.ADAPTER, 1)
+    blocks.release(other, num_planned=5)
+    assert blocks.num_planned_at_release([other]) == 5
+
+
+def test_pages_freed_first_are_handed_out_first() -> None:
+    blocks = BlockManager(5)
+    pages = blocks.allocate(Owner.KV, 4)
+    for page_id in (pages[2], pages[0], pages[3]):
+        blocks.release(page_id)
+    assert blocks.allocate(Owner.KV, 3) == [pages[2], pages[0], pages[3]]
