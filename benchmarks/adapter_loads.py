@@ -159,7 +159,7 @@ def time_copies(pool: PagePool, num_loads: int) -> dict[str, float]:
         mark = copier.mark()
         for turn in range(num_loads):
             data = packed[turn % len(packed)].view(NUM_LAYERS, -1)
-            mark = copier.copy(data, pages[turn % NUM_SLOTS], after=[mark], then=lambda ids: None)
+            mark = copier.copy(data, pages[turn % NUM_SLOTS], after=mark, then=lambda ids: None)
         mark.synchronize()
 
     def rate(run: Callable[[], None]) -> float:

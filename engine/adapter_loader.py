@@ -54,7 +54,7 @@ class Load:
     until the load is reported."""
 
     command: LoadAdapter
-    after: list[Mark]  # what used the pages and the slot before
+    after: Mark  # what used the pages and the slot before
     started_at: float = field(default_factory=time.perf_counter)
     adapter: PackedAdapter | None = None  # pinned in the host store until the copy has ended
     from_host: bool = False
@@ -92,7 +92,6 @@ class AdapterLoader:
         self._store = HostStore(host_bytes, pin_memory=target.pin_memory)
         self._hashes = ContentHashes()
         self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
-        self._cleared: dict[int, Mark] = {}  # by adapter slot: where its row was cleared
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
@@ -115,9 +114,7 @@ class AdapterLoader:
             after: what used the pages and the slot before ends here; None: all that the compute
                 stream was given so far.
         """
-        load = Load(command, [after or self._copier.mark()])
-        if cleared := self._cleared.pop(command.adapter_slot, None):
-            load.after.append(cleared)
+        load = Load(command, after or self._copier.mark())
         self._loads[command.adapter_slot] = load
         load.adapter = self._store.pin(command.content_hash)
         if load.adapter is not None:
@@ -140,7 +137,6 @@ class AdapterLoader:
             if mark is not None:
                 self._copier.hold(mark)
         self._table.clear(adapter_slot)
-        self._cleared[adapter_slot] = self._copier.mark()
 
     def drop(self, content_hash: str) -> None:
         """Free its host memory, once the loads under way are done with it."""

@@ -62,10 +62,18 @@ class AdapterTable:
         self.table.host_page_table[slot, : len(page_ids)] = page_ids
 
     def clear(self, slot: int) -> None:
-        """Rank 0 everywhere, on the device and the host: a row that still named the slot would get
-        nothing of anyone's."""
+        """Steps planned from now on may not name the slot. The device keeps the old row, which
+        steps in flight may read."""
         self._host_fields[..., slot].zero_()
-        self._fields[..., slot].zero_()
+        self.table.host_page_table[slot].zero_()
+
+    @staticmethod
+    def check(table: LoRATable, slots: npt.NDArray[np.int32]) -> None:
+        """Raise ValueError unless there is an adapter in every slot: a request must never be
+        answered by the base model, or by another's weights, in silence."""
+        empty = slots[table.host_page_table.numpy()[slots, 0] == 0]  # page 0 is nobody's
+        if len(empty):
+            raise ValueError(f"a step names adapter slots {empty.tolist()}, which are not loaded")
 
 
 def _by_name(fields: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:

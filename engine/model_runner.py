@@ -9,7 +9,7 @@ import torch
 from loraplex.backends.attention.contract import AttentionBatch
 from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
 from loraplex.backends.staging import Staging
-from loraplex.engine.adapter_table import group_rows
+from loraplex.engine.adapter_table import AdapterTable, group_rows
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.decode_graphs import MAX_GRAPH_ROWS, DecodeGraphs, DeviceInputs
 from loraplex.engine.forward_context import ForwardContext
@@ -137,6 +137,7 @@ class ModelRunner:
             page_table=self.states.page_table[rows.slots, :num_pages],
         )
         lora_batch = group_rows(self.states.adapter_slots[rows.slots], rows.num_tokens)
+        AdapterTable.check(self._lora_table, lora_batch.segment_slots)
         inputs = token_inputs(
             rows,
             self.states.page_table,

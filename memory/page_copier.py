@@ -9,8 +9,8 @@ several of them and the link sees a few large transfers, never one a page.
 Ordering, where "load" is one call of `copy`:
 
 - Its pages may still be in use by a step that was launched before it was asked for. The caller
-  names marks of the compute stream behind that step, and the scatter stream waits for them; for
-  pages that are long free they are reached already. Transfers to the ring need no such wait.
+  names a mark of the compute stream behind that step, and the scatter stream waits for it; for
+  pages that are long free it is reached already. Transfers to the ring need no such wait.
 - Loads scatter in the order of `copy`, on one stream: pages that pass from one load to the next,
   whether the first still runs or not, end with what the next one put there.
 - Steps may use the pages once the mark that `copy` returned is reached. The worker reports the load
@@ -61,7 +61,7 @@ class PageCopier(Protocol):
         packed: torch.Tensor,
         page_ids: Sequence[int],
         *,
-        after: Sequence[Mark],
+        after: Mark,
         then: AfterPages,
     ) -> Mark:
         """Enqueue one load; the mark is reached when it is done.
@@ -70,7 +70,7 @@ class PageCopier(Protocol):
             packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, pinned for a GPU;
                 to be kept unchanged until the mark is reached.
             page_ids: n of them.
-            after: the first write to the pages waits for all of them.
+            after: the first write to the pages waits for it.
             then: enqueues more that belongs to the load.
         """
         ...
@@ -102,11 +102,10 @@ class HostPageCopier:
         packed: torch.Tensor,
         page_ids: Sequence[int],
         *,
-        after: Sequence[Mark],
+        after: Mark,
         then: AfterPages,
     ) -> Mark:
-        for mark in after:
-            mark.synchronize()
+        after.synchronize()
         ids = torch.tensor(page_ids, dtype=torch.int64)
         self._pool.write_pages(ids, packed)
         then(ids)
@@ -154,18 +153,17 @@ class StreamPageCopier:
         packed: torch.Tensor,
         page_ids: Sequence[int],
         *,
-        after: Sequence[Mark],
+        after: Mark,
         then: AfterPages,
     ) -> torch.cuda.Event:
+        assert isinstance(after, torch.cuda.Event)
         if not packed.is_pinned():
             raise ValueError("an adapter to be copied to a GPU must lie in pinned memory")
         num_layers, _, page_words = self._pages.shape
         source = as_words(packed).view(num_layers, len(page_ids), page_words)
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._scatter):
-            for mark in after:
-                assert isinstance(mark, torch.cuda.Event)
-                self._scatter.wait_event(mark)
+            self._scatter.wait_event(after)
             ids = torch.tensor(page_ids, dtype=torch.int64).pin_memory()
             ids = ids.to(self._device, non_blocking=True)
             for layers, pages in chunks(num_layers, len(page_ids), self._pages_per_chunk):

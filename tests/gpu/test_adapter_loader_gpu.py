@@ -68,7 +68,7 @@ def test_pages_bit_for_bit_beside_steps_that_write_others(staging_bytes: int) ->
     others = torch.cat((order[120:], torch.zeros(1, dtype=torch.int64))).to(CUDA)
     marks = []
     for data, page_ids in zip(packed, own, strict=True):
-        marks.append(copier.copy(data, page_ids, after=[copier.mark()], then=nothing))
+        marks.append(copier.copy(data, page_ids, after=copier.mark(), then=nothing))
         for value in range(20):
             pool.pages.index_fill_(1, others, float(value))
     for mark in marks:
@@ -87,7 +87,7 @@ def test_offsets_beyond_32_bits() -> None:
     packed = make_packed(shape, 3, 5)
     copier = StreamPageCopier(pool, staging_bytes=64 << 20)
     assert len(list(chunks(3, 3, (64 << 20) // shape.page_bytes))) == 1
-    copier.copy(packed, page_ids, after=[copier.mark()], then=nothing).synchronize()
+    copier.copy(packed, page_ids, after=copier.mark(), then=nothing).synchronize()
     got = pool.pages[:, page_ids].cpu().view(torch.int16)
     assert torch.equal(got, packed.view(3, 3, -1).view(torch.int16))
     assert not pool.pages[:, 0].any() and not pool.pages[:, 2].any()
@@ -100,27 +100,27 @@ def test_a_load_waits_for_steps_before_it_and_holds_those_after_it() -> None:
     want = packed.view(3, 2, -1).view(torch.int16)
     ids = torch.tensor([5, 2], device=CUDA)
     # Once before, so that nothing below allocates: that may wait for the device.
-    copier.copy(packed, [5, 2], after=[copier.mark()], then=nothing).synchronize()
+    copier.copy(packed, [5, 2], after=copier.mark(), then=nothing).synchronize()
     pool.pages.index_select(1, ids)
     pool.pages.zero_()
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)  # a step that still reads the pages' old content ...
     before = pool.pages.index_select(1, ids)
-    mark = copier.copy(packed, [5, 2], after=[copier.mark()], then=nothing)
+    mark = copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
     assert not mark.query()
     torch.cuda.synchronize()
     assert not before.any()
     assert torch.equal(pool.pages[:, ids].cpu().view(torch.int16), want)
     torch.cuda._sleep(LONG)  # ... and pages taken from a load before it had its turn
-    mark = copier.copy(packed, [5, 2], after=[copier.mark()], then=nothing)
+    mark = copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
     copier.hold(mark)
     pool.pages.index_fill_(1, ids, 3.0)
     torch.cuda.synchronize()
     assert (pool.pages[:, ids] == 3.0).all()
     following = make_packed(PAGE_SHAPE, 2, 8)  # and by the next load
     torch.cuda._sleep(LONG)
-    copier.copy(packed, [5, 2], after=[copier.mark()], then=nothing)
-    copier.copy(following, [2, 5], after=[copier.mark()], then=nothing).synchronize()
+    copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
+    copier.copy(following, [2, 5], after=copier.mark(), then=nothing).synchronize()
     got = pool.pages[:, [2, 5]].cpu().view(torch.int16)
     assert torch.equal(got, following.view(3, 2, -1).view(torch.int16))
 
@@ -214,7 +214,7 @@ def test_store_is_pinned_and_copies_demand_it() -> None:
     assert packed.data.is_pinned()
     pool = PagePool(PAGE_SHAPE, 8, CUDA)
     copier = StreamPageCopier(pool)
-    copier.copy(packed.data, [3, 6], after=[copier.mark()], then=nothing).synchronize()
+    copier.copy(packed.data, [3, 6], after=copier.mark(), then=nothing).synchronize()
     assert (pool.pages[:, [3, 6]] == 2).all()
     with pytest.raises(ValueError, match="pinned memory"):
-        copier.copy(packed.data.clone(), [3, 6], after=[copier.mark()], then=nothing)
+        copier.copy(packed.data.clone(), [3, 6], after=copier.mark(), then=nothing)

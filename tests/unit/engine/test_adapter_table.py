@@ -55,11 +55,20 @@ def test_table_rows_come_and_go(device: str) -> None:
         table.write_device(slot, make_packed(value), torch.tensor(page_ids, device=device))
         assert torch.equal(table.table.host_rank, before)  # that is another thread's
         table.write_host(slot, make_packed(value), torch.tensor(page_ids, dtype=torch.int32))
+    table.check(table.table, np.array([1, 2, 2], dtype=np.int32))
     table.clear(2)
-    for name, want in (("rank", 2), ("a_start", 3), ("b_start", 4), ("scale", 1.0)):
-        got = getattr(table.table, name).cpu()
-        assert torch.equal(got, getattr(table.table, f"host_{name}"))
-        assert (got[..., 1] == want).all() and not got[..., [0, 2, 3]].any()
+    for name, want, old in (
+        ("rank", 2, 7),
+        ("a_start", 3, 8),
+        ("b_start", 4, 9),
+        ("scale", 1, 3.5),
+    ):
+        got, host = getattr(table.table, name).cpu(), getattr(table.table, f"host_{name}")
+        assert (got[..., 1] == want).all() and (host[..., 1] == want).all()
+        assert (got[..., 2] == old).all(), "steps in flight may read it"
+        assert not got[..., [0, 3]].any() and not host[..., [0, 2, 3]].any()
+    with pytest.raises(ValueError, match=r"\[2, 3\], which are not loaded"):
+        table.check(table.table, np.array([1, 2, 3], dtype=np.int32))
     assert table.table.page_table[1, 0] == 8 and table.table.host_page_table[1].sum() == 8
     assert addresses == [getattr(table.table, n).data_ptr() for n in ("rank", "page_table")]
 

@@ -99,7 +99,7 @@ def test_copy_on_a_cpu() -> None:
     pool = PagePool(SHAPE, 6, torch.device("cpu"))
     packed = torch.arange(3 * 2 * 256).view(3, 512).half()
     copier, told = make_page_copier(pool), []
-    mark = copier.copy(packed, [4, 1], after=[copier.mark()], then=lambda ids: told.append(ids))
+    mark = copier.copy(packed, [4, 1], after=copier.mark(), then=lambda ids: told.append(ids))
     mark.synchronize()
     copier.hold(mark)
     assert torch.equal(pool.pages[:, [4, 1]], packed.view(3, 2, 256))
