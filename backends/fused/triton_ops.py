@@ -17,6 +17,7 @@ from loraplex.backends.fused.kernels.layer import (
     rope_store_kv_kernel,
     silu_mul_kernel,
 )
+from loraplex.backends.triton_launch import TritonLaunch
 
 SILU_BLOCK = 1024
 HEADS_PER_PROGRAM = 8
@@ -54,6 +55,7 @@ class TritonFused:
         self._options: dict[str, Any] = {"PDL": pdl}
         if pdl:
             self._options["launch_pdl"] = True
+        self._launches: dict[tuple[object, ...], TritonLaunch] = {}
         self._draw_programs = PROGRAMS_PER_PROCESSOR * _num_processors(spec.device)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -75,11 +77,16 @@ class TritonFused:
     ) -> torch.Tensor:
         num_rows, size = x.shape
         y = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
-        block = triton.next_power_of_2(size)
-        rms_norm_kernel[(num_rows,)](
-            x, residual, weight, y, x.stride(0), residual.stride(0), eps,
-            SIZE=size, BLOCK=block, ADD=is_add, num_warps=_num_warps(block), **self._options,
-        )  # fmt: skip
+        strides = (x.stride(0), residual.stride(0))
+        key = ("norm", size, strides, eps, is_add, x.dtype, weight.dtype)
+        launch = self._launches.get(key)
+        if launch is None:
+            block = triton.next_power_of_2(size)
+            launch = self._launches[key] = TritonLaunch(
+                rms_norm_kernel, (*strides, eps), SIZE=size, BLOCK=block, ADD=is_add,
+                num_warps=_num_warps(block), **self._options,
+            )  # fmt: skip
+        launch(num_rows, x, residual, weight, y)
         return y
 
     def rope_store_kv(
@@ -98,25 +105,36 @@ class TritonFused:
         head_dim, heads = self._head_dim, HEADS_PER_PROGRAM
         num_heads = width // head_dim - 2 * num_kv_heads
         q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-        num_blocks = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
-        half = triton.next_power_of_2(head_dim // 2)
+        num_blocks = -(-num_heads // heads) + 2 * -(-num_kv_heads // heads)
+        stride = qkv.stride(0)
         has_norm = q_norm is not None and k_norm is not None
-        rope_store_kv_kernel[(num_tokens * num_blocks,)](
-            qkv, cos_sin, kv, kv_rows, q, q_norm if has_norm else q, k_norm if has_norm else q,
-            qkv.stride(0), eps,
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_TOKENS=block_tokens, HEADS=heads, BLOCK_D=half, NORM=has_norm,
-            num_warps=_num_warps(heads * half), **self._options,
-        )  # fmt: skip
+        key = ("rope", num_heads, num_kv_heads, block_tokens, stride, eps, has_norm,
+               qkv.dtype, kv.dtype)  # fmt: skip
+        launch = self._launches.get(key)
+        if launch is None:
+            half = triton.next_power_of_2(head_dim // 2)
+            launch = self._launches[key] = TritonLaunch(
+                rope_store_kv_kernel, (stride, eps), NUM_HEADS=num_heads,
+                NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_TOKENS=block_tokens,
+                HEADS=heads, BLOCK_D=half, NORM=has_norm, num_warps=_num_warps(heads * half),
+                **self._options,
+            )  # fmt: skip
+        if q_norm is None or k_norm is None:
+            q_norm = k_norm = q
+        launch(num_tokens * num_blocks, qkv, cos_sin, kv, kv_rows, q, q_norm, k_norm)
         return q
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         y = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-        silu_mul_kernel[(num_tokens * triton.cdiv(size, SILU_BLOCK),)](
-            gate_up, y, gate_up.stride(0), SIZE=size, BLOCK=SILU_BLOCK,
-            num_warps=_num_warps(SILU_BLOCK), **self._options,
-        )  # fmt: skip
+        key = ("silu", size, gate_up.stride(0), gate_up.dtype)
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = TritonLaunch(
+                silu_mul_kernel, (gate_up.stride(0),), SIZE=size, BLOCK=SILU_BLOCK,
+                num_warps=_num_warps(SILU_BLOCK), **self._options,
+            )  # fmt: skip
+        launch(num_tokens * -(-size // SILU_BLOCK), gate_up, y)
         return y
 
     def draw(
@@ -132,14 +150,22 @@ class TritonFused:
         size = start + num_rows * num_splits
         buffer = torch.empty(size, dtype=torch.int64, device=logits.device)
         chosen, candidates = buffer[:num_rows], buffer[start:]
-        draw_split_kernel[(num_rows * num_splits,)](
-            logits, temperature, keys, candidates, logits.stride(0), num_splits,
-            blocks_per_split * DRAW_BLOCK, VOCAB=vocab_size, BLOCK=DRAW_BLOCK, num_warps=4,
-            **self._options,
-        )  # fmt: skip
-        draw_merge_kernel[(num_rows,)](
-            candidates, chosen, num_splits, MAX_SPLITS=MAX_SPLITS, num_warps=1, **self._options
-        )
+        key = ("draw", vocab_size, logits.stride(0), num_splits, logits.dtype)
+        launch = self._launches.get(key)
+        if launch is None:
+            scalars = (logits.stride(0), num_splits, blocks_per_split * DRAW_BLOCK)
+            launch = self._launches[key] = TritonLaunch(
+                draw_split_kernel, scalars, VOCAB=vocab_size, BLOCK=DRAW_BLOCK, num_warps=4,
+                **self._options,
+            )  # fmt: skip
+        launch(num_rows * num_splits, logits, temperature, keys, candidates)
+        launch = self._launches.get(("merge", num_splits))
+        if launch is None:
+            launch = self._launches["merge", num_splits] = TritonLaunch(
+                draw_merge_kernel, (num_splits,), MAX_SPLITS=MAX_SPLITS, num_warps=1,
+                **self._options,
+            )  # fmt: skip
+        launch(num_rows, candidates, chosen)
         return chosen
 
 

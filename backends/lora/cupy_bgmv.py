@@ -13,6 +13,7 @@ import cupy
 import numpy as np
 import torch
 
+from loraplex.backends.cuda_launch import Launch, current_stream
 from loraplex.backends.lora.contract import (
     Int32Array,
     LoRABatch,
@@ -21,7 +22,6 @@ from loraplex.backends.lora.contract import (
     LoRATable,
     row_stride,
 )
-from loraplex.backends.lora.cuda_launch import Launch
 from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
 from loraplex.backends.staging import Staging
 
@@ -118,7 +118,7 @@ class CupyBGMV:
         blocks = self._num_processors * _KINDS[self._kind].shrink_blocks
         launch.pointers[0], launch.integers[0] = x.data_ptr(), x.stride(0)
         launch.integers[4] = self._capacity_planned
-        launch(max(blocks, x.shape[0] * len(group.modules)), _stream(x))
+        launch(max(blocks, x.shape[0] * len(group.modules)), current_stream(x.get_device()))
 
     def expand(
         self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
@@ -128,7 +128,7 @@ class CupyBGMV:
         blocks = self._num_processors * _KINDS[self._kind].expand_blocks
         launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride(0)
         launch.integers[4] = self._capacity_planned
-        launch(min(most, blocks), _stream(y))
+        launch(min(most, blocks), current_stream(y.get_device()))
 
     def _launches_of(
         self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
@@ -205,10 +205,6 @@ def _plan_arrays(
     order_at = 4 + 4 * capacity
     fixed[order_at : order_at + len(batch.token_order)] = batch.token_order
     return {"fixed": fixed, "items": items}
-
-
-def _stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 @cache

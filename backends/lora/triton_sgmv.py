@@ -8,48 +8,29 @@ All that depends on the batch (counts, tiles, splits) is written to one array on
 `plan`; kernels/sgmv.py reads it there.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from triton import knobs
 
 from loraplex.backends.lora.contract import Int32Array, LoRABatch, LoRAGroup, LoRASpec, LoRATable
-from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel
 from loraplex.backends.lora.sgmv_blocks import (
     RANK_CLASSES,
-    ExpandBlocks,
     Regime,
-    ShrinkBlocks,
     Tuned,
     expand_blocks,
     rank_class,
     shrink_blocks,
     tuned_for,
 )
+from loraplex.backends.lora.sgmv_launch import HEADER_INTS, Call, GroupBlocks, SGMVLaunches
 from loraplex.backends.lora.sgmv_plan import WorkLists
 from loraplex.backends.staging import Staging
 
-HEADER_INTS = 16
-"""A group's fields in the metadata; kernels/sgmv.py numbers them."""
 MAX_SPLITS: dict[Regime, int] = {"decode": 16, "prefill": 8}
 MIN_SPLIT_CHUNKS = 4
 MAX_V_ELEMS = 1 << 24
 """Scratch for splits, beyond what one split of the largest step needs."""
 _DECODE: tuple[Regime, int] = ("decode", RANK_CLASSES[0])
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupBlocks:
-    """How one group runs in one regime."""
-
-    shrink: ShrinkBlocks
-    expand: ExpandBlocks
-    item_ranks: int
-    max_rank: int
-    max_splits: int
-    num_blocks: int  # of columns, over all modules
 
 
 class TritonSGMV:
@@ -80,8 +61,6 @@ class TritonSGMV:
         if tuned is None:  # the table is measured with 16-bit weights
             tuned = tuned_for(None if spec.dtype == torch.float32 else capability)
         self._tuned = tuned
-        self._pdl = capability is not None and capability[0] >= 9
-        self._launch_options: dict[str, Any] = {"launch_pdl": True} if self._pdl else {}
         self._staging = Staging(spec.device)
         self._order_at = HEADER_INTS * len(spec.groups)
         self._blocks = {
@@ -95,6 +74,11 @@ class TritonSGMV:
         self._v = torch.empty(
             max(wanted, rows * max_rank * num_modules), dtype=torch.float32, device=spec.device
         )
+        self._launches = SGMVLaunches(
+            v=self._v, meta=self._meta, order_at=self._order_at, page_elems=spec.page_elems,
+            pdl=capability is not None and capability[0] >= 9,
+        )  # fmt: skip
+        self._calls: dict[tuple[tuple[Regime, int], int, tuple[int, ...]], Call] = {}
         self._group_index = {group.modules: i for i, group in enumerate(spec.groups)}
         self._regime = _DECODE
         self._headers = self._empty_headers()
@@ -120,65 +104,42 @@ class TritonSGMV:
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
         """x A goes to scratch memory, in splits."""
-        index = self._group_index[group.modules]
-        if self._is_idle(x.shape[0], index):
-            return
-        blocks = self._blocks_for(x.shape[0], index)
-        num_items, _, _, _, num_splits = self._headers[index, :5].tolist()
-        units = num_items * num_splits
+        call = self._call(x.shape[0], layer, group)
         if x.shape[0] <= self.max_graph_rows:
+            blocks = call.blocks
             most = -(-len(group.modules) * self._spec.max_rank // blocks.item_ranks)
             units = min(
                 x.shape[0] * most * blocks.max_splits,
                 blocks.shrink.waves * self._num_processors,
             )
-        shrink_kernel[(units,)](
-            x, self._v, pool, self._meta, table.page_table, table.rank, table.a_start,
-            layer, x.stride(0), pool.stride(0), table.page_table.stride(0), *_strides(table),
-            HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
-            FIRST_MODULE=group.modules[0],
-            NUM_MODULES=len(group.modules), K=group.in_features, PAGE=pool.shape[2],
-            BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks, PDL=self._pdl,
-            num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages,
-            **self._launch_options,
-        )  # fmt: skip
+        else:
+            num_items, _, _, _, num_splits = self._headers[call.index, :5].tolist()
+            units = num_items * num_splits
+        self._launches.shrink(units, call, x, pool, table)
 
     def expand(
         self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        index = self._group_index[group.modules]
-        if self._is_idle(y.shape[0], index):
-            return
-        blocks = self._blocks_for(y.shape[0], index)
-        num_tiles, _, _, _, panel_blocks = self._headers[index, 2:7].tolist()
-        units = num_tiles * _num_panels(group, blocks.expand.columns, panel_blocks)
+        call = self._call(y.shape[0], layer, group)
+        blocks = call.blocks
         if y.shape[0] <= self.max_graph_rows:
             most = blocks.expand.waves * self._num_processors
             units = min(y.shape[0] * blocks.num_blocks, most)
-        outs = (*group.out_features, 0, 0)
-        starts = (*group.out_starts, 0, 0)
-        expand_kernel[(units,)](
-            y, self._v, pool, self._meta, table.page_table, table.rank, table.b_start, table.scale,
-            layer, y.stride(0), pool.stride(0), table.page_table.stride(0), *_strides(table),
-            HEADER=HEADER_INTS * index, ORDER_AT=self._order_at,
-            FIRST_MODULE=group.modules[0],
-            NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
-            START_1=starts[1], START_2=starts[2], PAGE=pool.shape[2],
-            MAX_SPLITS=blocks.max_splits, BLOCK_M=blocks.expand.rows,
-            BLOCK_N=blocks.expand.columns, BLOCK_R=blocks.expand.ranks,
-            MAX_RANK=blocks.max_rank, PDL=self._pdl,
-            num_warps=blocks.expand.warps, num_stages=1, maxnreg=blocks.expand.max_registers,
-            **self._launch_options,
-        )  # fmt: skip
+        else:
+            num_tiles, _, _, _, panel_blocks = self._headers[call.index, 2:7].tolist()
+            units = num_tiles * _num_panels(group, blocks.expand.columns, panel_blocks)
+        self._launches.expand(units, call, y, pool, table)
 
-    def _is_idle(self, num_rows: int, index: int) -> bool:
-        """Nothing to launch; a step that may be captured launches whatever was planned."""
-        return num_rows > self.max_graph_rows and not self._headers[index, 0]
-
-    def _blocks_for(self, num_rows: int, index: int) -> _GroupBlocks:
+    def _call(self, num_rows: int, layer: int, group: LoRAGroup) -> Call:
         """By the rows alone where a graph may be captured, else as planned."""
         regime = _DECODE if num_rows <= self.max_graph_rows else self._regime
-        return self._blocks[regime][index]
+        key = (regime, layer, group.modules)
+        call = self._calls.get(key)
+        if call is None:
+            index = self._group_index[group.modules]
+            blocks = self._blocks[regime][index]
+            call = self._calls[key] = Call(regime, blocks, index, group, layer)
+        return call
 
     def _empty_headers(self) -> Int32Array:
         """Of a plan without work; the panel is a divisor."""
@@ -220,7 +181,7 @@ class TritonSGMV:
         return lists.arrays
 
     def _split_k(
-        self, group: LoRAGroup, num_items: int, room: int, blocks: _GroupBlocks
+        self, group: LoRAGroup, num_items: int, room: int, blocks: GroupBlocks
     ) -> tuple[int, int]:
         """The number of splits, none of them empty, and the chunks of 64 features of each."""
         chunks = -(-group.in_features // 64)
@@ -229,7 +190,7 @@ class TritonSGMV:
         per_split = -(-chunks // max(1, most))
         return -(-chunks // per_split), per_split
 
-    def _panel_blocks(self, group: LoRAGroup, num_tiles: int, blocks: _GroupBlocks) -> int:
+    def _panel_blocks(self, group: LoRAGroup, num_tiles: int, blocks: GroupBlocks) -> int:
         """As many blocks of columns a unit as fill the wanted programs once."""
         wanted = blocks.expand.waves * self._num_processors
         panel = min(-(-num_tiles * blocks.num_blocks // wanted), blocks.expand.max_panel)
@@ -241,11 +202,11 @@ class TritonSGMV:
             panel += 1
         return panel
 
-    def _group_blocks(self, group: LoRAGroup, regime: Regime, ranks: int) -> _GroupBlocks:
+    def _group_blocks(self, group: LoRAGroup, regime: Regime, ranks: int) -> GroupBlocks:
         shrink = shrink_blocks(self._tuned, regime, ranks, group.in_features)
         expand = expand_blocks(self._tuned, regime, ranks, sum(group.out_features))
         together = 1 << (ranks * len(group.modules) - 1).bit_length()
-        return _GroupBlocks(
+        return GroupBlocks(
             shrink=shrink,
             expand=expand,
             item_ranks=min(shrink.max_ranks, together),
@@ -268,11 +229,6 @@ class TritonSGMV:
                 ints += 4 * (item_tiles * num_items + tiles)
             most = max(most, ints)
         return -(-(self._order_at + rows + most) // 4) * 4
-
-
-def _strides(table: LoRATable) -> tuple[int, int, int]:
-    """From one layer, slot and module to the next in rank and the fields laid out like it."""
-    return table.rank.stride(0), table.rank.stride(2), table.rank.stride(1)
 
 
 def _num_panels(group: LoRAGroup, columns: int, panel_blocks: int) -> int:

@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from loraplex.backends.lora import triton_sgmv
+from loraplex.backends.lora import sgmv_launch
 from loraplex.backends.lora.contract import apply_lora
 from loraplex.backends.lora.sgmv_blocks import ShrinkBlocks, Tuned, rank_class, shrink_blocks
-from loraplex.backends.lora.triton_sgmv import HEADER_INTS, TritonSGMV
+from loraplex.backends.lora.sgmv_launch import HEADER_INTS
+from loraplex.backends.lora.triton_sgmv import TritonSGMV
 
 from helpers.lora_cases import (
     POPULARITIES,
@@ -43,8 +44,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(triton_sgmv, "shrink_kernel", made)
-    monkeypatch.setattr(triton_sgmv, "expand_kernel", made)
+    monkeypatch.setattr(sgmv_launch, "shrink_kernel", made)
+    monkeypatch.setattr(sgmv_launch, "expand_kernel", made)
     return made
 
 

@@ -1,11 +1,16 @@
 """Launches of CUDA kernels through the driver, their arguments laid out once.
 
-CuPy's own launch cannot ask for programmatic dependent launch, and packs its arguments every time.
+CuPy's own launch cannot ask for programmatic dependent launch, and it and Triton's pack and check
+all arguments every time.
 """
 
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+
+import torch
+
+Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
@@ -36,14 +41,18 @@ class _Config(ctypes.Structure):
 
 
 class Launch:
-    """One kernel with its arguments: pointers first, then 32-bit integers.
+    """One kernel with its arguments: pointers first, then integers of 32 bits, then the rest.
+
+    The driver copies the arguments at each launch, into a graph too.
 
     Attributes:
-        pointers, integers: the arguments, which may be set between launches.
+        pointers, integers: may be set between launches.
 
     Args:
-        function: the driver's handle.
+        function: the driver's handle, of the context that is current at each launch.
         pdl: may start while the kernel before it still runs.
+        rest: arguments after the integers, which stay as they are.
+        shared_bytes: dynamic shared memory; for more than 48 KiB the function must allow it.
     """
 
     def __init__(
@@ -53,20 +62,25 @@ class Launch:
         num_threads: int,
         pdl: bool,
         pointers: Sequence[int],
-        integers: Sequence[int],
+        integers: Sequence[int] = (),
+        rest: Sequence[Scalar | ctypes.c_void_p] = (),
+        shared_bytes: int = 0,
     ) -> None:
         self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
         self.integers = (ctypes.c_int * len(integers))(*integers)
+        self._rest = tuple(rest)
         first_pointer = ctypes.addressof(self.pointers)
         first_integer = ctypes.addressof(self.integers)
-        self._arguments = (ctypes.c_void_p * (len(pointers) + len(integers)))(
+        self._arguments = (ctypes.c_void_p * (len(pointers) + len(integers) + len(rest)))(
             *(first_pointer + 8 * i for i in range(len(pointers))),
             *(first_integer + 4 * i for i in range(len(integers))),
+            *(ctypes.addressof(value) for value in self._rest),
         )
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
-            1, 1, 1, num_threads, 1, 1, 0, None, ctypes.pointer(self._attribute), int(pdl)
-        )
+            1, 1, 1, num_threads, 1, 1, shared_bytes, None,
+            ctypes.pointer(self._attribute), int(pdl),
+        )  # fmt: skip
         self._config_address = ctypes.byref(self._config)
         self._function = ctypes.c_void_p(function)
         self._launch = _driver().cuLaunchKernelEx
@@ -78,3 +92,26 @@ class Launch:
         status = self._launch(self._config_address, self._function, self._arguments, None)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {status}")
+
+
+def current_stream(device_index: int) -> int:
+    """The raw handle of torch's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def parameter_layout(function: int) -> list[tuple[int, int]]:
+    """(offset, size) in bytes of each parameter of a kernel, as the driver knows them.
+
+    Raises AttributeError for drivers before CUDA 12.4, which do not tell.
+    """
+    get_info = _driver().cuFuncGetParamInfo
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    layout: list[tuple[int, int]] = []
+    while not get_info(
+        ctypes.c_void_p(function),
+        ctypes.c_size_t(len(layout)),
+        ctypes.byref(offset),
+        ctypes.byref(size),
+    ):
+        layout.append((offset.value, size.value))
+    return layout

@@ -1,0 +1,130 @@
+"""What TritonSGMV launches: its two kernels, prepared once a group, layer, regime and strides."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex.backends.lora.contract import LoRAGroup, LoRATable
+from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel
+from loraplex.backends.lora.sgmv_blocks import ExpandBlocks, Regime, ShrinkBlocks
+from loraplex.backends.triton_launch import TritonLaunch
+
+HEADER_INTS = 16
+"""A group's fields in the metadata; kernels/sgmv.py numbers them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBlocks:
+    """How one group runs in one regime."""
+
+    shrink: ShrinkBlocks
+    expand: ExpandBlocks
+    item_ranks: int
+    max_rank: int
+    max_splits: int
+    num_blocks: int  # of columns, over all modules
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a launch depends on, beside the strides of x, y, pool and table."""
+
+    regime: tuple[Regime, int]
+    blocks: GroupBlocks
+    index: int  # of the group's header in the metadata
+    group: LoRAGroup
+    layer: int
+
+
+class SGMVLaunches:
+    """Adds what does not change to the arguments of shrink and expand.
+
+    Args:
+        v: float32 scratch, written by shrink and read by expand.
+        meta: int32, what `TritonSGMV.plan` uploads.
+        order_at: where the order of tokens starts in it.
+        pdl: programmatic dependent launch, of Hopper and later.
+    """
+
+    def __init__(
+        self, *, v: torch.Tensor, meta: torch.Tensor, order_at: int, page_elems: int, pdl: bool
+    ) -> None:
+        self._v = v
+        self._meta = meta
+        self._common: dict[str, Any] = {"ORDER_AT": order_at, "PAGE": page_elems, "PDL": pdl}
+        if pdl:
+            self._common["launch_pdl"] = True
+        self._table: LoRATable | None = None
+        self._shrinks: dict[tuple[object, ...], TritonLaunch] = {}
+        self._expands: dict[tuple[object, ...], TritonLaunch] = {}
+
+    def shrink(
+        self, num_blocks: int, call: Call, x: torch.Tensor, pool: torch.Tensor, table: LoRATable
+    ) -> None:
+        if table is not self._table:
+            self._forget(table)
+        key = (call.regime, call.index, call.layer, x.stride(0), pool.stride(0))
+        launch = self._shrinks.get(key)
+        if launch is None:
+            launch = self._shrinks[key] = self._prepare_shrink(call, x, pool, table)
+        launch(
+            num_blocks, x, self._v, pool, self._meta, table.page_table, table.rank, table.a_start
+        )
+
+    def expand(
+        self, num_blocks: int, call: Call, y: torch.Tensor, pool: torch.Tensor, table: LoRATable
+    ) -> None:
+        if table is not self._table:
+            self._forget(table)
+        key = (call.regime, call.index, call.layer, y.stride(0), pool.stride(0))
+        launch = self._expands.get(key)
+        if launch is None:
+            launch = self._expands[key] = self._prepare_expand(call, y, pool, table)
+        launch(
+            num_blocks, y, self._v, pool, self._meta, table.page_table, table.rank,
+            table.b_start, table.scale,
+        )  # fmt: skip
+
+    def _forget(self, table: LoRATable) -> None:
+        """Another table may have other strides."""
+        self._shrinks.clear()
+        self._expands.clear()
+        self._table = table
+
+    def _prepare_shrink(
+        self, call: Call, x: torch.Tensor, pool: torch.Tensor, table: LoRATable
+    ) -> TritonLaunch:
+        blocks, group = call.blocks, call.group
+        return TritonLaunch(
+            shrink_kernel,
+            (call.layer, x.stride(0), pool.stride(0), *_strides(table)),
+            HEADER=HEADER_INTS * call.index, FIRST_MODULE=group.modules[0],
+            NUM_MODULES=len(group.modules), K=group.in_features,
+            BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks,
+            num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages, **self._common,
+        )  # fmt: skip
+
+    def _prepare_expand(
+        self, call: Call, y: torch.Tensor, pool: torch.Tensor, table: LoRATable
+    ) -> TritonLaunch:
+        blocks, group = call.blocks, call.group
+        outs = (*group.out_features, 0, 0)
+        starts = (*group.out_starts, 0, 0)
+        return TritonLaunch(
+            expand_kernel,
+            (call.layer, y.stride(0), pool.stride(0), *_strides(table)),
+            HEADER=HEADER_INTS * call.index, FIRST_MODULE=group.modules[0],
+            NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
+            START_1=starts[1], START_2=starts[2], MAX_SPLITS=blocks.max_splits,
+            BLOCK_M=blocks.expand.rows, BLOCK_N=blocks.expand.columns,
+            BLOCK_R=blocks.expand.ranks, MAX_RANK=blocks.max_rank,
+            num_warps=blocks.expand.warps, num_stages=1, maxnreg=blocks.expand.max_registers,
+            **self._common,
+        )  # fmt: skip
+
+
+def _strides(table: LoRATable) -> tuple[int, int, int, int]:
+    """Of the page table, and from one layer, slot and module to the next in rank and its like."""
+    rank = table.rank
+    return table.page_table.stride(0), rank.stride(0), rank.stride(2), rank.stride(1)
