@@ -15,6 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel  # noqa: E402
 from loraplex.backends.lora.sgmv_blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
+from loraplex.backends.lora.sgmv_launch import PREFETCH_CHUNKS  # noqa: E402
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "meta": "*i32",
@@ -57,12 +58,16 @@ def test_shrink(regime: str, ranks: int, k: int):
     blocks = shrink_blocks(tuned_for((9, 0)), regime, ranks, k)
     together = 1 << (3 * ranks - 1).bit_length()
     sizes = {"K": k, "BLOCK_M": blocks.rows, "BLOCK_R": min(blocks.max_ranks, together)}
+    sizes["PREFETCH"] = PREFETCH_CHUNKS if regime == "decode" else 0
     ptx = compile_ptx(
         shrink_kernel, COMMON | sizes, num_warps=blocks.warps, num_stages=blocks.stages
     )
     assert re.search(r"mma\.sync" if blocks.rows < 64 else r"wgmma", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
     assert copies and set(copies) == {"0x10"}, "weights and inputs come 16 bytes at a time"
+    prefetches = [m.start() for m in re.finditer(r"prefetch\.global\.L2", ptx)]
+    assert bool(prefetches) == (regime == "decode")
+    assert max(prefetches, default=0) < ptx.index("griddepcontrol.wait")
     # Two copies a stage; all stages but two are still on their way when a product begins.
     depth = re.findall(r"cp\.async\.wait_group\s+(0x\w+|\d+)", ptx)
     assert max(int(n, 0) for n in depth) >= 2 * (blocks.stages - 2), (
