@@ -26,8 +26,6 @@ class ForwardContext:
     lora: LoRAOp  # likewise
     lora_table: LoRATable
     has_lora: bool  # False: no row of the step has an adapter, and nothing is launched
-    beside: torch.cuda.Stream | None = None
-    """Where shrink runs while the base model's product does; None: behind the product."""
 
     def shrink(self, x: torch.Tensor, layer: int, group: LoRAGroup) -> None:
         """Begin the adapters' part of one group of projections of x."""

@@ -55,7 +55,6 @@ class ModelRunner:
         self._device = model.device
         self._staging = Staging(model.device)
         self._graphs: DecodeGraphs | None = None
-        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._last_step: PendingStep | None = None
 
     @torch.inference_mode()
@@ -170,9 +169,7 @@ class ModelRunner:
     def _describe(self, how: str, lora_batch: LoRABatch) -> str:
         return how if lora_batch.is_empty else f"{how}+{self._lora.family}"
 
-    def _forward(
-        self, inputs: DeviceInputs, has_lora: bool, beside: torch.cuda.Stream | None = None
-    ) -> torch.Tensor:
+    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
         ctx = ForwardContext(
             positions=inputs.positions,
             kv_rows=inputs.kv_rows,
@@ -183,13 +180,12 @@ class ModelRunner:
             lora_table=self._lora_table,
             has_lora=has_lora,
             fused=self._fused,
-            beside=beside if has_lora else None,
         )
         token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
         return self._model.forward(token_ids, ctx)
 
     def _forward_decode(self, inputs: DeviceInputs, has_lora: bool, logits: torch.Tensor) -> None:
-        self._model.logits(self._forward(inputs, has_lora, self._beside), out=logits)
+        self._model.logits(self._forward(inputs, has_lora), out=logits)
 
     def _sample(
         self,

@@ -89,12 +89,13 @@ class CupyBGMV:
         self._pdl = properties.major >= 9
         self._kernels = {(k, g): self._compile(k, g) for k in _KINDS for g in spec.groups}
         self._v_row_stride = 3 * spec.max_rank
-        self._capacity = max(spec.max_num_tokens, GRAPH_ROWS)
+        self._capacity = -(-max(spec.max_num_tokens, GRAPH_ROWS) // 4) * 4  # 16-byte items follow
         self._v = torch.empty(
             self._capacity * self._v_row_stride, dtype=torch.float32, device=spec.device
         )
         self._items_per_row = -(-spec.max_rank // ITEM_RANKS)
-        num_bytes = 16 + self._capacity * (16 * self._items_per_row + 16 + 4)
+        num_bytes = 16 * (1 + len(spec.groups))
+        num_bytes += self._capacity * (16 * self._items_per_row + 16 + 4)
         self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
         self._staging = Staging(spec.device)
         self._kind, self._capacity_planned = "shared", 0
@@ -108,8 +109,7 @@ class CupyBGMV:
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         self._kind = kind or self.kind_of(batch)
         self._capacity_planned = GRAPH_ROWS if batch.num_tokens <= GRAPH_ROWS else self._capacity
-        arrays = _plan_arrays(table, batch, _KINDS[self._kind], self._capacity_planned)
-        self._staging.upload(arrays, out=self._plan)
+        self._staging.upload(self._plan_arrays(table, batch), out=self._plan)
 
     def shrink(
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
@@ -154,7 +154,7 @@ class CupyBGMV:
         )  # fmt: skip
         integers = (
             0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1), 0,
-            self._capacity, self._v_row_stride, self._spec.max_rank,
+            self._v_row_stride, self._spec.max_rank,
         )  # fmt: skip
         shrink = Launch(
             kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,
@@ -170,41 +170,54 @@ class CupyBGMV:
         return shrink, expand
 
     def _compile(self, kind: str, group: LoRAGroup) -> _Kernels:
-        num_programs = _KINDS[kind].shrink_blocks * self._num_processors
-        macros = _make_macros(self._spec, _KINDS[kind], group, num_programs, self._pdl)
+        macros = _make_macros(self._spec, _KINDS[kind], group, self._pdl)
         return _compile(macros, self._spec.device.index or 0)
 
+    def _plan_arrays(self, table: LoRATable, batch: LoRABatch) -> dict[str, Int32Array]:
+        """The plan as bgmv.cu reads it, part after part."""
+        kind, capacity = _KINDS[self._kind], self._capacity_planned
+        starts, slots = batch.segment_starts, batch.segment_slots
+        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
+        items = split_ranks(make_tiles(starts, slots, kind.item_rows), slot_ranks, ITEM_RANKS)
+        tiles, num_rows = make_tiles(starts, slots, kind.tile_rows), len(batch.token_order)
+        tiles_at = 4 + 4 * len(self._spec.groups)
+        order_at = tiles_at + 4 * capacity
+        fixed = np.zeros(order_at + capacity, dtype=np.int32)
+        fixed[:3] = len(items), len(tiles), num_rows
+        if num_rows:
+            room = self._capacity // num_rows
+            for index, group in enumerate(self._spec.groups):
+                at = 4 + 4 * index
+                fixed[at : at + 3] = self._split_k(group, len(items), room)
+        fixed[tiles_at : tiles_at + tiles.size] = tiles.reshape(-1)
+        fixed[order_at : order_at + num_rows] = batch.token_order
+        return {"fixed": fixed, "items": items}
 
-def _make_macros(
-    spec: LoRASpec, kind: _Kind, group: LoRAGroup, num_programs: int, pdl: bool
-) -> tuple[str, ...]:
+    def _split_k(self, group: LoRAGroup, num_items: int, room: int) -> tuple[int, int, int]:
+        """Splits, units of 64 input features in each, and the logarithm of the power of two that
+        the splits were meant to be: as many as fill the chip, and no more than scratch memory of
+        `room` times the rows can hold."""
+        units = -(-group.in_features // 64)
+        fill = _KINDS[self._kind].shrink_blocks * self._num_processors
+        most = min(fill // max(1, num_items * len(group.modules)), room)
+        shift = max(1, min(most, MAX_SPLITS, units // SHRINK_WARPS)).bit_length() - 1
+        per_split = -(-units // (1 << shift))
+        return -(-units // per_split), per_split, shift
+
+
+def _make_macros(spec: LoRASpec, kind: _Kind, group: LoRAGroup, pdl: bool) -> tuple[str, ...]:
     """What bgmv.cu is compiled with for one group, as compiler options."""
     outs, starts = (*group.out_features, 0, 0), (*group.out_starts, 0, 0)
     values = {
         "BF16": int(spec.dtype == torch.bfloat16), "PDL": int(pdl), "PAGE": spec.page_elems,
         "NUM_MODULES": len(group.modules), "K": group.in_features,
-        "K_ROW": row_stride(group.in_features), "PROGRAMS": num_programs,
+        "K_ROW": row_stride(group.in_features), "GROUP": spec.groups.index(group),
+        "NUM_GROUPS": len(spec.groups),
         "MAX_SPLITS": MAX_SPLITS, "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,
         "OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": starts[1],
         "START_2": starts[2], "ROWS": kind.tile_rows, "THREADS": EXPAND_THREADS,
     }  # fmt: skip
     return tuple(f"-D{name}={value}" for name, value in values.items())
-
-
-def _plan_arrays(
-    table: LoRATable, batch: LoRABatch, kind: _Kind, capacity: int
-) -> dict[str, Int32Array]:
-    """The plan as bgmv.cu reads it, part after part."""
-    starts, slots = batch.segment_starts, batch.segment_slots
-    slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
-    items = split_ranks(make_tiles(starts, slots, kind.item_rows), slot_ranks, ITEM_RANKS)
-    tiles = make_tiles(starts, slots, kind.tile_rows)
-    fixed = np.zeros(4 + 5 * capacity, dtype=np.int32)
-    fixed[:3] = len(items), len(tiles), len(batch.token_order)
-    fixed[4 : 4 + tiles.size] = tiles.reshape(-1)
-    order_at = 4 + 4 * capacity
-    fixed[order_at : order_at + len(batch.token_order)] = batch.token_order
-    return {"fixed": fixed, "items": items}
 
 
 @cache

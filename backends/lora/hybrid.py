@@ -1,9 +1,7 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
 BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
-adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl). Where
-no graph is replayed the CPU launches each kernel, and BGMV's launcher does less than Triton's; so
-BGMV takes all eager steps of few rows (compare benchmarks/results/variants_h200.jsonl).
+adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl).
 """
 
 import torch
@@ -12,7 +10,6 @@ from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASp
 
 SGMV_ROWS = 8
 """Rows an adapter, on average, from which SGMV runs."""
-MAX_EAGER_BGMV_ROWS = 512
 
 
 class HybridLoRA:
@@ -48,8 +45,6 @@ class HybridLoRA:
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         if kind is not None:
             self._op = self._few if kind in self._few.graph_kinds else self._many
-        elif batch.num_tokens <= MAX_EAGER_BGMV_ROWS:
-            self._op = self._few
         else:
             self._op = self._choose(batch)
         self._op.plan(table=table, batch=batch, kind=kind)

@@ -10,9 +10,6 @@ from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel
 from loraplex.backends.lora.sgmv_blocks import ExpandBlocks, Regime, ShrinkBlocks
 from loraplex.backends.triton_launch import TritonLaunch
 
-PREFETCH_CHUNKS = 8
-"""Of 64 elements of each row of A, in decode."""
-
 HEADER_INTS = 16
 """A group's fields in the metadata; kernels/sgmv.py numbers them."""
 
@@ -105,7 +102,6 @@ class SGMVLaunches:
             HEADER=HEADER_INTS * call.index, FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), K=group.in_features,
             BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks,
-            PREFETCH=PREFETCH_CHUNKS if call.regime[0] == "decode" else 0,
             num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages, **self._common,
         )  # fmt: skip
 

@@ -45,16 +45,8 @@ class LoRALinear:
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[T, in_features] to [T, sum of out_features]."""
-        if ctx.beside is None:
-            y = functional.linear(x, self.weight, self.bias)
-            ctx.shrink(x, self.layer, self.group)
-        else:
-            main = torch.cuda.current_stream()
-            ctx.beside.wait_stream(main)
-            with torch.cuda.stream(ctx.beside):
-                ctx.shrink(x, self.layer, self.group)
-            y = functional.linear(x, self.weight, self.bias)
-            main.wait_stream(ctx.beside)
+        y = functional.linear(x, self.weight, self.bias)
+        ctx.shrink(x, self.layer, self.group)  # behind the product, whose last blocks it overlaps
         ctx.expand(y, self.layer, self.group)
         return y
 

@@ -15,7 +15,6 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel  # noqa: E402
 from loraplex.backends.lora.sgmv_blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
-from loraplex.backends.lora.sgmv_launch import PREFETCH_CHUNKS  # noqa: E402
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "meta": "*i32",
@@ -58,16 +57,12 @@ def test_shrink(regime: str, ranks: int, k: int):
     blocks = shrink_blocks(tuned_for((9, 0)), regime, ranks, k)
     together = 1 << (3 * ranks - 1).bit_length()
     sizes = {"K": k, "BLOCK_M": blocks.rows, "BLOCK_R": min(blocks.max_ranks, together)}
-    sizes["PREFETCH"] = PREFETCH_CHUNKS if regime == "decode" else 0
     ptx = compile_ptx(
         shrink_kernel, COMMON | sizes, num_warps=blocks.warps, num_stages=blocks.stages
     )
     assert re.search(r"mma\.sync" if blocks.rows < 64 else r"wgmma", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
     assert copies and set(copies) == {"0x10"}, "weights and inputs come 16 bytes at a time"
-    prefetches = [m.start() for m in re.finditer(r"prefetch\.global\.L2", ptx)]
-    assert bool(prefetches) == (regime == "decode")
-    assert max(prefetches, default=0) < ptx.index("griddepcontrol.wait")
     # Two copies a stage; all stages but two are still on their way when a product begins.
     depth = re.findall(r"cp\.async\.wait_group\s+(0x\w+|\d+)", ptx)
     assert max(int(n, 0) for n in depth) >= 2 * (blocks.stages - 2), (
@@ -104,7 +99,7 @@ DOWN = {"NUM_MODULES": 1, "K": 14336, "OUT_0": 4096, "OUT_1": 0, "OUT_2": 0,
         "START_1": 0, "START_2": 0}  # fmt: skip
 SMALL = {"NUM_MODULES": 2, "K": 576, "OUT_0": 1536, "OUT_1": 1536, "OUT_2": 0,
          "START_1": 1536, "START_2": 0}  # fmt: skip
-BGMV = {"PAGE": 32768, "PDL": 1, "PROGRAMS": 528, "MAX_SPLITS": 16, "WARPS": 8,
+BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, "WARPS": 8,
         "THREADS": 128}  # fmt: skip
 
 

@@ -135,8 +135,9 @@ class Bench:
         self.pool = PagePool(PAGE_SHAPE, 40, CUDA)
         self.table = AdapterTable(self.target, 4, CUDA)
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.copier = StreamPageCopier(self.pool)
         self.loader = AdapterLoader(
-            target=self.target, table=self.table, copier=StreamPageCopier(self.pool),
+            target=self.target, table=self.table, copier=self.copier,
             host_bytes=1 << 20, report=self.reports.put,
         )  # fmt: skip
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
@@ -199,7 +200,19 @@ def test_unloaded_while_its_copy_is_under_way(bench: Bench) -> None:
         assert "unloaded" in bench.loader.finish(load).error
         torch.cuda.synchronize()
         assert (bench.pool.pages[:, ids] == 3.0).all()
-        assert not bench.table.table.rank.any() and not bench.table.table.host_rank.any()
+        assert not bench.table.table.host_rank.any()
+
+
+def test_pages_long_free_do_not_wait_for_the_steps_in_flight(bench: Bench) -> None:
+    last_use = bench.copier.mark()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    step = torch.cuda.Event()
+    step.record()
+    bench.loader.load(bench.command, last_use)
+    load = bench.reports.get(timeout=30)
+    assert isinstance(load, Load) and not step.query()
+    assert bench.loader.finish(load).error == ""
 
 
 def test_store_is_pinned_and_copies_demand_it() -> None:

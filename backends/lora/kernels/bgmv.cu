@@ -7,7 +7,7 @@
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
 //   K, K_ROW      input features; the same rounded up to 64
-//   PROGRAMS      blocks that fill the chip: more splits of K than that gain nothing
+//   GROUP, NUM_GROUPS   which of the groups this is
 //   MAX_SPLITS    of K
 //   NT            tiles of 8 rows in an item of shrink
 //   WARPS         of a block of shrink
@@ -18,7 +18,9 @@
 // Both kernels loop over the work that the step's plan describes, with a grid that depends on the
 // number of rows alone, so that a captured launch serves every later plan, of `capacity` rows:
 //   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
-//   plan[4 ..]    capacity tiles: int4 (slot, first row, rows, unused)
+//   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
+//                 binary logarithm of splits rounded up to a power of two, unused)
+//   then          capacity tiles: int4 (slot, first row, rows, unused)
 //   then          order: the token of each of capacity rows
 //   then          items: int4 (slot, first row, rows, first rank)
 // Each part has its place whatever the numbers are, so that reading them delays nothing.
@@ -77,10 +79,24 @@ __device__ __forceinline__ uint4 load_input(const T* pointer) {
   return w;
 }
 
-// The element's address: pages hold whole chunks of 64 elements.
-__device__ __forceinline__ const T* locate(const T* pool, const int* pages, int element) {
-  int page = element / PAGE;
-  return pool + (long long)__ldg(pages + page) * PAGE + (element - page * PAGE);
+// Blocks of few warps spend much of their time on addresses, hence unsigned and by multiply-add.
+typedef unsigned long long U64;
+__device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
+  return __ldg(pages + element / (unsigned)PAGE);
+}
+__device__ __forceinline__ const T* address(const T* pool, unsigned page, unsigned element) {
+  const char* base = reinterpret_cast<const char*>(pool) + (U64)page * (2u * PAGE);
+  return reinterpret_cast<const T*>(base + (U64)(element % (unsigned)PAGE) * 2u);
+}
+// Pages hold whole chunks of 64 elements.
+__device__ __forceinline__ const T* locate(const T* pool, const int* pages, unsigned element) {
+  return address(pool, page_of(pages, element), element);
+}
+// Keeps a pointer in registers: it is not derived again, at each use, from what it came from.
+template <typename P>
+__device__ __forceinline__ const P* hold(const P* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
@@ -98,29 +114,21 @@ __device__ __forceinline__ Plan read_plan(const int* plan) {
   const int4 counts = __ldg(reinterpret_cast<const int4*>(plan));
   return {counts.x, counts.y, counts.z};
 }
+struct Split {
+  int splits, units, shift;
+};
+__device__ __forceinline__ Split read_split(const int* plan) {
+  const int4 split = __ldg(reinterpret_cast<const int4*>(plan) + 1 + GROUP);
+  return {split.x, split.y, split.z};
+}
 __device__ __forceinline__ const int4* tiles_of(const int* plan) {
-  return reinterpret_cast<const int4*>(plan) + 1;
+  return reinterpret_cast<const int4*>(plan) + 1 + NUM_GROUPS;
 }
 __device__ __forceinline__ const int* order_of(const int* plan, int capacity) {
-  return plan + 4 + 4 * capacity;
+  return plan + 4 + 4 * NUM_GROUPS + 4 * capacity;
 }
 __device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
-  return reinterpret_cast<const int4*>(plan + 4 + 5 * capacity);
-}
-
-// How K is split follows from the number of items, alike in both kernels: as many ways as fill
-// the chip, a power of two, and no more than v, of `v_rows` rows, has room for.
-struct Split {
-  int splits, units;  // units of 64 input features in each
-};
-__device__ __forceinline__ Split split_k(const Plan& step, int v_rows) {
-  const int UNITS = (K + 63) / 64;
-  if (step.num_items == 0) return {0, 0};
-  int most = min(PROGRAMS / (step.num_items * NUM_MODULES), v_rows / step.num_rows);
-  most = max(1, min(most, min(MAX_SPLITS, UNITS / WARPS)));
-  const int wanted = 1 << (31 - __clz(most));
-  const int units = (UNITS + wanted - 1) / wanted;
-  return {(UNITS + units - 1) / units, units};
+  return reinterpret_cast<const int4*>(plan + 4 + 4 * NUM_GROUPS + 5 * capacity);
 }
 
 // v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
@@ -133,24 +141,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
        const int* __restrict__ plan, const int* __restrict__ page_table,
        const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
-       int pages_stride, int slot_stride, int module_stride, int capacity, int v_rows,
-       int v_row_stride, int v_module_stride) {
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
   const int UNITS = (K + 63) / 64;
   __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
   const int* order = order_of(plan, capacity);
   const Plan step = read_plan(plan);
-  const int width = step.num_items * NUM_MODULES;
-  const Split split = split_k(step, v_rows);
+  const Split split = read_split(plan);
   const int warp = threadIdx.x / 32, group = (threadIdx.x & 31) >> 2, lane = threadIdx.x & 3;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
-  for (int work = blockIdx.x; work < width * split.splits; work += gridDim.x) {
-    const int part = work / width, module = work % width % NUM_MODULES;
-    const int4 item = __ldg(items_of(plan, capacity) + work % width / NUM_MODULES);
+  const int num_works = step.num_items * NUM_MODULES << split.shift;
+  for (unsigned work = blockIdx.x; work < num_works; work += gridDim.x) {
+    const int part = work & ((1 << split.shift) - 1);
+    if (part >= split.splits) continue;
+    const unsigned of_item = work >> split.shift, module = of_item % NUM_MODULES;
+    const int4 item = __ldg(items_of(plan, capacity) + of_item / NUM_MODULES);
     const int limit = __ldg(rank + module * module_stride + item.x * slot_stride);
     if (item.w >= limit) continue;
     const int start = __ldg(a_start + module * module_stride + item.x * slot_stride);
-    const int* pages = page_table + (long long)item.x * pages_stride;
+    const int* pages = hold(page_table + (long long)item.x * pages_stride);
     const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
     const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
     const T* x_row[NT];
@@ -170,7 +180,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int k = h * 32 + lane * 8;
-        const bool in = u * 64 + k < K;
+        const bool in = K % 64 == 0 || u * 64 + k < K;
         a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
         a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
       }
@@ -190,7 +200,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int k = unit * 64 + h * 32 + lane * 8;
-          b[n][h] = x_row[n] && k < K ? load_input(x_row[n] + k) : zero;
+          b[n][h] = x_row[n] && (K % 64 == 0 || k < K) ? load_input(x_row[n] + k) : zero;
         }
       uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
       unit += WARPS;
@@ -233,16 +243,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
 expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
-       int pages_stride, int slot_stride, int module_stride, int capacity, int v_rows,
-       int v_row_stride, int v_module_stride) {
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
+  const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
   const int AT_ONCE = ROWS == 1 ? 4 : MAX_SPLITS;  // distinct adapters leave few splits
   __shared__ float shrunk[ROWS][16];
   const int* order = order_of(plan, capacity);
   const Plan step = read_plan(plan);
-  const int num_splits = split_k(step, v_rows).splits;
+  const int num_splits = read_split(plan).splits;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
   int4 tile = __ldg(tiles_of(plan) + min((int)blockIdx.x / BLOCKS, capacity - 1));
@@ -260,21 +271,33 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     if (limit == 0) continue;
     const int start = __ldg(b_start + place);
     const float factor = __ldg(scale + place);
-    const int* pages = page_table + (long long)tile.x * pages_stride;
-    const int width_row = (width + 63) / 64 * 64;
+    const int* pages = hold(page_table + (long long)tile.x * pages_stride);
+    const unsigned width_row = (width + 63) / 64 * 64;
     const int n = block * WIDTH + threadIdx.x * 8;
-    const bool in = n < width;
+    const bool in = EXACT || n < width;
 
     uint4 b[16];
     auto fetch = [&](int first) {
-      const T* from[16];  // all page numbers first: each is a load that the weights wait for
+      const unsigned element = start + first * width_row + n;
+      const T* weights = hold(pool);
+      unsigned page[16];  // all page numbers first: each is a load that the weights wait for
+      if (in && first + 16 <= limit) {
 #pragma unroll
-      for (int r = 0; r < 16; ++r)
-        from[r] = in && first + r < limit
-                      ? locate(pool, pages, start + (first + r) * width_row + n)
-                      : nullptr;
+        for (int r = 0; r < 16; ++r) page[r] = page_of(pages, element + r * width_row);
 #pragma unroll
-      for (int r = 0; r < 16; ++r) b[r] = from[r] ? load_weights(from[r]) : zero;
+        for (int r = 0; r < 16; ++r)
+          b[r] = load_weights(address(weights, page[r], element + r * width_row));
+      } else {  // looks up the last row again instead of none, so that no lookup is conditional
+        const unsigned column = start + (in ? n : 0);
+#pragma unroll
+        for (int r = 0; r < 16; ++r)
+          page[r] = page_of(pages, column + min(first + r, limit - 1) * width_row);
+#pragma unroll
+        for (int r = 0; r < 16; ++r)
+          b[r] = in && first + r < limit
+                     ? load_weights(address(weights, page[r], element + r * width_row))
+                     : zero;
+      }
     };
     T* y_row[ROWS];
 #pragma unroll

@@ -33,13 +33,12 @@ def shrink_kernel(
     layer, x_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
     HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """v[split, p, m, r] = x[order[p], split of K] @ A[slot, m, r, split of K], fp32.
 
     A unit is a split of an item: BLOCK_M rows of one adapter, and BLOCK_R of the ranks of all
-    modules in a row (q's, then k's, then v's), so that x is read once for all modules. With PDL
-    the first PREFETCH chunks of weights are on their way to the L2 cache before x is there.
+    modules in a row (q's, then k's, then v's), so that x is read once for all modules.
     """
     K_ROW: tl.constexpr = (K + 63) // 64 * 64
     header = meta + HEADER
@@ -87,10 +86,6 @@ def shrink_kernel(
         # iteration would halve the depth of the compiler's pipeline.
         page_R = tl.load(pages + (start_R + begin) // PAGE, mask=mask_R, other=0)
         if PDL:
-            if PREFETCH > 0:
-                chunk_C = begin + tl.arange(0, PREFETCH) * 64
-                mask_RC = mask_R[:, None] & (chunk_C < tl.minimum(begin + split_k, K))[None, :]
-                _prefetch_rows(pool, pages, start_R[:, None] + chunk_C[None, :], mask_RC, PAGE)
             gdc_wait()
             gdc_launch_dependents()
         acc_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -112,17 +107,6 @@ def shrink_kernel(
         tl.store(v_MR, acc_MR, mask=mask_M[:, None] & mask_R[None, :])
     if PDL:  # of programs without work, too: what follows must not overtake what went before
         gdc_wait()
-
-
-@triton.jit
-def _prefetch_rows(pool, pages, element_RC, mask_RC, PAGE: tl.constexpr):
-    """Ask for the 128 bytes at each element; where masked, at the null page's."""
-    page_RC = tl.load(pages + element_RC // PAGE, mask=mask_RC, other=0)
-    address_RC = pool + page_RC.to(tl.int64) * PAGE + element_RC % PAGE
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address_RC],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
