@@ -1,8 +1,10 @@
 """Measures block sizes of the Triton SGMV kernels on this GPU and writes the best to a table.
 
-Each candidate runs in a CUDA graph over layers of different weights, inputs and outputs, so that
-nothing is found in the L2 cache. Kernels are compiled beforehand, by several processes at once.
-Takes about two minutes; results for other compute capabilities in the table are kept.
+Each candidate of a kernel runs with the best of the other so far, shrink and expand in turn as in
+a layer, in a CUDA graph over layers of different weights, inputs and outputs, so that nothing is
+found in the L2 cache: alone, a kernel may be fast at the cost of the next. Kernels are compiled
+beforehand, by several processes at once. Takes about a minute; results for other compute
+capabilities in the table are kept.
 
     python benchmarks/tune_sgmv.py --out backends/lora/sgmv_tuned.py
 """
@@ -14,7 +16,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
@@ -25,7 +27,15 @@ from typing import Any
 import torch
 from lora_kernels import ALL, Case, Setup, time_graph
 
-from loraplex.backends.lora.sgmv_blocks import ExpandBlocks, Regime, ShrinkBlocks, Tuned
+from loraplex.backends.lora.contract import LoRAGroup, apply_lora
+from loraplex.backends.lora.sgmv_blocks import (
+    ExpandBlocks,
+    Regime,
+    ShrinkBlocks,
+    Tuned,
+    expand_blocks,
+    shrink_blocks,
+)
 from loraplex.backends.lora.sgmv_tuned import TUNED
 from loraplex.backends.lora.triton_sgmv import TritonSGMV
 
@@ -61,9 +71,11 @@ def studies() -> list[Study]:
         return (Case("llama-3-8b", ranks, ALL, 4096, "runs-8", num_layers=4),)
 
     decode = tuple(
-        Case("llama-3-8b", (16,), ALL, 64, popularity, num_layers=8)
-        for popularity in ("distinct", "skewed", "identical")
-    )
+        Case("llama-3-8b", (16,), ALL, rows, popularity, num_layers=8)
+        for rows, popularity in (
+            (64, "uniform"), (64, "identical"), (256, "uniform"), (256, "identical")
+        )
+    )  # fmt: skip
     return [
         Study(
             "decode", 16, decode,
@@ -120,36 +132,44 @@ class Bench:
         self.y = [[y.clone() for _ in copies] for y in self.setup.y]
 
     def make_op(
-        self, study: Study, shrink: ShrinkBlocks | None, expand: ExpandBlocks | None
+        self, study: Study, shrinks: Mapping[int, ShrinkBlocks], expand: ExpandBlocks | None = None
     ) -> TritonSGMV:
+        """`shrinks` by input features."""
         tuned = Tuned()
-        if shrink is not None:
-            tuned.shrink[study.regime, study.rank_class, 1] = shrink
+        for features, shrink in shrinks.items():
+            tuned.shrink[study.regime, study.rank_class, features] = shrink
         if expand is not None:
             tuned.expand[study.regime, study.rank_class, 1] = expand
         op = TritonSGMV(self.setup.spec(), tuned)
         op.plan(table=self.setup.table, batch=self.setup.batch)
         return op
 
-    def run(self, op: TritonSGMV, kernel: str, index: int, layer: int) -> None:
-        common: dict[str, Any] = {
-            "pool": self.setup.pool, "layer": layer, "group": self.setup.groups[index],
-            "table": self.setup.table,
-        }  # fmt: skip
-        if kernel == "shrink":
-            op.shrink(x=self.x[index][layer], **common)
-        else:
-            op.expand(y=self.y[index][layer], **common)
+    def run(self, op: TritonSGMV, index: int, layer: int) -> None:
+        apply_lora(
+            op, y=self.y[index][layer], x=self.x[index][layer], pool=self.setup.pool, layer=layer,
+            group=self.setup.groups[index], table=self.setup.table,
+        )  # fmt: skip
 
-    def time(self, op: TritonSGMV, kernel: str, index: int) -> float:
-        """Microseconds a layer."""
+    def time(self, op: TritonSGMV, index: int) -> float:
+        """Microseconds of one group's shrink and expand."""
         layers = self.setup.case.num_layers
 
         def run() -> None:
             for layer in range(layers):
-                self.run(op, kernel, index, layer)
+                self.run(op, index, layer)
 
         return statistics.median(time_graph(run, NUM_REPEATS)) / layers
+
+
+def defaults(
+    study: Study, groups: Sequence[LoRAGroup], kernel: str
+) -> list[ShrinkBlocks | ExpandBlocks]:
+    """What would run without a table."""
+    if kernel == "shrink":
+        sizes = {group.in_features for group in groups}
+        return [shrink_blocks(Tuned(), study.regime, study.rank_class, n) for n in sizes]
+    widths = {sum(group.out_features) for group in groups}
+    return [expand_blocks(Tuned(), study.regime, study.rank_class, n) for n in widths]
 
 
 @lru_cache(maxsize=1)
@@ -160,13 +180,12 @@ def small_bench(case: Case) -> Bench:
 def compile_candidate(study: Study, candidate: ShrinkBlocks | ExpandBlocks) -> None:
     """Run once, in a process of its own, so that the kernels are in Triton's cache on disk."""
     bench = small_bench(study.cases[0])
-    is_shrink = isinstance(candidate, ShrinkBlocks)
     if isinstance(candidate, ShrinkBlocks):
-        op = bench.make_op(study, candidate, None)
+        op = bench.make_op(study, {1: candidate})
     else:
-        op = bench.make_op(study, None, candidate)
+        op = bench.make_op(study, {}, candidate)
     for index in range(len(bench.setup.groups)):
-        bench.run(op, "shrink" if is_shrink else "expand", index, 0)
+        bench.run(op, index, 0)
     torch.cuda.synchronize()
 
 
@@ -189,21 +208,21 @@ def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
     """Rows of the table: (kernel, regime, rank class, features, sizes)."""
     rows: list[tuple[Any, ...]] = []
     groups = benches[0].setup.groups
-    best_shrink: ShrinkBlocks | None = None
+    best: dict[int, ShrinkBlocks] = {}
     for kernel, candidates in (("shrink", study.shrinks), ("expand", study.expands)):
         # features -> candidate -> product of its times over batches and groups
         scores: dict[int, dict[Any, float]] = defaultdict(dict)
-        for candidate in candidates:
+        for candidate in dict.fromkeys((*defaults(study, groups, kernel), *candidates)):
             try:
                 for bench in benches:
-                    if kernel == "shrink":
-                        op = bench.make_op(study, candidate, None)
+                    if isinstance(candidate, ShrinkBlocks):
+                        op = bench.make_op(study, {1: candidate})
                     else:
-                        op = bench.make_op(study, best_shrink, candidate)
+                        op = bench.make_op(study, best, candidate)
                     for index, group in enumerate(groups):
                         is_shrink = kernel == "shrink"
                         size = group.in_features if is_shrink else sum(group.out_features)
-                        us = bench.time(op, kernel, index)
+                        us = bench.time(op, index)
                         scores[size][candidate] = scores[size].get(candidate, 0) + math.log(us)
             except Exception as error:  # too much shared memory, too many registers
                 for of_size in scores.values():
@@ -218,8 +237,8 @@ def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
                 mean = math.exp(of_size[candidate] / (counts[size] * len(benches)))
                 print(f"  {kernel} {size:6} #{place + 1} {astuple(candidate)} {mean:8.2f} us")
             rows.append((kernel, study.regime, study.rank_class, size, astuple(ranked[0])))
-            if kernel == "shrink" and best_shrink is None:
-                best_shrink = ranked[0]
+            if kernel == "shrink":
+                best[size] = ranked[0]
     return rows
 
 
