@@ -30,8 +30,12 @@ class DeviceInputs:
 Forward = Callable[[DeviceInputs, bool, torch.Tensor], None]
 """(inputs, has_lora, logits): a decode step whose logits go to `logits` [rows, vocabulary]."""
 
-BASE = ""
-"""The kind of a step without adapters, beside the LoRA op's own kinds."""
+Kind = str | None
+"""Of a graph: one of the LoRA op's, or BASE."""
+
+BASE: Kind = None
+"""Of a step without adapters. It equals no kind that an op may name: a step with adapters that was
+given this graph would be answered by the base model."""
 
 
 def decode_ladder(max_rows: int) -> list[int]:
@@ -70,7 +74,7 @@ class DecodeGraphs:
         self._inputs = torch.zeros(3, self._max_rows + self._max_rows % 2, dtype=torch.int64)
         self._inputs = self._inputs.to(device)
         self._sizes: list[int] = []
-        self._graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
 
     @property
     def max_rows(self) -> int:
@@ -105,11 +109,11 @@ class DecodeGraphs:
             f"in {seconds:.1f} s and {used >> 20} MiB{why}"
         )
 
-    def kind_of(self, lora_batch: LoRABatch) -> str:
+    def kind_of(self, lora_batch: LoRABatch) -> Kind:
         """The kind of graph that a step needs."""
         return BASE if lora_batch.is_empty else self._lora.kind_of(lora_batch)
 
-    def fit(self, num_rows: int, kind: str) -> int:
+    def fit(self, num_rows: int, kind: Kind) -> int:
         """The rows of the smallest graph that takes a step of `num_rows`; 0: none does."""
         if num_rows > self.max_rows:
             return 0
@@ -119,7 +123,7 @@ class DecodeGraphs:
     def plan(
         self,
         size: int,
-        kind: str,
+        kind: Kind,
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
         lora_batch: LoRABatch,
@@ -128,10 +132,10 @@ class DecodeGraphs:
         `kind_of`."""
         self._upload(inputs)
         self._attention.plan_graph(attention_batch, size)
-        if kind != BASE:
+        if kind is not BASE:
             self._lora.plan(table=self._lora_table, batch=lora_batch, kind=kind)
 
-    def replay(self, size: int, kind: str) -> torch.Tensor:
+    def replay(self, size: int, kind: Kind) -> torch.Tensor:
         """Run the planned step; logits [size, vocabulary], valid until the next."""
         self._graphs[size, kind].replay()
         return self.logits[:size]
@@ -142,13 +146,13 @@ class DecodeGraphs:
             host[row, : len(values)] = values
         self._staging.upload({"inputs": host}, out=self._inputs.view(-1).view(torch.uint8))
 
-    def _capture_one(self, rows: int, kind: str, pool: Any) -> torch.cuda.CUDAGraph:
+    def _capture_one(self, rows: int, kind: Kind, pool: Any) -> torch.cuda.CUDAGraph:
         """Run once to compile and to warm up what libraries set up on first use, then capture."""
         ones, none = np.ones(rows, dtype=np.int32), np.zeros(0, dtype=np.int32)
         page_table = np.zeros((rows, 1), dtype=np.int32)
         self._inputs.zero_()
         self._attention.plan_graph(AttentionBatch(ones, ones, rows, page_table), rows)
-        if kind != BASE:
+        if kind is not BASE:
             batch = LoRABatch(rows, none, np.zeros(1, dtype=np.int32), none)
             self._lora.plan(table=self._lora_table, batch=batch, kind=kind)
         inputs = DeviceInputs(*(part[:rows] for part in self._inputs))
@@ -156,8 +160,8 @@ class DecodeGraphs:
         side = torch.cuda.Stream(self.logits.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._forward(inputs, kind != BASE, logits)
+            self._forward(inputs, kind is not BASE, logits)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph, pool=pool):
-            self._forward(inputs, kind != BASE, logits)
+            self._forward(inputs, kind is not BASE, logits)
         return graph

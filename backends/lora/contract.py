@@ -117,7 +117,7 @@ class LoRAOp(Protocol):
     def family(self) -> str: ...
 
     def kind_of(self, batch: LoRABatch) -> str:
-        """The kind that suits a batch best."""
+        """The kind that suits a batch best; where nothing must be captured, none of them."""
         ...
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:

@@ -84,7 +84,7 @@ class TorchLoRA:
         self._layers = [uploaded[key] for key in keys]
 
     def kind_of(self, batch: LoRABatch) -> str:
-        return ""
+        return self.family
 
     def shrink(
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable

@@ -40,7 +40,8 @@ MODELS = {
               "head_dim": 128, "intermediate_size": 1000},
 }  # fmt: skip
 BACKENDS = [
-    ("torch", "torch"), ("xformers", "cupy"), ("flashinfer", "triton"), ("flashinfer", "hybrid")
+    ("torch", "torch"), ("xformers", "cupy"), ("flashinfer", "torch"), ("flashinfer", "triton"),
+    ("flashinfer", "hybrid"),
 ]  # fmt: skip
 VARIANTS = {
     "plain": {},
