@@ -2,8 +2,9 @@
 
 Each candidate of a kernel runs with the best of the other so far, shrink and expand in turn as in
 a layer, in a CUDA graph over layers of different weights, inputs and outputs, so that nothing is
-found in the L2 cache: alone, a kernel may be fast at the cost of the next. Kernels are compiled
-beforehand, by several processes at once. Takes about a minute; results for other compute
+found in the L2 cache. In the end whole layers are timed: groups that are fast by themselves may be
+slow as neighbours, and what is slower than the defaults is left out of the table. Kernels are
+compiled beforehand, by several processes at once. Takes about a minute; results for other compute
 capabilities in the table are kept.
 
     python benchmarks/tune_sgmv.py --out backends/lora/sgmv_tuned.py
@@ -33,6 +34,7 @@ from loraplex.backends.lora.sgmv_blocks import (
     Regime,
     ShrinkBlocks,
     Tuned,
+    as_tuned,
     expand_blocks,
     shrink_blocks,
 )
@@ -150,6 +152,19 @@ class Bench:
             group=self.setup.groups[index], table=self.setup.table,
         )  # fmt: skip
 
+    def time_layer(self, tuned: Tuned) -> float:
+        """Microseconds of all groups, one after the other."""
+        op = TritonSGMV(self.setup.spec(), tuned)
+        op.plan(table=self.setup.table, batch=self.setup.batch)
+        layers = self.setup.case.num_layers
+
+        def run() -> None:
+            for layer in range(layers):
+                for index in range(len(self.setup.groups)):
+                    self.run(op, index, layer)
+
+        return statistics.median(time_graph(run, NUM_REPEATS)) / layers
+
     def time(self, op: TritonSGMV, index: int) -> float:
         """Microseconds of one group's shrink and expand."""
         layers = self.setup.case.num_layers
@@ -239,7 +254,17 @@ def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
             rows.append((kernel, study.regime, study.rank_class, size, astuple(ranked[0])))
             if kernel == "shrink":
                 best[size] = ranked[0]
-    return rows
+    return rows if is_faster(rows, benches) else []
+
+
+def is_faster(rows: list[tuple[Any, ...]], benches: list[Bench]) -> bool:
+    """Whether whole layers are, by the geometric mean over the batches, than with the defaults."""
+    gain = 0.0
+    for bench in benches:
+        times = [bench.time_layer(tuned) for tuned in (Tuned(), as_tuned(rows))]
+        gain += math.log(times[0] / times[1])
+        print(f"  layer, {bench.setup.case.popularity}: {times[0]:.2f} us, tuned {times[1]:.2f} us")
+    return gain > 0
 
 
 def write_table(path: Path, table: dict[tuple[int, int], tuple[tuple[Any, ...], ...]]) -> None:

@@ -3,8 +3,9 @@
 `benchmarks/tune_sgmv.py` measures candidates on a GPU and writes sgmv_tuned.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from loraplex.backends.lora.sgmv_tuned import TUNED
 
@@ -56,7 +57,11 @@ def rank_class(regime: Regime, largest_rank: int) -> int:
 
 def tuned_for(capability: tuple[int, int] | None) -> Tuned:
     """The measurements of this compute capability; empty for one that was not measured."""
-    rows = TUNED.get(capability, ()) if capability is not None else ()
+    return as_tuned(TUNED.get(capability, ()) if capability is not None else ())
+
+
+def as_tuned(rows: Iterable[tuple[Any, ...]]) -> Tuned:
+    """Rows as sgmv_tuned.py has them."""
     tuned = Tuned()
     for kernel, regime, ranks, features, sizes in rows:
         if kernel == "shrink":
