@@ -6,7 +6,7 @@ all arguments every time.
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -51,7 +51,7 @@ class Launch:
     Args:
         function: the driver's handle, of the context that is current at each launch.
         pdl: may start while the kernel before it still runs.
-        rest: arguments after the integers, which stay as they are.
+        rest: arguments after the integers; several launches may share one, and read its value.
         shared_bytes: dynamic shared memory; for more than 48 KiB the function must allow it.
     """
 
@@ -71,7 +71,7 @@ class Launch:
         self._rest = tuple(rest)
         first_pointer = ctypes.addressof(self.pointers)
         first_integer = ctypes.addressof(self.integers)
-        self._arguments = (ctypes.c_void_p * (len(pointers) + len(integers) + len(rest)))(
+        arguments = (ctypes.c_void_p * (len(pointers) + len(integers) + len(rest)))(
             *(first_pointer + 8 * i for i in range(len(pointers))),
             *(first_integer + 4 * i for i in range(len(integers))),
             *(ctypes.addressof(value) for value in self._rest),
@@ -81,15 +81,17 @@ class Launch:
             1, 1, 1, num_threads, 1, 1, shared_bytes, None,
             ctypes.pointer(self._attribute), int(pdl),
         )  # fmt: skip
-        self._config_address = ctypes.byref(self._config)
-        self._function = ctypes.c_void_p(function)
-        self._launch = _driver().cuLaunchKernelEx
+        self._launch = partial(
+            _driver().cuLaunchKernelEx, ctypes.byref(self._config), ctypes.c_void_p(function),
+            arguments, None,
+        )  # fmt: skip
 
-    def __call__(self, num_blocks: int, stream: int) -> None:
-        """Enqueue on a raw stream. Raises RuntimeError if the driver refuses."""
-        self._config.grid_x = num_blocks
-        self._config.stream = stream
-        status = self._launch(self._config_address, self._function, self._arguments, None)
+    def enqueue(self, num_blocks: int, stream: int) -> None:
+        """Launch on a raw stream. Raises RuntimeError if the driver refuses."""
+        config = self._config
+        config.grid_x = num_blocks
+        config.stream = stream
+        status = self._launch()
         if status:
             raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {status}")
 

@@ -37,7 +37,7 @@ class UnknownLayout(Exception):
 
 
 class TritonLaunch:
-    """A Triton kernel all of whose arguments stay, but for the tensors, which come first.
+    """A Triton kernel all of whose arguments stay, but for the first tensors.
 
     The tensors of all calls have the dtypes of the first call's and lie on its device, whose
     context is current; their contents and addresses may change. What the driver cannot launch
@@ -47,12 +47,21 @@ class TritonLaunch:
     Args:
         kernel: made by triton.jit.
         scalars: the arguments after the tensors, in order.
+        kept: tensors that follow those of each call; their contents may change.
         options: the constexprs, and Triton's options (num_warps and so on).
     """
 
-    def __init__(self, kernel: Any, scalars: Sequence[int | float], **options: Any) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        scalars: Sequence[int | float],
+        kept: Sequence[torch.Tensor] = (),
+        **options: Any,
+    ) -> None:
         self._kernel = kernel
         self._scalars = tuple(scalars)
+        self._kept = tuple(kept)
+        self._rest = (*kept, *scalars)
         self._options = options
         self._launch: Launch | None = None
         self._may_prepare = isinstance(kernel, triton.JITFunction)
@@ -63,22 +72,24 @@ class TritonLaunch:
         """Enqueue on torch's current stream; no blocks: nothing."""
         if not num_blocks:
             return
-        launch = self._launch
-        if launch is None:
-            launch = self._prepare(tensors)
+        launch = self._launch or self._prepare(tensors)
         if launch is None or not _set_pointers(launch, tensors):
-            self._kernel[(num_blocks,)](*tensors, *self._scalars, **self._options)
+            self._kernel[(num_blocks,)](*tensors, *self._rest, **self._options)
         else:
-            launch(num_blocks, current_stream(self._device_index))
+            launch.enqueue(num_blocks, current_stream(self._device_index))
 
     def _prepare(self, tensors: tuple[torch.Tensor, ...]) -> Launch | None:
         """Compile for aligned tensors and lay out the arguments; None where that cannot be."""
-        if not self._may_prepare or any(t.data_ptr() % ALIGNMENT for t in tensors):
+        if not self._may_prepare:
+            return None
+        everything = (*tensors, *self._kept)
+        if any(tensor.data_ptr() % ALIGNMENT for tensor in everything):
             return None
         self._may_prepare = False
-        self._compiled = self._kernel.warmup(*tensors, *self._scalars, grid=(1,), **self._options)
+        self._compiled = self._kernel.warmup(*tensors, *self._rest, grid=(1,), **self._options)
         try:
             self._launch = lay_out(self._compiled, self._scalars)
+            _set_pointers(self._launch, everything)
         except UnknownLayout as error:
             _warn(self._kernel.fn.__name__, str(error))
         self._device_index = tensors[0].get_device()
@@ -86,12 +97,14 @@ class TritonLaunch:
 
 
 def _set_pointers(launch: Launch, tensors: tuple[torch.Tensor, ...]) -> bool:
-    """False if one of them is not aligned."""
-    pointers, bits = launch.pointers, 0
+    """The first of them; False if one is not aligned."""
+    pointers = launch.pointers
     for i, tensor in enumerate(tensors):
-        pointers[i] = address = tensor.data_ptr()
-        bits |= address
-    return not bits % ALIGNMENT
+        address = tensor.data_ptr()
+        if address % ALIGNMENT:
+            return False
+        pointers[i] = address
+    return True
 
 
 def lay_out(compiled: Any, scalars: Sequence[int | float]) -> Launch:

@@ -62,10 +62,12 @@ class Module(Protocol):
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
-        kv: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """`rows`: the fields of PagedRows on the device."""
+        """`rows`: the fields of PagedRows on the device; k and v: [num_pages, block_tokens,
+        num_kv_heads, head_dim], any stride of pages."""
         ...
 
 
@@ -110,7 +112,8 @@ class PrefillModule:
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
-        kv: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         self._module.paged_run(
@@ -118,8 +121,8 @@ class PrefillModule:
             int_workspace_buffer=memory.ints,
             plan_info_vec=plan_info,
             q=q,
-            paged_k_cache=kv[:, 0],
-            paged_v_cache=kv[:, 1],
+            paged_k_cache=k,
+            paged_v_cache=v,
             qo_indptr=rows["query_starts"],
             paged_kv_indptr=rows["page_starts"],
             paged_kv_indices=rows["page_ids"],
@@ -190,7 +193,8 @@ class DecodeModule:
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
-        kv: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         self._module.run(
@@ -198,8 +202,8 @@ class DecodeModule:
             int_workspace_buffer=memory.ints,
             plan_info_vec=plan_info,
             q=q,
-            paged_k_cache=kv[:, 0],
-            paged_v_cache=kv[:, 1],
+            paged_k_cache=k,
+            paged_v_cache=v,
             paged_kv_indptr=rows["page_starts"],
             paged_kv_indices=rows["page_ids"],
             paged_kv_last_page_len=rows["last_page_lens"],

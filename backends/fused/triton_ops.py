@@ -76,8 +76,8 @@ class TritonFused:
         is_add: bool,
     ) -> torch.Tensor:
         num_rows, size = x.shape
-        y = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
-        strides = (x.stride(0), residual.stride(0))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        strides = (x.stride()[0], residual.stride()[0])
         key = ("norm", size, strides, eps, is_add, x.dtype, weight.dtype)
         launch = self._launches.get(key)
         if launch is None:
@@ -101,12 +101,12 @@ class TritonFused:
         eps: float = 0.0,
     ) -> torch.Tensor:
         num_tokens, width = qkv.shape
-        block_tokens, num_kv_heads = kv.shape[2:4]
+        _, _, block_tokens, num_kv_heads, _ = kv.shape
         head_dim, heads = self._head_dim, HEADS_PER_PROGRAM
         num_heads = width // head_dim - 2 * num_kv_heads
-        q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+        q = qkv.new_empty((num_tokens, num_heads, head_dim))
         num_blocks = -(-num_heads // heads) + 2 * -(-num_kv_heads // heads)
-        stride = qkv.stride(0)
+        stride = qkv.stride()[0]
         has_norm = q_norm is not None and k_norm is not None
         key = ("rope", num_heads, num_kv_heads, block_tokens, stride, eps, has_norm,
                qkv.dtype, kv.dtype)  # fmt: skip
@@ -125,13 +125,14 @@ class TritonFused:
         return q
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-        y = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-        key = ("silu", size, gate_up.stride(0), gate_up.dtype)
+        num_tokens, width = gate_up.shape
+        size, stride = width // 2, gate_up.stride()[0]
+        y = gate_up.new_empty((num_tokens, size))
+        key = ("silu", size, stride, gate_up.dtype)
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = TritonLaunch(
-                silu_mul_kernel, (gate_up.stride(0),), SIZE=size, BLOCK=SILU_BLOCK,
+                silu_mul_kernel, (stride,), SIZE=size, BLOCK=SILU_BLOCK,
                 num_warps=_num_warps(SILU_BLOCK), **self._options,
             )  # fmt: skip
         launch(num_tokens * -(-size // SILU_BLOCK), gate_up, y)
@@ -143,17 +144,15 @@ class TritonFused:
         num_rows, vocab_size = logits.shape
         # Never more splits than blocks, and none of them empty.
         most = max(1, min(MAX_SPLITS, self._draw_programs // num_rows))
-        blocks_per_split = triton.cdiv(triton.cdiv(vocab_size, DRAW_BLOCK), most)
-        num_splits = triton.cdiv(vocab_size, blocks_per_split * DRAW_BLOCK)
-        # The result, and behind it, 16-byte aligned, the best of each split.
-        start = num_rows + num_rows % 2
-        size = start + num_rows * num_splits
-        buffer = torch.empty(size, dtype=torch.int64, device=logits.device)
-        chosen, candidates = buffer[:num_rows], buffer[start:]
-        key = ("draw", vocab_size, logits.stride(0), num_splits, logits.dtype)
+        blocks_per_split = -(-vocab_size // (DRAW_BLOCK * most))
+        num_splits = -(-vocab_size // (DRAW_BLOCK * blocks_per_split))
+        chosen = logits.new_empty(num_rows, dtype=torch.int64)
+        candidates = logits.new_empty(num_rows * num_splits, dtype=torch.int64)  # best of a split
+        stride = logits.stride()[0]
+        key = ("draw", vocab_size, stride, num_splits, logits.dtype)
         launch = self._launches.get(key)
         if launch is None:
-            scalars = (logits.stride(0), num_splits, blocks_per_split * DRAW_BLOCK)
+            scalars = (stride, num_splits, blocks_per_split * DRAW_BLOCK)
             launch = self._launches[key] = TritonLaunch(
                 draw_split_kernel, scalars, VOCAB=vocab_size, BLOCK=DRAW_BLOCK, num_warps=4,
                 **self._options,

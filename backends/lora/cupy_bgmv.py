@@ -5,6 +5,7 @@ of projections, and caches the binaries; launches go to torch's current stream. 
 sizes must be multiples of 8 (16-byte vectors).
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -59,6 +60,22 @@ class _Kernels:
     expand: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """Of one layer, group and kind; x, y and their strides are set each time.
+
+    Blocks of shrink are `shrink_blocks`, or one for each row and module if these are more; blocks
+    of expand one for each row and panel of columns, `expand_blocks` at most.
+    """
+
+    shrink: Launch
+    expand: Launch
+    num_modules: int
+    num_panels: int
+    shrink_blocks: int
+    expand_blocks: int
+
+
 class CupyBGMV:
     name = "cupy"
     family = "bgmv"
@@ -98,76 +115,91 @@ class CupyBGMV:
         num_bytes += self._capacity * (16 * self._items_per_row + 16 + 4)
         self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
         self._staging = Staging(spec.device)
-        self._kind, self._capacity_planned = "shared", 0
-        self._launches: dict[tuple[str, int, LoRAGroup], tuple[Launch, Launch]] = {}
+        self._kind = "shared"
+        self._capacity_planned = ctypes.c_int32(0)  # shared by all launches
+        self._device_index = self._plan.get_device()
+        self._launches: dict[tuple[str, int, int], _Launches] = {}
         self._table: LoRATable | None = None
-        self._pool_address = 0
+        self._pool: torch.Tensor | None = None
+        self._pool_place = (0, 0)
 
     def kind_of(self, batch: LoRABatch) -> str:
         return "distinct" if len(batch.segment_slots) == len(batch.token_order) else "shared"
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         self._kind = kind or self.kind_of(batch)
-        self._capacity_planned = GRAPH_ROWS if batch.num_tokens <= GRAPH_ROWS else self._capacity
+        is_small = batch.num_tokens <= GRAPH_ROWS
+        self._capacity_planned.value = GRAPH_ROWS if is_small else self._capacity
         self._staging.upload(self._plan_arrays(table, batch), out=self._plan)
 
     def shrink(
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        launch = self._launches_of(layer, group, table, pool)[0]
-        blocks = self._num_processors * _KINDS[self._kind].shrink_blocks
-        launch.pointers[0], launch.integers[0] = x.data_ptr(), x.stride(0)
-        launch.integers[4] = self._capacity_planned
-        launch(max(blocks, x.shape[0] * len(group.modules)), current_stream(x.get_device()))
+        launches = self._launches_of(layer, group, table, pool)
+        launch = launches.shrink
+        launch.pointers[0], launch.integers[0] = x.data_ptr(), x.stride()[0]
+        num_blocks = max(x.shape[0] * launches.num_modules, launches.shrink_blocks)
+        launch.enqueue(num_blocks, current_stream(self._device_index))
 
     def expand(
         self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        launch = self._launches_of(layer, group, table, pool)[1]
-        most = y.shape[0] * sum(-(-out // EXPAND_COLUMNS) for out in group.out_features)
-        blocks = self._num_processors * _KINDS[self._kind].expand_blocks
-        launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride(0)
-        launch.integers[4] = self._capacity_planned
-        launch(min(most, blocks), current_stream(y.get_device()))
+        launches = self._launches_of(layer, group, table, pool)
+        launch = launches.expand
+        launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride()[0]
+        num_blocks = min(y.shape[0] * launches.num_panels, launches.expand_blocks)
+        launch.enqueue(num_blocks, current_stream(self._device_index))
 
     def _launches_of(
         self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
-    ) -> tuple[Launch, Launch]:
-        if table is not self._table or pool.data_ptr() != self._pool_address:
-            self._launches.clear()
-            self._table, self._pool_address = table, pool.data_ptr()
-        key = (self._kind, layer, group)
+    ) -> _Launches:
+        if table is not self._table or pool is not self._pool:
+            self._take(pool, table)
+        key = (self._kind, layer, group.modules[0])
         launches = self._launches.get(key)
         if launches is None:
             launches = self._launches[key] = self._prepare(layer, group, table, pool)
         return launches
 
+    def _take(self, pool: torch.Tensor, table: LoRATable) -> None:
+        """Launches keep the addresses and strides of one table and one pool."""
+        place = (pool.data_ptr(), pool.stride(0))
+        if table is not self._table or place != self._pool_place:
+            self._launches.clear()
+        self._table, self._pool, self._pool_place = table, pool, place
+
     def _prepare(
         self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
-    ) -> tuple[Launch, Launch]:
-        """Shrink and expand of one layer, of the planned kind; x, y, their strides and the plan's
-        capacity are set at each launch."""
-        first, kernels = group.modules[0], self._kernels[self._kind, group]
+    ) -> _Launches:
+        """Of the planned kind."""
+        kind, kernels = _KINDS[self._kind], self._kernels[self._kind, group]
+        first = group.modules[0]
         common = (
             pool[layer].data_ptr(), self._plan.data_ptr(), table.page_table.data_ptr(),
             table.rank[layer, first].data_ptr(),
         )  # fmt: skip
-        integers = (
-            0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1), 0,
-            self._v_row_stride, self._spec.max_rank,
+        integers = (0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1))
+        rest = (
+            self._capacity_planned, ctypes.c_int32(self._v_row_stride),
+            ctypes.c_int32(self._spec.max_rank),
         )  # fmt: skip
         shrink = Launch(
             kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,
             pointers=(0, self._v.data_ptr(), *common, table.a_start[layer, first].data_ptr()),
-            integers=integers,
+            integers=integers, rest=rest,
         )  # fmt: skip
         expand = Launch(
             kernels.expand, num_threads=EXPAND_THREADS, pdl=self._pdl,
             pointers=(0, self._v.data_ptr(), *common, table.b_start[layer, first].data_ptr(),
                       table.scale[layer, first].data_ptr()),
-            integers=integers,
+            integers=integers, rest=rest,
         )  # fmt: skip
-        return shrink, expand
+        return _Launches(
+            shrink, expand, num_modules=len(group.modules),
+            num_panels=sum(-(-out // EXPAND_COLUMNS) for out in group.out_features),
+            shrink_blocks=self._num_processors * kind.shrink_blocks,
+            expand_blocks=self._num_processors * kind.expand_blocks,
+        )  # fmt: skip
 
     def _compile(self, kind: str, group: LoRAGroup) -> _Kernels:
         macros = _make_macros(self._spec, _KINDS[kind], group, self._pdl)
@@ -175,7 +207,7 @@ class CupyBGMV:
 
     def _plan_arrays(self, table: LoRATable, batch: LoRABatch) -> dict[str, Int32Array]:
         """The plan as bgmv.cu reads it, part after part."""
-        kind, capacity = _KINDS[self._kind], self._capacity_planned
+        kind, capacity = _KINDS[self._kind], self._capacity_planned.value
         starts, slots = batch.segment_starts, batch.segment_slots
         slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
         items = split_ranks(make_tiles(starts, slots, kind.item_rows), slot_ranks, ITEM_RANKS)

@@ -1,14 +1,14 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
-BGMV reads the weights faster, SGMV spends less on each row. They cross at about eight rows an
-adapter, at every batch from 32 rows to 2,048 (benchmarks/results/lora_kernels_h200.jsonl).
+BGMV reads the weights faster, SGMV spends less on each row. They cross at about sixteen rows an
+adapter (benchmarks/results/lora_kernels_h200.jsonl).
 """
 
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 
-SGMV_ROWS = 8
+SGMV_ROWS = 16
 """Rows an adapter, on average, from which SGMV runs."""
 
 

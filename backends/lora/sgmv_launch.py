@@ -18,23 +18,19 @@ HEADER_INTS = 16
 class GroupBlocks:
     """How one group runs in one regime."""
 
+    regime: tuple[Regime, int]
+    group: LoRAGroup
+    index: int  # of the group's header in the metadata
     shrink: ShrinkBlocks
     expand: ExpandBlocks
     item_ranks: int
     max_rank: int
     max_splits: int
     num_blocks: int  # of columns, over all modules
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a launch depends on, beside the strides of x, y, pool and table."""
-
-    regime: tuple[Regime, int]
-    blocks: GroupBlocks
-    index: int  # of the group's header in the metadata
-    group: LoRAGroup
-    layer: int
+    # What a launch has at most, whatever the batch.
+    row_items: int  # of shrink, for each row
+    shrink_programs: int
+    expand_programs: int
 
 
 class SGMVLaunches:
@@ -56,65 +52,90 @@ class SGMVLaunches:
         if pdl:
             self._common["launch_pdl"] = True
         self._table: LoRATable | None = None
+        self._pool: torch.Tensor | None = None
+        self._pool_place = (0, 0)
         self._shrinks: dict[tuple[object, ...], TritonLaunch] = {}
         self._expands: dict[tuple[object, ...], TritonLaunch] = {}
 
     def shrink(
-        self, num_blocks: int, call: Call, x: torch.Tensor, pool: torch.Tensor, table: LoRATable
+        self,
+        num_programs: int,
+        blocks: GroupBlocks,
+        *,
+        x: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        table: LoRATable,
     ) -> None:
-        if table is not self._table:
-            self._forget(table)
-        key = (call.regime, call.index, call.layer, x.stride(0), pool.stride(0))
+        if table is not self._table or pool is not self._pool:
+            self._take(pool, table)
+        key = (blocks.regime, blocks.index, layer, x.stride()[0])
         launch = self._shrinks.get(key)
         if launch is None:
-            launch = self._shrinks[key] = self._prepare_shrink(call, x, pool, table)
-        launch(
-            num_blocks, x, self._v, pool, self._meta, table.page_table, table.rank, table.a_start
-        )
+            launch = self._shrinks[key] = self._prepare_shrink(blocks, layer, x, pool, table)
+        launch(num_programs, x)
 
     def expand(
-        self, num_blocks: int, call: Call, y: torch.Tensor, pool: torch.Tensor, table: LoRATable
+        self,
+        num_programs: int,
+        blocks: GroupBlocks,
+        *,
+        y: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        table: LoRATable,
     ) -> None:
-        if table is not self._table:
-            self._forget(table)
-        key = (call.regime, call.index, call.layer, y.stride(0), pool.stride(0))
+        if table is not self._table or pool is not self._pool:
+            self._take(pool, table)
+        key = (blocks.regime, blocks.index, layer, y.stride()[0])
         launch = self._expands.get(key)
         if launch is None:
-            launch = self._expands[key] = self._prepare_expand(call, y, pool, table)
-        launch(
-            num_blocks, y, self._v, pool, self._meta, table.page_table, table.rank,
-            table.b_start, table.scale,
-        )  # fmt: skip
+            launch = self._expands[key] = self._prepare_expand(blocks, layer, y, pool, table)
+        launch(num_programs, y)
 
-    def _forget(self, table: LoRATable) -> None:
-        """Another table may have other strides."""
-        self._shrinks.clear()
-        self._expands.clear()
-        self._table = table
+    def _take(self, pool: torch.Tensor, table: LoRATable) -> None:
+        """Launches keep the addresses and strides of one table and one pool."""
+        place = (pool.data_ptr(), pool.stride(0))
+        if table is not self._table or place != self._pool_place:
+            self._shrinks.clear()
+            self._expands.clear()
+        self._table, self._pool, self._pool_place = table, pool, place
 
     def _prepare_shrink(
-        self, call: Call, x: torch.Tensor, pool: torch.Tensor, table: LoRATable
+        self,
+        blocks: GroupBlocks,
+        layer: int,
+        x: torch.Tensor,
+        pool: torch.Tensor,
+        table: LoRATable,
     ) -> TritonLaunch:
-        blocks, group = call.blocks, call.group
+        group = blocks.group
         return TritonLaunch(
             shrink_kernel,
-            (call.layer, x.stride(0), pool.stride(0), *_strides(table)),
-            HEADER=HEADER_INTS * call.index, FIRST_MODULE=group.modules[0],
+            (layer, x.stride(0), pool.stride(0), *_strides(table)),
+            (self._v, pool, self._meta, table.page_table, table.rank, table.a_start),
+            HEADER=HEADER_INTS * blocks.index, FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), K=group.in_features,
             BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks,
             num_warps=blocks.shrink.warps, num_stages=blocks.shrink.stages, **self._common,
         )  # fmt: skip
 
     def _prepare_expand(
-        self, call: Call, y: torch.Tensor, pool: torch.Tensor, table: LoRATable
+        self,
+        blocks: GroupBlocks,
+        layer: int,
+        y: torch.Tensor,
+        pool: torch.Tensor,
+        table: LoRATable,
     ) -> TritonLaunch:
-        blocks, group = call.blocks, call.group
+        group = blocks.group
         outs = (*group.out_features, 0, 0)
         starts = (*group.out_starts, 0, 0)
         return TritonLaunch(
             expand_kernel,
-            (call.layer, y.stride(0), pool.stride(0), *_strides(table)),
-            HEADER=HEADER_INTS * call.index, FIRST_MODULE=group.modules[0],
+            (layer, y.stride(0), pool.stride(0), *_strides(table)),
+            (self._v, pool, self._meta, table.page_table, table.rank, table.b_start, table.scale),
+            HEADER=HEADER_INTS * blocks.index, FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
             START_1=starts[1], START_2=starts[2], MAX_SPLITS=blocks.max_splits,
             BLOCK_M=blocks.expand.rows, BLOCK_N=blocks.expand.columns,

@@ -22,7 +22,7 @@ from loraplex.backends.lora.sgmv_blocks import (
     shrink_blocks,
     tuned_for,
 )
-from loraplex.backends.lora.sgmv_launch import HEADER_INTS, Call, GroupBlocks, SGMVLaunches
+from loraplex.backends.lora.sgmv_launch import HEADER_INTS, GroupBlocks, SGMVLaunches
 from loraplex.backends.lora.sgmv_plan import WorkLists
 from loraplex.backends.staging import Staging
 
@@ -64,8 +64,8 @@ class TritonSGMV:
         self._staging = Staging(spec.device)
         self._order_at = HEADER_INTS * len(spec.groups)
         self._blocks = {
-            (regime, ranks): [self._group_blocks(group, regime, ranks) for group in spec.groups]
-            for regime, ranks in (_DECODE, *_prefill_classes(spec.max_rank))
+            regime: [self._group_blocks(i, regime) for i in range(len(spec.groups))]
+            for regime in (_DECODE, *_prefill_classes(spec.max_rank))
         }
         self._meta = torch.zeros(self._max_meta_ints(), dtype=torch.int32, device=spec.device)
         max_rank, rows = _round_up(spec.max_rank), max(spec.max_num_tokens, 1)
@@ -78,10 +78,10 @@ class TritonSGMV:
             v=self._v, meta=self._meta, order_at=self._order_at, page_elems=spec.page_elems,
             pdl=capability is not None and capability[0] >= 9,
         )  # fmt: skip
-        self._calls: dict[tuple[tuple[Regime, int], int, tuple[int, ...]], Call] = {}
-        self._group_index = {group.modules: i for i, group in enumerate(spec.groups)}
+        self._graph_blocks = {b.group.modules[0]: b for b in self._blocks[_DECODE]}
         self._regime = _DECODE
         self._headers = self._empty_headers()
+        self._eager = self._eager_launches()
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         self._headers = self._empty_headers()
@@ -92,6 +92,7 @@ class TritonSGMV:
             ranks = table.host_rank.numpy()[:, :, batch.segment_slots].max(axis=0)
             self._regime = self._choose_regime(batch, int(ranks.max()))
             lists = self._plan_groups(batch, ranks)
+        self._eager = self._eager_launches()
         meta = np.concatenate([self._headers.ravel(), batch.token_order, *lists])
         self._staging.upload(
             {"meta": meta.astype(np.int32, copy=False)}, out=self._meta.view(torch.uint8)
@@ -104,42 +105,34 @@ class TritonSGMV:
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
         """x A goes to scratch memory, in splits."""
-        call = self._call(x.shape[0], layer, group)
-        if x.shape[0] <= self.max_graph_rows:
-            blocks = call.blocks
-            most = -(-len(group.modules) * self._spec.max_rank // blocks.item_ranks)
-            units = min(
-                x.shape[0] * most * blocks.max_splits,
-                blocks.shrink.waves * self._num_processors,
-            )
+        num_rows = x.shape[0]
+        if num_rows <= self.max_graph_rows:
+            blocks = self._graph_blocks[group.modules[0]]
+            num_programs = min(num_rows * blocks.row_items, blocks.shrink_programs)
         else:
-            num_items, _, _, _, num_splits = self._headers[call.index, :5].tolist()
-            units = num_items * num_splits
-        self._launches.shrink(units, call, x, pool, table)
+            blocks, num_programs, _ = self._eager[group.modules[0]]
+        self._launches.shrink(num_programs, blocks, x=x, pool=pool, layer=layer, table=table)
 
     def expand(
         self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
     ) -> None:
-        call = self._call(y.shape[0], layer, group)
-        blocks = call.blocks
-        if y.shape[0] <= self.max_graph_rows:
-            most = blocks.expand.waves * self._num_processors
-            units = min(y.shape[0] * blocks.num_blocks, most)
+        num_rows = y.shape[0]
+        if num_rows <= self.max_graph_rows:
+            blocks = self._graph_blocks[group.modules[0]]
+            num_programs = min(num_rows * blocks.num_blocks, blocks.expand_programs)
         else:
-            num_tiles, _, _, _, panel_blocks = self._headers[call.index, 2:7].tolist()
-            units = num_tiles * _num_panels(group, blocks.expand.columns, panel_blocks)
-        self._launches.expand(units, call, y, pool, table)
+            blocks, _, num_programs = self._eager[group.modules[0]]
+        self._launches.expand(num_programs, blocks, y=y, pool=pool, layer=layer, table=table)
 
-    def _call(self, num_rows: int, layer: int, group: LoRAGroup) -> Call:
-        """By the rows alone where a graph may be captured, else as planned."""
-        regime = _DECODE if num_rows <= self.max_graph_rows else self._regime
-        key = (regime, layer, group.modules)
-        call = self._calls.get(key)
-        if call is None:
-            index = self._group_index[group.modules]
-            blocks = self._blocks[regime][index]
-            call = self._calls[key] = Call(regime, blocks, index, group, layer)
-        return call
+    def _eager_launches(self) -> dict[int, tuple[GroupBlocks, int, int]]:
+        """What runs as planned, where there are too many rows for a graph: by the group's first
+        module its blocks, and the programs of shrink and expand, none for a group without work."""
+        launches: dict[int, tuple[GroupBlocks, int, int]] = {}
+        for blocks, header in zip(self._blocks[self._regime], self._headers.tolist(), strict=True):
+            num_items, _, num_tiles, _, num_splits, _, panel_blocks = header[:7]
+            panels = _num_panels(blocks.group, blocks.expand.columns, panel_blocks)
+            launches[blocks.group.modules[0]] = blocks, num_items * num_splits, num_tiles * panels
+        return launches
 
     def _empty_headers(self) -> Int32Array:
         """Of a plan without work; the panel is a divisor."""
@@ -202,17 +195,26 @@ class TritonSGMV:
             panel += 1
         return panel
 
-    def _group_blocks(self, group: LoRAGroup, regime: Regime, ranks: int) -> GroupBlocks:
-        shrink = shrink_blocks(self._tuned, regime, ranks, group.in_features)
-        expand = expand_blocks(self._tuned, regime, ranks, sum(group.out_features))
+    def _group_blocks(self, index: int, regime: tuple[Regime, int]) -> GroupBlocks:
+        group, (phase, ranks) = self._spec.groups[index], regime
+        max_rank = self._spec.max_rank
+        shrink = shrink_blocks(self._tuned, phase, ranks, group.in_features)
+        expand = expand_blocks(self._tuned, phase, ranks, sum(group.out_features))
         together = 1 << (ranks * len(group.modules) - 1).bit_length()
+        item_ranks = min(shrink.max_ranks, together)
         return GroupBlocks(
+            regime=regime,
+            group=group,
+            index=index,
             shrink=shrink,
             expand=expand,
-            item_ranks=min(shrink.max_ranks, together),
-            max_rank=_round_up(self._spec.max_rank) if regime == "decode" else ranks,
-            max_splits=MAX_SPLITS[regime],
+            item_ranks=item_ranks,
+            max_rank=_round_up(max_rank) if phase == "decode" else ranks,
+            max_splits=MAX_SPLITS[phase],
             num_blocks=_num_panels(group, expand.columns, 1),
+            row_items=-(-len(group.modules) * max_rank // item_ranks) * MAX_SPLITS[phase],
+            shrink_programs=shrink.waves * self._num_processors,
+            expand_programs=expand.waves * self._num_processors,
         )
 
     def _max_meta_ints(self) -> int:

@@ -58,7 +58,8 @@ class LoopModule:
         plan_info: list[int],
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
-        kv: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         starts, page_starts = rows["query_starts"].tolist(), rows["page_starts"].tolist()
@@ -69,17 +70,17 @@ class LoopModule:
             assert self.addresses.setdefault(num_rows, now) == now
         for b, last_page_len in enumerate(rows["last_page_lens"].tolist()):
             pages = rows["page_ids"][page_starts[b] : page_starts[b + 1]].long()
-            kv_len = (len(pages) - 1) * kv.shape[2] + last_page_len
-            k, v = (
-                kv[pages, i]
+            kv_len = (len(pages) - 1) * k.shape[1] + last_page_len
+            keys, values = (
+                cache[pages]
                 .flatten(0, 1)[:kv_len]
-                .repeat_interleave(q.shape[1] // kv.shape[3], dim=1)
-                for i in (0, 1)
+                .repeat_interleave(q.shape[1] // cache.shape[2], dim=1)
+                for cache in (k, v)
             )
             for i, token in enumerate(range(starts[b], starts[b + 1])):
                 seen = kv_len - (starts[b + 1] - starts[b]) + i + 1 if self.causal else kv_len
-                scores = torch.einsum("hd,lhd->hl", q[token], k[:seen]) * self.spec.scale
-                out[token] = torch.einsum("hl,lhd->hd", scores.softmax(-1), v[:seen])
+                scores = torch.einsum("hd,lhd->hl", q[token], keys[:seen]) * self.spec.scale
+                out[token] = torch.einsum("hl,lhd->hd", scores.softmax(-1), values[:seen])
 
 
 @pytest.fixture
@@ -114,6 +115,21 @@ def test_eager_steps(made: Any, heads: tuple[int, int], block_tokens: int) -> No
         op.plan(batch)
         op.run(q=q, kv=kv, out=out)
         assert torch.allclose(out, attention_oracle(q, kv, spec, batch), atol=2e-5)
+
+
+def test_layers_and_pools_are_told_apart(made: Any) -> None:
+    spec = make_spec(torch.float32, "cpu", (4, 2), head_dim=16)
+    op = FlashInferAttention(spec, "fa2")
+    batch, num_pages = make_batch(BATCHES["mixed"], spec)
+    op.plan(batch)
+    q = _queries(int(batch.query_lens.sum()), spec)
+    for pool in (torch.randn(3, num_pages, 2, 16, 2, 16) for _ in range(3)):
+        for layer in (0, 2, 1, 0, 2):
+            pool[layer] += 1
+            out = torch.full_like(q, float("nan"))
+            op.run(q=q, kv=pool[layer], out=out)
+            assert torch.allclose(out, attention_oracle(q, pool[layer], spec, batch), atol=2e-5)
+        assert len(op._views) == 3, "views of an older pool keep its memory"
 
 
 def test_graph_steps_keep_their_places(made: Any) -> None:

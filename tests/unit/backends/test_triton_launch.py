@@ -124,6 +124,20 @@ def test_only_aligned_tensors_and_work_go_to_the_driver(cuda: FakeCuda) -> None:
     ]  # fmt: skip
 
 
+def test_kept_tensors_follow_those_of_each_call(cuda: FakeCuda) -> None:
+    x, y, weight = make_tensors([BF16] * 3)
+    odd = torch.zeros(65, dtype=BF16)[1:]
+    for kept in (weight, odd):
+        launch = TritonLaunch(rms_norm_kernel, (64, 64, 0.5), (kept, y), **NORM | {"SIZE": 64})
+        for first in (x, y, x):
+            launch(1, first, y)
+    tensors = [[first, y, weight, y] for first in (x, y, x)]
+    assert [one.arguments[:4] for one in cuda.launches] == [
+        [tensor.data_ptr() for tensor in four] for four in tensors
+    ]
+    assert len(cuda.ordinary) == 3, "a kept tensor that does not start at 16 bytes"
+
+
 @pytest.mark.parametrize("cause", ["layout", "driver"])
 def test_what_does_not_add_up_goes_through_triton(
     cuda: FakeCuda, caplog: pytest.LogCaptureFixture, cause: str
@@ -156,7 +170,7 @@ def test_integers_and_the_rest_follow_the_pointers(cuda: FakeCuda) -> None:
     launch = Launch(5, num_threads=96, pdl=True, pointers=(1, 2), integers=(3, 4),
                     rest=(ctypes.c_float(0.5),), shared_bytes=70000)  # fmt: skip
     launch.pointers[1], launch.integers[0] = 1 << 47, -6
-    launch(9, STREAM)
+    launch.enqueue(9, STREAM)
     (seen,) = cuda.launches
     assert seen.arguments == [1, 1 << 47, -6, 4, 0.5]
     assert (seen.threads, seen.shared_bytes) == ((96, 1, 1), 70000)
