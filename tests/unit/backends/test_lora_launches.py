@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from loraplex.backends import cuda_launch, triton_launch  # noqa: E402
 from loraplex.backends.lora import triton_sgmv  # noqa: E402
 from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, apply_lora  # noqa: E402
-from loraplex.backends.lora.hybrid import HybridLoRA  # noqa: E402
+from loraplex.backends.lora.hybrid import SGMV_ROWS, HybridLoRA  # noqa: E402
 from loraplex.backends.lora.kernels.sgmv import shrink_kernel  # noqa: E402
 from loraplex.backends.lora.sgmv_blocks import Tuned  # noqa: E402
 
@@ -212,7 +212,7 @@ def test_hybrid_launches_what_its_halves_do(cuda: FakeCuda, bgmv: Any) -> None:
     families: set[str] = set()
     for step in (*FEW, *MANY, *captures, *FEW):
         rows = sum(slot >= 0 for slot in step.slots)
-        many = rows >= 8 * max(1, len(set(step.slots) - {-1}))
+        many = rows >= SGMV_ROWS * max(1, len(set(step.slots) - {-1}))
         many = many if step.kind is None else step.kind == "sgmv"
         check, half = (check_sgmv, op._many) if many else (check_bgmv, op._few)
         check(op, cuda, step, half)
