@@ -261,4 +261,4 @@ def _compile(macros: tuple[str, ...], device_index: int) -> _Kernels:
         return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
 
 
-_modules: list[cupy.RawModule] = []  # a module unloads its kernels when it is collected
+_modules: "list[cupy.RawModule]" = []  # a module unloads its kernels when it is collected

@@ -25,6 +25,7 @@
 //   then          items: int4 (slot, first row, rows, first rank)
 // Each part has its place whatever the numbers are, so that reading them delays nothing.
 
+#ifndef EMULATED  // else tests/helpers/cuda_emulator.h has these
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
 #define MMA_TYPES "bf16.bf16"
@@ -79,6 +80,22 @@ __device__ __forceinline__ uint4 load_input(const T* pointer) {
   return w;
 }
 
+__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                    unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Keeps a pointer in registers: it is not derived again, at each use, from what it came from.
+template <typename P>
+__device__ __forceinline__ const P* hold(const P* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+#endif  // EMULATED
+
 // Blocks of few warps spend much of their time on addresses, hence unsigned and by multiply-add.
 typedef unsigned long long U64;
 __device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
@@ -91,20 +108,6 @@ __device__ __forceinline__ const T* address(const T* pool, unsigned page, unsign
 // Pages hold whole chunks of 64 elements.
 __device__ __forceinline__ const T* locate(const T* pool, const int* pages, unsigned element) {
   return address(pool, page_of(pages, element), element);
-}
-// Keeps a pointer in registers: it is not derived again, at each use, from what it came from.
-template <typename P>
-__device__ __forceinline__ const P* hold(const P* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                    unsigned a3, unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 struct Plan {
