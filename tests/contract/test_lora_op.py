@@ -17,7 +17,7 @@ from helpers.lora_cases import (
     make_shapes,
     make_spec,
 )
-from helpers.lora_checks import TOLERANCE, as_bits, check, compare, make_inputs
+from helpers.lora_checks import TOLERANCE, apply, as_bits, check, compare, make_inputs
 
 NAMES = [backend.name for backend in registry.list_backends("lora")]
 GPU = pytest.mark.gpu
