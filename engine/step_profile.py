@@ -69,6 +69,9 @@ class StepProfile:
         self._lines.flush()
 
     def close(self) -> None:
+        """End the recording: a profiler left running fails when the process ends."""
+        if self._timelines is not None:
+            self._timelines.stop()
         self._lines.close()
 
     def _export(self, timelines: profile) -> None:

@@ -21,7 +21,8 @@ ENGINE = [
     "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager", "--no-prefetch",
-    "--num-pages", "--policy", "--pool-bytes", "--prefetch", "--ttft-slo-s",
+    "--num-pages", "--policy", "--pool-bytes", "--prefetch", "--profile-dir",
+    "--profile-every", "--profile-steps", "--ttft-slo-s",
 ]  # fmt: skip
 SAMPLING = [
     "--frequency-penalty", "--ignore-eos", "--include-stop-str-in-output", "--logit-bias",

@@ -41,8 +41,8 @@ def test_a_line_for_each_step_and_a_timeline_of_some(tmp_path: Path) -> None:
     starts = [line["at_us"] for line in lines]
     assert starts == sorted(starts)
 
-    timelines = list(folder.glob("timeline-rank0-*.json"))
-    assert len(timelines) == len(lines) // 5
+    timelines = sorted(folder.glob("timeline-rank0-*.json"))
+    assert len(timelines) - len(lines) // 5 in (0, 1)  # one may be under way at the end
     names = {event.get("name") for event in json.loads(timelines[0].read_text())["traceEvents"]}
     assert "aten::linear" in names
 
