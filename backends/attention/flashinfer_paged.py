@@ -72,8 +72,6 @@ class FlashInferAttention:
         self._graph_rows = torch.zeros(_row_bytes(spec), dtype=torch.uint8, device=spec.device)
         self._graph_plans: dict[int, tuple[int, ...]] = {}
         self._launches: list[_Launch] = []
-        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._viewed_storage = 0
 
     @classmethod
     def probe(cls, spec: AttentionSpec | None = None) -> str | None:
@@ -130,7 +128,7 @@ class FlashInferAttention:
         self._launch(self._decode, self._decode_memory, info, rows, 0, out=self._graph_rows)
 
     def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
-        k, v = self._keys_values(kv)
+        k, v = kv[:, 0], kv[:, 1]  # not kept: the pool that sizes are tried on is to go
         launches = self._launches
         for launch in launches:
             if len(launches) == 1:  # of all tokens
@@ -138,17 +136,6 @@ class FlashInferAttention:
             else:
                 some_q, some_out = q[launch.tokens], out[launch.tokens]
             launch.module.run(launch.memory, launch.plan_info, launch.rows, some_q, k, v, some_out)
-
-    def _keys_values(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one layer, made once for the layers of one pool, which stay where they are."""
-        views = self._views.get(kv.data_ptr())
-        if views is None:
-            storage = kv.untyped_storage().data_ptr()
-            if storage != self._viewed_storage:
-                self._views.clear()
-            self._viewed_storage = storage
-            views = self._views[kv.data_ptr()] = (kv[:, 0], kv[:, 1])
-        return views
 
     def _launch(
         self,
