@@ -33,6 +33,7 @@ from loraplex.engine.adapter_packing import AdapterTarget
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.content_hashes import SETTLE_S
 from loraplex.entrypoints.bench.dummy import AdapterWriter, model_config
+from loraplex.entrypoints.bench.gpu_timing import capture
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.page_copier import StreamPageCopier
 from loraplex.memory.pool import PagePool, PageShape
@@ -205,13 +206,7 @@ def decode_graph(device: torch.device) -> torch.cuda.CUDAGraph:
         for a, b in zip(up, down, strict=True):
             y = (y @ a) @ b
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
+    graph = capture(run)
     graph.kept = (up, down, x)  # type: ignore[attr-defined]
     return graph
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,12 +21,13 @@ import torch
 from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionSpec
 from loraplex.backends.attention.flashinfer_paged import FlashInferAttention
 from loraplex.backends.registry import resolve
+from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 
 HEAD_DIM = 128
 POOL_BYTES = 1 << 30
 """At least so many bytes of K and V lie between two reads of the same ones."""
 MAX_LAYERS = 12
-SECONDS_A_ROW = 0.3
+NUM_REPEATS = 20
 FA2 = "flashinfer-fa2"
 """flashinfer with the older prefill kernels."""
 
@@ -147,39 +147,12 @@ class Setup:
         return torch.einsum("kgl,lkd->kgd", weights, v).flatten(0, 1)
 
 
-def time_graph(run: Callable[[], object]) -> list[float]:
-    """Seconds of each replay of what `run` launches, which has run once before."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = _time_replays(graph, 3)
-    return _time_replays(graph, max(5, min(40, int(SECONDS_A_ROW / times[-1]))))
-
-
-def _time_replays(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:], strict=False)]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large device-to-device copy."""
-    source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    seconds = statistics.median(time_graph(lambda: torch.mul(source, 1.0, out=target)))
-    return 2 * source.numel() * 4 / seconds
-
-
 def matmul_peak(dtype: torch.dtype) -> float:
     """Operations a second of a large product of random matrices."""
     a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
     out = torch.mm(a, b)
-    seconds = statistics.median(time_graph(lambda: torch.mm(a, b, out=out)))
-    return 2 * 8192**3 / seconds
+    us = statistics.median(time_graph(lambda: torch.mm(a, b, out=out), NUM_REPEATS))
+    return 2 * 8192**3 / us * 1e6
 
 
 def make_op(name: str, spec: AttentionSpec) -> AttentionOp:
@@ -203,9 +176,9 @@ def measure(case: Case, name: str, options: argparse.Namespace, peak: float) -> 
         op.plan(setup.batch)
     setup.run(op)
     error = setup.check()
-    times = [seconds / setup.num_layers for seconds in time_graph(lambda: setup.run(op))]
-    seconds = statistics.median(times)
-    rate = (case.kv_bytes if case.is_decode else case.flops) / seconds
+    times = [us / setup.num_layers for us in time_graph(lambda: setup.run(op), NUM_REPEATS)]
+    us = statistics.median(times)
+    rate = (case.kv_bytes if case.is_decode else case.flops) / us * 1e6
     return {
         **asdict(case),
         "head_dim": HEAD_DIM,
@@ -214,8 +187,8 @@ def measure(case: Case, name: str, options: argparse.Namespace, peak: float) -> 
         "backend": name,
         "prefill_kind": getattr(op, "prefill_kind", None),
         "graph_for": "any batch" if for_any else "this batch",
-        "us": round(seconds * 1e6, 2),
-        "us_min": round(min(times) * 1e6, 2),
+        "us": round(us, 2),
+        "us_min": round(min(times), 2),
         "T_s": round(rate / 1e12, 3),
         "unit": "TB/s" if case.is_decode else "TFLOP/s",
         "of_peak": round(rate / peak, 3),

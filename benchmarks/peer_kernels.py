@@ -41,8 +41,8 @@ class Batch:
         self.case, self.dtype, self.device = case, dtype, device
         self.rows = rows_of(case)
         self.num_adapters, self.rank = max(self.rows) + 1, max(case.ranks)
-        self.groups = [modules for modules in GROUPS if modules[0] in case.modules]
-        self.shapes = [[shapes[module] for module in modules] for modules in self.groups]
+        groups = [modules for modules in GROUPS if modules[0] in case.modules]
+        self.shapes = [[shapes[module] for module in modules] for modules in groups]
         self.x = [self.random(case.num_tokens, of[0].in_features) for of in self.shapes]
         self.y = [
             self.random(case.num_tokens, sum(s.out_features for s in of)) for of in self.shapes

@@ -107,14 +107,10 @@ class AdapterLoader:
         """Answered by an AdapterInspected."""
         self._readers.submit(self._inspect, command)
 
-    def load(self, command: LoadAdapter, after: Mark | None = None) -> None:
-        """Answered by a Load. The pages are the load's from now on.
-
-        Args:
-            after: what used the pages and the slot before ends here; None: all that the compute
-                stream was given so far.
-        """
-        load = Load(command, after or self._copier.mark())
+    def load(self, command: LoadAdapter, after: Mark) -> None:
+        """Answered by a Load. The pages are the load's from now on, and written once `after` is
+        reached, where what used them and the slot before has ended."""
+        load = Load(command, after)
         self._loads[command.adapter_slot] = load
         load.adapter = self._store.pin(command.content_hash)
         if load.adapter is not None:

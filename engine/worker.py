@@ -28,7 +28,7 @@ from loraplex.scheduler.plan import (
 )
 
 NUM_MARKS = 8
-"""Ends of the last steps that are remembered: more than are ever in flight."""
+"""Ends of the last steps that are remembered; for older steps the oldest of them serves."""
 
 
 class Worker:

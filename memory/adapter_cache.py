@@ -158,7 +158,7 @@ class AdapterCache:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every slot is free or used once and idleness is exact."""
-        slots = [*self._free_slots] + [adapter.slot for adapter in self._adapters.values()]
+        slots = [*self._free_slots, *(adapter.slot for adapter in self._adapters.values())]
         if sorted(slots) != list(range(self._max_slots)):
             raise IntegrityError("an adapter slot is lost or used twice")
         idle = {key for key, adapter in self._adapters.items() if adapter.is_idle}

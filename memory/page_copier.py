@@ -57,12 +57,7 @@ class PageCopier(Protocol):
         ...
 
     def copy(
-        self,
-        packed: torch.Tensor,
-        page_ids: Sequence[int],
-        *,
-        after: Mark,
-        then: AfterPages,
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
     ) -> Mark:
         """Enqueue one load; the mark is reached when it is done.
 
@@ -98,12 +93,7 @@ class HostPageCopier:
         mark.synchronize()
 
     def copy(
-        self,
-        packed: torch.Tensor,
-        page_ids: Sequence[int],
-        *,
-        after: Mark,
-        then: AfterPages,
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
     ) -> Mark:
         after.synchronize()
         ids = torch.tensor(page_ids, dtype=torch.int64)
@@ -149,12 +139,7 @@ class StreamPageCopier:
         torch.cuda.current_stream(self._device).wait_event(mark)
 
     def copy(
-        self,
-        packed: torch.Tensor,
-        page_ids: Sequence[int],
-        *,
-        after: Mark,
-        then: AfterPages,
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
     ) -> torch.cuda.Event:
         assert isinstance(after, torch.cuda.Event)
         if not packed.is_pinned():

@@ -121,7 +121,6 @@ class CupyBGMV:
         self._launches: dict[tuple[str, int, int], _Launches] = {}
         self._table: LoRATable | None = None
         self._pool: torch.Tensor | None = None
-        self._pool_place = (0, 0)
 
     def kind_of(self, batch: LoRABatch) -> str:
         return "distinct" if len(batch.segment_slots) == len(batch.token_order) else "shared"
@@ -154,19 +153,13 @@ class CupyBGMV:
         self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor
     ) -> _Launches:
         if table is not self._table or pool is not self._pool:
-            self._take(pool, table)
+            self._launches.clear()  # they keep the addresses and strides of one table and one pool
+            self._table, self._pool = table, pool
         key = (self._kind, layer, group.modules[0])
         launches = self._launches.get(key)
         if launches is None:
             launches = self._launches[key] = self._prepare(layer, group, table, pool)
         return launches
-
-    def _take(self, pool: torch.Tensor, table: LoRATable) -> None:
-        """Launches keep the addresses and strides of one table and one pool."""
-        place = (pool.data_ptr(), pool.stride(0))
-        if table is not self._table or place != self._pool_place:
-            self._launches.clear()
-        self._table, self._pool, self._pool_place = table, pool, place
 
     def _prepare(
         self, layer: int, group: LoRAGroup, table: LoRATable, pool: torch.Tensor

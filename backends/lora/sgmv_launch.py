@@ -53,7 +53,6 @@ class SGMVLaunches:
             self._common["launch_pdl"] = True
         self._table: LoRATable | None = None
         self._pool: torch.Tensor | None = None
-        self._pool_place = (0, 0)
         self._shrinks: dict[tuple[object, ...], TritonLaunch] = {}
         self._expands: dict[tuple[object, ...], TritonLaunch] = {}
 
@@ -95,11 +94,9 @@ class SGMVLaunches:
 
     def _take(self, pool: torch.Tensor, table: LoRATable) -> None:
         """Launches keep the addresses and strides of one table and one pool."""
-        place = (pool.data_ptr(), pool.stride(0))
-        if table is not self._table or place != self._pool_place:
-            self._shrinks.clear()
-            self._expands.clear()
-        self._table, self._pool, self._pool_place = table, pool, place
+        self._shrinks.clear()
+        self._expands.clear()
+        self._table, self._pool = table, pool
 
     def _prepare_shrink(
         self,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 
-def time_graph(run: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds of each replay of what `run` launches."""
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What `run` launches, which is run once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -16,6 +16,12 @@ def time_graph(run: Callable[[], object], repeats: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run()
+    return graph
+
+
+def time_graph(run: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds of each replay of what `run` launches."""
+    graph = capture(run)
     for _ in range(3):
         graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -147,7 +147,7 @@ class Bench:
         pages = int_array(range(9, 9 + self.inspected.num_pages))
         self.command = LoadAdapter(1, self.inspected.content_hash, str(self.path), pages)
         # Once before, so that no test finds the loader allocating: that may wait for the device.
-        self.loader.load(self.command)
+        self.loader.load(self.command, self.copier.mark())
         assert self.loader.finish(self.reports.get(timeout=30)).error == ""
         self.loader.unload(1)
 
@@ -166,7 +166,7 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
     step = torch.cuda.Event()
     step.record()
     start = time.perf_counter()
-    bench.loader.load(bench.command)
+    bench.loader.load(bench.command, bench.copier.mark())
     assert time.perf_counter() - start < 0.02
     assert bench.reports.empty() and not step.query()
     load = bench.reports.get(timeout=30)
@@ -191,7 +191,7 @@ def test_unloaded_while_its_copy_is_under_way(bench: Bench) -> None:
     torch.cuda.synchronize()
     for _ in range(20):
         torch.cuda._sleep(LONG // 10)
-        bench.loader.load(bench.command)
+        bench.loader.load(bench.command, bench.copier.mark())
         time.sleep(0.003)  # enqueued by now, behind the sleeping step
         bench.loader.unload(1)
         bench.pool.pages.index_fill_(1, ids, 3.0)

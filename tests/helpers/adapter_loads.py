@@ -222,11 +222,10 @@ class LoadWorld:
         self.loader.load(placed.command, self._mark_of(placed))
 
     def _mark_of(self, placed: Placed) -> Any:
-        """Behind all that was launched on its slot and pages; None: behind all that was launched.
-
-        A worker knows the former from the scheduler."""
+        """Behind all that was launched on its slot and pages, as a worker knows from the
+        scheduler; now and then behind all that was launched."""
         if self.rng.random() < 0.2:
-            return None
+            return self.mark()
         keys = [("slot", placed.slot), *(("page", page_id) for page_id in placed.page_ids)]
         numbers = [self.last_launch[key] for key in keys if key in self.last_launch]
         return self.marks[max(numbers, default=0)]

@@ -1,7 +1,6 @@
 """The BGMV backend on the CPU: its CUDA source compiled by g++, its launches run by an emulator."""
 
 import ctypes
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -52,24 +51,19 @@ class EmulatedLaunch:
 
 @cache
 def compile_kernels(macros: tuple[str, ...], device_index: int = 0) -> Any:
-    """What cupy_bgmv._compile returns. Libraries are kept in the system's temporary folder."""
+    """What cupy_bgmv._compile returns."""
     from loraplex.backends.lora import cupy_bgmv
 
     kernels = Path(str(resources.files("loraplex.backends.lora.kernels").joinpath("bgmv.cu")))
-    sources = [kernels, HERE / "cuda_emulator.h", HERE / "bgmv_emulated.cc"]
-    digest = hashlib.sha256(repr(macros).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    library = Path(gettempdir()) / f"loraplex-bgmv-{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{id(macros)}")
+    with TemporaryDirectory() as folder:
+        library = f"{folder}/bgmv.so"
         subprocess.run(
             ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC",
-             "-DEMULATED", f'-DBGMV="{kernels}"', *macros, "-o", str(partial), str(sources[2])],
+             "-DEMULATED", f'-DBGMV="{kernels}"', *macros, "-o", library,
+             str(HERE / "bgmv_emulated.cc")],
             check=True,
         )  # fmt: skip
-        partial.rename(library)
-    loaded, handles = ctypes.CDLL(str(library)), []
+        loaded, handles = ctypes.CDLL(library), []
     for name in ("run_shrink", "run_expand"):
         function = getattr(loaded, name)
         function.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]

@@ -220,9 +220,7 @@ def test_hybrid_launches_what_its_halves_do(cuda: FakeCuda, bgmv: Any) -> None:
     assert families == {"bgmv", "sgmv"}
 
 
-def test_views_of_a_pool_keep_its_launches_and_another_pool_does_not(
-    cuda: FakeCuda, bgmv: Any
-) -> None:
+def test_a_pool_keeps_its_launches_and_another_pool_does_not(cuda: FakeCuda, bgmv: Any) -> None:
     spec, case = make_spec(CASES[0], MAX_TOKENS, MAX_RANK), CASES[0]
     other = case.pool.clone()
     for op, kept in (
@@ -231,7 +229,7 @@ def test_views_of_a_pool_keep_its_launches_and_another_pool_does_not(
     ):
         op.plan(table=case.table, batch=make_batch([1]))
         made = []
-        for pool in (case.pool, case.pool[:], other, case.pool):
+        for pool in (case.pool, case.pool, other, case.pool):
             step = Step(LoRACase(pool, case.table, SHAPES, case.groups, 2), [1], 1)
             *_, seen = launches_of(op, cuda, step, 0, case.groups[0])
             assert all(one.arguments[2] == pool.data_ptr() for one in seen)

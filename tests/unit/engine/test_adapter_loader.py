@@ -48,6 +48,9 @@ class Recorder:
             target=self.target, table=self.table, report=self._report, **settings
         )
 
+    def load(self, command: LoadAdapter) -> None:
+        self.loader.load(command, HostPageCopier(self.pool).mark())
+
     def _report(self, item: object) -> None:
         self.items.append(item)
         self.arrived.release()
@@ -69,7 +72,7 @@ def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     self_hash = recorder.content_hash()
     pages = recorder.loader._store.pin(self_hash).num_pages
-    recorder.loader.load(recorder.command(self_hash, pages))
+    recorder.load(recorder.command(self_hash, pages))
     load = recorder.next()
     assert isinstance(load, Load)
     assert recorder.table.table.rank[..., 2].any()  # the device's row comes with the pages
@@ -83,10 +86,10 @@ def test_unloaded_between_the_copy_and_its_report(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     content_hash = recorder.content_hash()
     pages = recorder.loader._store.pin(content_hash).num_pages
-    recorder.loader.load(recorder.command(content_hash, pages))
+    recorder.load(recorder.command(content_hash, pages))
     load = recorder.next()
     recorder.loader.unload(2)
-    recorder.loader.load(recorder.command(content_hash, pages))
+    recorder.load(recorder.command(content_hash, pages))
     assert recorder.loader.finish(load).error == UNLOADED
     assert not recorder.table.table.host_rank.any()
     again = recorder.next()
@@ -108,7 +111,7 @@ def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recorder = Recorder(tmp_path)
     content_hash = original("one", recorder.path, recorder.target).content_hash
     monkeypatch.setattr(adapter_loader, "read_adapter", slow)
-    recorder.loader.load(recorder.command(content_hash))
+    recorder.load(recorder.command(content_hash))
     assert reading.wait(20)
     recorder.loader.unload(2)
     go_on.set()
@@ -128,7 +131,7 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, copier=Broken(pool))
     content_hash = recorder.content_hash()
     pages = recorder.loader._store.pin(content_hash).num_pages
-    recorder.loader.load(recorder.command(content_hash, pages))
+    recorder.load(recorder.command(content_hash, pages))
     assert isinstance(recorder.next(), RuntimeError)
     recorder.loader.close()
 
@@ -141,14 +144,14 @@ def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
     assert adapter is not None
     store.unpin(content_hash)
     command = recorder.command(content_hash, adapter.num_pages)
-    recorder.loader.load(command)
+    recorder.load(command)
     assert recorder.loader.finish(recorder.next()).from_host
     recorder.loader.drop(content_hash)
     assert recorder.next() == AdapterEvicted(content_hash)
     recorder.loader.drop(content_hash)
     assert len(store) == 0 and store.num_bytes == 0
     recorder.loader.unload(2)
-    recorder.loader.load(command)
+    recorder.load(command)
     loaded = recorder.loader.finish(recorder.next())
     assert not loaded.error and not loaded.from_host
     other = write_adapter(tmp_path / "two", TINY, rank=8, seed=2)
@@ -174,7 +177,7 @@ def test_dropped_while_it_is_read_for_a_load(
     recorder = Recorder(tmp_path)
     packed = original("one", recorder.path, recorder.target)
     monkeypatch.setattr(adapter_loader, "read_adapter", slow)
-    recorder.loader.load(recorder.command(packed.content_hash, packed.num_pages))
+    recorder.load(recorder.command(packed.content_hash, packed.num_pages))
     assert reading.wait(20)
     recorder.loader.drop(packed.content_hash)
     go_on.set()
