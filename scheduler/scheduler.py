@@ -73,7 +73,6 @@ class Scheduler:
         self._waiting = WaitingQueue(self._policy)
         self._running = RunningSet(config.max_num_seqs)
         self._in_flight: deque[StepBuilder] = deque()
-        self._num_planned = 0
         self._commands: list[Command] = []
         self._updates: list[RequestUpdate] = []
         if memory.fixed_adapter_slots and max_adapter_pages < 1:
@@ -204,16 +203,16 @@ class Scheduler:
             return None
         self._desk.pins.keep(now)
         self._give_up(now)
+        blocks = self._memory.blocks
         step = StepBuilder(
-            self._num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
+            blocks.num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
         )
         self._planner.fill(step, now)
         while not step.requests and self._fail_if_stuck(now):
             self._planner.fill(step, now)
         if not step.requests:
             return None
-        self._num_planned += 1
-        self._memory.blocks.num_planned = self._num_planned
+        blocks.num_planned += 1
         self._stats.num_scheduled_tokens += sum(step.num_tokens)
         self._in_flight.append(step)
         return step.finish(self._running.take_freed_slots())
