@@ -90,6 +90,7 @@ class Process:
                 stdout=2,  # what the children print must not mix with the caller's own output
                 pass_fds=(writer,),
                 start_new_session=True,
+                env=_environment(),
             )
         except OSError as error:
             os.close(reader)
@@ -266,6 +267,16 @@ def _make_run_dir() -> str:
     """A private folder (0700) with a path short enough for Unix sockets."""
     base = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="loraplex-", dir=base if len(base) < MAX_BASE_CHARS else "/tmp")
+
+
+def _environment() -> dict[str, str]:
+    """OpenMP threads that wait for each other give up their cores after some microseconds. By
+    default they spin for milliseconds, while on a busy machine the one they wait for has no core:
+    a step then took three times as long and more."""
+    environment = dict(os.environ)
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    return environment
 
 
 def _signal_name(number: int) -> str:

@@ -5,9 +5,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-import zmq
-import zmq.asyncio
-
 from loraplex.engine.errors import EngineDeadError
 from loraplex.entrypoints.client_session import ClientSession, Message, News, Prompt
 from loraplex.entrypoints.client_transport import SocketTransport
@@ -39,7 +36,6 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._session = ClientSession()
         self._transport: SocketTransport | None = None
-        self._reader: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
         self._queues: dict[str, asyncio.Queue[News | Message]] = {}
         self._adapter_paths: dict[str, str] = {}
@@ -74,7 +70,7 @@ class AsyncClient:
         )
         queue = self._queues[request_id] = asyncio.Queue()
         try:
-            transport.send(message)
+            self._send(transport, message)
             while True:
                 output = await self._next(queue, timeout_s)
                 yield output
@@ -106,7 +102,7 @@ class AsyncClient:
     async def cancel(self, request_id: str) -> None:
         """End a request; it finishes with finish_reason "abort". Unknown ids are ignored."""
         if self._transport is not None:
-            self._transport.send({"type": "cancel", "request_id": request_id})
+            self._send(self._transport, {"type": "cancel", "request_id": request_id})
 
     async def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
         """Make an adapter known; read and checked now, or with `lazy` on its first use."""
@@ -141,18 +137,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Leave; what is unfinished is cancelled. Idempotent."""
-        transport, self._transport = self._transport, None
-        if transport is not None:
+        if self._transport is not None:
             with contextlib.suppress(EngineDeadError):
-                transport.send({"type": "bye"})
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
-        if transport is not None:
-            transport.close()
-            self._fail_all(EngineDeadError("the client was closed"))
+                self._transport.send({"type": "bye"})
+            self._disconnect(EngineDeadError("the client was closed"))
 
     async def __aenter__(self) -> "AsyncClient":
         await self._live_transport()
@@ -165,15 +153,14 @@ class AsyncClient:
         """The connection; made on first use and where the last one was lost."""
         async with self._connecting:
             if self._transport is None:
-                transport = SocketTransport(self._endpoint, **self._keys)
-                self._transport = transport
-                self._reader = asyncio.create_task(self._read(transport))
+                transport = self._connect()
                 try:
                     health = await self._ask(transport, "health")
                 except BaseException:
                     await self.close()
                     raise
                 transport.max_message_bytes = health["max_message_bytes"]
+                return transport
             return self._transport
 
     async def _command(self, kind: str, /, **values: Any) -> Message:
@@ -183,7 +170,7 @@ class AsyncClient:
         request_id, message = self._session.command(kind, **values)
         queue = self._queues[request_id] = asyncio.Queue()
         try:
-            transport.send(message)
+            self._send(transport, message)
             answer = await asyncio.wait_for(queue.get(), self._timeout_s)
         except TimeoutError:
             raise EngineDeadError(
@@ -209,26 +196,50 @@ class AsyncClient:
         assert isinstance(item, RequestOutput)
         return item
 
-    async def _read(self, transport: SocketTransport) -> None:
-        """The only reader of the socket: hands each reply to whom it concerns."""
-        poller = zmq.asyncio.Poller()
+    def _connect(self) -> SocketTransport:
+        self._transport = transport = SocketTransport(self._endpoint, **self._keys)
+        loop = asyncio.get_running_loop()
         for socket in transport.sockets:
-            poller.register(socket, zmq.POLLIN)
-        while True:
-            try:
-                for reply in transport.drain():
-                    event = self._session.on_reply(reply)
-                    if event is not None and event[0] in self._queues:
-                        self._queues[event[0]].put_nowait(event[1])
-                await poller.poll()
-            except EngineDeadError as error:
-                if self._transport is transport:
-                    self._transport = None
-                transport.close()
-                self._fail_all(error)
-                return
+            loop.add_reader(socket, self._take_replies)
+        return transport
 
-    def _fail_all(self, error: EngineDeadError) -> None:
+    def _disconnect(self, error: EngineDeadError) -> None:
+        """All who wait get the error."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        loop = asyncio.get_running_loop()
+        for socket in transport.sockets:
+            loop.remove_reader(socket)
+        transport.close()
         for failure in self._session.fail_all(error):
-            if failure.request_id in self._queues:
-                self._queues[failure.request_id].put_nowait(failure)
+            self._deliver(failure.request_id, failure)
+
+    def _send(self, transport: SocketTransport, message: Message) -> None:
+        """A socket's descriptor tells but once that something has come, and sending may take that
+        in. So what has come by then is read here."""
+        if transport is not self._transport:
+            raise EngineDeadError(f"the connection to {self._endpoint} was lost")
+        transport.send(message)
+        self._take_replies()
+
+    def _take_replies(self) -> None:
+        """Hand each reply that is there to whom it concerns. Until the socket was found empty, its
+        descriptor tells of no other: after some replies there is a next turn."""
+        if self._transport is None:
+            return
+        try:
+            replies = self._transport.drain()
+        except EngineDeadError as error:
+            self._disconnect(error)
+            return
+        for reply in replies:
+            event = self._session.on_reply(reply)
+            if event is not None:
+                self._deliver(*event)
+        if replies:
+            asyncio.get_running_loop().call_soon(self._take_replies)
+
+    def _deliver(self, request_id: str, event: News | Message) -> None:
+        if request_id in self._queues:
+            self._queues[request_id].put_nowait(event)

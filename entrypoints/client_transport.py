@@ -9,7 +9,7 @@ import zmq
 import zmq.auth
 from zmq.utils.monitor import parse_monitor_message
 
-from loraplex.engine.channel import open_socket
+from loraplex.engine.channel import RECEIVE_LIMIT, open_socket
 from loraplex.engine.client_protocol import client_error
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.entrypoints.client_session import Message
@@ -114,10 +114,11 @@ class SocketTransport:
             self._poller.poll(None if wait_s is None else max(1, int(wait_s * 1000)))
 
     def drain(self) -> list[Message]:
-        """The replies that are there. EngineDeadError once the server is gone and all is read."""
+        """The replies that are there, the first RECEIVE_LIMIT of them. EngineDeadError once the
+        server is gone and all is read."""
         self._read_monitor()
         replies: list[Message] = []
-        while True:
+        while len(replies) < RECEIVE_LIMIT:
             try:
                 data = self._socket.recv(zmq.DONTWAIT)
             except zmq.Again:

@@ -197,6 +197,7 @@ def run_script(body: str, *, timeout_s: float = 60.0) -> tuple[int, str, list[in
 def start_script(body: str) -> "subprocess.Popen[str]":
     head = (
         "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's "&" ignores it
         f"sys.path.insert(0, {str(TESTS)!r})\n"
         "from helpers.fake_llm import pids_of, start_llm\n"
         "from loraplex import SamplingParams\n"
