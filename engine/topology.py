@@ -270,13 +270,12 @@ def _make_run_dir() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """OpenMP threads that wait for each other give up their cores after some microseconds. By
-    default they spin for milliseconds, while on a busy machine the one they wait for has no core:
-    a step then took three times as long and more."""
-    environment = dict(os.environ)
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "1000")
-    return environment
+    """The caller's, in which OpenMP threads that wait for each other give up their cores after some
+    microseconds. By default they spin far longer, also where the one they wait for has no
+    core: on a busy machine a step took two to three times as long
+    (benchmarks/results/openmp_cpu.jsonl)."""
+    spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
+    return {**spin, **os.environ}
 
 
 def _signal_name(number: int) -> str:

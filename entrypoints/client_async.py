@@ -152,16 +152,16 @@ class AsyncClient:
     async def _live_transport(self) -> SocketTransport:
         """The connection; made on first use and where the last one was lost."""
         async with self._connecting:
-            if self._transport is None:
-                transport = self._connect()
-                try:
-                    health = await self._ask(transport, "health")
-                except BaseException:
-                    await self.close()
-                    raise
-                transport.max_message_bytes = health["max_message_bytes"]
-                return transport
-            return self._transport
+            if self._transport is not None:
+                return self._transport
+            transport = self._connect()
+            try:
+                health = await self._ask(transport, "health")
+            except BaseException:
+                await self.close()
+                raise
+            transport.max_message_bytes = health["max_message_bytes"]
+            return transport
 
     async def _command(self, kind: str, /, **values: Any) -> Message:
         return await self._ask(await self._live_transport(), kind, **values)

@@ -26,7 +26,8 @@ os.write(int(sys.argv[1]), " ".join(os.environ.get(name, "-") for name in names)
 def test_threads_of_a_child_do_not_spin_unless_the_caller_wants_it(
     given: dict[str, str], seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     spec = ProcessSpec("worker", 0, [sys.executable, "-c", SHOW])

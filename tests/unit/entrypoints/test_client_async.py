@@ -25,6 +25,7 @@ class Server:
         self.endpoint = endpoint
         self.go, self.asked = threading.Semaphore(0), threading.Semaphore(0)
         self.seen: list[str] = []
+        self._stopping = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -32,8 +33,6 @@ class Server:
         self._stopping = True
         self._thread.join(WITHIN_S)
         assert not self._thread.is_alive()
-
-    _stopping = False
 
     def _run(self) -> None:
         waiting: list[tuple[bytes, str]] = []
