@@ -4,7 +4,9 @@ Three streams on a GPU. The *compute* stream is the current one of the thread th
 loads have a *link* stream, which moves packed layers from pinned memory to a staging ring by DMA,
 and a *scatter* stream, which puts them into their pages. DMA takes no part of any SM; a kernel that
 read host memory would. An adapter's layers are contiguous on the host, so a staging buffer takes
-several of them and the link sees a few large transfers, never one a page.
+a whole adapter, or several layers of a very large one, and the link sees transfers of some
+megabytes, never one a page. They are no larger because steps upload their own small arrays through
+the same engine, and wait for the transfer that is on its way.
 
 Ordering, where "load" is one call of `copy`:
 
@@ -28,10 +30,13 @@ import torch
 
 from loraplex.memory.pool import PagePool
 
-STAGING_BYTES = 16 << 20
-"""Of one buffer: 300 us of the link, beside which what lies between two transfers is small."""
+STAGING_BYTES = 96 << 20
+"""Of one buffer: an adapter of rank 16 on all projections of an 8B model fits."""
 
-NUM_STAGING_BUFFERS = 3
+NUM_STAGING_BUFFERS = 2
+
+TRANSFER_BYTES = 4 << 20
+"""Of one transfer: 75 us of the link, beside which what lies between two transfers is small."""
 
 AfterPages = Callable[[torch.Tensor], None]
 """Called where the pages have been enqueued, with the page ids: int64 [n], on the device."""
@@ -164,7 +169,11 @@ class StreamPageCopier:
         staged = self._staging[index, : source.numel()].view(source.shape)
         with torch.cuda.stream(self._link):
             self._link.wait_event(self._emptied[index])  # no wait before its first record
-            staged.copy_(source, non_blocking=True)
+            step = TRANSFER_BYTES // source.element_size()
+            for there, here in zip(
+                staged.view(-1).split(step), source.reshape(-1).split(step), strict=True
+            ):
+                there.copy_(here, non_blocking=True)
             self._filled[index].record(self._link)
         self._scatter.wait_event(self._filled[index])
         target.index_copy_(1, ids, staged)
