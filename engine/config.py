@@ -57,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class GraphConfig:
-    """CUDA graphs of decode steps, captured at start within these bounds."""
+    """CUDA graphs of decode and small mixed steps, captured at start within these bounds."""
 
     enforce_eager: bool = field(
         default=False, metadata={"help": "capture no CUDA graphs (slower; starts sooner)"}

@@ -1,4 +1,4 @@
-"""What one forward step hands down to the layers, besides the activations."""
+"""What one forward step hands down to the layers."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,26 @@ import torch
 from loraplex.backends.attention.contract import AttentionOp
 from loraplex.backends.fused.contract import FusedOps
 from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, LoRATable
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What a forward step carries past the attention op, from each layer's first half to its
+    second and on; all else that layers make is gone by then."""
+
+    residual: torch.Tensor  # [T, hidden_size]; each layer adds to it
+    cos_sin: torch.Tensor  # float32 [T, head_dim], see FusedOps.rope_store_kv
+    q: torch.Tensor  # [T, num_heads, head_dim], contiguous, of one layer after the other
+    attended: torch.Tensor  # the same, what attention makes of it
+
+    def first(self, num_tokens: int) -> "Activations":
+        """Of the first tokens: the same memory."""
+        return Activations(
+            self.residual[:num_tokens],
+            self.cos_sin[:num_tokens],
+            self.q[:num_tokens],
+            self.attended[:num_tokens],
+        )
 
 
 @dataclass(slots=True)

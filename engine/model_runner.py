@@ -11,13 +11,15 @@ from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
 from loraplex.backends.staging import Staging
 from loraplex.engine.adapter_table import AdapterTable, group_rows
 from loraplex.engine.config import GraphConfig
-from loraplex.engine.decode_graphs import MAX_GRAPH_ROWS, DecodeGraphs, DeviceInputs
+from loraplex.engine.decode_graphs import MAX_GRAPH_ROWS, DecodeGraphs
 from loraplex.engine.forward_context import ForwardContext
+from loraplex.engine.graph_capture import DeviceInputs, GraphRecorder, kind_of
+from loraplex.engine.mixed_graphs import MixedGraphs
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.pending_step import PendingStep, ScoredPrompt, StepOutput
 from loraplex.engine.request_states import RequestStates
 from loraplex.engine.sampler import Logprobs, SamplingBatch, sample, score
-from loraplex.engine.step_rows import StepRows, make_rows, token_inputs
+from loraplex.engine.step_rows import StepRows, TokenInputs, make_rows, token_inputs
 from loraplex.engine.worker_backends import WorkerBackends
 from loraplex.memory.pool import PagePool
 from loraplex.scheduler.plan import StepPlan
@@ -27,8 +29,8 @@ PROMPT_SCORE_ROWS = 256
 
 
 class ModelRunner:
-    """Steps of decode rows alone replay a CUDA graph once `capture_graphs` was called; the others,
-    and all on a CPU, launch operator by operator.
+    """Once `capture_graphs` was called, steps of decode rows alone replay a CUDA graph and other
+    small ones the pieces of one; the others, and all on a CPU, launch operator by operator.
 
     Attributes: pool; states, what is remembered of each request.
 
@@ -54,18 +56,27 @@ class ModelRunner:
         self._fused = backends.fused
         self._device = model.device
         self._staging = Staging(model.device)
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
         self._last_step: PendingStep | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, config: GraphConfig) -> str:
-        """Returns one line on what was captured, or on why nothing was."""
+    def capture_graphs(self, config: GraphConfig, max_num_tokens: int) -> str:
+        """Capture the decode steps, then the pieces of mixed ones, within the configured bounds.
+
+        Args:
+            max_num_tokens: of the largest step.
+
+        Returns:
+            One line on what was captured, or on why nothing was.
+        """
         if config.enforce_eager:
             return "no CUDA graphs: enforce_eager is set"
         if not self._attention.supports_graphs:
             return f"no CUDA graphs: attention {self._attention.name!r} cannot be captured"
+        recorder = GraphRecorder(self._device, config)
         max_rows = min(self.states.max_num_seqs, MAX_GRAPH_ROWS)
-        self._graphs = DecodeGraphs(
+        self._decode_graphs = DecodeGraphs(
             forward=self._forward_decode,
             attention=self._attention,
             lora=self._lora,
@@ -74,7 +85,18 @@ class ModelRunner:
                 max_rows, self._model.spec.vocab_size, dtype=self._model.dtype, device=self._device
             ),
         )
-        return self._graphs.capture(config)
+        self._mixed_graphs = MixedGraphs(
+            model=self._model,
+            make_context=self._make_context,
+            token_ids=self.states.token_ids.view(-1),
+            attention=self._attention,
+            lora=self._lora,
+            lora_table=self._lora_table,
+            max_tokens=max_num_tokens,
+        )
+        decode = self._decode_graphs.capture(recorder)
+        mixed = self._mixed_graphs.capture(recorder)
+        return f"captured {decode} and {mixed} {recorder.finish()}"
 
     @torch.inference_mode()
     def warm_up(self, rows: int, rank: int) -> None:
@@ -144,14 +166,33 @@ class ModelRunner:
             block_tokens=block,
             max_tokens=self.states.token_ids.shape[1],
         )
-        if self._graphs is not None and rows.is_decode:
-            kind = self._graphs.kind_of(lora_batch)
-            if size := self._graphs.fit(len(rows.slots), kind):
-                self._graphs.plan(size, kind, inputs, attention_batch, lora_batch)
-                step.start(self._describe("graph", lora_batch))
-                logits = self._graphs.replay(size, kind)[: len(rows.slots)]
-                self._sample(rows, logits, sampling, output)
-                return
+        kind, decode = kind_of(self._lora, lora_batch), self._decode_graphs
+        if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
+            decode.plan(size, kind, inputs, attention_batch, lora_batch)
+            step.start(self._describe("graph", lora_batch))
+            logits = decode.replay(size, kind)[: len(rows.slots)]
+            self._sample(rows, logits, sampling, output)
+            return
+        num_tokens, mixed = len(inputs.places), self._mixed_graphs
+        if mixed and (size := mixed.fit(num_tokens, kind)):
+            mixed.plan(kind, inputs, attention_batch, lora_batch)
+            step.start(self._describe("pieces", lora_batch))
+            hidden = mixed.replay(size, kind, num_tokens)
+        else:
+            hidden = self._run_eagerly(step, inputs, attention_batch, lora_batch)
+        if len(rows.sampling):
+            logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
+            self._sample(rows, logits, sampling, output)
+        self._score_prompts(rows, hidden, output)
+
+    def _run_eagerly(
+        self,
+        step: PendingStep,
+        inputs: TokenInputs,
+        attention_batch: AttentionBatch,
+        lora_batch: LoRABatch,
+    ) -> torch.Tensor:
+        """Launch operator by operator; hidden states [T, hidden_size]."""
         has_lora = not lora_batch.is_empty
         tensors = self._staging.upload(
             {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
@@ -160,17 +201,13 @@ class ModelRunner:
         if has_lora:
             self._lora.plan(table=self._lora_table, batch=lora_batch)
         step.start(self._describe("eager", lora_batch))
-        hidden = self._forward(DeviceInputs(**tensors), has_lora)
-        if len(rows.sampling):
-            logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
-            self._sample(rows, logits, sampling, output)
-        self._score_prompts(rows, hidden, output)
+        return self._forward(DeviceInputs(**tensors), has_lora)
 
     def _describe(self, how: str, lora_batch: LoRABatch) -> str:
         return how if lora_batch.is_empty else f"{how}+{self._lora.family}"
 
-    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
-        ctx = ForwardContext(
+    def _make_context(self, inputs: DeviceInputs, has_lora: bool) -> ForwardContext:
+        return ForwardContext(
             positions=inputs.positions,
             kv_rows=inputs.kv_rows,
             pool=self.pool.pages,
@@ -181,8 +218,10 @@ class ModelRunner:
             has_lora=has_lora,
             fused=self._fused,
         )
+
+    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
         token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
-        return self._model.forward(token_ids, ctx)
+        return self._model.forward(token_ids, self._make_context(inputs, has_lora))
 
     def _forward_decode(self, inputs: DeviceInputs, has_lora: bool, logits: torch.Tensor) -> None:
         self._model.logits(self._forward(inputs, has_lora), out=logits)

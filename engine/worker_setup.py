@@ -107,7 +107,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
             min(TYPICAL_RANK, config.memory.max_lora_rank),
         )
         try:
-            progress(runner.capture_graphs(config.graph))
+            progress(runner.capture_graphs(config.graph, config.scheduler.max_num_batched_tokens))
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"GPU memory ran out while CUDA graphs were captured ({error}); lower "

@@ -95,7 +95,9 @@ class StepResult:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # empty: nobody asked
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     step_us: int = 0  # time the worker took for the step
-    kernels: str = ""  # "graph" or "eager", then "+" and the LoRA kernels, if any ran
+    kernels: str = ""
+    """How it ran, then "+" and the LoRA kernels, if any did: "graph", the whole forward a CUDA
+    graph; "pieces", graphs between which attention ran eagerly; "eager"."""
     idle_us: int = 0  # for which the GPU had nothing to do between the step before and this one
 
 

@@ -65,6 +65,7 @@ class FusedOps(Protocol):
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Norm of each head of q and k, where there are weights for it; RoPE; K and V to pages.
 
@@ -77,6 +78,7 @@ class FusedOps(Protocol):
             kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's
                 lies block_tokens later. Where tokens share a row, one of them is left in it.
             q_norm: [head_dim] or None; k_norm alike, and both or neither.
+            out: where q goes, [T, num_heads, head_dim], contiguous; None: to a new tensor.
 
         Returns:
             q [T, num_heads, head_dim], contiguous.

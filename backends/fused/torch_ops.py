@@ -41,6 +41,7 @@ class TorchFused:
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         block_tokens, num_kv_heads = kv.shape[2:4]
         heads = qkv.unflatten(-1, (-1, self._head_dim))
@@ -52,7 +53,8 @@ class TorchFused:
         rows = kv.view(-1, num_kv_heads, self._head_dim)
         rows.index_copy_(0, kv_rows, _rotate(k, cos, sin))
         rows[block_tokens:].index_copy_(0, kv_rows, v)
-        return _rotate(q, cos, sin)
+        rotated = _rotate(q, cos, sin)
+        return rotated if out is None else out.copy_(rotated)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

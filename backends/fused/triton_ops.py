@@ -99,12 +99,13 @@ class TritonFused:
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_tokens, width = qkv.shape
         _, _, block_tokens, num_kv_heads, _ = kv.shape
         head_dim, heads = self._head_dim, HEADS_PER_PROGRAM
         num_heads = width // head_dim - 2 * num_kv_heads
-        q = qkv.new_empty((num_tokens, num_heads, head_dim))
+        q = qkv.new_empty((num_tokens, num_heads, head_dim)) if out is None else out
         num_blocks = -(-num_heads // heads) + 2 * -(-num_kv_heads // heads)
         stride = qkv.stride()[0]
         has_norm = q_norm is not None and k_norm is not None

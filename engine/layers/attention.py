@@ -2,13 +2,14 @@
 
 import torch
 
-from loraplex.engine.forward_context import ForwardContext
+from loraplex.engine.forward_context import Activations, ForwardContext
 from loraplex.engine.layers.lora_linear import LoRALinear
 from loraplex.engine.layers.norm import RMSNorm
 
 
 class Attention:
-    """Projections, optional norm of each head, RoPE, the attention op, and the output projection.
+    """`project`, then `attend`, then `finish`: nothing but `activations` goes from one to the next,
+    so that the first and the last may be captured in CUDA graphs without the middle one.
 
     Attributes:
         q_norm, k_norm: RMSNorm over head_dim, or None.
@@ -26,18 +27,24 @@ class Attention:
         self.q_norm = q_norm
         self.k_norm = k_norm
 
-    def __call__(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[T, hidden_size] to the same shape. Writes K and V of the tokens into their pages."""
-        kv_layer = ctx.kv[self.qkv.layer]
-        q = ctx.fused.rope_store_kv(
+    def project(self, x: torch.Tensor, activations: Activations, ctx: ForwardContext) -> None:
+        """q of x [T, hidden_size], its heads normed if they are to be, and turned by RoPE; K and V
+        go to the tokens' pages."""
+        ctx.fused.rope_store_kv(
             qkv=self.qkv(x, ctx),
-            cos_sin=cos_sin,
-            kv=kv_layer,
+            cos_sin=activations.cos_sin,
+            kv=ctx.kv[self.qkv.layer],
             kv_rows=ctx.kv_rows,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
             eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            out=activations.q,
         )
-        out = torch.empty_like(q)
-        ctx.attention.run(q=q, kv=kv_layer, out=out)
-        return self.output(out.view(len(q), -1), ctx)
+
+    def attend(self, activations: Activations, ctx: ForwardContext) -> None:
+        """The attention op, on the tokens that it was planned for: all of `activations`."""
+        ctx.attention.run(q=activations.q, kv=ctx.kv[self.qkv.layer], out=activations.attended)
+
+    def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
+        """The output projection, [T, hidden_size]."""
+        return self.output(activations.attended.flatten(1), ctx)

@@ -4,7 +4,7 @@ import torch
 
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.errors import ConfigError
-from loraplex.engine.forward_context import ForwardContext
+from loraplex.engine.forward_context import Activations, ForwardContext
 from loraplex.engine.layers.attention import Attention
 from loraplex.engine.layers.embedding import Embedding
 from loraplex.engine.layers.lora_linear import LoRALinear, make_group
@@ -51,7 +51,10 @@ def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    `start`, then `attend`, then `finish`; see Attention.
+    """
 
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP
@@ -61,25 +64,28 @@ class DecoderLayer:
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
-    def __call__(
-        self,
-        delta: torch.Tensor | None,
-        residual: torch.Tensor,
-        cos_sin: torch.Tensor,
-        ctx: ForwardContext,
-    ) -> torch.Tensor:
-        """What the next norm is to add to the residual, [T, hidden_size].
+    def start(
+        self, delta: torch.Tensor | None, activations: Activations, ctx: ForwardContext
+    ) -> None:
+        """Up to the attention op.
 
         Args:
-            delta: the same of the layer before; None for the first layer.
-            residual: [T, hidden_size], mutated.
+            delta: what `finish` of the layer before returned; None for the first layer.
         """
         if delta is None:
-            x = self.attention_norm(residual, ctx)
+            x = self.attention_norm(activations.residual, ctx)
         else:
-            x = self.attention_norm.add(delta, residual, ctx)
-        x = self.attention(x, cos_sin, ctx)
-        return self.mlp(self.mlp_norm.add(x, residual, ctx), ctx)
+            x = self.attention_norm.add(delta, activations.residual, ctx)
+        self.attention.project(x, activations, ctx)
+
+    def attend(self, activations: Activations, ctx: ForwardContext) -> None:
+        self.attention.attend(activations, ctx)
+
+    def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
+        """From the attention op on; what the next norm is to add to the residual,
+        [T, hidden_size]."""
+        x = self.attention.finish(activations, ctx)
+        return self.mlp(self.mlp_norm.add(x, activations.residual, ctx), ctx)
 
 
 class Decoder:
@@ -127,17 +133,51 @@ class Decoder:
         """Run T tokens of any number of sequences; their K and V end up in the pool.
 
         Args:
-            token_ids: int64 [T], with ctx.positions and ctx.kv_rows alongside.
+            token_ids: int32 or int64 [T], with ctx.positions and ctx.kv_rows alongside.
 
         Returns:
             [T, hidden_size], after the last norm.
         """
-        residual = self.embedding(token_ids)
-        cos_sin = self.rope.cos_sin(ctx.positions)
-        delta = None
-        for layer in self.layers:
-            delta = layer(delta, residual, cos_sin, ctx)
-        return self.norm(residual, ctx) if delta is None else self.norm.add(delta, residual, ctx)
+        activations = self.make_activations(len(token_ids))
+        self.start(token_ids, activations, ctx)
+        *layers, last = self.layers
+        for index, layer in enumerate(layers):
+            layer.attend(activations, ctx)
+            self.resume(index, activations, ctx)
+        last.attend(activations, ctx)
+        return self.finish(activations, ctx)
+
+    def make_activations(self, num_tokens: int) -> Activations:
+        """Uninitialised, for `start`."""
+        head_dim = self.spec.head_dim
+        heads = (num_tokens, self._shapes[0].out_features // head_dim, head_dim)
+        return Activations(
+            residual=self._empty(num_tokens, self.spec.hidden_size, dtype=self.dtype),
+            cos_sin=self._empty(num_tokens, head_dim, dtype=torch.float32),
+            q=self._empty(*heads, dtype=self.dtype),
+            attended=self._empty(*heads, dtype=self.dtype),
+        )
+
+    def start(self, token_ids: torch.Tensor, activations: Activations, ctx: ForwardContext) -> None:
+        """Run up to the first layer's attention op.
+
+        Args:
+            token_ids: int32 or int64 [T].
+            activations: of T tokens.
+        """
+        self.embedding(token_ids, out=activations.residual)
+        self.rope.cos_sin(ctx.positions, out=activations.cos_sin)
+        self.layers[0].start(None, activations, ctx)
+
+    def resume(self, index: int, activations: Activations, ctx: ForwardContext) -> None:
+        """Run from layer `index`'s attention op up to the next layer's."""
+        delta = self.layers[index].finish(activations, ctx)
+        self.layers[index + 1].start(delta, activations, ctx)
+
+    def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
+        """Run from the last layer's attention op on. [T, hidden_size], after the last norm."""
+        delta = self.layers[-1].finish(activations, ctx)
+        return self.norm.add(delta, activations.residual, ctx)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[N, hidden_size] to [N, vocab_size], in the model's dtype; written to `out` if given."""
@@ -182,6 +222,9 @@ class Decoder:
             mlp_norm=self._make_norm(spec.hidden_size),
             mlp=MLP(gate_up, down),
         )
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _make_norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.spec.rms_norm_eps, dtype=self.dtype, device=self.device)

@@ -142,8 +142,11 @@ def test_padded_rows_all_go_to_the_null_page(name: str, device: str) -> None:
     kv_rows = torch.zeros(40, dtype=torch.int64, device=device)
     kv_rows[0] = 32 + 5
     cos_sin = torch.cat((torch.ones(40, 32), torch.zeros(40, 32)), dim=1).to(device)
-    q = op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=kv_rows)
+    buffer = torch.full((41, 2, 64), SENTINEL, device=device)
+    out = buffer[:40]
+    q = op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=kv_rows, out=out)
     heads = qkv.unflatten(1, (6, 64))
+    assert q.data_ptr() == out.data_ptr() and (buffer[40] == SENTINEL).all()
     assert torch.equal(q, heads[:, :2])
     assert torch.equal(kv[1, 0, 5], heads[0, 2:4]) and torch.equal(kv[1, 1, 5], heads[0, 4:])
     kv[0, :, 0], kv[1, :, 5] = SENTINEL, SENTINEL

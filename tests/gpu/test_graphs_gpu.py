@@ -25,8 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.e2e]
 
 ROOT = Path(__file__).parents[2]
 NUM_REQUESTS = 200
-TIE = 0.05
-"""Two tokens whose log-probabilities lie no further apart may change places."""
+TIE = 0.12
+"""Two tokens whose log-probabilities lie no further apart may change places: twice the root mean
+square error of this model's log-probabilities in half precision (test_engine_gpu.py prints it)."""
 
 
 def make_requests(seed: int) -> list[tuple]:
@@ -94,6 +95,7 @@ def test_graphs_and_overlap_change_no_answer(lora: str) -> None:
     )
     assert stats["num_preemptions"] > 0
     assert any(kernels.startswith("graph+") for kernels in stats["steps_by_kernels"])
+    assert any(kernels.startswith("pieces+") for kernels in stats["steps_by_kernels"])
     num_equal = num_parted = 0
     for (_, _, params, cancel_at), got, want in zip(requests, fast, slow, strict=True):
         for output in (got, want):
