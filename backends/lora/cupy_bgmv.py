@@ -30,7 +30,6 @@ MAX_SPLITS = 16
 ITEM_RANKS = 16
 SHRINK_WARPS = 8
 EXPAND_THREADS = 128
-EXPAND_COLUMNS = EXPAND_THREADS * 8
 GRAPH_ROWS = 512
 """Plans of up to so many rows lie in memory alike, whatever they hold: graphs need that."""
 
@@ -40,16 +39,20 @@ class _Kind:
     """How the kernels are compiled and launched, for one kind of batch."""
 
     item_rows: int  # of shrink, 8 or 16
-    tile_rows: int  # of expand
+    tile_rows: int  # of expand: few, or the 16 of expand_many
+    columns: int  # of a block of expand
     shrink_blocks: int  # resident on each processor; K is split until so many have work
     expand_blocks: int  # of a launch for each processor, at most
+    rows_per_tile: int  # that expand's grid counts on; blocks loop if there are more tiles
 
 
 _KINDS = {
-    "distinct": _Kind(item_rows=8, tile_rows=1, shrink_blocks=3, expand_blocks=16),
-    "shared": _Kind(item_rows=16, tile_rows=4, shrink_blocks=2, expand_blocks=3),
+    "distinct": _Kind(8, 1, EXPAND_THREADS * 8, shrink_blocks=3, expand_blocks=16, rows_per_tile=1),
+    "shared": _Kind(16, 4, EXPAND_THREADS * 8, shrink_blocks=2, expand_blocks=3, rows_per_tile=1),
+    "many": _Kind(16, 16, EXPAND_THREADS * 2, shrink_blocks=2, expand_blocks=4, rows_per_tile=4),
 }
-"""distinct: no two rows have the same adapter."""
+"""distinct: no two rows have the same adapter; many: MANY_ROWS an adapter or more, on average."""
+MANY_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +68,14 @@ class _Launches:
     """Of one layer, group and kind; x, y and their strides are set each time.
 
     Blocks of shrink are `shrink_blocks`, or one for each row and module if these are more; blocks
-    of expand one for each row and panel of columns, `expand_blocks` at most.
+    of expand one for each panel of columns and `rows_per_tile` rows, `expand_blocks` at most.
     """
 
     shrink: Launch
     expand: Launch
     num_modules: int
     num_panels: int
+    rows_per_tile: int
     shrink_blocks: int
     expand_blocks: int
 
@@ -105,7 +109,8 @@ class CupyBGMV:
         self._num_processors = properties.multi_processor_count
         self._pdl = properties.major >= 9
         self._kernels = {(k, g): self._compile(k, g) for k in _KINDS for g in spec.groups}
-        self._v_row_stride = 3 * spec.max_rank
+        self._v_module_stride = -(-spec.max_rank // ITEM_RANKS) * ITEM_RANKS
+        self._v_row_stride = 3 * self._v_module_stride
         self._capacity = -(-max(spec.max_num_tokens, GRAPH_ROWS) // 4) * 4  # 16-byte items follow
         self._v = torch.empty(
             self._capacity * self._v_row_stride, dtype=torch.float32, device=spec.device
@@ -123,7 +128,10 @@ class CupyBGMV:
         self._pool: torch.Tensor | None = None
 
     def kind_of(self, batch: LoRABatch) -> str:
-        return "distinct" if len(batch.segment_slots) == len(batch.token_order) else "shared"
+        num_rows, num_adapters = len(batch.token_order), len(batch.segment_slots)
+        if num_rows == num_adapters:
+            return "distinct"
+        return "many" if num_rows >= MANY_ROWS * num_adapters else "shared"
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         self._kind = kind or self.kind_of(batch)
@@ -146,7 +154,8 @@ class CupyBGMV:
         launches = self._launches_of(layer, group, table, pool)
         launch = launches.expand
         launch.pointers[0], launch.integers[0] = y.data_ptr(), y.stride()[0]
-        num_blocks = min(y.shape[0] * launches.num_panels, launches.expand_blocks)
+        num_tiles = -(-y.shape[0] // launches.rows_per_tile)
+        num_blocks = min(num_tiles * launches.num_panels, launches.expand_blocks)
         launch.enqueue(num_blocks, current_stream(self._device_index))
 
     def _launches_of(
@@ -174,7 +183,7 @@ class CupyBGMV:
         integers = (0, table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1))
         rest = (
             self._capacity_planned, ctypes.c_int32(self._v_row_stride),
-            ctypes.c_int32(self._spec.max_rank),
+            ctypes.c_int32(self._v_module_stride),
         )  # fmt: skip
         shrink = Launch(
             kernels.shrink, num_threads=SHRINK_WARPS * 32, pdl=self._pdl,
@@ -189,7 +198,8 @@ class CupyBGMV:
         )  # fmt: skip
         return _Launches(
             shrink, expand, num_modules=len(group.modules),
-            num_panels=sum(-(-out // EXPAND_COLUMNS) for out in group.out_features),
+            num_panels=sum(-(-out // kind.columns) for out in group.out_features),
+            rows_per_tile=kind.rows_per_tile,
             shrink_blocks=self._num_processors * kind.shrink_blocks,
             expand_blocks=self._num_processors * kind.expand_blocks,
         )  # fmt: skip
@@ -238,7 +248,8 @@ def _make_macros(spec: LoRASpec, kind: _Kind, group: LoRAGroup, pdl: bool) -> tu
         "NUM_MODULES": len(group.modules), "K": group.in_features,
         "K_ROW": row_stride(group.in_features), "GROUP": spec.groups.index(group),
         "NUM_GROUPS": len(spec.groups),
-        "MAX_SPLITS": MAX_SPLITS, "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,
+        "MAX_SPLITS": MAX_SPLITS, "MAX_RANK": spec.max_rank,
+        "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,
         "OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": starts[1],
         "START_2": starts[2], "ROWS": kind.tile_rows, "THREADS": EXPAND_THREADS,
     }  # fmt: skip
@@ -251,7 +262,8 @@ def _compile(macros: tuple[str, ...], device_index: int) -> _Kernels:
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(code=source, options=("-std=c++17", *macros), backend="nvrtc")
         _modules.append(module)
-        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
+        expand = "expand_many" if "-DROWS=16" in macros else "expand"
+        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", expand)))
 
 
 _modules: "list[cupy.RawModule]" = []  # a module unloads its kernels when it is collected

@@ -1,7 +1,7 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
-BGMV reads the weights faster, SGMV spends less on each row. They cross at about sixteen rows an
-adapter (benchmarks/results/lora_kernels_h200.jsonl).
+BGMV reads the weights faster and starts sooner, SGMV spends less on each row. They cross at about
+sixteen rows an adapter, and not in steps of few rows (benchmarks/results/lora_kernels_h200.jsonl).
 """
 
 import torch
@@ -9,7 +9,9 @@ import torch
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 
 SGMV_ROWS = 16
-"""Rows an adapter, on average, from which SGMV runs."""
+"""Rows an adapter, on average, from which SGMV runs..."""
+SGMV_STEP_ROWS = 129
+"""...if the step has so many in all."""
 
 
 class HybridLoRA:
@@ -60,5 +62,6 @@ class HybridLoRA:
         self._op.expand(y=y, pool=pool, layer=layer, group=group, table=table)
 
     def _choose(self, batch: LoRABatch) -> LoRAOp:
-        is_many = len(batch.token_order) >= SGMV_ROWS * max(1, len(batch.segment_slots))
+        num_rows, num_adapters = len(batch.token_order), len(batch.segment_slots)
+        is_many = num_rows >= max(SGMV_STEP_ROWS, SGMV_ROWS * num_adapters)
         return self._many if is_many else self._few

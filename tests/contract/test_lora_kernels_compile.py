@@ -99,13 +99,15 @@ DOWN = {"NUM_MODULES": 1, "K": 14336, "OUT_0": 4096, "OUT_1": 0, "OUT_2": 0,
         "START_1": 0, "START_2": 0}  # fmt: skip
 SMALL = {"NUM_MODULES": 2, "K": 576, "OUT_0": 1536, "OUT_1": 1536, "OUT_2": 0,
          "START_1": 1536, "START_2": 0}  # fmt: skip
-BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, "WARPS": 8,
-        "THREADS": 128}  # fmt: skip
+BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, "MAX_RANK": 64,
+        "WARPS": 8, "THREADS": 128}  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("bf16", [0, 1])
-@pytest.mark.parametrize(("nt", "rows"), [(1, 1), (2, 4)], ids=["distinct", "shared"])
+@pytest.mark.parametrize(
+    ("nt", "rows"), [(1, 1), (2, 4), (2, 16)], ids=["distinct", "shared", "many"]
+)
 @pytest.mark.parametrize("group", [QKV, DOWN, SMALL], ids=["qkv", "down", "small"])
 def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
     source = resources.files("loraplex.backends.lora.kernels").joinpath("bgmv.cu")
@@ -125,8 +127,9 @@ def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
         ).stdout  # fmt: skip
         for kernel in sass.split("Function :")[1:]:
             # The last wait, without PREEXIT behind it, is that of blocks with nothing to do.
-            weights = kernel.index("LDG.E.NA.128")
-            wait = re.search(r"ACQBULK(?=[^$]*PREEXIT)", kernel[weights:])
-            assert wait, "the weights are fetched only after the wait for the kernel before"
+            marks = r"PREEXIT|ACQBULK|LDG\.E\.NA\.128|LDG\.E\S*\.STRONG\.GPU|LDG\.E\.128(?!\.C)"
+            release, *fetched, wait = re.findall(marks, kernel.partition("ACQBULK")[0] + "ACQBULK")
+            assert (release, wait) == ("PREEXIT", "ACQBULK"), "the next kernel is released at once"
+            assert set(fetched) == {"LDG.E.NA.128"}, "weights, and no more, before the wait"
     spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
     assert max(map(int, spilled)) <= 16

@@ -24,6 +24,7 @@ struct float2 { float x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
@@ -35,7 +36,6 @@ template <class P> P checked(const P* p) {
   return *p;
 }
 template <class P> P __ldg(const P* p) { return checked(p); }
-template <class P> P __ldcg(const P* p) { return checked(p); }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = x | (uint64_t)y << 32;
@@ -50,6 +50,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   int waits_for = 0;  // 0: nothing, 1: its warp, 2: its block
   bool is_done = false;
+  bool has_waited = false;  // for the kernel before
 };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -65,6 +66,7 @@ inline void wait(int what) {
 
 inline void enter() {
   body(body_argument);
+  if (!fibers[current].has_waited) fault = "a thread ends without having waited";
   fibers[current].is_done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
@@ -80,7 +82,7 @@ inline bool release(unsigned first, unsigned end, int what) {
 inline void run_block(unsigned num_threads) {
   for (unsigned i = 0; i < num_threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.waits_for = 0, fiber.is_done = false;
+    fiber.waits_for = 0, fiber.is_done = fiber.has_waited = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -158,10 +160,15 @@ inline T narrow(float value) {
 #endif
 inline float2 unpack(unsigned w) { return {widen(w & 0xffff), widen(w >> 16)}; }
 inline unsigned pack(float low, float high) { return narrow(low) | (unsigned)narrow(high) << 16; }
-inline void wait_for_previous() {}
+inline void wait_for_previous() { emulator::fibers[emulator::current].has_waited = true; }
 inline void release_next() {}
+// What the kernels before have written.
+template <class P> P __ldcg(const P* p) {
+  if (!emulator::fibers[emulator::current].has_waited) fault = "read before the wait";
+  return checked(p);
+}
 inline uint4 load_weights(const T* p) { return checked(reinterpret_cast<const uint4*>(p)); }
-inline uint4 load_input(const T* p) { return checked(reinterpret_cast<const uint4*>(p)); }
+inline uint4 load_input(const T* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 template <typename P> const P* hold(const P* p) { return p; }
 
 // mma.sync.m16n8k16: lane (g, q) holds of A the rows g and g + 8, of B the column g, of C the rows

@@ -12,7 +12,8 @@
 //   NT            tiles of 8 rows in an item of shrink
 //   WARPS         of a block of shrink
 //   OUT_0, OUT_1, OUT_2, START_1, START_2   columns of the modules in y, and where they start
-//   ROWS          rows of a tile of expand
+//   ROWS          rows of a tile of expand: few, or 16 for expand_many
+//   MAX_RANK      of any adapter
 //   THREADS       of a block of expand
 //
 // Both kernels loop over the work that the step's plan describes, with a grid that depends on the
@@ -52,7 +53,9 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 }
 #endif
 
-// Programmatic dependent launch: what stands before the wait may run beside the kernel before.
+// Programmatic dependent launch: what stands before the wait may run beside the kernel before, and
+// beside those before it, since each kernel releases the next at once: it may read weights and what
+// the step has planned, but neither x nor v nor y. Whoever has waited sees all that went before.
 __device__ __forceinline__ void wait_for_previous() {
 #if PDL
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -133,6 +136,20 @@ __device__ __forceinline__ const int* order_of(const int* plan, int capacity) {
 __device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
   return reinterpret_cast<const int4*>(plan + 4 + 4 * NUM_GROUPS + 5 * capacity);
 }
+// Of a block's first work. How K is split is still on its way: fetches what each split would need.
+__device__ __forceinline__ int4 first_item(const int4* items, int capacity, Split split) {
+  int4 item = make_int4(0, 0, 0, 0);
+#pragma unroll
+  for (int shift = 0; 1 << shift <= MAX_SPLITS; ++shift) {
+    const int of_item = (int)(blockIdx.x >> shift) / NUM_MODULES;
+    const int4 guess = __ldg(items + min(of_item, capacity - 1));
+    if (shift == split.shift) item = guess;
+  }
+  return item;
+}
+__device__ __forceinline__ int4 first_tile(const int4* tiles, int capacity, int blocks) {
+  return __ldg(tiles + min((int)blockIdx.x / blocks, capacity - 1));
+}
 
 // v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
 //
@@ -146,6 +163,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
        const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
        int v_module_stride) {
+  release_next();
   const int UNITS = (K + 63) / 64;
   __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
   const int* order = order_of(plan, capacity);
@@ -154,12 +172,13 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
   const int warp = threadIdx.x / 32, group = (threadIdx.x & 31) >> 2, lane = threadIdx.x & 3;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
+  int4 item = first_item(items_of(plan, capacity), capacity, split);
   const int num_works = step.num_items * NUM_MODULES << split.shift;
   for (unsigned work = blockIdx.x; work < num_works; work += gridDim.x) {
     const int part = work & ((1 << split.shift) - 1);
     if (part >= split.splits) continue;
     const unsigned of_item = work >> split.shift, module = of_item % NUM_MODULES;
-    const int4 item = __ldg(items_of(plan, capacity) + of_item / NUM_MODULES);
+    if (work != blockIdx.x) item = __ldg(items_of(plan, capacity) + of_item / NUM_MODULES);
     const int limit = __ldg(rank + module * module_stride + item.x * slot_stride);
     if (item.w >= limit) continue;
     const int start = __ldg(a_start + module * module_stride + item.x * slot_stride);
@@ -191,7 +210,6 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
     if (unit < last) fetch(unit);
     if (!has_waited) {
       wait_for_previous();
-      release_next();
       has_waited = true;
     }
 
@@ -238,6 +256,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
   if (!has_waited) wait_for_previous();
 }
 
+#if ROWS < 16
 // y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
 //
 // A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
@@ -248,6 +267,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
        int v_module_stride) {
+  release_next();
   const int WIDTH = THREADS * 8;
   const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
   const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
@@ -259,7 +279,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
   const int num_splits = read_split(plan).splits;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
-  int4 tile = __ldg(tiles_of(plan) + min((int)blockIdx.x / BLOCKS, capacity - 1));
+  int4 tile = first_tile(tiles_of(plan), capacity, BLOCKS);
   for (int work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
     if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
     int block = work % BLOCKS;
@@ -311,7 +331,6 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     fetch(0);
     if (!has_waited) {
       wait_for_previous();
-      release_next();
       has_waited = true;
     }
 
@@ -373,3 +392,152 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
   }
   if (!has_waited) wait_for_previous();
 }
+#endif
+
+// The same for many rows an adapter: a tile of 16 rows is the matrix unit's A operand.
+//
+// A warp takes 64 columns of one module: lane (g, q) of its 8 x 4 fetches 8 columns from g * 8 on of
+// the ranks 2q, 2q + 1, 2q + 8 and 2q + 9 of 16, so that the j-th of its columns are an operand of
+// one product, whose 8 columns are j, 8 + j, 16 + j and so on. Of the 8 products together a lane
+// gets 16 columns in a row, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
+#if ROWS == 16
+extern "C" __global__ void __launch_bounds__(THREADS)
+expand_many(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+            const int* __restrict__ page_table, const int* __restrict__ rank,
+            const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
+            int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+            int v_module_stride) {
+  release_next();
+  const int WIDTH = THREADS / 32 * 64;
+  const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
+  const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
+  const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
+  // [row][pair of ranks]; padded by 4, the rows of a fragment lie in different banks.
+  __shared__ unsigned shrunk[16][(MAX_RANK + 15) / 16 * 8 + 4];
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const int num_splits = read_split(plan).splits;
+  const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  bool has_waited = false;
+  int4 tile = first_tile(tiles_of(plan), capacity, BLOCKS);
+  for (unsigned work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+    if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
+    int block = work % BLOCKS;
+    int module = 0, width = OUT_0, column = 0;
+    if (block >= BLOCKS_0 + BLOCKS_1) {
+      module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
+    } else if (block >= BLOCKS_0) {
+      module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
+    }
+    const int place = module * module_stride + tile.x * slot_stride;
+    const int limit = __ldg(rank + place);
+    if (limit == 0) continue;
+    const int start = __ldg(b_start + place);
+    const float factor = __ldg(scale + place);
+    const int* pages = hold(page_table + (long long)tile.x * pages_stride);
+    const T* weights = hold(pool);
+    const unsigned width_row = (width + 63) / 64 * 64;
+    const int first_n = block * WIDTH + warp * 64;
+    const int n = first_n + g * 8;
+    const bool in = EXACT || n < width;
+
+    uint4 b[4];
+    auto fetch = [&](int first, uint4(&into)[4]) {
+      unsigned page[4];
+      // Looks up the last row again instead of none, so that no lookup is conditional.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = min(first + 2 * q + (i & 1) + (i >> 1) * 8, limit - 1);
+        page[i] = page_of(pages, start + r * width_row + (in ? n : 0));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = first + 2 * q + (i & 1) + (i >> 1) * 8;
+        into[i] = in && r < limit ? load_weights(address(weights, page[i], start + r * width_row + n))
+                                  : zero;
+      }
+    };
+    // Of rows g and g + 8: 16 columns in a row.
+    T* y_row[2];
+    bool has[2][2];
+    fetch(0, b);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = g + h * 8, at = first_n + q * 16;
+      const int token = row < tile.z ? __ldg(order + tile.y + row) : 0;
+      y_row[h] = y + (long long)token * y_stride + column + at;
+      has[h][0] = row < tile.z && (EXACT || at < width);
+      has[h][1] = row < tile.z && (EXACT || at + 8 < width);
+    }
+    if (!has_waited) {
+      wait_for_previous();
+      has_waited = true;
+    }
+
+    uint4 old[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) old[h][i] = has[h][i] ? load_input(y_row[h] + i * 8) : zero;
+
+    __syncthreads();  // what was shrunk before may still be read
+    const long long stride = (long long)step.num_rows * v_row_stride;
+    for (int i = threadIdx.x; i < (limit + 15) / 16 * 128; i += THREADS) {
+      const int row = i % 128 / 8, r = i / 128 * 16 + i % 8 * 2;
+      float low = 0, high = 0;
+      if (row < tile.z && r < limit) {
+        const float* from =
+            v + (long long)(tile.y + row) * v_row_stride + module * v_module_stride + r;
+        for (int first_split = 0; first_split < num_splits; first_split += 8) {
+          float2 share[8];
+#pragma unroll
+          for (int s = 0; s < 8; ++s)
+            share[s] = first_split + s < num_splits
+                           ? __ldcg(reinterpret_cast<const float2*>(from + (first_split + s) * stride))
+                           : make_float2(0, 0);
+#pragma unroll
+          for (int s = 0; s < 8; ++s) low += share[s].x, high += share[s].y;
+        }
+        if (r + 1 == limit) high = 0;  // what lies there is no number
+      }
+      shrunk[row][r / 2] = pack(low * factor, high * factor);
+    }
+    __syncthreads();
+
+    float acc[8][4] = {};
+    for (int first = 0; first < limit; first += 16) {
+      uint4 next[4] = {zero, zero, zero, zero};
+      if (first + 16 < limit) fetch(first + 16, next);
+      const int pair = first / 2 + q;
+      const unsigned a0 = shrunk[g][pair], a1 = shrunk[g + 8][pair];
+      const unsigned a2 = shrunk[g][pair + 4], a3 = shrunk[g + 8][pair + 4];
+      const unsigned* w[4] = {&b[0].x, &b[1].x, &b[2].x, &b[3].x};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const unsigned halves = j & 1 ? 0x7632 : 0x5410;
+        mma(acc[j], a0, a1, a2, a3, __byte_perm(w[0][j / 2], w[1][j / 2], halves),
+            __byte_perm(w[2][j / 2], w[3][j / 2], halves));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = next[i];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!has[h][i]) continue;
+        const float2 o0 = unpack(old[h][i].x), o1 = unpack(old[h][i].y);
+        const float2 o2 = unpack(old[h][i].z), o3 = unpack(old[h][i].w);
+        const int c = h * 2 + i;
+        uint4 sum;
+        sum.x = pack(o0.x + acc[0][c], o0.y + acc[1][c]);
+        sum.y = pack(o1.x + acc[2][c], o1.y + acc[3][c]);
+        sum.z = pack(o2.x + acc[4][c], o2.y + acc[5][c]);
+        sum.w = pack(o3.x + acc[6][c], o3.y + acc[7][c]);
+        *reinterpret_cast<uint4*>(y_row[h] + i * 8) = sum;
+      }
+  }
+  if (!has_waited) wait_for_previous();
+}
+#endif

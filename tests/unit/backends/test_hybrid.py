@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from loraplex.backends.lora.contract import LoRABatch
-from loraplex.backends.lora.hybrid import SGMV_ROWS, HybridLoRA
+from loraplex.backends.lora.hybrid import SGMV_ROWS, SGMV_STEP_ROWS, HybridLoRA
 
 from helpers.lora_cases import make_batch
 
@@ -38,12 +38,14 @@ def op() -> Any:
         ([], "bgmv"),
         ([-1] * 40, "bgmv"),
         (range(64), "bgmv"),
-        ([3] * (SGMV_ROWS - 1), "bgmv"),
-        ([3] * SGMV_ROWS, "sgmv"),
-        ([3] * SGMV_ROWS + [4], "bgmv"),
-        ([3] * SGMV_ROWS + [-1] * 90, "sgmv"),
-        ([*range(8)] * SGMV_ROWS, "sgmv"),
-        ([*range(9)] * (SGMV_ROWS - 1), "bgmv"),
+        ([3] * (SGMV_STEP_ROWS - 1), "bgmv"),
+        ([3] * SGMV_STEP_ROWS, "sgmv"),
+        ([3] * (SGMV_STEP_ROWS - 1) + [4], "sgmv"),
+        ([3] * SGMV_STEP_ROWS + [-1] * 90, "sgmv"),
+        ([3] * (SGMV_STEP_ROWS - 1) + [-1] * 90, "bgmv"),
+        ([*range(20)] * SGMV_ROWS, "sgmv"),
+        ([*range(20)] * SGMV_ROWS + [20], "bgmv"),
+        ([*range(20)] * (SGMV_ROWS - 1), "bgmv"),
     ],
 )
 def test_graphs_go_by_rows_an_adapter(op: Any, slots: Any, family: str) -> None:
@@ -58,8 +60,8 @@ def test_graphs_go_by_rows_an_adapter(op: Any, slots: Any, family: str) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "num_adapters", "family"),
     [
-        (SGMV_ROWS - 1, 1, "bgmv"),
-        (SGMV_ROWS, 1, "sgmv"),
+        (SGMV_STEP_ROWS - 1, 1, "bgmv"),
+        (SGMV_STEP_ROWS, 1, "sgmv"),
         (SGMV_ROWS * 100 - 1, 100, "bgmv"),
     ],
 )

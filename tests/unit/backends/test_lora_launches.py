@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from loraplex.backends import cuda_launch, triton_launch  # noqa: E402
 from loraplex.backends.lora import triton_sgmv  # noqa: E402
 from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, apply_lora  # noqa: E402
-from loraplex.backends.lora.hybrid import SGMV_ROWS, HybridLoRA  # noqa: E402
+from loraplex.backends.lora.hybrid import SGMV_ROWS, SGMV_STEP_ROWS, HybridLoRA  # noqa: E402
 from loraplex.backends.lora.kernels.sgmv import shrink_kernel  # noqa: E402
 from loraplex.backends.lora.sgmv_blocks import Tuned  # noqa: E402
 
@@ -176,16 +176,18 @@ def check_bgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None
     batch = make_batch(step.slots)
     kind = step.kind or op.kind_of(batch)
     planned.plan(table=table, batch=batch, kind=step.kind)
-    fill, most = {"distinct": (3, 16), "shared": (2, 3)}[kind]
+    fill, most = {"distinct": (3, 16), "shared": (2, 3), "many": (2, 4)}[kind]
+    tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[kind]
+    num_tiles = ceil(step.num_rows, 4) if kind == "many" else step.num_rows
     scalars = [table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1),
                512 if batch.num_tokens <= 512 else MAX_TOKENS, 3 * MAX_RANK, MAX_RANK]  # fmt: skip
     for layer in (1, 0):
         for group in case.groups:
             x, y, seen = launches_of(planned, cuda, step, layer, group)
-            columns = sum(ceil(out, 1024) for out in group.out_features)
+            columns = sum(ceil(out, width) for out in group.out_features)
             assert [one.grid[0] for one in seen] == [
                 max(fill * PROCESSORS, step.num_rows * len(group.modules)),
-                min(step.num_rows * columns, most * PROCESSORS),
+                min(num_tiles * columns, most * PROCESSORS),
             ]
             fields = ([table.a_start], [table.b_start, table.scale])
             for one, first, last in zip(seen, (x, y), fields, strict=True):
@@ -195,13 +197,13 @@ def check_bgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None
                 assert one.arguments == [*pointers, first.stride(0), *scalars]
                 macros = one.name.split()
                 assert f"-DGROUP={case.groups.index(group)}" in macros
-                assert f"-DROWS={1 if kind == 'distinct' else 4}" in macros
+                assert f"-DROWS={tile_rows}" in macros
                 assert one.stream == STREAM and one.is_pdl
 
 
 def test_bgmv(cuda: FakeCuda, bgmv: Any) -> None:
     op = bgmv.CupyBGMV(make_spec(CASES[0], MAX_TOKENS, MAX_RANK))
-    captures = [Step(CASES[0], [], 7, kind) for kind in ("distinct", "shared")]
+    captures = [Step(CASES[0], [], 7, kind) for kind in ("distinct", "shared", "many")]
     for step in (*FEW, *MANY, *captures, *FEW[::-1], *MANY[:2]):
         check_bgmv(op, cuda, step)
 
@@ -212,7 +214,7 @@ def test_hybrid_launches_what_its_halves_do(cuda: FakeCuda, bgmv: Any) -> None:
     families: set[str] = set()
     for step in (*FEW, *MANY, *captures, *FEW):
         rows = sum(slot >= 0 for slot in step.slots)
-        many = rows >= SGMV_ROWS * max(1, len(set(step.slots) - {-1}))
+        many = rows >= max(SGMV_STEP_ROWS, SGMV_ROWS * len(set(step.slots) - {-1}))
         many = many if step.kind is None else step.kind == "sgmv"
         check, half = (check_sgmv, op._many) if many else (check_bgmv, op._few)
         check(op, cuda, step, half)
