@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Case:
     popularity: str
     num_resident: int = 0  # adapters in pages; 0: those of the batch
     num_layers: int = 32
+    pool_adapters: int = 0  # that the pool has room for; 0: those in pages
 
 
 def default_cases() -> list[Case]:
@@ -91,7 +92,12 @@ def default_cases() -> list[Case]:
         Case("llama-3-8b", (64, 8), ALL, 4096, "runs-8", num_layers=8),
     ]
     resident = [
-        Case("llama-3-8b", (16,), ALL, 64, "identical", num_resident=n, num_layers=4)
+        replace(case, num_resident=n, pool_adapters=2000)
+        for case in (
+            Case("llama-3-8b", (16,), ALL, 64, "identical", num_layers=4),
+            Case("llama-2-7b", (8,), QKVO, 64, "identical"),
+            Case("llama-2-7b", (8,), QKVO, 64, "distinct"),
+        )
         for n in (1, 2000)
     ]
     return [*eight, *seven, *mixed, *crossover, *prefill, *resident]
@@ -142,6 +148,7 @@ class Setup:
             for rank in set(ranks)
         }
         total = sum(layouts[rank][1] for rank in ranks)
+        total = total * max(case.pool_adapters, len(ranks)) // len(ranks)
         pages = np.random.default_rng(1).permutation(total).astype(np.int32)
         page_table = np.zeros((len(ranks), max(n for _, n in layouts.values())), dtype=np.int32)
         fields = np.zeros((3, case.num_layers, 7, len(ranks)), dtype=np.int32)
