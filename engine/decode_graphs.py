@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, for each number of rows of a ladder, with LoRA and without."""
+"""CUDA graphs of the decode step, for each number of rows of a ladder and each LoRA kind."""
 
 from collections.abc import Callable
 

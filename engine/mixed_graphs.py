@@ -34,8 +34,7 @@ MakeContext = Callable[[DeviceInputs, bool], ForwardContext]
 
 def mixed_ladder(max_tokens: int) -> list[int]:
     """Numbers of tokens that are captured, in the order of capture: the largest, then ever finer
-    steps, so that whatever the bounds of memory and time leave out, no step is padded to many
-    times its tokens."""
+    steps: what the bounds of memory and time leave out are the finest."""
     last = min(max_tokens, MAX_PIECES_TOKENS)
     sizes = [size for size in (8, 16, *range(32, last, 32)) if size < last]
     return [last, *sorted(sizes, key=lambda size: (size & -size, size), reverse=True)]

@@ -74,7 +74,6 @@ class ModelRunner:
             return "no CUDA graphs: enforce_eager is set"
         if not self._attention.supports_graphs:
             return f"no CUDA graphs: attention {self._attention.name!r} cannot be captured"
-        recorder = GraphRecorder(self._device, config)
         max_rows = min(self.states.max_num_seqs, MAX_GRAPH_ROWS)
         self._decode_graphs = DecodeGraphs(
             forward=self._forward_decode,
@@ -94,6 +93,7 @@ class ModelRunner:
             lora_table=self._lora_table,
             max_tokens=max_num_tokens,
         )
+        recorder = GraphRecorder(self._device, config)
         decode = self._decode_graphs.capture(recorder)
         mixed = self._mixed_graphs.capture(recorder)
         return f"captured {decode} and {mixed} {recorder.finish()}"

@@ -11,6 +11,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.request_states import RequestStates
+from loraplex.memory.page_copier import NUM_STAGING_BUFFERS, STAGING_BYTES
 from loraplex.memory.pool import (
     PageShape,
     PoolSizeError,
@@ -43,7 +44,7 @@ def size_pool(
             device,
             memory.gpu_memory_utilization,
             activation_bytes=_activation_bytes(config, shape, device, limit, make_runner),
-            margin_bytes=GPU_MARGIN_BYTES + graph_bytes,
+            margin_bytes=GPU_MARGIN_BYTES + graph_bytes + NUM_STAGING_BUFFERS * STAGING_BYTES,
         )
         states = RequestStates.device_bytes(config.scheduler.max_num_seqs, limit)
         return choose_num_pages(memory, shape, free - states)

@@ -187,8 +187,8 @@ def as_words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def chunks(num_layers: int, num_pages: int, max_pages: int) -> Iterator[tuple[slice, slice]]:
-    """(layers, pages) of each transfer: whole layers, or a part of one where it is larger than
-    `max_pages`. Each is contiguous in [num_layers, num_pages]."""
+    """(layers, pages) of each fill of a staging buffer: whole layers, or a part of one where it is
+    larger than `max_pages`. Each is contiguous in [num_layers, num_pages]."""
     if num_pages <= max_pages:
         step = max_pages // num_pages
         for layer in range(0, num_layers, step):

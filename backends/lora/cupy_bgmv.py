@@ -1,8 +1,8 @@
 """Backend ``cupy`` of op ``lora``: BGMV raw kernels, bound by the bytes of the adapters' weights.
 
-CuPy compiles the CUDA source through NVRTC when the backend is made, two kernels for each group
-of projections, and caches the binaries; launches go to torch's current stream. Input and output
-sizes must be multiples of 8 (16-byte vectors).
+CuPy compiles the CUDA source through NVRTC when the backend is made, two kernels for each kind
+of batch and group of projections, and caches the binaries; launches go to torch's current stream.
+Input and output sizes must be multiples of 8 (16-byte vectors).
 """
 
 import ctypes

@@ -11,7 +11,7 @@ from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASp
 SGMV_ROWS = 16
 """Rows an adapter, on average, from which SGMV runs..."""
 SGMV_STEP_ROWS = 129
-"""...if the step has so many in all."""
+"""...if so many rows of the step have an adapter."""
 
 
 class HybridLoRA:

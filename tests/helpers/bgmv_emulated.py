@@ -73,7 +73,7 @@ def compile_kernels(macros: tuple[str, ...], device_index: int = 0) -> Any:
     return cupy_bgmv._Kernels(*handles)
 
 
-def emulate_bgmv(monkeypatch: pytest.MonkeyPatch) -> Any:
+def emulate_bgmv(monkeypatch: pytest.MonkeyPatch, num_processors: int = NUM_PROCESSORS) -> Any:
     """CupyBGMV, whose instances then run on CPU tensors."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
@@ -81,7 +81,7 @@ def emulate_bgmv(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
     from loraplex.backends.lora import cupy_bgmv
 
-    properties = SimpleNamespace(multi_processor_count=NUM_PROCESSORS, major=9, minor=0)
+    properties = SimpleNamespace(multi_processor_count=num_processors, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(cupy_bgmv, "_compile", compile_kernels)
     monkeypatch.setattr(cupy_bgmv, "Launch", EmulatedLaunch)

@@ -1,7 +1,7 @@
 // CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter,
 // reading weights in place from the page pool. Both are bound by the bytes of the weights.
 //
-// Compiled once for each group of projections, with these macros:
+// Compiled once for each kind of batch and group of projections, with these macros:
 //   BF16          1 for bfloat16, 0 for float16
 //   PDL           1 where programmatic dependent launch exists (sm_90 on)
 //   PAGE          elements of a page in one layer, a multiple of 64
@@ -17,13 +17,15 @@
 //   THREADS       of a block of expand
 //
 // Both kernels loop over the work that the step's plan describes, with a grid that depends on the
-// number of rows alone, so that a captured launch serves every later plan, of `capacity` rows:
+// number of rows and the kind alone, so that a captured launch serves every later plan, of
+// `capacity` rows:
 //   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
 //   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
 //                 binary logarithm of splits rounded up to a power of two, unused)
 //   then          capacity tiles: int4 (slot, first row, rows, unused)
 //   then          order: the token of each of capacity rows
-//   then          items: int4 (slot, first row, rows, first rank)
+//   then          items: int4 (slot, first row, rows, first rank); room for one of each row and 16
+//                 ranks
 // Each part has its place whatever the numbers are, so that reading them delays nothing.
 
 #ifndef EMULATED  // else tests/helpers/cuda_emulator.h has these
@@ -138,11 +140,12 @@ __device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
 }
 // Of a block's first work. How K is split is still on its way: fetches what each split would need.
 __device__ __forceinline__ int4 first_item(const int4* items, int capacity, Split split) {
+  const int num_places = capacity * ((MAX_RANK + 15) / 16);
   int4 item = make_int4(0, 0, 0, 0);
 #pragma unroll
   for (int shift = 0; 1 << shift <= MAX_SPLITS; ++shift) {
     const int of_item = (int)(blockIdx.x >> shift) / NUM_MODULES;
-    const int4 guess = __ldg(items + min(of_item, capacity - 1));
+    const int4 guess = __ldg(items + min(of_item, num_places - 1));
     if (shift == split.shift) item = guess;
   }
   return item;

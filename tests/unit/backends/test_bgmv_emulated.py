@@ -60,6 +60,16 @@ def test_every_kind_serves_every_batch(bgmv: Any, monkeypatch: pytest.MonkeyPatc
                 check(op, case, slots)
 
 
+@pytest.mark.parametrize("num_processors", [132, 188])
+def test_more_items_than_rows(monkeypatch: pytest.MonkeyPatch, num_processors: int) -> None:
+    """Of large ranks, on chips whose grids are larger than a graph's rows."""
+    bgmv = emulate_bgmv(monkeypatch, num_processors)
+    case = make_case([[{3: 256}]] * 36, ODD, dtype=torch.float16)
+    op = bgmv(make_spec(case, 36, max_rank=256))
+    op._v.fill_(float("nan"))
+    check(op, case, [2 * row + 1 for row in range(36)])
+
+
 def test_a_capacity_that_is_no_multiple_of_four(bgmv: Any) -> None:
     case = make_case([[{m: 8 for m in range(7)}]] * 2, ODD, dtype=torch.float16)
     op = bgmv(make_spec(case, 1001, max_rank=8))
