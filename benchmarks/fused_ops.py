@@ -110,7 +110,10 @@ class Cases:
             # Tokens of a decode step: each in a page of its own.
             pages = torch.randperm(num_pages, device="cuda")[:tokens]
             rows = pages * 2 * BLOCK_TOKENS + torch.randint(BLOCK_TOKENS, (tokens,), device="cuda")
-            return lambda op: op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=rows)
+            q = torch.empty(
+                tokens, model.num_heads, model.head_dim, dtype=self._dtype, device="cuda"
+            )
+            return lambda op: op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=rows, out=q)
 
         num_bytes = tokens * (2 * width * self._size + 4 * model.head_dim + 8)
         return self._case("rope_store_kv", make, num_bytes)

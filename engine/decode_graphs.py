@@ -11,8 +11,8 @@ from loraplex.engine.graph_capture import (
     BASE,
     DeviceInputs,
     GraphLadder,
+    GraphRecorder,
     Kind,
-    Recorder,
     Replay,
     StaticInputs,
     empty_batch,
@@ -59,7 +59,7 @@ class DecodeGraphs:
         self._inputs = StaticInputs(len(logits), logits.device)
         self._graphs: GraphLadder[Replay] = GraphLadder(lora)
 
-    def capture(self, recorder: Recorder) -> str:
+    def capture(self, recorder: GraphRecorder) -> str:
         """Capture the ladder, largest first, until it is done or the recorder is full.
 
         Returns:
@@ -69,9 +69,7 @@ class DecodeGraphs:
         self._graphs.capture(
             reversed(ladder), recorder, lambda rows, kind: self._capture_one(rows, kind, recorder)
         )
-        sizes = self._graphs.sizes
-        rows = f" of {sizes[0]} to {sizes[-1]} rows" if sizes else ""
-        return f"{len(self._graphs)} CUDA graphs of decode steps{rows}"
+        return f"{len(self._graphs)} CUDA graphs of decode steps{self._graphs.describe('rows')}"
 
     def fit(self, num_rows: int, kind: Kind) -> int:
         """The rows of the smallest graph that takes a step of `num_rows`; 0: none does."""
@@ -97,7 +95,7 @@ class DecodeGraphs:
         self._graphs[size, kind]()
         return self.logits[:size]
 
-    def _capture_one(self, rows: int, kind: Kind, recorder: Recorder) -> Replay:
+    def _capture_one(self, rows: int, kind: Kind, recorder: GraphRecorder) -> Replay:
         ones, page_table = np.ones(rows, dtype=np.int32), np.zeros((rows, 1), dtype=np.int32)
         self._inputs.clear()
         self._attention.plan_graph(AttentionBatch(ones, ones, rows, page_table), rows)

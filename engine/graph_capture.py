@@ -5,7 +5,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -68,23 +68,6 @@ class StaticInputs:
         self._inputs.zero_()
 
 
-class Recorder(Protocol):
-    """Makes graphs until its bounds are reached."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the time is up or the memory full; that may wait for the GPU."""
-        ...
-
-    def record(self, run: Callable[[], None], *, warm_up: bool) -> Replay:
-        """Record what `run` launches.
-
-        Args:
-            warm_up: run it first: kernels are compiled and libraries set up on first use.
-        """
-        ...
-
-
 class GraphRecorder:
     """Records CUDA graphs on one stream and in one private memory pool, shared by all of them.
 
@@ -107,6 +90,7 @@ class GraphRecorder:
 
     @property
     def is_full(self) -> bool:
+        """Whether the time is up or the memory full. Waits for the GPU."""
         if not self._why:
             torch.cuda.synchronize(self._device)
             if time.perf_counter() - self._started_at > self._config.graph_seconds:
@@ -116,6 +100,11 @@ class GraphRecorder:
         return bool(self._why)
 
     def record(self, run: Callable[[], None], *, warm_up: bool) -> Replay:
+        """Record what `run` launches.
+
+        Args:
+            warm_up: run it first: kernels are compiled and libraries set up on first use.
+        """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
@@ -153,10 +142,9 @@ class GraphLadder(Generic[Captured]):
         self._sizes: list[int] = []
         self._graphs: dict[tuple[int, Kind], Captured] = {}
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Rows that are captured, ascending."""
-        return tuple(self._sizes)
+    def describe(self, unit: str) -> str:
+        """The range of sizes, to be appended to a sentence."""
+        return f" of {self._sizes[0]} to {self._sizes[-1]} {unit}" if self._sizes else ""
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -165,7 +153,10 @@ class GraphLadder(Generic[Captured]):
         return self._graphs[key]
 
     def capture(
-        self, sizes: Iterable[int], recorder: Recorder, capture_one: Callable[[int, Kind], Captured]
+        self,
+        sizes: Iterable[int],
+        recorder: GraphRecorder,
+        capture_one: Callable[[int, Kind], Captured],
     ) -> None:
         """Capture each size with all its kinds, in this order, until the recorder is full."""
         kinds = (*self._lora.graph_kinds, BASE)

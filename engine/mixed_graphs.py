@@ -16,8 +16,8 @@ from loraplex.engine.graph_capture import (
     BASE,
     DeviceInputs,
     GraphLadder,
+    GraphRecorder,
     Kind,
-    Recorder,
     Replay,
     StaticInputs,
     empty_batch,
@@ -34,7 +34,7 @@ MakeContext = Callable[[DeviceInputs, bool], ForwardContext]
 
 def mixed_ladder(max_tokens: int) -> list[int]:
     """Numbers of tokens that are captured, in the order of capture: the largest, then ever finer
-    steps: what the bounds of memory and time leave out are the finest."""
+    steps, so that the bounds of memory and time leave out the finest."""
     last = min(max_tokens, MAX_PIECES_TOKENS)
     sizes = [size for size in (8, 16, *range(32, last, 32)) if size < last]
     return [last, *sorted(sizes, key=lambda size: (size & -size, size), reverse=True)]
@@ -87,7 +87,7 @@ class MixedGraphs:
         self._eager_context = make_context(self._inputs.first(largest), False)
         self._graphs: GraphLadder[list[Replay]] = GraphLadder(lora)
 
-    def capture(self, recorder: Recorder) -> str:
+    def capture(self, recorder: GraphRecorder) -> str:
         """Capture the ladder until it is done or the recorder is full.
 
         Returns:
@@ -97,10 +97,8 @@ class MixedGraphs:
         self._graphs.capture(
             self._ladder, recorder, lambda size, kind: self._capture_one(size, kind, recorder)
         )
-        sizes = self._graphs.sizes
-        tokens = f" of {sizes[0]} to {sizes[-1]} tokens" if sizes else ""
         num_pieces = len(self._graphs) * (len(self._model.layers) + 1)
-        return f"{num_pieces} pieces of mixed steps{tokens}"
+        return f"{num_pieces} pieces of mixed steps{self._graphs.describe('tokens')}"
 
     def fit(self, num_tokens: int, kind: Kind) -> int:
         """The tokens of the smallest pieces that take a step of `num_tokens`; 0: none do."""
@@ -137,7 +135,7 @@ class MixedGraphs:
         last_piece()
         return self._hidden[:num_tokens]
 
-    def _capture_one(self, size: int, kind: Kind, recorder: Recorder) -> list[Replay]:
+    def _capture_one(self, size: int, kind: Kind, recorder: GraphRecorder) -> list[Replay]:
         """The pieces but the first two and the last launch the kernels of the second, on other
         layers: they need no warm-up of their own."""
         self._inputs.clear()

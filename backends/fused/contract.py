@@ -62,12 +62,13 @@ class FusedOps(Protocol):
         cos_sin: torch.Tensor,
         kv: torch.Tensor,
         kv_rows: torch.Tensor,
+        out: torch.Tensor,
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Norm of each head of q and k, where there are weights for it; RoPE; K and V to pages.
+    ) -> None:
+        """Norm of each head of q and k, where there are weights for it; RoPE; q to `out`, K and V
+        to pages.
 
         Args:
             qkv: [T, (num_heads + 2 * kv_heads) * head_dim], q | k | v, any row stride.
@@ -77,11 +78,8 @@ class FusedOps(Protocol):
                 contiguous; mutated.
             kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's
                 lies block_tokens later. Where tokens share a row, one of them is left in it.
+            out: [T, num_heads, head_dim], contiguous; mutated.
             q_norm: [head_dim] or None; k_norm alike, and both or neither.
-            out: where q goes, [T, num_heads, head_dim], contiguous; None: to a new tensor.
-
-        Returns:
-            q [T, num_heads, head_dim], contiguous.
         """
         ...
 

@@ -38,11 +38,11 @@ class TorchFused:
         cos_sin: torch.Tensor,
         kv: torch.Tensor,
         kv_rows: torch.Tensor,
+        out: torch.Tensor,
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         block_tokens, num_kv_heads = kv.shape[2:4]
         heads = qkv.unflatten(-1, (-1, self._head_dim))
         num_heads = heads.shape[1] - 2 * num_kv_heads
@@ -53,8 +53,7 @@ class TorchFused:
         rows = kv.view(-1, num_kv_heads, self._head_dim)
         rows.index_copy_(0, kv_rows, _rotate(k, cos, sin))
         rows[block_tokens:].index_copy_(0, kv_rows, v)
-        rotated = _rotate(q, cos, sin)
-        return rotated if out is None else out.copy_(rotated)
+        out.copy_(_rotate(q, cos, sin))
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

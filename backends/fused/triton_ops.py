@@ -96,16 +96,15 @@ class TritonFused:
         cos_sin: torch.Tensor,
         kv: torch.Tensor,
         kv_rows: torch.Tensor,
+        out: torch.Tensor,
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         num_tokens, width = qkv.shape
         _, _, block_tokens, num_kv_heads, _ = kv.shape
         head_dim, heads = self._head_dim, HEADS_PER_PROGRAM
         num_heads = width // head_dim - 2 * num_kv_heads
-        q = qkv.new_empty((num_tokens, num_heads, head_dim)) if out is None else out
         num_blocks = -(-num_heads // heads) + 2 * -(-num_kv_heads // heads)
         stride = qkv.stride()[0]
         has_norm = q_norm is not None and k_norm is not None
@@ -121,9 +120,8 @@ class TritonFused:
                 **self._options,
             )  # fmt: skip
         if q_norm is None or k_norm is None:
-            q_norm = k_norm = q
-        launch(num_tokens * num_blocks, qkv, cos_sin, kv, kv_rows, q, q_norm, k_norm)
-        return q
+            q_norm = k_norm = out
+        launch(num_tokens * num_blocks, qkv, cos_sin, kv, kv_rows, out, q_norm, k_norm)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_tokens, width = gate_up.shape

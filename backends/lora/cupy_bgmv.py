@@ -39,17 +39,21 @@ class _Kind:
     """How the kernels are compiled and launched, for one kind of batch."""
 
     item_rows: int  # of shrink, 8 or 16
-    tile_rows: int  # of expand: few, or the 16 of expand_many
-    columns: int  # of a block of expand
+    tile_rows: int  # of expand: few, or the 16 of the matrix unit
     shrink_blocks: int  # resident on each processor; K is split until so many have work
     expand_blocks: int  # of a launch for each processor, at most
     rows_per_tile: int  # that expand's grid counts on; blocks loop if there are more tiles
 
+    @property
+    def columns(self) -> int:
+        """Of a block of expand: a thread takes eight, on the matrix unit a warp takes 64."""
+        return EXPAND_THREADS * (2 if self.tile_rows == 16 else 8)
+
 
 _KINDS = {
-    "distinct": _Kind(8, 1, EXPAND_THREADS * 8, shrink_blocks=3, expand_blocks=16, rows_per_tile=1),
-    "shared": _Kind(16, 4, EXPAND_THREADS * 8, shrink_blocks=2, expand_blocks=3, rows_per_tile=1),
-    "many": _Kind(16, 16, EXPAND_THREADS * 2, shrink_blocks=2, expand_blocks=4, rows_per_tile=4),
+    "distinct": _Kind(8, 1, shrink_blocks=3, expand_blocks=16, rows_per_tile=1),
+    "shared": _Kind(16, 4, shrink_blocks=2, expand_blocks=3, rows_per_tile=1),
+    "many": _Kind(16, 16, shrink_blocks=2, expand_blocks=4, rows_per_tile=4),
 }
 """distinct: no two rows have the same adapter; many: MANY_ROWS an adapter or more, on average."""
 MANY_ROWS = 4
@@ -109,13 +113,13 @@ class CupyBGMV:
         self._num_processors = properties.multi_processor_count
         self._pdl = properties.major >= 9
         self._kernels = {(k, g): self._compile(k, g) for k in _KINDS for g in spec.groups}
-        self._v_module_stride = -(-spec.max_rank // ITEM_RANKS) * ITEM_RANKS
+        self._items_per_row = -(-spec.max_rank // ITEM_RANKS)
+        self._v_module_stride = self._items_per_row * ITEM_RANKS
         self._v_row_stride = 3 * self._v_module_stride
         self._capacity = -(-max(spec.max_num_tokens, GRAPH_ROWS) // 4) * 4  # 16-byte items follow
         self._v = torch.empty(
             self._capacity * self._v_row_stride, dtype=torch.float32, device=spec.device
         )
-        self._items_per_row = -(-spec.max_rank // ITEM_RANKS)
         num_bytes = 16 * (1 + len(spec.groups))
         num_bytes += self._capacity * (16 * self._items_per_row + 16 + 4)
         self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
@@ -262,8 +266,7 @@ def _compile(macros: tuple[str, ...], device_index: int) -> _Kernels:
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(code=source, options=("-std=c++17", *macros), backend="nvrtc")
         _modules.append(module)
-        expand = "expand_many" if "-DROWS=16" in macros else "expand"
-        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", expand)))
+        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
 
 
 _modules: "list[cupy.RawModule]" = []  # a module unloads its kernels when it is collected

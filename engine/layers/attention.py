@@ -35,10 +35,10 @@ class Attention:
             cos_sin=activations.cos_sin,
             kv=ctx.kv[self.qkv.layer],
             kv_rows=ctx.kv_rows,
+            out=activations.q,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
             eps=0.0 if self.q_norm is None else self.q_norm.eps,
-            out=activations.q,
         )
 
     def attend(self, activations: Activations, ctx: ForwardContext) -> None:

@@ -11,9 +11,9 @@ class Embedding:
     ) -> None:
         self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
 
-    def __call__(self, token_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """int32 or int64 [T] to [T, hidden_size]; written to `out` if given."""
-        return torch.index_select(self.weight, 0, token_ids, out=out)
+    def __call__(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """int32 or int64 [T] to `out` [T, hidden_size]."""
+        torch.index_select(self.weight, 0, token_ids, out=out)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[N, hidden_size] to [N, vocab_size], in the weights' dtype; written to `out` if given."""

@@ -14,20 +14,17 @@ class RotaryEmbedding:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.inv_freq = inverse_frequencies(spec).to(device)
 
-    def cos_sin(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each token, float32 [T, head_dim], cos | sin; see FusedOps.rope_store_kv.
+    def cos_sin(self, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """Of each token cos | sin; see FusedOps.rope_store_kv.
 
         Args:
             positions: int64 [T].
-            out: where it goes, contiguous; None: to a new tensor.
+            out: float32 [T, head_dim], contiguous; mutated.
         """
         angles = positions[:, None] * self.inv_freq  # float32, where every position is exact
-        if out is None:
-            out = angles.new_empty(len(positions), 2 * len(self.inv_freq))
         halves = out.view(len(positions), 2, len(self.inv_freq))
         torch.cos(angles, out=halves[:, 0])
         torch.sin(angles, out=halves[:, 1])
-        return out
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:

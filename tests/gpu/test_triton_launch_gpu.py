@@ -77,13 +77,17 @@ def fused_call(op: TritonFused, rows: int, size: int, dtype: torch.dtype) -> Cal
         added = residual.clone()
         kv = torch.zeros(rows // 16 + 1, 2, 16, kv_heads, head_dim, dtype=dtype, device="cuda")
         common: dict[str, Any] = {"qkv": qkv, "cos_sin": cos_sin, "kv": kv, "kv_rows": kv_rows}
+        q, normed = torch.empty(2, rows, heads, head_dim, dtype=dtype, device="cuda")
+        op.rope_store_kv(**common, out=q)
+        kv_before = kv.clone()
+        op.rope_store_kv(**common, out=normed, q_norm=norm, k_norm=norm, eps=1e-6)
         return [
             op.rms_norm(x, weight, 1e-5),
             op.add_rms_norm(x, added, weight, 1e-6),
             added,
-            op.rope_store_kv(**common),
-            kv.clone(),
-            op.rope_store_kv(**common, q_norm=norm, k_norm=norm, eps=1e-6),
+            q,
+            kv_before,
+            normed,
             kv,
             op.silu_mul(x),
             op.draw(logits, temperature, keys),
@@ -224,12 +228,12 @@ def test_a_launch_costs_little_cpu() -> None:
     x, weight, group = random(64, 576), random(576), case.groups[0]
     y = random(64, sum(group.out_features))
     qkv, cos_sin = random(64, 15 * 64), random(64, 64, dtype=torch.float32)
-    kv, kv_rows = random(5, 2, 16, 3, 64), torch.arange(64, device="cuda")
+    kv, kv_rows, q = random(5, 2, 16, 3, 64), torch.arange(64, device="cuda"), random(64, 9, 64)
     rest: dict[str, Any] = {"pool": case.pool, "layer": 1, "group": group, "table": case.table}
     costs = {
         "rms_norm": median_us(lambda: op.rms_norm(x, weight, 1e-5)),
         "rope": median_us(
-            lambda: op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=kv_rows)
+            lambda: op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=kv_rows, out=q)
         ),
         "silu_mul": median_us(lambda: op.silu_mul(x)),
         "shrink": median_us(lambda: lora.shrink(x=x, **rest)),

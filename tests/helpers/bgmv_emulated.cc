@@ -6,9 +6,5 @@ extern "C" const char* run_shrink(unsigned blocks, unsigned threads, void** argu
   return emulator::launch(shrink, blocks, threads, arguments);
 }
 extern "C" const char* run_expand(unsigned blocks, unsigned threads, void** arguments) {
-#if ROWS < 16
   return emulator::launch(expand, blocks, threads, arguments);
-#else
-  return emulator::launch(expand_many, blocks, threads, arguments);
-#endif
 }

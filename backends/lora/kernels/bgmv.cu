@@ -12,7 +12,7 @@
 //   NT            tiles of 8 rows in an item of shrink
 //   WARPS         of a block of shrink
 //   OUT_0, OUT_1, OUT_2, START_1, START_2   columns of the modules in y, and where they start
-//   ROWS          rows of a tile of expand: few, or 16 for expand_many
+//   ROWS          rows of a tile of expand: few, or 16 for the matrix unit
 //   MAX_RANK      of any adapter
 //   THREADS       of a block of expand
 //
@@ -150,9 +150,6 @@ __device__ __forceinline__ int4 first_item(const int4* items, int capacity, Spli
   }
   return item;
 }
-__device__ __forceinline__ int4 first_tile(const int4* tiles, int capacity, int blocks) {
-  return __ldg(tiles + min((int)blockIdx.x / blocks, capacity - 1));
-}
 
 // v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
 //
@@ -259,6 +256,29 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
   if (!has_waited) wait_for_previous();
 }
 
+// A block of expand takes a tile and a panel: WIDTH columns of one module.
+const int WIDTH = THREADS * (ROWS < 16 ? 8 : 2);
+const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
+const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
+const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
+
+struct Panel {
+  int block, module, width, column;  // the block of the module; its columns, and where in y
+};
+template <class Work>
+__device__ __forceinline__ Panel panel_of(Work work) {
+  Panel panel = {(int)(work % BLOCKS), 0, OUT_0, 0};
+  if (panel.block >= BLOCKS_0 + BLOCKS_1) {
+    panel = {panel.block - (BLOCKS_0 + BLOCKS_1), 2, OUT_2, START_2};
+  } else if (panel.block >= BLOCKS_0) {
+    panel = {panel.block - BLOCKS_0, 1, OUT_1, START_1};
+  }
+  return panel;
+}
+__device__ __forceinline__ int4 first_tile(const int* plan, int capacity) {
+  return __ldg(tiles_of(plan) + min((int)blockIdx.x / BLOCKS, capacity - 1));
+}
+
 #if ROWS < 16
 // y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
 //
@@ -271,10 +291,6 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
        int v_module_stride) {
   release_next();
-  const int WIDTH = THREADS * 8;
-  const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
-  const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
-  const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
   const int AT_ONCE = ROWS == 1 ? 4 : MAX_SPLITS;  // distinct adapters leave few splits
   __shared__ float shrunk[ROWS][16];
   const int* order = order_of(plan, capacity);
@@ -282,16 +298,11 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
   const int num_splits = read_split(plan).splits;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
-  int4 tile = first_tile(tiles_of(plan), capacity, BLOCKS);
+  int4 tile = first_tile(plan, capacity);
   for (int work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
     if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
-    int block = work % BLOCKS;
-    int module = 0, width = OUT_0, column = 0;
-    if (block >= BLOCKS_0 + BLOCKS_1) {
-      module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
-    } else if (block >= BLOCKS_0) {
-      module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
-    }
+    const Panel panel = panel_of(work);
+    const int module = panel.module, width = panel.width, column = panel.column;
     const int place = module * module_stride + tile.x * slot_stride;
     const int limit = __ldg(rank + place);
     if (limit == 0) continue;
@@ -299,7 +310,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     const float factor = __ldg(scale + place);
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
     const unsigned width_row = (width + 63) / 64 * 64;
-    const int n = block * WIDTH + threadIdx.x * 8;
+    const int n = panel.block * WIDTH + threadIdx.x * 8;
     const bool in = EXACT || n < width;
 
     uint4 b[16];
@@ -405,16 +416,12 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 // gets 16 columns in a row, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
 #if ROWS == 16
 extern "C" __global__ void __launch_bounds__(THREADS)
-expand_many(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
-            const int* __restrict__ page_table, const int* __restrict__ rank,
-            const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
-            int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
-            int v_module_stride) {
+expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+       const int* __restrict__ page_table, const int* __restrict__ rank,
+       const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
   release_next();
-  const int WIDTH = THREADS / 32 * 64;
-  const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
-  const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
-  const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
   // [row][pair of ranks]; padded by 4, the rows of a fragment lie in different banks.
   __shared__ unsigned shrunk[16][(MAX_RANK + 15) / 16 * 8 + 4];
   const int* order = order_of(plan, capacity);
@@ -423,16 +430,11 @@ expand_many(T* y, const float* v, const T* __restrict__ pool, const int* __restr
   const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
-  int4 tile = first_tile(tiles_of(plan), capacity, BLOCKS);
+  int4 tile = first_tile(plan, capacity);
   for (unsigned work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
     if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
-    int block = work % BLOCKS;
-    int module = 0, width = OUT_0, column = 0;
-    if (block >= BLOCKS_0 + BLOCKS_1) {
-      module = 2, width = OUT_2, column = START_2, block -= BLOCKS_0 + BLOCKS_1;
-    } else if (block >= BLOCKS_0) {
-      module = 1, width = OUT_1, column = START_1, block -= BLOCKS_0;
-    }
+    const Panel panel = panel_of(work);
+    const int module = panel.module, width = panel.width, column = panel.column;
     const int place = module * module_stride + tile.x * slot_stride;
     const int limit = __ldg(rank + place);
     if (limit == 0) continue;
@@ -441,7 +443,7 @@ expand_many(T* y, const float* v, const T* __restrict__ pool, const int* __restr
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
     const T* weights = hold(pool);
     const unsigned width_row = (width + 63) / 64 * 64;
-    const int first_n = block * WIDTH + warp * 64;
+    const int first_n = panel.block * WIDTH + warp * 64;
     const int n = first_n + g * 8;
     const bool in = EXACT || n < width;
 
