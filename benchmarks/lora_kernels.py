@@ -82,9 +82,16 @@ def default_cases() -> list[Case]:
     seven = [Case("llama-2-7b", (8,), QKVO, 32, name) for name in ("distinct", "identical")]
     mixed = [Case("llama-2-7b", (8, 16, 32, 64), QKVO, 64, "distinct")]
     crossover = [
-        Case("llama-3-8b", (16,), ALL, rows, popularity, num_layers=8)
-        for rows in (512, 1024, 2048)
-        for popularity in ("runs-64", "runs-8", "runs-1")
+        Case(model, ranks, modules, rows, f"runs-{rows // rows_per_adapter}", num_layers=8)
+        for model, ranks, modules in (
+            ("llama-3-8b", (16,), ALL),
+            ("llama-3-8b", (64,), ALL),
+            ("llama-2-7b", (8,), QKVO),
+            ("llama-2-7b", (8, 16, 32, 64), QKVO),
+        )
+        for rows in (192, 512, 1024, 2048)
+        for rows_per_adapter in (4, 8, 16, 32, 128)
+        if rows >= rows_per_adapter
     ]
     prefill = [
         Case("llama-3-8b", (16,), ALL, 4096, "runs-8", num_layers=8),
@@ -216,7 +223,7 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     setup = Setup(case, dtype, device)
     op = resolve("lora", op_name).make(setup.spec())
     is_graph = case.num_tokens <= op.max_graph_rows  # longer steps are captured here alone
-    kind = op.kind_of(setup.batch) if is_graph else None
+    kind = op.kind_of(table=setup.table, batch=setup.batch) if is_graph else None
     op.plan(table=setup.table, batch=setup.batch, kind=kind)
 
     def run() -> None:

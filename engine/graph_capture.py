@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from loraplex.backends.lora.contract import LoRABatch, LoRAOp
+from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
 from loraplex.backends.staging import Staging
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.step_rows import TokenInputs
@@ -26,9 +26,9 @@ Replay = Callable[[], None]
 """Runs what was recorded, on torch's current stream."""
 
 
-def kind_of(lora: LoRAOp, batch: LoRABatch) -> Kind:
+def kind_of(lora: LoRAOp, table: LoRATable, batch: LoRABatch) -> Kind:
     """The kind of graph that a step needs."""
-    return BASE if batch.is_empty else lora.kind_of(batch)
+    return BASE if batch.is_empty else lora.kind_of(table=table, batch=batch)
 
 
 def empty_batch(num_tokens: int) -> LoRABatch:

@@ -166,7 +166,7 @@ class ModelRunner:
             block_tokens=block,
             max_tokens=self.states.token_ids.shape[1],
         )
-        kind, decode = kind_of(self._lora, lora_batch), self._decode_graphs
+        kind, decode = kind_of(self._lora, self._lora_table, lora_batch), self._decode_graphs
         if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
             decode.plan(size, kind, inputs, attention_batch, lora_batch)
             step.start(self._describe("graph", lora_batch))

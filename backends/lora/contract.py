@@ -116,7 +116,7 @@ class LoRAOp(Protocol):
     @property
     def family(self) -> str: ...
 
-    def kind_of(self, batch: LoRABatch) -> str:
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         """The kind that suits a batch best; where nothing must be captured, none of them."""
         ...
 
@@ -125,7 +125,7 @@ class LoRAOp(Protocol):
 
         Args:
             kind: None for an eager step. Before a capture the kind to capture, with an empty
-                batch; before a replay the kind of the graph, `kind_of(batch)`.
+                batch; before a replay the kind of the graph, `kind_of`.
         """
         ...
 

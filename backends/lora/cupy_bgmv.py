@@ -131,14 +131,14 @@ class CupyBGMV:
         self._table: LoRATable | None = None
         self._pool: torch.Tensor | None = None
 
-    def kind_of(self, batch: LoRABatch) -> str:
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         num_rows, num_adapters = len(batch.token_order), len(batch.segment_slots)
         if num_rows == num_adapters:
             return "distinct"
         return "many" if num_rows >= MANY_ROWS * num_adapters else "shared"
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
-        self._kind = kind or self.kind_of(batch)
+        self._kind = kind or self.kind_of(table=table, batch=batch)
         is_small = batch.num_tokens <= GRAPH_ROWS
         self._capacity_planned.value = GRAPH_ROWS if is_small else self._capacity
         self._staging.upload(self._plan_arrays(table, batch), out=self._plan)

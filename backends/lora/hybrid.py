@@ -1,17 +1,21 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
-BGMV reads the weights faster and starts sooner, SGMV spends less on each row. They cross at about
-sixteen rows an adapter, and not in steps of few rows (benchmarks/results/lora_kernels_h200.jsonl).
+BGMV reads the weights faster and starts sooner, SGMV spends less on each row. Where they cross
+depends on rows, rows an adapter and ranks (benchmarks/results/lora_crossover_h200.jsonl).
 """
 
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
 
-SGMV_ROWS = 16
+SGMV_ROWS = 12
 """Rows an adapter, on average, from which SGMV runs..."""
 SGMV_STEP_ROWS = 129
-"""...if so many rows of the step have an adapter."""
+"""...if so many rows of the step have an adapter, none of a rank above..."""
+SMALL_RANK = 16
+"""...this. With larger ranks SGMV runs in steps beyond max_graph_rows alone, from..."""
+SGMV_ROWS_LARGE_RANKS = 28
+"""...so many rows an adapter on."""
 
 
 class HybridLoRA:
@@ -41,14 +45,14 @@ class HybridLoRA:
     def family(self) -> str:
         return self._op.family
 
-    def kind_of(self, batch: LoRABatch) -> str:
-        return self._choose(batch).kind_of(batch)
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
+        return self._choose(table, batch).kind_of(table=table, batch=batch)
 
     def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
         if kind is not None:
             self._op = self._few if kind in self._few.graph_kinds else self._many
         else:
-            self._op = self._choose(batch)
+            self._op = self._choose(table, batch)
         self._op.plan(table=table, batch=batch, kind=kind)
 
     def shrink(
@@ -61,7 +65,12 @@ class HybridLoRA:
     ) -> None:
         self._op.expand(y=y, pool=pool, layer=layer, group=group, table=table)
 
-    def _choose(self, batch: LoRABatch) -> LoRAOp:
+    def _choose(self, table: LoRATable, batch: LoRABatch) -> LoRAOp:
         num_rows, num_adapters = len(batch.token_order), len(batch.segment_slots)
-        is_many = num_rows >= max(SGMV_STEP_ROWS, SGMV_ROWS * num_adapters)
+        if num_rows < max(SGMV_STEP_ROWS, SGMV_ROWS * num_adapters):
+            return self._few
+        if table.host_rank.numpy()[:, :, batch.segment_slots].max() <= SMALL_RANK:
+            return self._many
+        is_long = batch.num_tokens > self.max_graph_rows
+        is_many = is_long and num_rows >= SGMV_ROWS_LARGE_RANKS * num_adapters
         return self._many if is_many else self._few

@@ -83,7 +83,7 @@ class TorchLoRA:
         uploaded = self._upload(planned, table)
         self._layers = [uploaded[key] for key in keys]
 
-    def kind_of(self, batch: LoRABatch) -> str:
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         return self.family
 
     def shrink(

@@ -31,6 +31,10 @@ MIN_SPLIT_CHUNKS = 4
 MAX_V_ELEMS = 1 << 24
 """Scratch for splits, beyond what one split of the largest step needs."""
 _DECODE: tuple[Regime, int] = ("decode", RANK_CLASSES[0])
+PREFILL_ROWS = 48
+"""Rows an adapter, on average, from which the prefill kernels' larger tiles pay..."""
+PREFILL_ROWS_LARGE_RANKS = 9
+"""...where a rank is above 16: the decode kernels take 16 ranks at a time."""
 
 
 class TritonSGMV:
@@ -98,7 +102,7 @@ class TritonSGMV:
             {"meta": meta.astype(np.int32, copy=False)}, out=self._meta.view(torch.uint8)
         )
 
-    def kind_of(self, batch: LoRABatch) -> str:
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         return self.graph_kinds[0]
 
     def shrink(
@@ -143,7 +147,9 @@ class TritonSGMV:
     def _choose_regime(self, batch: LoRABatch, largest_rank: int) -> tuple[Regime, int]:
         """Decode for few rows, and for more rows of mostly other adapters; see max_graph_rows."""
         num_rows, num_segments = len(batch.token_order), len(batch.segment_slots)
-        is_prefill = batch.num_tokens > self.max_graph_rows and num_rows > 8 * num_segments
+        is_large = largest_rank > RANK_CLASSES[0]
+        rows_wanted = (PREFILL_ROWS_LARGE_RANKS if is_large else PREFILL_ROWS) * num_segments
+        is_prefill = batch.num_tokens > self.max_graph_rows and num_rows >= rows_wanted
         regime: Regime = "prefill" if is_prefill else "decode"
         return regime, rank_class(regime, largest_rank)
 

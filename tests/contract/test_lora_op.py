@@ -201,7 +201,7 @@ def test_graph_replays_any_batch(name: str, shape: str, num_rows: int) -> None:
         for old, new in zip(places, inputs, strict=True):
             for destination, source in zip(old, new, strict=True):
                 destination.copy_(source)
-        kind = op.kind_of(make_batch(slots))
+        kind = op.kind_of(table=case.table, batch=make_batch(slots))
         op.plan(table=case.table, batch=make_batch(slots), kind=kind)
         graphs[kind].replay()
         eager.plan(table=case.table, batch=make_batch(slots), kind=kind)

@@ -86,7 +86,7 @@ def allow_graphs(monkeypatch: pytest.MonkeyPatch, recorder: FakeRecorder) -> Non
             )
         )  # fmt: skip
 
-    def kind_of(self: TorchLoRA, batch: LoRABatch) -> str:
+    def kind_of(self: TorchLoRA, *, table: Any, batch: LoRABatch) -> str:
         return "one" if len(batch.segment_slots) == 1 else "several"
 
     plan_lora, plan_attention, attend = TorchLoRA.plan, TorchAttention.plan, TorchAttention.run
@@ -94,7 +94,7 @@ def allow_graphs(monkeypatch: pytest.MonkeyPatch, recorder: FakeRecorder) -> Non
     def checked_plan(
         self: TorchLoRA, *, table: Any, batch: LoRABatch, kind: str | None = None
     ) -> None:
-        assert batch.is_empty or kind in (None, self.kind_of(batch))
+        assert batch.is_empty or kind in (None, self.kind_of(table=table, batch=batch))
         plan_lora(self, table=table, batch=batch, kind=kind)
 
     def counting_plan(self: TorchAttention, batch: AttentionBatch) -> None:

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from loraplex.backends import cuda_launch, triton_launch  # noqa: E402
 from loraplex.backends.lora import triton_sgmv  # noqa: E402
 from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, apply_lora  # noqa: E402
-from loraplex.backends.lora.hybrid import SGMV_ROWS, SGMV_STEP_ROWS, HybridLoRA  # noqa: E402
+from loraplex.backends.lora.hybrid import HybridLoRA  # noqa: E402
 from loraplex.backends.lora.kernels.sgmv import shrink_kernel  # noqa: E402
 from loraplex.backends.lora.sgmv_blocks import Tuned  # noqa: E402
 
@@ -49,6 +49,7 @@ FEW = [
     Step(CASES[1], [5], 1),
     Step(CASES[1], [-1] * 3, 3),
     Step(CASES[0], [3] * 512, 512),
+    Step(CASES[0], [1] * 512, 512),  # of a rank above 16
 ]
 MANY = [
     Step(CASES[0], [3] * 600, 600),
@@ -121,9 +122,10 @@ def sgmv_grids(step: Step, group: LoRAGroup, header: list[int]) -> list[int]:
     counts = {slot: step.slots.count(slot) for slot in set(step.slots) - {-1}}
     if not counts:
         return []
-    is_prefill = sum(counts.values()) > 8 * len(counts)
+    largest = largest_rank(step)
+    is_prefill = sum(counts.values()) >= (9 if largest > 16 else 48) * len(counts)
     rows = 64 if is_prefill else 16
-    ranks = ceil_power(max(16, largest_rank(step)) * num_modules) if is_prefill else 16
+    ranks = ceil_power(largest * num_modules) if is_prefill else 16
     rank = step.case.table.host_rank[0, list(group.modules)].sum(0)
     tiles = sum(ceil(count, rows) for count in counts.values())
     items = sum(
@@ -174,7 +176,7 @@ def check_sgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None
 def check_bgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None:
     op, case, table = op or planned, step.case, step.case.table
     batch = make_batch(step.slots)
-    kind = step.kind or op.kind_of(batch)
+    kind = step.kind or op.kind_of(table=table, batch=batch)
     planned.plan(table=table, batch=batch, kind=step.kind)
     fill, most = {"distinct": (3, 16), "shared": (2, 3), "many": (2, 4)}[kind]
     tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[kind]
@@ -212,10 +214,9 @@ def test_hybrid_launches_what_its_halves_do(cuda: FakeCuda, bgmv: Any) -> None:
     op = HybridLoRA(make_spec(CASES[0], MAX_TOKENS, MAX_RANK))
     captures = [Step(CASES[0], [], 7, kind) for kind in ("distinct", "sgmv", "shared")]
     families: set[str] = set()
-    for step in (*FEW, *MANY, *captures, *FEW):
-        rows = sum(slot >= 0 for slot in step.slots)
-        many = rows >= max(SGMV_STEP_ROWS, SGMV_ROWS * len(set(step.slots) - {-1}))
-        many = many if step.kind is None else step.kind == "sgmv"
+    few = [False] * 4 + [True, False]
+    expected = [*few, True, False, True, False, False, True, False, *few]
+    for step, many in zip((*FEW, *MANY, *captures, *FEW), expected, strict=True):
         check, half = (check_sgmv, op._many) if many else (check_bgmv, op._few)
         check(op, cuda, step, half)
         families.add(op.family)

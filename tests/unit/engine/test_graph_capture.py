@@ -1,6 +1,7 @@
 """Which graph a step is given, never one that leaves out its adapters; and when capture stops."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ class TwoKinds:
     graph_kinds = ("few", "many")
     max_graph_rows = 4
 
-    def kind_of(self, batch: LoRABatch) -> str:
+    def kind_of(self, *, table: Any, batch: LoRABatch) -> str:
         return "few" if len(batch.segment_slots) < 3 else "many"
 
 
@@ -60,8 +61,8 @@ def test_an_op_that_is_never_captured_gets_no_graph(slots) -> None:
     cpu = torch.device("cpu")
     lora = TorchLoRA(LoRASpec(8, 16, torch.float32, cpu, 64, ()))
     ladder = make_ladder(lora)
-    assert ladder.fit(len(slots), kind_of(lora, make_batch(slots))) == 0
-    size = ladder.fit(len(slots), kind_of(lora, make_batch([-1] * len(slots))))
+    assert ladder.fit(len(slots), kind_of(lora, None, make_batch(slots))) == 0
+    size = ladder.fit(len(slots), kind_of(lora, None, make_batch([-1] * len(slots))))
     assert size >= len(slots) and ladder[size, BASE] == (size, BASE)
 
 
@@ -74,7 +75,7 @@ def test_a_graph_of_the_steps_kind() -> None:
         ([0, 1, 2], "many", 4), ([2] * 5, "few", 0), ([-1] * 9, BASE, 0),
     ):  # fmt: skip
         batch = make_batch(slots)
-        assert kind_of(lora, batch) == kind
+        assert kind_of(lora, None, batch) == kind
         assert ladder.fit(len(slots), kind) == size
 
 
