@@ -35,8 +35,8 @@ from loraplex.scheduler.plan import (
 
 logger = logging.getLogger("loraplex")
 
-NUM_READERS = 4
-"""Adapters that are read at a time."""
+NUM_READERS = 2
+"""Adapters that are read at a time; more would slow down the loop that launches steps."""
 
 MAX_PACKERS = 8
 """Threads that pack the layers of adapters, whichever they are of."""

@@ -86,9 +86,10 @@ def pack(
     Args:
         scales: of every module in `found`.
         allocate: gives the memory to pack into.
-        packers: threads that share the work; None: the caller's alone.
+        packers: threads that share the work on a new content; None: the caller's alone.
         content_hash: of this very content, if it was packed before; it is not hashed nor searched
-            for NaN again.
+            for NaN again. What is left are many short copies, for which threads would take the
+            interpreter from each other, and from the loop that launches steps.
 
     Raises:
         UnusableWeightsError: NaN, infinity, or beyond the range of the target's dtype.
@@ -110,7 +111,8 @@ def pack(
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
-    leaves = _pack_layers(file, layers, data, packers, is_known=content_hash is not None)
+    is_known = content_hash is not None
+    leaves = _pack_layers(file, layers, data, None if is_known else packers, is_known=is_known)
     if content_hash is None:
         root = hashlib.sha256(f"{target.dtype} {shape}".encode())
         root.update(rank.tobytes() + scale.tobytes() + b"".join(leaves))

@@ -25,7 +25,7 @@ class CachedAdapter:
     content_hash: str
     slot: int
     page_ids: list[int] = field(repr=False)
-    load_cost_ns: int = 0
+    num_bytes: int = 0
     residency: Residency = Residency.LOADING
     num_pins: int = 0
     num_planned: int = 0
@@ -50,6 +50,7 @@ class AdapterCache:
         self._adapters: dict[str, CachedAdapter] = {}
         self._idle = IdleHeap()
         self._num_idle_pages = 0
+        self._in_host: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -70,8 +71,39 @@ class AdapterCache:
     def num_idle(self) -> int:
         return len(self._idle)
 
+    @property
+    def num_in_host(self) -> int:
+        return len(self._in_host)
+
     def get(self, content_hash: str) -> CachedAdapter | None:
         return self._adapters.get(content_hash)
+
+    def is_in_host(self, content_hash: str) -> bool:
+        """Whether the workers' host store has the content, resident or not."""
+        return content_hash in self._in_host
+
+    def set_in_host(self, content_hash: str, in_host: bool) -> None:
+        """An idle adapter is as dear as its tier below: from disk it costs several times more."""
+        if in_host == self.is_in_host(content_hash):
+            return
+        adapter = self._adapters.get(content_hash)
+        old_cost_ns = self.load_cost_ns(content_hash, adapter.num_bytes) if adapter else 0
+        if in_host:
+            self._in_host.add(content_hash)
+        else:
+            self._in_host.remove(content_hash)
+        if adapter is not None and adapter.is_idle:
+            priority = self._clock.adjust(
+                self._idle.remove(content_hash),
+                len(adapter.page_ids),
+                old_cost_ns=old_cost_ns,
+                cost_ns=self.load_cost_ns(content_hash, adapter.num_bytes),
+            )
+            self._idle.add(content_hash, priority)
+
+    def load_cost_ns(self, content_hash: str, num_bytes: int) -> int:
+        """Time to bring the content into pages from where it is."""
+        return load_cost_ns(num_bytes, in_host=self.is_in_host(content_hash))
 
     def allocate(
         self, content_hash: str, num_pages: int, now: float, *, num_bytes: int = 0
@@ -87,7 +119,7 @@ class AdapterCache:
             content_hash,
             slot,
             page_ids,
-            load_cost_ns=load_cost_ns(num_bytes),
+            num_bytes=num_bytes,
             last_use=now,
             num_planned=max(
                 self._blocks.num_planned_at_release(page_ids), self._num_planned_at_release[slot]
@@ -143,7 +175,8 @@ class AdapterCache:
 
     def _make_idle(self, adapter: CachedAdapter) -> None:
         num_pages = len(adapter.page_ids)
-        self._idle.add(adapter.content_hash, self._clock.stamp(adapter.load_cost_ns, num_pages))
+        cost_ns = self.load_cost_ns(adapter.content_hash, adapter.num_bytes)
+        self._idle.add(adapter.content_hash, self._clock.stamp(cost_ns, num_pages))
         self._num_idle_pages += num_pages
 
     def _unmake_idle(self, adapter: CachedAdapter) -> None:

@@ -43,7 +43,6 @@ class AdapterDesk:
         self._send = send
         self._clock = clock
         self._updates: list[AdapterUpdate] = []
-        self._in_host: set[str] = set()  # content hashes in the workers' host store
         self.pins = AdapterPins(memory=memory, max_slots=max_slots, requests=requests, load=load)
         self.service = ServiceBook()
         self.registry = AdapterRegistry(
@@ -56,7 +55,7 @@ class AdapterDesk:
     def on_inspected(self, event: AdapterInspected) -> Adapter:
         """Record an inspection and answer whoever asked for it."""
         if event.content_hash:
-            self._in_host.add(event.content_hash)
+            self._memory.adapters.set_in_host(event.content_hash, True)
         record, refusal = self.registry.on_inspected(event)
         if refusal and event.content_hash:
             self._release_unwanted(event.content_hash)
@@ -77,13 +76,13 @@ class AdapterDesk:
             self.pins.unpin(record, now)
             self.registry.fail(record, event.error)
         else:
-            self._in_host.add(event.content_hash)
+            self._memory.adapters.set_in_host(event.content_hash, True)
             self.pins.keep(now)
         self._release_unwanted(event.content_hash)
 
     def on_evicted(self, content_hash: str) -> None:
         """The host store has it no more."""
-        self._in_host.discard(content_hash)
+        self._memory.adapters.set_in_host(content_hash, False)
 
     def pin(self, name: str, reply_key: Hashable) -> None:
         """Pin what the name means; answered by an update, once its files are inspected."""
@@ -148,7 +147,7 @@ class AdapterDesk:
             if not adapter.is_idle:
                 return
             self._memory.evict_adapter(content_hash)
-        self._in_host.discard(content_hash)
+        self._memory.adapters.set_in_host(content_hash, False)
         self._send(DropAdapter(content_hash))
 
     def describe_all(self, name: str, running: Iterable[Request]) -> list[dict[str, Any]]:
@@ -163,7 +162,7 @@ class AdapterDesk:
         """One named adapter as plain values; `num_running` counts running requests by record."""
         adapter = self._memory.adapters.get(record.content_hash) if record.content_hash else None
         is_resident = adapter is not None and adapter.residency is Residency.RESIDENT
-        in_host = record.content_hash in self._in_host
+        in_host = self._memory.adapters.is_in_host(record.content_hash)
         last_use = self._clock() if record.num_requests else record.last_use
         return {
             "name": record.name,
@@ -207,7 +206,7 @@ class AdapterDesk:
         return {
             "registered_adapters": len(self.registry),
             "resident_adapters": self.describe_resident(),
-            "host_adapters": len(self._in_host),
+            "host_adapters": self._memory.adapters.num_in_host,
             "pinned_adapters": len(self.pins),
             "pages_pinned": self.pins.num_pages,
             "adapter_service": self.service.adapters.snapshot(),

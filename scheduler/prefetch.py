@@ -17,7 +17,6 @@ out in turns.
 from collections.abc import Callable
 from itertools import islice
 
-from loraplex.memory.eviction import load_cost_ns
 from loraplex.memory.logical import LogicalMemory
 from loraplex.scheduler.adapters import Adapter
 from loraplex.scheduler.policy import Context, Policy
@@ -114,7 +113,8 @@ class Prefetcher:
     def _make_room(self, record: Adapter, window: list[Request]) -> bool:
         """Free a slot and pages at the cost of what is cheaper to bring back."""
         memory, num_pages = self._memory, record.num_pages
-        below = memory.clock.stamp(load_cost_ns(record.num_bytes), num_pages)
+        cost_ns = memory.adapters.load_cost_ns(record.content_hash, record.num_bytes)
+        below = memory.clock.stamp(cost_ns, num_pages)
         if memory.adapters.num_free_slots and memory.charge(num_pages) <= memory.num_free:
             return True
         soon_used = {other.record.content_hash for other in window if other.record}

@@ -26,8 +26,9 @@ BLOCK, NUM_PAGES, MAX_SLOTS = 16, 20, 3
 
 
 def test_costs_are_those_of_the_constants() -> None:
-    assert load_cost_ns(0) == LOAD_FIXED_NS
-    assert load_cost_ns(84_000_000) == 2_680_000  # 84 MB: 1.68 ms over the link
+    assert load_cost_ns(0, in_host=True) == load_cost_ns(0, in_host=False) == LOAD_FIXED_NS
+    assert load_cost_ns(84_000_000, in_host=True) == 2_680_000  # 84 MB: 1.68 ms over the link
+    assert load_cost_ns(84_000_000, in_host=False) == 30_680_000  # and 28 ms to read
     assert recompute_cost_ns(16) == 400_000
 
 
@@ -86,6 +87,21 @@ def test_something_dear_outlives_something_cheap_but_not_for_ever() -> None:
     assert survived > 1
 
 
+@pytest.mark.parametrize("policy", ["cost", "lru"])
+def test_what_the_host_store_lost_outlives_what_it_has(policy: str) -> None:
+    memory = make_memory(policy)
+    for name in ("lost", "kept"):
+        memory.adapters.allocate(name, 2, 0.0, num_bytes=80_000_000)
+        memory.adapters.set_in_host(name, True)
+        memory.adapters.finish_load(name, 0.0)
+    memory.adapters.set_in_host("lost", False)
+    first = memory.adapters.first_idle()
+    assert first is not None and first[1] == ("kept" if policy == "cost" else "lost")
+    memory.adapters.set_in_host("lost", True)
+    first = memory.adapters.first_idle()
+    assert first is not None and first[1] == "lost", "it fell idle first"
+
+
 def make_memory(policy: str) -> LogicalMemory:
     return LogicalMemory(
         num_pages=NUM_PAGES,
@@ -119,6 +135,12 @@ class NaivePolicy:
         self.floor = max(self.floor, stamp)
         return num_pages
 
+    def dearer(self, key: str | int, by_ns: int) -> None:
+        """By so much a page."""
+        stamp, time, num_pages = self.idle[key]
+        if self.uses_cost:
+            self.idle[key] = (stamp + by_ns, time, num_pages)
+
     def make_room(self, num_missing: int) -> None:
         while num_missing > 0:
             num_missing -= self.evict(list(self.idle))
@@ -134,6 +156,7 @@ class Traffic:
         self.requests: list[int] = []
         self.pins: list[str] = []
         self.num_bytes: dict[str, int] = {}
+        self.in_host: set[str] = set()
         self.parents: dict[bytes, bytes] = {}
 
     def run(self, tokens: list[int]) -> None:
@@ -181,8 +204,21 @@ class Traffic:
         adapter = self.memory.adapters.get(name)
         assert adapter is not None
         if adapter.is_idle:
-            cost_ns = 1_000_000 + self.num_bytes[name] // 50
-            self.naive.add(name, cost_ns, len(adapter.page_ids))
+            self.naive.add(name, self.cost_ns(name), len(adapter.page_ids))
+
+    def cost_ns(self, name: str) -> int:
+        disk_ns = 0 if name in self.in_host else self.num_bytes[name] // 3
+        return 1_000_000 + self.num_bytes[name] // 50 + disk_ns
+
+    def move_host_copy(self, name: str) -> None:
+        """Into the host store, or out of it."""
+        adapter = self.memory.adapters.get(name)
+        num_pages = len(adapter.page_ids) if adapter else 1
+        before = self.cost_ns(name) // num_pages if adapter else 0
+        self.in_host ^= {name}
+        self.memory.adapters.set_in_host(name, name in self.in_host)
+        if name in self.naive.idle:
+            self.naive.dearer(name, self.cost_ns(name) // num_pages - before)
 
     def finish_loads(self) -> None:
         for adapter in list(self.memory.adapters):
@@ -236,7 +272,7 @@ def test_evicts_what_the_naive_policy_evicts(policy: str, seed: int) -> None:
     rng, traffic = random.Random(seed), Traffic(policy)
     for _ in range(300):
         name, index = rng.choice("abcde"), rng.randrange(6)
-        match rng.choices(range(8), (8, 6, 4, 4, 1, 2, 0.3, 1))[0]:
+        match rng.choices(range(9), (8, 6, 4, 4, 1, 2, 0.3, 1, 1))[0]:
             case 0:
                 traffic.run([rng.randrange(3) for _ in range(rng.randrange(6))])
             case 1:
@@ -253,6 +289,8 @@ def test_evicts_what_the_naive_policy_evicts(policy: str, seed: int) -> None:
                 traffic.make_room(rng.randrange(NUM_PAGES))
             case 7:
                 traffic.make_room_below(rng.randrange(NUM_PAGES), rng.randrange(1000))
+            case 8:
+                traffic.move_host_copy(name)
         traffic.check()
     assert traffic.naive.num_evicted["adapter"] > 5
     assert traffic.naive.num_evicted["block"] > 20
