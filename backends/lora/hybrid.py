@@ -1,7 +1,7 @@
 """Backend ``hybrid`` of op ``lora``: BGMV for few rows an adapter, SGMV for many.
 
 BGMV reads the weights faster and starts sooner, SGMV spends less on each row. Where they cross
-depends on rows, rows an adapter and ranks (benchmarks/results/lora_crossover_h200.jsonl).
+depends on rows, rows an adapter and ranks (benchmarks/results/lora_kernels_h200.jsonl).
 """
 
 import torch
