@@ -1,11 +1,13 @@
-"""Packs the tensors of an adapter in page layout, layer by layer, by several threads.
+"""Packs the tensors of an adapter in page layout, by blocks of layers that are laid out alike.
 
-A layer's tensors are read into a scratch buffer that stays in the cache, and written from there to
-their place: A as it is, B transposed. Threads take whole layers and share nothing but the file.
+A block is one read, A straight to its place where the file has it as the pool does, and for each
+module one copy that transposes B. So there are few calls: between them a thread holds the
+interpreter, which the loop that launches steps needs. New contents are shared among threads, which
+take whole layers and share nothing but the file.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
@@ -18,7 +20,6 @@ from loraplex.engine.safetensors_file import (
     ByteArray,
     SafetensorsFile,
     TensorPlace,
-    scratch_bytes,
 )
 from loraplex.memory.adapter_layout import (
     MODULES,
@@ -33,10 +34,14 @@ from loraplex.memory.host_store import Allocate, PackedAdapter
 NUM_TASKS = 16
 """Parts in which an adapter is packed, at most: enough for the threads of one worker."""
 
+BLOCK_BYTES = 16 << 20
+"""Of the file in a block, unless a layer has more. Larger blocks fall out of the cache."""
+
 ModuleKey = tuple[int, int]  # layer, module id
 BitArray = npt.NDArray[np.unsignedinteger]
 Sides = dict[str, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
 
+_ALIGN = 64  # of what lies in scratch memory
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -70,6 +75,19 @@ class _Layer:
     num_used: int  # elements; the rest is zeroed
     sides: dict[int, Sides]  # by module id
 
+    def is_like(self, other: "_Layer") -> bool:
+        """Whether the same elements come from tensors of the same types."""
+        return self.places == other.places and all(
+            self.sides[module][side].dtype is other.sides[module][side].dtype
+            for module in self.sides
+            for side in "AB"
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return sum(place.num_bytes for sides in self.sides.values() for place in sides.values())
+
 
 def pack(
     file: SafetensorsFile,
@@ -100,14 +118,15 @@ def pack(
     scale = np.zeros(shape, dtype=np.float32)
     for key, sides in found.items():
         rank[key], scale[key] = sides["A"].shape[0], scales[key]
-    layer_ranks = [{m: r for m, r in enumerate(row) if r} for row in rank.tolist()]
-    layers = []
-    for layer, ranks in enumerate(layer_ranks):
-        places, num_used = place_layer(ranks, target.shapes)
+    layers, distinct = [], dict[tuple[int, ...], tuple[dict[int, ModulePlace], int]]()
+    for layer, row in enumerate(map(tuple, rank.tolist())):
+        if row not in distinct:
+            distinct[row] = place_layer(_by_module(row), target.shapes)
+        places, num_used = distinct[row]
         for module, place in places.items():
             a_start[layer, module], b_start[layer, module] = place.a_start, place.b_start
-        layers.append(_Layer(places, num_used, {m: found[layer, m] for m in ranks}))
-    count = num_pages(layer_ranks, target.shapes, target.page_elems)
+        layers.append(_Layer(places, num_used, {m: found[layer, m] for m in places}))
+    count = num_pages([_by_module(row) for row in distinct], target.shapes, target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
@@ -145,63 +164,97 @@ def _pack_layers(
     return [leaf for task in tasks for leaf in task.result()]
 
 
+def _by_module(ranks: Sequence[int]) -> dict[int, int]:
+    return {module: rank for module, rank in enumerate(ranks) if rank}
+
+
 def _pack_some(
     file: SafetensorsFile,
     layers: list[_Layer],
-    numbers: Sequence[int],
+    numbers: range,
     data: torch.Tensor,
     is_known: bool,
 ) -> list[bytes]:
-    needed = [scratch_bytes(_tensors(layers[n])) for n in numbers if layers[n].sides]
-    scratch = np.empty(max(needed, default=0), dtype=np.uint8)
     leaves = []
-    for number in numbers:
-        layer, row = layers[number], data[number]
-        if layer.sides:
-            _pack_layer(file, layer, row, scratch)
-        row[layer.num_used :].zero_()  # a page's next tenant must find finite numbers
-        weights = row[: layer.num_used]
-        if is_known:
-            continue
-        if layer.num_used and not bool(torch.stack(torch.aminmax(weights)).isfinite().all()):
-            raise UnusableWeightsError(
-                f"layer {number} holds NaN or infinite values, or some that {row.dtype} cannot"
-            )
-        leaves.append(hashlib.sha256(weights.view(torch.uint8).numpy().data).digest())
+    largest = max(layers[n].num_bytes for n in numbers)
+    scratch = np.empty(max(BLOCK_BYTES, largest) + 2 * len(MODULES) * _ALIGN, dtype=np.uint8)
+    for block in _blocks(layers, numbers):
+        rows = data[block.start : block.stop]
+        _pack_block(file, layers[block.start : block.stop], rows, scratch)
+        if not is_known:
+            leaves += [_check_layer(n, data[n, : layers[n].num_used]) for n in block]
     return leaves
 
 
-def _tensors(layer: _Layer) -> list[TensorPlace]:
-    return [sides[side] for sides in layer.sides.values() for side in "AB"]
+def _blocks(layers: list[_Layer], numbers: range) -> Iterator[range]:
+    """Runs of layers that are alike and have BLOCK_BYTES together, or single ones."""
+    start = numbers.start
+    num_bytes = 0
+    for number in numbers:
+        layer = layers[number]
+        num_bytes += layer.num_bytes
+        if number > start and (num_bytes > BLOCK_BYTES or not layer.is_like(layers[start])):
+            yield range(start, number)
+            start, num_bytes = number, layer.num_bytes
+    yield range(start, numbers.stop)
 
 
-def _pack_layer(
-    file: SafetensorsFile, layer: _Layer, row: torch.Tensor, scratch: ByteArray
+def _pack_block(
+    file: SafetensorsFile, layers: list[_Layer], rows: torch.Tensor, scratch: ByteArray
 ) -> None:
-    places = _tensors(layer)
-    arrays = [
-        _as_bits(data, place, row.dtype)
-        for data, place in zip(file.read(places, scratch), places, strict=True)
-    ]
-    target = row.view(torch.uint8).numpy().view(_BITS[row.dtype.itemsize])
-    for index, module in enumerate(layer.sides):
-        place = layer.places[module]
-        _write_rows(target, place.a_start, arrays[2 * index])
-        _write_rows(target, place.b_start, arrays[2 * index + 1].T)
+    """Layers that are alike, into their rows."""
+    row_bytes = rows.view(torch.uint8).numpy()
+    bits = row_bytes.view(_BITS[rows.dtype.itemsize])
+    reads: list[tuple[TensorPlace, ByteArray]] = []
+    copies: list[tuple[BitArray, ByteArray, TensorPlace, bool]] = []
+    used = 0
+    for module, place in layers[0].places.items():
+        for side, start in (("A", place.a_start), ("B", place.b_start)):
+            tensors = [layer.sides[module][side] for layer in layers]
+            width = tensors[0].shape[1 if side == "A" else 0]
+            num_bytes = tensors[0].num_bytes
+            if side == "A" and tensors[0].dtype is rows.dtype and width == align(width):
+                begin = start * rows.dtype.itemsize
+                sources = row_bytes[:, begin : begin + num_bytes]
+            else:
+                sources = scratch[used : used + len(layers) * num_bytes].reshape(len(layers), -1)
+                used += -(-sources.size // _ALIGN) * _ALIGN
+                target = _rows_of(bits, start, place.rank, width)
+                copies.append((target, sources, tensors[0], side == "B"))
+            reads += zip(tensors, sources, strict=True)
+    file.read(reads)
+    for target, sources, tensor, is_transposed in copies:
+        source = _as_bits(sources, tensor, rows.dtype)
+        source = source.swapaxes(1, 2) if is_transposed else source
+        np.copyto(target[:, :, : source.shape[2]], source)
+        target[:, :, source.shape[2] :] = 0
+    bits[:, layers[0].num_used :] = 0  # a page's next tenant must find finite numbers
 
 
-def _as_bits(data: ByteArray, place: TensorPlace, dtype: torch.dtype) -> BitArray:
-    """A tensor's elements as `dtype`, by their bits: NumPy knows no bfloat16, and transposes three
+def _rows_of(bits: BitArray, start: int, count: int, width: int) -> BitArray:
+    """[layers, count, align(width)]: so many rows of each layer, padding included."""
+    layer_stride, item = bits.strides
+    return np.lib.stride_tricks.as_strided(
+        bits[:, start:],
+        (len(bits), count, align(width)),
+        (layer_stride, align(width) * item, item),
+    )
+
+
+def _as_bits(sources: ByteArray, tensor: TensorPlace, dtype: torch.dtype) -> BitArray:
+    """Tensors of one shape as `dtype`, by their bits: NumPy knows no bfloat16, and transposes three
     times as fast as torch."""
-    if place.dtype is not dtype:
-        data = torch.from_numpy(data).view(place.dtype).to(dtype).view(torch.uint8).numpy()
-    return data.view(_BITS[dtype.itemsize]).reshape(place.shape)
+    shape = (len(sources), *tensor.shape)
+    if tensor.dtype is not dtype:
+        of_file = torch.from_numpy(sources.reshape(-1)).view(tensor.dtype)
+        sources = of_file.to(dtype).view(torch.uint8).numpy()
+    return sources.view(_BITS[dtype.itemsize]).reshape(shape)
 
 
-def _write_rows(layer: BitArray, start: int, rows: BitArray) -> None:
-    count, width = rows.shape
-    stride = align(width)
-    target = layer[start : start + count * stride].reshape(count, stride)
-    np.copyto(target[:, :width], rows)
-    if stride > width:
-        target[:, width:] = 0
+def _check_layer(number: int, weights: torch.Tensor) -> bytes:
+    """The hash of a layer that has been packed."""
+    if len(weights) and not bool(torch.stack(torch.aminmax(weights)).isfinite().all()):
+        raise UnusableWeightsError(
+            f"layer {number} holds NaN or infinite values, or some that {weights.dtype} cannot"
+        )
+    return hashlib.sha256(weights.view(torch.uint8).numpy().data).digest()

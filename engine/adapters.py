@@ -181,12 +181,10 @@ def _group_sides(
 ) -> dict[ModuleKey, Sides]:
     found: dict[ModuleKey, Sides] = {}
     for key, place in tensors.items():
-        for part, reason in _SPECIAL_KEYS.items():
-            if part in key:
-                raise PeftConfigError(f"tensor {key}: {reason}")
         match = _KEY.fullmatch(key)
         if match is None:
-            raise PeftConfigError(f"tensor {key} is no LoRA weight")
+            reasons = [f": {reason}" for part, reason in _SPECIAL_KEYS.items() if part in key]
+            raise PeftConfigError(f"tensor {key}{(reasons or [' is no LoRA weight'])[0]}")
         module = names.get(match["module"])
         if module is None:
             raise PeftConfigError(f"tensor {key}: this base model has no such module to adapt")

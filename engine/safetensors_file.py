@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, read piece by piece into the caller's memory.
+"""Tensors of a safetensors file, read into the caller's memory.
 
 The file is read, never mapped: one that somebody truncates meanwhile must not end the process. The
 safetensors library reads a file whole or maps it, so the header, a JSON map of name to type, shape
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 16 << 20
 ByteArray = npt.NDArray[np.uint8]
 
 _LENGTH_BYTES = 8
-_ALIGN = 64
+_MAX_VIEWS = 1024  # of one preadv
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -84,40 +84,42 @@ class SafetensorsFile:
             raise DamagedFileError(f"it has {self.status.st_size} bytes, its header says {end}")
         return places
 
-    def read(self, places: list[TensorPlace], scratch: ByteArray) -> list[ByteArray]:
-        """The bytes of the tensors, as views of `scratch`, each aligned to its type.
+    def read(self, targets: Iterable[tuple[TensorPlace, ByteArray]]) -> None:
+        """Fill each array with the bytes of its tensor. Tensors that are neighbours in the file
+        are read by one call, wherever their arrays are.
 
         Args:
-            scratch: at least scratch_bytes(places) of them.
+            targets: contiguous arrays, each of as many bytes as its tensor.
 
         Raises:
             DamagedFileError: the file ends before they do.
         """
-        base = min(place.start for place in places)
-        if _is_run(places, base):
-            self._fill(scratch[: _span(places, base)], base)
-            return [
-                scratch[place.start - base : place.start - base + place.num_bytes]
-                for place in places
-            ]
-        views, end = [], 0
-        for place in places:
-            views.append(scratch[end : end + place.num_bytes])
-            self._fill(views[-1], place.start)
-            end += -(-place.num_bytes // _ALIGN) * _ALIGN
-        return views
+        views: list[memoryview] = []
+        start = end = 0
+        for place, array in sorted(targets, key=lambda target: target[0].start):
+            if views and (place.start != end or len(views) == _MAX_VIEWS):
+                self._fill(views, start)
+                views = []
+            if not views:
+                start = end = place.start
+            views.append(array.data)
+            end += place.num_bytes
+        self._fill(views, start)
 
     def stamp(self) -> tuple[int, ...]:
         """As stamp(), of the file as it is now."""
         return stamp(os.fstat(self._descriptor))
 
-    def _fill(self, target: ByteArray, start: int) -> None:
-        view, done = target.data, 0
-        while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], start + done)
+    def _fill(self, views: list[memoryview], start: int) -> None:
+        while views:
+            count = os.preadv(self._descriptor, views, start)
             if not count:
                 raise DamagedFileError("it was truncated while it was being read")
-            done += count
+            start += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
 
 
 @contextmanager
@@ -133,14 +135,6 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
         os.close(descriptor)
 
 
-def scratch_bytes(places: list[TensorPlace]) -> int:
-    """What SafetensorsFile.read needs of them."""
-    base = min(place.start for place in places)
-    if _is_run(places, base):
-        return _span(places, base)
-    return sum(-(-place.num_bytes // _ALIGN) * _ALIGN for place in places)
-
-
 def stamp(status: os.stat_result) -> tuple[int, ...]:
     """Differs when a file was replaced or written: ctime moves even where mtime is set back."""
     return (
@@ -148,23 +142,12 @@ def stamp(status: os.stat_result) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _is_run(places: list[TensorPlace], base: int) -> bool:
-    """Whether one read of all of them reads hardly more, and leaves each aligned to its type."""
-    total = sum(place.num_bytes for place in places)
-    return 8 * _span(places, base) <= 9 * total and all(
-        (place.start - base) % place.dtype.itemsize == 0 for place in places
-    )
-
-
-def _span(places: list[TensorPlace], base: int) -> int:
-    return max(place.start + place.num_bytes for place in places) - base
-
-
 def _parse(name: str, entry: Any, data_start: int) -> TensorPlace:
     try:
         dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
         begin, end = entry["data_offsets"]
-        if not all(type(value) is int and value >= 0 for value in (begin, end, *shape)):
+        numbers = (begin, end, *shape)
+        if set(map(type, numbers)) != {int} or min(numbers) < 0:
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise DamagedFileError(f"its header is wrong about tensor {name}") from None

@@ -1,6 +1,7 @@
 """Packing of adapters, and the memory of content hashes."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from loraplex.engine.content_hashes import ContentHashes
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.peft_config import CONFIG_FILE
 from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.memory.host_store import PackedAdapter
 
 from helpers.dummy_models import write_adapter
 
@@ -114,13 +116,54 @@ def test_packed_into_dirty_memory(
     """Element by element, against the layout's own definition; all else is zero."""
     edit_weights(folder, lambda key, tensor: tensor.to(file_dtype))
     target = make_target()
-
-    def dirty(num_bytes: int) -> torch.Tensor:
-        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
-
     packers = ThreadPoolExecutor(num_threads) if num_threads else None
     packed = read_adapter("a", folder, target, allocate=dirty, packers=packers)
     assert packed.content_hash == read_adapter("b", folder, target).content_hash
+    check_layout(packed, folder)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 12_000, 1 << 20])
+@pytest.mark.parametrize("change", ["none", "rank", "dtype", "absent"])
+def test_blocks_are_of_layers_that_are_alike(
+    tmp_path: Path, block_bytes: int, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 3 of seven differs; half of the widths need no padding."""
+    config = {**ODD, "hidden_size": 64, "num_hidden_layers": 7}
+    folder, key = write_adapter(tmp_path / "adapter", config, rank=4, seed=0), "layers.3.self_attn"
+
+    def edit(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key not in name or change == "none":
+            return tensor
+        if change == "dtype":
+            return tensor.to(torch.float32)
+        return tensor[:2] if "lora_A" in name else tensor[:, :2].contiguous()
+
+    if change == "absent":
+        tensors = load_file(folder / WEIGHTS_FILE)
+        kept = {name: tensor for name, tensor in tensors.items() if "layers.3." not in name}
+        save_file(kept, folder / WEIGHTS_FILE)
+    else:
+        edit_weights(folder, edit)
+    settings = json.loads((folder / CONFIG_FILE).read_text())
+    if change == "rank":
+        settings["rank_pattern"] = {rf".*{key}\..*": 2}
+    if change == "absent":
+        settings["layers_to_transform"] = [0, 1, 2, 4, 5, 6]
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
+    monkeypatch.setattr(adapter_packing, "BLOCK_BYTES", block_bytes)
+    shapes = tuple(
+        ModuleShape(*pair)
+        for pair in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 100), (64, 100), (100, 64))
+    )
+    target = AdapterTarget(7, shapes, page_elems=1024, dtype=torch.bfloat16, max_rank=8)
+    check_layout(read_adapter("a", folder, target, allocate=dirty), folder)
+
+
+def dirty(num_bytes: int) -> torch.Tensor:
+    return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+
+def check_layout(packed: PackedAdapter, folder: Path) -> None:
     want = torch.zeros_like(packed.data)
     for key, tensor in load_file(folder / WEIGHTS_FILE).items():
         layer, name = int(key.split(".")[4]), key.split(".")[6]

@@ -15,7 +15,6 @@ from loraplex.engine.safetensors_file import (
     DamagedFileError,
     NotRegularFileError,
     open_safetensors,
-    scratch_bytes,
 )
 
 
@@ -26,8 +25,8 @@ def read_all(path: Path, names: list[str] | None = None) -> dict[str, torch.Tens
         chosen = [places[name] for name in names]
         if not chosen:
             return {}
-        scratch = np.full(scratch_bytes(chosen), 0xAA, dtype=np.uint8)
-        arrays = file.read(chosen, scratch)
+        arrays = [np.full(place.num_bytes, 0xAA, dtype=np.uint8) for place in chosen]
+        file.read(zip(chosen, arrays, strict=True))
         return {
             name: torch.from_numpy(array.copy()).view(place.dtype).view(place.shape)
             for name, place, array in zip(names, chosen, arrays, strict=True)
@@ -136,4 +135,4 @@ def test_truncated_while_it_is_read(tensors: dict[str, torch.Tensor], tmp_path: 
         with path.open("r+b") as other:
             other.truncate(path.stat().st_size - 30)
         with pytest.raises(DamagedFileError, match="truncated while"):
-            file.read(places, np.empty(scratch_bytes(places), dtype=np.uint8))
+            file.read((place, np.empty(place.num_bytes, dtype=np.uint8)) for place in places)
