@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import loraplex
 from loraplex.engine.errors import ConfigError, LoraplexError
 from loraplex.entrypoints import flags
+from loraplex.entrypoints.cli_adapters import add_adapters
 from loraplex.entrypoints.cli_bench import add_bench
 from loraplex.entrypoints.logging_setup import LEVELS, configure_logging
 
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_serve(commands)
     _add_generate(commands)
+    add_adapters(commands, _add_log_level)
     add_bench(commands, _add_log_level)
     _add_backends(commands)
     return parser

@@ -31,6 +31,10 @@ SAMPLING = [
     "--prompt-logprobs", "--repetition-penalty", "--skip-special-tokens", "--stop",
     "--stop-token-ids", "--temperature", "--top-k", "--top-p",
 ]  # fmt: skip
+CLIENT = [
+    "--client-secret-key-file", "--endpoint", "--json", "--log-level", "--server-public-key",
+    "--timeout-s",
+]  # fmt: skip
 BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
@@ -43,6 +47,12 @@ FROZEN = {
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",
     ],
+    "adapters": [],
+    "adapters list": CLIENT,
+    "adapters load": [*CLIENT, "--lazy"],
+    "adapters unload": CLIENT,
+    "adapters pin": CLIENT,
+    "adapters unpin": CLIENT,
     "bench": [],
     "bench throughput": [*BENCH, *TRACE, "--num-adapters", "--num-requests", "--repeats"],
     "bench latency": [

@@ -15,6 +15,7 @@ import pytest
 
 from loraplex import Client, SamplingParams
 from loraplex.engine.errors import EngineDeadError
+from loraplex.entrypoints import cli
 from loraplex.entrypoints.outputs import RequestFailure
 
 pytestmark = pytest.mark.e2e
@@ -116,7 +117,9 @@ def assert_gone(children: list[psutil.Process]) -> None:
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_serve_answers_and_stops_on_ctrl_c(tmp_path: Path) -> None:
+def test_serve_answers_and_stops_on_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with server(tmp_path, "--adapter-dir", str(ADAPTERS)) as (process, endpoint, said):
         assert "lora torch" in said
         children = children_of(process)
@@ -128,6 +131,11 @@ def test_serve_answers_and_stops_on_ctrl_c(tmp_path: Path) -> None:
             assert len(outputs) > 3, "the answer came in one piece"
             (last,) = client.chat(messages, params, adapter="pirate", stream=False)
             assert last.outputs[0].text != ANSWER
+        assert cli.main(["adapters", "list", "--endpoint", endpoint, "--json", "pirate"]) == 0
+        pirate = json.loads(capsys.readouterr().out)
+        assert (pirate["tier"], pirate["service"]["num_ended"]) == ("pages", 1)
+        assert cli.main(["adapters", "unload", "nobody", "--endpoint", endpoint]) == 1
+        assert "nobody" in capsys.readouterr().err
         stop(process, signal.SIGINT, children)
         assert not os.path.exists(endpoint.removeprefix("ipc://"))
 
