@@ -7,7 +7,7 @@ take whole layers and share nothing but the file.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
@@ -91,8 +91,8 @@ class _Layer:
 
 def pack(
     file: SafetensorsFile,
-    found: dict[ModuleKey, Sides],
-    scales: dict[ModuleKey, float],
+    found: Mapping[ModuleKey, Sides],
+    scales: Mapping[ModuleKey, float],
     *,
     target: AdapterTarget,
     allocate: Allocate,

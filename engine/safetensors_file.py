@@ -58,31 +58,15 @@ class SafetensorsFile:
         self._descriptor = descriptor
         self.status = os.fstat(descriptor)
 
-    def read_header(self) -> dict[str, TensorPlace]:
-        """Raises DamagedFileError."""
+    def read_header(self) -> bytes:
+        """The JSON text for parse_header. Raises DamagedFileError."""
         length_bytes = os.pread(self._descriptor, _LENGTH_BYTES, 0)
         length = int.from_bytes(length_bytes, "little")
-        data_start = _LENGTH_BYTES + length
-        if len(length_bytes) < _LENGTH_BYTES or data_start > self.status.st_size:
+        if len(length_bytes) < _LENGTH_BYTES or _LENGTH_BYTES + length > self.status.st_size:
             raise DamagedFileError("its header is not whole")
         if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its header is larger than {MAX_HEADER_BYTES} bytes")
-        try:
-            header = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES))
-        except (ValueError, RecursionError):
-            raise DamagedFileError("its header is no JSON") from None
-        if not isinstance(header, dict):
-            raise DamagedFileError("its header is no map")
-        header.pop("__metadata__", None)
-        places = {name: _parse(name, entry, data_start) for name, entry in header.items()}
-        end = data_start
-        for place in sorted(places.values(), key=lambda place: (place.start, place.num_bytes)):
-            if place.start != end:
-                raise DamagedFileError("its tensors overlap or leave holes")
-            end += place.num_bytes
-        if end != self.status.st_size:
-            raise DamagedFileError(f"it has {self.status.st_size} bytes, its header says {end}")
-        return places
+        return os.pread(self._descriptor, length, _LENGTH_BYTES)
 
     def read(self, targets: Iterable[tuple[TensorPlace, ByteArray]]) -> None:
         """Fill each array with the bytes of its tensor. Tensors that are neighbours in the file
@@ -133,6 +117,26 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
         yield file
     finally:
         os.close(descriptor)
+
+
+def parse_header(text: bytes, file_bytes: int) -> dict[str, TensorPlace]:
+    """The tensors of a file of so many bytes. Raises DamagedFileError."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedFileError("its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise DamagedFileError("its header is no map")
+    header.pop("__metadata__", None)
+    end = data_start = _LENGTH_BYTES + len(text)
+    places = {name: _parse(name, entry, data_start) for name, entry in header.items()}
+    for place in sorted(places.values(), key=lambda place: (place.start, place.num_bytes)):
+        if place.start != end:
+            raise DamagedFileError("its tensors overlap or leave holes")
+        end += place.num_bytes
+    if end != file_bytes:
+        raise DamagedFileError(f"it has {file_bytes} bytes, its header says {end}")
+    return places
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:

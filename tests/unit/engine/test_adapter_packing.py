@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.engine import adapter_packing, content_hashes
+from loraplex.engine import adapter_packing, adapters, content_hashes
 from loraplex.engine.adapter_packing import AdapterTarget
 from loraplex.engine.adapters import WEIGHTS_FILE, read_adapter
 from loraplex.engine.content_hashes import ContentHashes
@@ -70,6 +71,41 @@ def test_a_known_file_is_not_hashed_again(folder: Path, monkeypatch: pytest.Monk
     again = read_adapter("a", folder, make_target(), hashes=hashes)
     assert counter.count == 12
     assert again.content_hash == first.content_hash and torch.equal(again.data, first.data)
+
+
+def test_one_recipe_is_checked_once(folder: Path, tmp_path: Path) -> None:
+    """Whatever the numbers and the scale; another rank, target or base model is another recipe."""
+    adapters._check.cache_clear()
+    other = write_adapter(tmp_path / "other", ODD, rank=4, seed=1)
+    settings = json.loads((other / CONFIG_FILE).read_text())
+    first = read_adapter("a", folder, make_target())
+
+    def configure(**changes: Any) -> None:
+        (other / CONFIG_FILE).write_text(json.dumps({**settings, **changes}))
+
+    configure(lora_alpha=12, use_rslora=True)
+    second = read_adapter("b", other, make_target())
+    assert adapters._check.cache_info()[:2] == (1, 1)  # hits, misses
+    check_layout(second, other)
+    assert float(first.scale[0, 0]) == 1.0 and float(second.scale[0, 0]) == 6.0
+    for changes, reason in (
+        ({"r": 5}, "but 5 in the config"),
+        ({"target_modules": ["q_proj"]}, "which the config leaves out"),
+    ):
+        configure(**changes)
+        for _ in range(2):
+            with pytest.raises(AdapterError, match=reason):
+                read_adapter("b", other, make_target())
+    configure()
+    with pytest.raises(AdapterError, match="above max_lora_rank 3"):
+        read_adapter("b", other, replace(make_target(), max_rank=3))
+
+
+def test_a_long_header_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters._check.cache_clear()
+    monkeypatch.setattr(adapters, "_MAX_KEPT_HEADER_BYTES", 100)
+    check_layout(read_adapter("a", folder, make_target()), folder)
+    assert adapters._check.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("change", ["weights", "replaced", "alpha"])

@@ -15,12 +15,13 @@ from loraplex.engine.safetensors_file import (
     DamagedFileError,
     NotRegularFileError,
     open_safetensors,
+    parse_header,
 )
 
 
 def read_all(path: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
     with open_safetensors(path) as file:
-        places = file.read_header()
+        places = parse_header(file.read_header(), file.status.st_size)
         names = list(places) if names is None else names
         chosen = [places[name] for name in names]
         if not chosen:
@@ -131,7 +132,7 @@ def test_truncated_while_it_is_read(tensors: dict[str, torch.Tensor], tmp_path: 
     path = tmp_path / "file"
     safetensors.torch.save_file(tensors, path)
     with open_safetensors(path) as file:
-        places = list(file.read_header().values())
+        places = list(parse_header(file.read_header(), file.status.st_size).values())
         with path.open("r+b") as other:
             other.truncate(path.stat().st_size - 30)
         with pytest.raises(DamagedFileError, match="truncated while"):
