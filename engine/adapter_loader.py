@@ -39,7 +39,7 @@ NUM_READERS = 2
 """Adapters that are read at a time; more would slow down the loop that launches steps."""
 
 MAX_PACKERS = 8
-"""Threads that pack the layers of adapters, whichever they are of."""
+"""Threads that pack and hash the layers of new contents, whichever they are of."""
 
 MAX_COPIES = 2
 """Loads whose copies are enqueued at a time: the link is never idle while loads wait, and one that

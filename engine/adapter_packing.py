@@ -106,8 +106,8 @@ def pack(
         allocate: gives the memory to pack into.
         packers: threads that share the work on a new content; None: the caller's alone.
         content_hash: of this very content, if it was packed before; it is not hashed nor searched
-            for NaN again. What is left are many short copies, for which threads would take the
-            interpreter from each other, and from the loop that launches steps.
+            for NaN again. The caller packs it alone: threads would take the interpreter from each
+            other, and from the loop that launches steps.
 
     Raises:
         UnusableWeightsError: NaN, infinity, or beyond the range of the target's dtype.
@@ -130,8 +130,7 @@ def pack(
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
-    is_known = content_hash is not None
-    leaves = _pack_layers(file, layers, data, None if is_known else packers, is_known=is_known)
+    leaves = _pack_layers(file, layers, data, packers, is_known=content_hash is not None)
     if content_hash is None:
         root = hashlib.sha256(f"{target.dtype} {shape}".encode())
         root.update(rank.tobytes() + scale.tobytes() + b"".join(leaves))
@@ -152,7 +151,7 @@ def _pack_layers(
 
     Every thread has left `data` alone when this returns or raises.
     """
-    if packers is None:
+    if packers is None or is_known:
         return _pack_some(file, layers, range(len(layers)), data, is_known)
     num_tasks = min(NUM_TASKS, len(layers))
     bounds = [len(layers) * task // num_tasks for task in range(num_tasks + 1)]

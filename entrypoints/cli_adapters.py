@@ -7,7 +7,6 @@ from typing import Any
 
 from loraplex.engine.config import ServerConfig
 from loraplex.entrypoints import flags
-from loraplex.entrypoints.client import Client
 
 ACTIONS = {
     "list": "what the server knows: all, or those named",
@@ -77,6 +76,8 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What fails is raised, and what came before it stays."""
+    from loraplex.entrypoints.client import Client
+
     with Client(
         args.endpoint,
         server_public_key=args.server_public_key,
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             act = client.pin_adapter if args.action == "pin" else client.unpin_adapter
             found = [act(name) for name in args.names]
-    lines = map(json.dumps, found) if args.json else table(found)
-    print("\n".join(lines))
+    for line in map(json.dumps, found) if args.json else table(found):
+        print(line)
     return 0
 
 

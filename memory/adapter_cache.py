@@ -86,18 +86,14 @@ class AdapterCache:
         """An idle adapter is as dear as its tier below: from disk it costs several times more."""
         if in_host == self.is_in_host(content_hash):
             return
+        self._in_host ^= {content_hash}
         adapter = self._adapters.get(content_hash)
-        old_cost_ns = self.load_cost_ns(content_hash, adapter.num_bytes) if adapter else 0
-        if in_host:
-            self._in_host.add(content_hash)
-        else:
-            self._in_host.remove(content_hash)
         if adapter is not None and adapter.is_idle:
             priority = self._clock.adjust(
                 self._idle.remove(content_hash),
                 len(adapter.page_ids),
-                old_cost_ns=old_cost_ns,
-                cost_ns=self.load_cost_ns(content_hash, adapter.num_bytes),
+                old_cost_ns=load_cost_ns(adapter.num_bytes, in_host=not in_host),
+                cost_ns=load_cost_ns(adapter.num_bytes, in_host=in_host),
             )
             self._idle.add(content_hash, priority)
 

@@ -7,15 +7,15 @@ depends on rows, rows an adapter and ranks (benchmarks/results/lora_kernels_h200
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
+from loraplex.backends.lora.sgmv_blocks import RANK_CLASSES
 
 SGMV_ROWS = 12
 """Rows an adapter, on average, from which SGMV runs..."""
 SGMV_STEP_ROWS = 129
-"""...if so many rows of the step have an adapter, none of a rank above..."""
-SMALL_RANK = 16
-"""...this. With larger ranks SGMV runs in steps beyond max_graph_rows alone, from..."""
+"""...if so many rows of the step have an adapter, none of a rank above the first class..."""
 SGMV_ROWS_LARGE_RANKS = 28
-"""...so many rows an adapter on."""
+"""...else from so many rows an adapter on, in steps beyond max_graph_rows alone: in a graph SGMV
+takes the ranks of the first class at a time."""
 
 
 class HybridLoRA:
@@ -69,7 +69,7 @@ class HybridLoRA:
         num_rows, num_adapters = len(batch.token_order), len(batch.segment_slots)
         if num_rows < max(SGMV_STEP_ROWS, SGMV_ROWS * num_adapters):
             return self._few
-        if table.host_rank.numpy()[:, :, batch.segment_slots].max() <= SMALL_RANK:
+        if table.host_rank.numpy()[:, :, batch.segment_slots].max() <= RANK_CLASSES[0]:
             return self._many
         is_long = batch.num_tokens > self.max_graph_rows
         is_many = is_long and num_rows >= SGMV_ROWS_LARGE_RANKS * num_adapters

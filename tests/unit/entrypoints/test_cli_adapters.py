@@ -11,6 +11,7 @@ import pytest
 from loraplex.engine.config import AdapterConfig
 from loraplex.engine.in_process import InProcessEngine
 from loraplex.entrypoints import cli, cli_adapters
+from loraplex.entrypoints import client as client_module
 from loraplex.entrypoints.client import Client
 
 from helpers.fake_engine import FakeEngineWorker, fake_config, make_fake_adapter
@@ -30,7 +31,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
             assert (endpoint, options["timeout_s"]) == ("ipc://there", 9.0)
             yield client
 
-        monkeypatch.setattr(cli_adapters, "Client", connect)
+        monkeypatch.setattr(client_module, "Client", connect)
         yield client
 
 
@@ -45,6 +46,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 def test_load_list_pin_unload(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapters("list") == 0
     assert said(capsys) == [list(cli_adapters.HEADER)]
+    assert adapters("list", "--json") == 0
+    assert capsys.readouterr().out == ""
     assert adapters("load", "a=a", "x=b") == 0
     header, *rows = said(capsys)
     assert header == list(cli_adapters.HEADER)
