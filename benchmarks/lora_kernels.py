@@ -70,6 +70,7 @@ class Case:
     num_resident: int = 0  # adapters in pages; 0: those of the batch
     num_layers: int = 32
     pool_adapters: int = 0  # that the pool has room for; 0: those in pages
+    seed: int = 0  # of where the pages lie, and of which adapters are used
 
 
 def default_cases() -> list[Case]:
@@ -99,12 +100,13 @@ def default_cases() -> list[Case]:
         Case("llama-3-8b", (64, 8), ALL, 4096, "runs-8", num_layers=8),
     ]
     resident = [
-        replace(case, num_resident=n, pool_adapters=2000)
+        replace(case, num_resident=n, pool_adapters=2000, seed=seed)
         for case in (
             Case("llama-3-8b", (16,), ALL, 64, "identical", num_layers=4),
             Case("llama-2-7b", (8,), QKVO, 64, "identical"),
             Case("llama-2-7b", (8,), QKVO, 64, "distinct"),
         )
+        for seed in range(3)
         for n in (1, 2000)
     ]
     return [*eight, *seven, *mixed, *crossover, *prefill, *resident]
@@ -132,7 +134,7 @@ class Setup:
         self.pool = torch.empty(shape, dtype=dtype, device=device)
         for layer in self.pool:
             layer.normal_(std=0.05)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(case.seed)
         picks = rng.permutation(count)[: max(rows) + 1]
         slots = [int(picks[row]) for row in rows]
         self.batch = make_batch(slots)
@@ -156,7 +158,7 @@ class Setup:
         }
         total = sum(layouts[rank][1] for rank in ranks)
         total = total * max(case.pool_adapters, len(ranks)) // len(ranks)
-        pages = np.random.default_rng(1).permutation(total).astype(np.int32)
+        pages = np.random.default_rng(case.seed + 1).permutation(total).astype(np.int32)
         page_table = np.zeros((len(ranks), max(n for _, n in layouts.values())), dtype=np.int32)
         fields = np.zeros((3, case.num_layers, 7, len(ranks)), dtype=np.int32)
         used = 0
