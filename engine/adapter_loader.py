@@ -1,11 +1,11 @@
 """Adapters from disk to the host store and on to their pages, beside the worker's loop.
 
-Reader threads read, check and pack; one loader thread copies into pages and says when a copy has
-ended. On a GPU no step waits for either: see memory/page_copier.py for the streams.
+Readers (engine/adapter_reader.py) read, check and pack; one loader thread copies into pages and
+says when a copy has ended. On a GPU no step waits for either: see memory/page_copier.py for the
+streams.
 """
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -13,17 +13,23 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from loraplex.engine.adapter_packing import AdapterTarget
+from loraplex.engine.adapter_reader import (
+    NUM_READERS,
+    AdapterReader,
+    ProcessReader,
+    ThreadReader,
+)
 from loraplex.engine.adapter_table import AdapterTable
-from loraplex.engine.adapters import read_adapter
-from loraplex.engine.content_hashes import ContentHashes
 from loraplex.engine.errors import AdapterError
 from loraplex.memory.adapter_layout import MODULES
-from loraplex.memory.host_store import HostStore, PackedAdapter
+from loraplex.memory.host_slab import plain_slab, shared_slab
+from loraplex.memory.host_store import Allocate, HostStore, PackedAdapter
 from loraplex.memory.page_copier import Mark, PageCopier
 from loraplex.scheduler.plan import (
     AdapterEvicted,
@@ -34,12 +40,6 @@ from loraplex.scheduler.plan import (
 )
 
 logger = logging.getLogger("loraplex")
-
-NUM_READERS = 2
-"""Adapters that are read at a time; more would slow down the loop that launches steps."""
-
-MAX_PACKERS = 8
-"""Threads that pack and hash the layers of new contents, whichever they are of."""
 
 MAX_COPIES = 2
 """Loads whose copies are enqueued at a time: the link is never idle while loads wait, and one that
@@ -72,6 +72,7 @@ class AdapterLoader:
             which the store changed; or an error that is no adapter's fault, to be raised where the
             steps are.
         enter_thread: called first in each thread.
+        reads_apart: whether another process reads; None: where steps run on a GPU.
     """
 
     def __init__(
@@ -83,25 +84,28 @@ class AdapterLoader:
         host_bytes: int,
         report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
+        reads_apart: bool | None = None,
     ) -> None:
-        self._target = target
         self._table = table
         self._copier = copier
         self._report = report
         self._enter_thread = enter_thread
-        self._store = HostStore(host_bytes, pin_memory=target.pin_memory)
-        self._hashes = ContentHashes()
+        is_apart = target.pin_memory if reads_apart is None else reads_apart
+        self._reader: AdapterReader = (ProcessReader if is_apart else ThreadReader)(target)
+        self._shares_memory = is_apart or target.pin_memory
+        make_slab: Allocate = plain_slab
+        if self._shares_memory:
+            make_slab = partial(shared_slab, page_locked=target.pin_memory)
+        self._store = HostStore(host_bytes, make_slab=make_slab)
         self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
-        num_packers = min(MAX_PACKERS, max(1, len(os.sched_getaffinity(0)) // 2))
-        self._packers = ThreadPoolExecutor(num_packers, "adapter-packer")
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
         self._thread.start()
-        if target.pin_memory:
-            self._readers.submit(self._store.prepare)
+        self._preparer = ThreadPoolExecutor(1, "slab-preparer", initializer=enter_thread)
+        self._prepare()
 
     def inspect(self, command: InspectAdapter) -> None:
         """Answered by an AdapterInspected."""
@@ -159,42 +163,29 @@ class AdapterLoader:
     def close(self) -> None:
         """Stop the threads; reads that have not begun are dropped."""
         self._readers.shutdown(wait=True, cancel_futures=True)
-        self._packers.shutdown(wait=True)
+        self._preparer.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
         self._queue.put(None)
         self._thread.join()
 
     def _inspect(self, command: InspectAdapter) -> None:
         try:
             adapter = self._store.add(
-                lambda allocate: read_adapter(
-                    command.name,
-                    Path(command.path),
-                    self._target,
-                    allocate=allocate,
-                    hashes=self._hashes,
-                    packers=self._packers,
-                ),
+                lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
                 pin=True,
             )
             self._tell(_describe(command, adapter), unpin=adapter.content_hash)
         except Exception as error:
             text = _explain(command.name, error)
             self._tell(AdapterInspected(name=command.name, path=command.path, error=text))
-        self._store.prepare()
+        self._prepare()
 
     def _read_again(self, load: Load) -> None:
         """The host store dropped it; what is at the path now must still be the same content."""
         name, folder = Path(load.command.path).name, Path(load.command.path)
 
-        def read(allocate: Callable[[int], torch.Tensor]) -> PackedAdapter:
-            adapter = read_adapter(
-                name,
-                folder,
-                self._target,
-                allocate=allocate,
-                hashes=self._hashes,
-                packers=self._packers,
-            )
+        def read(allocate: Allocate) -> PackedAdapter:
+            adapter = self._reader.read(name, folder, allocate)
             if adapter.content_hash != load.command.content_hash:
                 raise AdapterError(
                     f"adapter {name!r}: the files in {folder} have changed since it was "
@@ -209,7 +200,12 @@ class AdapterLoader:
         except Exception as error:
             load.error = _explain(name, error)
             self._tell(load)
-        self._store.prepare()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Room for the next adapters, in time and beside the readers."""
+        if self._shares_memory:
+            self._preparer.submit(self._store.prepare)
 
     def _run(self) -> None:
         """The loader thread: enqueues loads and reports them, in the order they came in."""

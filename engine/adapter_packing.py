@@ -2,8 +2,7 @@
 
 A block is one read, A straight to its place where the file has it as the pool does, and for each
 module one copy that transposes B. So there are few calls: between them a thread holds the
-interpreter, which the loop that launches steps needs. New contents are shared among threads, which
-take whole layers and share nothing but the file.
+interpreter, which the others need. Threads take whole layers and share nothing but the file.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ from loraplex.memory.adapter_layout import (
 )
 from loraplex.memory.host_store import Allocate, PackedAdapter
 
-NUM_TASKS = 16
-"""Parts in which an adapter is packed, at most: enough for the threads of one worker."""
+NUM_TASKS = 8
+"""Parts in which an adapter is packed, at most: enough for the threads there are."""
 
 BLOCK_BYTES = 16 << 20
 """Of the file in a block, unless a layer has more. Larger blocks fall out of the cache."""
@@ -104,10 +103,9 @@ def pack(
     Args:
         scales: of every module in `found`.
         allocate: gives the memory to pack into.
-        packers: threads that share the work on a new content; None: the caller's alone.
+        packers: threads that share the work; None: the caller's alone.
         content_hash: of this very content, if it was packed before; it is not hashed nor searched
-            for NaN again. The caller packs it alone: threads would take the interpreter from each
-            other, and from the loop that launches steps.
+            for NaN again.
 
     Raises:
         UnusableWeightsError: NaN, infinity, or beyond the range of the target's dtype.
@@ -151,7 +149,7 @@ def _pack_layers(
 
     Every thread has left `data` alone when this returns or raises.
     """
-    if packers is None or is_known:
+    if packers is None:
         return _pack_some(file, layers, range(len(layers)), data, is_known)
     num_tasks = min(NUM_TASKS, len(layers))
     bounds = [len(layers) * task // num_tasks for task in range(num_tasks + 1)]

@@ -116,7 +116,7 @@ def run_child(body: Callable[[Child], None]) -> None:
     os.dup2(devnull, 0)  # what a library reads from standard input must not be an order
     os.close(devnull)
     child = Child(control, os.fdopen(reports_fd, "wb"))
-    _set_up_logging(child.start.name)
+    set_up_logging(child.start.name)
     status = 0
     try:
         body(child)
@@ -132,10 +132,31 @@ def run_child(body: Callable[[Child], None]) -> None:
     os._exit(status)  # other threads may sit in a library; all that must be closed is
 
 
-def _set_up_logging(name: str) -> None:
+def set_up_logging(name: str) -> None:
+    """To standard error, with the name of the process, at the level of LORAPLEX_LOG_LEVEL."""
     level = os.environ.get("LORAPLEX_LOG_LEVEL", "WARNING").upper()
     logging.basicConfig(
         stream=sys.stderr,
         level=level if level in logging.getLevelNamesMapping() else "WARNING",
         format=f"%(asctime)s %(levelname)s {name}: %(message)s",
     )
+
+
+def child_environment() -> dict[str, str]:
+    """The caller's, in which OpenMP threads that wait for each other give up their cores after some
+    microseconds. By default they spin far longer, also where the one they wait for has no
+    core: on a busy machine a step took two to three times as long
+    (benchmarks/results/openmp_cpu.jsonl)."""
+    spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
+    return {**spin, **os.environ}
+
+
+def how_it_ended(status: int | None) -> str:
+    """Of a process, from what subprocess.Popen returns."""
+    if status is None or status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "unknown"
+    return f"was killed by signal {-status} ({name})"

@@ -153,6 +153,68 @@ class ChildFailed:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReaderStart:
+    """What a worker tells the process that reads its adapters first: its AdapterTarget."""
+
+    num_layers: int
+    shapes: list[tuple[int, int]]  # (in_features, out_features)
+    page_elems: int
+    dtype: str
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAdapter:
+    """Answered by an AdapterPacked or a ReadFailed, after a NeedMemory if there is something to
+    pack."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeedMemory:
+    """Answered by a HostMemory, with the slab's file descriptor, or by NoMemory."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Where to pack; `live_slabs`, of which this is one, are those that need stay mapped."""
+
+    slab_id: int
+    slab_bytes: int
+    offset: int
+    live_slabs: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
+class NoMemory:
+    """The worker has no room for the adapter, and says why itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPacked:
+    """The fields of a PackedAdapter, tables flattened; its data lies where HostMemory said."""
+
+    content_hash: str
+    num_pages: int
+    rank: "array[int]"
+    a_start: "array[int]"
+    b_start: "array[int]"
+    scale: "array[float]"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailed:
+    """`is_refused`: the adapter is at fault, and `text` is for its user."""
+
+    text: str
+    is_refused: bool
+
+
 FrontendMessage = FrontendHello | AddRequest | AbortRequests | AdapterCommand | StatsQuery
 SchedulerMessage = EngineInfo | StepOutputs | AdapterReply | StatsReply | EngineDead
 
@@ -183,4 +245,11 @@ WIRE_TYPES: tuple[type, ...] = (
     ChildFailed,
     plan.DropAdapter,
     plan.AdapterEvicted,
+    ReaderStart,
+    ReadAdapter,
+    NeedMemory,
+    HostMemory,
+    NoMemory,
+    AdapterPacked,
+    ReadFailed,
 )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from loraplex.engine import wire
 from loraplex.engine.channel import PeerGoneError
-from loraplex.engine.child import read_frame, write_frame
+from loraplex.engine.child import child_environment, how_it_ended, read_frame, write_frame
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.messages import (
@@ -90,7 +90,7 @@ class Process:
                 stdout=2,  # what the children print must not mix with the caller's own output
                 pass_fds=(writer,),
                 start_new_session=True,
-                env=_environment(),
+                env=child_environment(),
             )
         except OSError as error:
             os.close(reader)
@@ -120,12 +120,9 @@ class Process:
         self.reports.close()
 
     def how_it_ended(self) -> str:
-        name, status = self.spec.name, self.popen.returncode
         if self.failed is not None:
-            return f"{name} failed: {self.failed.text}"
-        if status is not None and status < 0:
-            return f"{name} was killed by signal {-status} ({_signal_name(-status)})"
-        return f"{name} exited with status {status}"
+            return f"{self.spec.name} failed: {self.failed.text}"
+        return f"{self.spec.name} {how_it_ended(self.popen.returncode)}"
 
 
 class ProcessGroup:
@@ -267,19 +264,3 @@ def _make_run_dir() -> str:
     """A private folder (0700) with a path short enough for Unix sockets."""
     base = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="loraplex-", dir=base if len(base) < MAX_BASE_CHARS else "/tmp")
-
-
-def _environment() -> dict[str, str]:
-    """The caller's, in which OpenMP threads that wait for each other give up their cores after some
-    microseconds. By default they spin far longer, also where the one they wait for has no
-    core: on a busy machine a step took two to three times as long
-    (benchmarks/results/openmp_cpu.jsonl)."""
-    spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
-    return {**spin, **os.environ}
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"

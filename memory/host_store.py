@@ -1,8 +1,9 @@
 """Packed adapters in host memory, by content: the tier between disk and pages.
 
 On a GPU the memory must be page-locked to be copied at the link's speed, and page-locking costs
-tens of milliseconds whenever it is asked for. So it is taken in slabs, by the threads that read
-adapters and ahead of need, and adapters come and go within them.
+a tenth of a second or two whenever it is asked for. So it is taken in slabs
+(memory/host_slab.py), by the threads that read adapters and ahead of need, and adapters come and
+go within them.
 """
 
 import logging
@@ -13,11 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.memory.host_slab import plain_slab
 from loraplex.memory.slab_allocator import CHUNK_ALIGN, Chunk, SlabAllocator
 
 logger = logging.getLogger("loraplex")
 
 SLAB_BYTES = 256 << 20
+
+NUM_SPARE = 2
+"""As many adapters as are read while a slab is taken."""
 
 Allocate = Callable[[int], torch.Tensor]
 """Of a number of bytes: uint8 [that many], of any content, which the caller fills."""
@@ -59,10 +64,15 @@ class HostStore:
     """
 
     def __init__(
-        self, budget_bytes: int, *, pin_memory: bool = False, slab_bytes: int = SLAB_BYTES
+        self,
+        budget_bytes: int,
+        *,
+        make_slab: Allocate = plain_slab,
+        slab_bytes: int = SLAB_BYTES,
     ) -> None:
+        """`make_slab` raises MemoryError, OSError or RuntimeError where the host has no more."""
         self._budget_bytes = budget_bytes
-        self._pin_memory = pin_memory
+        self._make_slab = make_slab
         self._slab_bytes = min(slab_bytes, budget_bytes) // CHUNK_ALIGN * CHUNK_ALIGN
         self._space = SlabAllocator()
         self._slabs: dict[int, torch.Tensor] = {}  # uint8
@@ -158,10 +168,11 @@ class HostStore:
             return evicted
 
     def prepare(self) -> None:
-        """Take the next slab before it is needed, if the budget has room for it and no adapter
-        as large as the largest so far would fit; for threads that nobody waits for."""
+        """Take the next slab before it is needed, if the budget has room for it and NUM_SPARE
+        adapters as large as the largest so far would not fit; for a thread that nobody waits
+        for."""
         with self._growing:
-            if self._space.largest_free < max(1, self._largest):
+            if self._space.num_fitting(self._largest) < NUM_SPARE:
                 self._grow(max(self._slab_bytes, self._largest), may_exceed_budget=False)
 
     def check_integrity(self) -> None:
@@ -218,8 +229,8 @@ class HostStore:
         if num_bytes < 1 or (is_extra and not may_exceed_budget):
             return False
         try:
-            slab = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pin_memory)
-        except RuntimeError as error:
+            slab = self._make_slab(num_bytes)
+        except (MemoryError, OSError, RuntimeError) as error:
             self._budget_bytes = min(self._budget_bytes, self._space.num_bytes)
             logger.warning(
                 "no more host memory for adapters: %d bytes it is, not adapter_host_bytes (%s)",

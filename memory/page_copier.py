@@ -36,7 +36,8 @@ STAGING_BYTES = 96 << 20
 NUM_STAGING_BUFFERS = 2
 
 TRANSFER_BYTES = 4 << 20
-"""Of one transfer: 75 us of the link, beside which what lies between two transfers is small."""
+"""Of one transfer: 75 us of the link, beside which what lies between two transfers is small. Part
+of a PIECE_BYTES, as no transfer may cross from one page-locked piece to the next."""
 
 AfterPages = Callable[[torch.Tensor], None]
 """Called where the pages have been enqueued, with the page ids: int64 [n], on the device."""
@@ -169,10 +170,10 @@ class StreamPageCopier:
         staged = self._staging[index, : source.numel()].view(source.shape)
         with torch.cuda.stream(self._link):
             self._link.wait_event(self._emptied[index])  # no wait before its first record
-            step = TRANSFER_BYTES // source.element_size()
-            for there, here in zip(
-                staged.view(-1).split(step), source.reshape(-1).split(step), strict=True
-            ):
+            flat = source.reshape(-1)
+            sizes = transfers(flat.data_ptr(), flat.nbytes)
+            words = [size // flat.element_size() for size in sizes]
+            for there, here in zip(staged.view(-1).split(words), flat.split(words), strict=True):
                 there.copy_(here, non_blocking=True)
             self._filled[index].record(self._link)
         self._scatter.wait_event(self._filled[index])
@@ -184,6 +185,13 @@ def as_words(tensor: torch.Tensor) -> torch.Tensor:
     """The same bytes as int64: copies of numbers neither round nor canonicalise them, and a GPU's
     threads move eight bytes each."""
     return tensor.view(torch.int64)
+
+
+def transfers(address: int, num_bytes: int) -> list[int]:
+    """Bytes of each, cut where addresses are multiples of TRANSFER_BYTES."""
+    first = min(num_bytes, -address % TRANSFER_BYTES or TRANSFER_BYTES)
+    count, rest = divmod(num_bytes - first, TRANSFER_BYTES)
+    return [first] + [TRANSFER_BYTES] * count + [rest] * bool(rest)
 
 
 def chunks(num_layers: int, num_pages: int, max_pages: int) -> Iterator[tuple[slice, slice]]:

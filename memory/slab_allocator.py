@@ -36,10 +36,10 @@ class SlabAllocator:
     def num_free_bytes(self) -> int:
         return sum(size for spans in self._spans.values() for _, size in spans)
 
-    @property
-    def largest_free(self) -> int:
-        """Bytes of the largest chunk that fits now."""
-        return max((size for spans in self._spans.values() for _, size in spans), default=0)
+    def num_fitting(self, num_bytes: int) -> int:
+        """Chunks of this size that fit now."""
+        size = _chunk_bytes(num_bytes)
+        return sum(length // size for spans in self._spans.values() for _, length in spans)
 
     def add_slab(self, num_bytes: int) -> int:
         """A new slab, all free; returns its id."""
@@ -63,7 +63,7 @@ class SlabAllocator:
 
     def allocate(self, num_bytes: int) -> Chunk | None:
         """A chunk of at least `num_bytes`, or None: no free span is as long."""
-        size = max(1, -(-num_bytes // CHUNK_ALIGN)) * CHUNK_ALIGN
+        size = _chunk_bytes(num_bytes)
         for slab_id, spans in self._spans.items():
             for index, (offset, length) in enumerate(spans):
                 if length >= size:
@@ -106,3 +106,7 @@ class SlabAllocator:
                 raise IntegrityError(f"free spans of slab {slab_id} are not sorted and coalesced")
         if {chunk.slab_id for chunk in self._chunks} - set(self._slab_bytes):
             raise IntegrityError("a chunk lies in no slab")
+
+
+def _chunk_bytes(num_bytes: int) -> int:
+    return max(1, -(-num_bytes // CHUNK_ALIGN)) * CHUNK_ALIGN

@@ -1,8 +1,10 @@
 """Adapter loads on real streams, beside steps in flight."""
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from loraplex.engine.adapter_loader import AdapterLoader, Load
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.memory.adapter_layout import MODULES
+from loraplex.memory.host_slab import PIECE_BYTES, live_slabs, shared_slab
 from loraplex.memory.host_store import Allocate, HostStore, PackedAdapter
 from loraplex.memory.page_copier import StreamPageCopier, chunks
 from loraplex.memory.pool import PagePool, PageShape
@@ -216,7 +219,7 @@ def test_pages_long_free_do_not_wait_for_the_steps_in_flight(bench: Bench) -> No
 
 
 def test_store_is_pinned_and_copies_demand_it() -> None:
-    store = HostStore(1 << 20, pin_memory=True)
+    store = HostStore(1 << 20, make_slab=partial(shared_slab, page_locked=True))
     empty = torch.zeros(3, 7, dtype=torch.int32)
 
     def read(allocate: Allocate) -> PackedAdapter:
@@ -231,3 +234,39 @@ def test_store_is_pinned_and_copies_demand_it() -> None:
     assert (pool.pages[:, [3, 6]] == 2).all()
     with pytest.raises(ValueError, match="pinned memory"):
         copier.copy(packed.data.clone(), [3, 6], after=copier.mark(), then=nothing)
+
+
+def test_adapters_across_page_locked_pieces() -> None:
+    """In a slab of five pieces, at every odd place; memory is given back with the slab."""
+    pool = PagePool(LLAMA_3_8B, 50, CUDA)
+    copier = StreamPageCopier(pool)
+    num_bytes = 40 * LLAMA_3_8B.bytes_over_layers
+    slab = shared_slab(num_bytes + PIECE_BYTES, page_locked=True)
+    assert slab.is_pinned() and slab[-1:].is_pinned()
+    before = live_slabs()
+    for offset in (0, 512, 3 << 20, PIECE_BYTES - 512):
+        data = slab[offset : offset + num_bytes].view(torch.bfloat16).view(32, -1)
+        data.view(torch.int64).copy_(random_words(num_bytes, seed=offset).view(32, -1))
+        pages = torch.randperm(49, generator=torch.Generator().manual_seed(1))[:40] + 1
+        copier.copy(data, pages.tolist(), after=copier.mark(), then=nothing).synchronize()
+        got = pool.pages[:, pages].cpu().view(torch.int16)
+        assert torch.equal(got, data.view(32, 40, -1).view(torch.int16))
+    del slab, data
+    assert len(live_slabs()) == len(before) - 1
+
+
+def test_no_launch_waits_for_page_locking() -> None:
+    """In one call, 128 MiB would keep the launching thread out of the driver for 50 ms or more."""
+    x = torch.zeros(8, device=CUDA)
+    slabs: list[torch.Tensor] = []
+    thread = threading.Thread(
+        target=lambda: slabs.append(shared_slab(8 * PIECE_BYTES, page_locked=True))
+    )
+    gaps = []
+    thread.start()
+    while thread.is_alive():
+        start = time.perf_counter()
+        x.add_(1)
+        gaps.append(time.perf_counter() - start)
+        time.sleep(0.0002)
+    assert slabs and max(gaps) < 0.02, max(gaps)

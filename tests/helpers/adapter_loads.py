@@ -161,6 +161,7 @@ class LoadWorld:
     num_pages: int = 48
     host_bytes: int = 150_000
     staging_bytes: int = 4096
+    reads_apart: bool | None = None  # None: as the loader has it for the device
     num_loaded: int = 0
     num_overtaken: int = 0
     resident: dict[int, Placed] = field(default_factory=dict)
@@ -185,7 +186,7 @@ class LoadWorld:
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.loader = AdapterLoader(
             target=self.target, table=self.table, copier=copier, host_bytes=self.host_bytes,
-            report=self.reports.put,
+            report=self.reports.put, reads_apart=self.reads_apart,
         )  # fmt: skip
         self.mark = copier.mark
         self.paths, self.adapters, self.oracles = [], [], []

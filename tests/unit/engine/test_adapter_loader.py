@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.engine import adapter_loader
+from loraplex.engine import adapter_reader
 from loraplex.engine.adapter_loader import UNLOADED, AdapterLoader, Load
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
@@ -20,9 +20,9 @@ from helpers.dummy_models import write_adapter
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_loads_in_every_order(tmp_path: Path, seed: int) -> None:
-    world = LoadWorld(tmp_path, CPU, seed)
+@pytest.mark.parametrize(("seed", "reads_apart"), [(0, False), (1, False), (2, False), (3, True)])
+def test_random_loads_in_every_order(tmp_path: Path, seed: int, reads_apart: bool) -> None:
+    world = LoadWorld(tmp_path, CPU, seed, reads_apart=reads_apart)
     try:
         for step in range(2500):
             world.act()
@@ -101,7 +101,7 @@ def test_unloaded_between_the_copy_and_its_report(tmp_path: Path) -> None:
 def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The read goes on, nothing is copied."""
     reading, go_on = threading.Event(), threading.Event()
-    original = adapter_loader.read_adapter
+    original = adapter_reader.read_adapter
 
     def slow(*args: object, **options: object) -> object:
         reading.set()
@@ -110,7 +110,7 @@ def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     recorder = Recorder(tmp_path)
     content_hash = original("one", recorder.path, recorder.target).content_hash
-    monkeypatch.setattr(adapter_loader, "read_adapter", slow)
+    monkeypatch.setattr(adapter_reader, "read_adapter", slow)
     recorder.load(recorder.command(content_hash))
     assert reading.wait(20)
     recorder.loader.unload(2)
@@ -167,7 +167,7 @@ def test_dropped_while_it_is_read_for_a_load(
 ) -> None:
     """The load asked for it before: it is done, and a later drop frees the memory."""
     reading, go_on = threading.Event(), threading.Event()
-    original = adapter_loader.read_adapter
+    original = adapter_reader.read_adapter
 
     def slow(*args: object, **options: object) -> object:
         reading.set()
@@ -176,7 +176,7 @@ def test_dropped_while_it_is_read_for_a_load(
 
     recorder = Recorder(tmp_path)
     packed = original("one", recorder.path, recorder.target)
-    monkeypatch.setattr(adapter_loader, "read_adapter", slow)
+    monkeypatch.setattr(adapter_reader, "read_adapter", slow)
     recorder.load(recorder.command(packed.content_hash, packed.num_pages))
     assert reading.wait(20)
     recorder.loader.drop(packed.content_hash)

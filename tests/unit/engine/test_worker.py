@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.engine import adapter_loader
+from loraplex.engine import adapter_reader
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.worker import Worker
@@ -110,7 +110,7 @@ def test_bad_adapters_are_answers(
     def fail(*args: Any, **options: Any) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(adapter_loader, "read_adapter", fail)
+    monkeypatch.setattr(adapter_reader, "read_adapter", fail)
     assert "reading it failed: MemoryError: none left" in inspect(worker, root / "one").error
     load = LoadAdapter(0, "hash", str(root / "one"), int_array([1]))
     assert "MemoryError" in ask(worker, load).error

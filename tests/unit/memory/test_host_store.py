@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from loraplex.memory import host_store
+from loraplex.memory.host_slab import plain_slab
 from loraplex.memory.host_store import Allocate, HostStore, PackedAdapter
 
 UNIT = 1024
@@ -123,15 +123,35 @@ def test_prepare_takes_a_slab_ahead_within_the_budget() -> None:
     assert store.num_slab_bytes == 4 * UNIT
 
 
-def test_a_host_that_gives_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_keeps_room_for_two() -> None:
+    """As large as the largest so far; not for more, however often it is called."""
+    store = HostStore(100 * UNIT, slab_bytes=8 * UNIT)
+    sizes = []
+    for name in "abcdef":
+        store.add(reading(name, 2))
+        store.prepare()
+        store.prepare()
+        sizes.append(store.num_slab_bytes // UNIT)
+    assert sizes == [8, 8, 16, 16, 16, 16]
+    store.add(reading("g", 9))
+    for _ in range(5):
+        store.prepare()
+    assert store.num_slab_bytes == (16 + 9 + 9 + 9) * UNIT
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), MemoryError("no space")])
+def test_a_host_that_gives_no_more(error: Exception) -> None:
     """What is there becomes the budget; only when all of it is pinned does a read fail."""
-    store = HostStore(9 * UNIT, slab_bytes=2 * UNIT)
+    slabs = [plain_slab(2 * UNIT)]
+
+    def make_slab(num_bytes: int) -> torch.Tensor:
+        if not slabs:
+            raise error
+        return slabs.pop()
+
+    store = HostStore(9 * UNIT, slab_bytes=2 * UNIT, make_slab=make_slab)
     store.add(reading("a", 2), pin=True)
-
-    def refuse(*args: object, **options: object) -> torch.Tensor:
-        raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr(host_store.torch, "empty", refuse)
     with pytest.raises(MemoryError, match="lower adapter_host_bytes"):
         store.add(reading("b"))
     store.unpin("a")

@@ -12,7 +12,7 @@ UNIT = CHUNK_ALIGN
 
 def test_first_fit_and_coalescing() -> None:
     space = SlabAllocator()
-    assert space.allocate(1) is None and space.largest_free == 0
+    assert space.allocate(1) is None and space.num_fitting(1) == 0
     first, second = space.add_slab(4 * UNIT), space.add_slab(2 * UNIT)
     a, b, c = (space.allocate(size) for size in (1, UNIT + 1, UNIT))
     assert (a, b) == (Chunk(first, 0, UNIT), Chunk(first, UNIT, 2 * UNIT))
@@ -22,7 +22,8 @@ def test_first_fit_and_coalescing() -> None:
     for chunk in (a, c, b):  # b joins both its neighbours
         space.free(chunk)
         space.check_integrity()
-    assert space.empty_slabs() == [first] and space.largest_free == 4 * UNIT
+    assert space.empty_slabs() == [first]
+    assert [space.num_fitting(n * UNIT) for n in (1, 2, 3, 4, 5)] == [4, 2, 1, 1, 0]
     with pytest.raises(IntegrityError, match="not allocated"):
         space.free(a)
     with pytest.raises(IntegrityError, match="in use"):
@@ -76,7 +77,9 @@ def test_books_balance_after_every_step(steps: list[tuple[str, int]]) -> None:
                 assert units.pop(slab_id).count(None) >= 1
         space.check_integrity()
         runs = [run for owners in units.values() for run in _free_runs(owners)]
-        assert space.largest_free == UNIT * max(runs, default=0)
+        for size in (1, 2, 3):
+            fitting = space.num_fitting(size * UNIT - 1)
+            assert fitting == sum(run // size for run in runs)
         assert space.num_free_bytes == UNIT * sum(runs)
         empty = [slab_id for slab_id, owners in units.items() if not any(owners)]
         assert space.empty_slabs() == empty
