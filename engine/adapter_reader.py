@@ -4,6 +4,7 @@ Threads that read and pack share the interpreter with the loop that launches ste
 waits for that loop, they are therefore given another: what is left here is two messages a read.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -35,6 +36,9 @@ from loraplex.engine.messages import (
 )
 from loraplex.memory.host_slab import live_slabs, place_of
 from loraplex.memory.host_store import Allocate, PackedAdapter
+from loraplex.scheduler.plan import int_array
+
+logger = logging.getLogger("loraplex")
 
 NUM_READERS = 2
 """Adapters that are read at a time; each is packed by several threads."""
@@ -132,7 +136,8 @@ class ProcessReader:
         with self._lock:
             if self._process is None or self._process.popen.poll() is not None:
                 if self._process is not None:
-                    self._process.end()
+                    how = self._process.end()
+                    logger.warning("the process that reads adapters %s: another is started", how)
                 self._process = _Process(self._target)
             process = self._process
             link = process.links.pop()
@@ -170,7 +175,8 @@ class _Process:
                 socket_.close()
         start = ReaderStart(
             num_layers=target.num_layers,
-            shapes=[(shape.in_features, shape.out_features) for shape in target.shapes],
+            in_features=int_array([shape.in_features for shape in target.shapes]),
+            out_features=int_array([shape.out_features for shape in target.shapes]),
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,

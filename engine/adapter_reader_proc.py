@@ -99,7 +99,7 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
 def _target(start: ReaderStart) -> AdapterTarget:
     return AdapterTarget(
         num_layers=start.num_layers,
-        shapes=tuple(ModuleShape(*shape) for shape in start.shapes),
+        shapes=tuple(map(ModuleShape, start.in_features, start.out_features)),
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,

@@ -158,7 +158,8 @@ class ReaderStart:
     """What a worker tells the process that reads its adapters first: its AdapterTarget."""
 
     num_layers: int
-    shapes: list[tuple[int, int]]  # (in_features, out_features)
+    in_features: "array[int]"  # of each module
+    out_features: "array[int]"
     page_elems: int
     dtype: str
     max_rank: int

@@ -24,7 +24,8 @@ FROZEN_TAGS = [
     "AdapterReply", "StatsQuery", "StatsReply", "EngineDead", "Shutdown", "StepPlan", "StepResult",
     "InspectAdapter", "AdapterInspected", "LoadAdapter", "AdapterLoaded", "UnloadAdapter",
     "WorkerReady", "ChildStart", "ChildProgress", "ChildReady", "ChildFailed",
-    "DropAdapter", "AdapterEvicted",
+    "DropAdapter", "AdapterEvicted", "ReaderStart", "ReadAdapter", "NeedMemory", "HostMemory",
+    "NoMemory", "AdapterPacked", "ReadFailed",
 ]  # fmt: skip
 
 PLAIN = st.recursive(

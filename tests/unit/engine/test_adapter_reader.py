@@ -130,7 +130,9 @@ def test_no_memory_is_the_callers_own_error(tmp_path: Path, shared_reader: Proce
     check_same(read(shared_reader, make_store(), folder), read_adapter("a", folder, TARGET))
 
 
-def test_a_process_that_was_killed_is_replaced(tmp_path: Path, own_reader: ProcessReader) -> None:
+def test_a_process_that_was_killed_is_replaced(
+    tmp_path: Path, own_reader: ProcessReader, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_adapter(tmp_path / "a", TINY, rank=2, seed=1)
     store = make_store()
     expected = read(own_reader, store, folder)
@@ -141,6 +143,7 @@ def test_a_process_that_was_killed_is_replaced(tmp_path: Path, own_reader: Proce
     await_end(pid)
     check_same(read(own_reader, store, folder), expected)
     assert own_reader.pid != pid
+    assert "was killed by signal 9 (SIGKILL): another is started" in caplog.text
 
 
 def test_killed_while_it_reads(tmp_path: Path, own_reader: ProcessReader) -> None:

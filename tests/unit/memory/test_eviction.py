@@ -28,7 +28,7 @@ BLOCK, NUM_PAGES, MAX_SLOTS = 16, 20, 3
 def test_costs_are_those_of_the_constants() -> None:
     assert load_cost_ns(0, in_host=True) == load_cost_ns(0, in_host=False) == LOAD_FIXED_NS
     assert load_cost_ns(84_000_000, in_host=True) == 2_680_000  # 84 MB: 1.68 ms over the link
-    assert load_cost_ns(84_000_000, in_host=False) == 30_680_000  # and 28 ms to read
+    assert load_cost_ns(84_000_000, in_host=False) == 14_680_000  # and 12 ms to read
     assert recompute_cost_ns(16) == 400_000
 
 
@@ -207,7 +207,7 @@ class Traffic:
             self.naive.add(name, self.cost_ns(name), len(adapter.page_ids))
 
     def cost_ns(self, name: str) -> int:
-        disk_ns = 0 if name in self.in_host else self.num_bytes[name] // 3
+        disk_ns = 0 if name in self.in_host else self.num_bytes[name] // 7
         return 1_000_000 + self.num_bytes[name] // 50 + disk_ns
 
     def move_host_copy(self, name: str) -> None:
