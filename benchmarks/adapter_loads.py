@@ -30,6 +30,7 @@ import torch
 
 from loraplex.engine.adapter_loader import AdapterLoader, Load
 from loraplex.engine.adapter_packing import AdapterTarget
+from loraplex.engine.adapter_reader import make_reader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.content_hashes import SETTLE_S
 from loraplex.entrypoints.bench.dummy import AdapterWriter, model_config
@@ -88,8 +89,9 @@ class Setup:
         self.copier = StreamPageCopier(pool)
         self.marks = [self.copier.mark()] * NUM_SLOTS
         self.loader = AdapterLoader(
-            target=target, table=self.table, copier=self.copier, host_bytes=host_bytes,
-            report=self._take, enter_thread=lambda: torch.cuda.set_device(device),
+            target=target, reader=make_reader(target), table=self.table, copier=self.copier,
+            host_bytes=host_bytes, report=self._take,
+            enter_thread=lambda: torch.cuda.set_device(device),
         )  # fmt: skip
         order = torch.randperm(pool.num_pages - 1)[: NUM_SLOTS * PAGES_EACH] + 1
         self.pages = order.view(NUM_SLOTS, PAGES_EACH).tolist()

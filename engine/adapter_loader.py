@@ -19,12 +19,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapter_packing import AdapterTarget
-from loraplex.engine.adapter_reader import (
-    NUM_READERS,
-    AdapterReader,
-    ProcessReader,
-    ThreadReader,
-)
+from loraplex.engine.adapter_reader import NUM_READERS, AdapterReader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.errors import AdapterError
 from loraplex.memory.adapter_layout import MODULES
@@ -68,33 +63,32 @@ class AdapterLoader:
     do not wait. What comes of the first two is given to `report`, from other threads.
 
     Args:
+        reader: of adapters for `target`; closed with the loader.
         report: takes an AdapterInspected; a Load, for `finish`; an AdapterEvicted, in the order in
             which the store changed; or an error that is no adapter's fault, to be raised where the
             steps are.
         enter_thread: called first in each thread.
-        reads_apart: whether another process reads; None: where steps run on a GPU.
     """
 
     def __init__(
         self,
         *,
         target: AdapterTarget,
+        reader: AdapterReader,
         table: AdapterTable,
         copier: PageCopier,
         host_bytes: int,
         report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
-        reads_apart: bool | None = None,
     ) -> None:
         self._table = table
         self._copier = copier
         self._report = report
         self._enter_thread = enter_thread
-        is_apart = target.pin_memory if reads_apart is None else reads_apart
-        self._reader: AdapterReader = (ProcessReader if is_apart else ThreadReader)(target)
-        self._shares_memory = is_apart or target.pin_memory
+        self._reader = reader
+        self._takes_slabs_ahead = target.pin_memory
         make_slab: Allocate = plain_slab
-        if self._shares_memory:
+        if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
         self._store = HostStore(host_bytes, make_slab=make_slab)
         self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
@@ -204,7 +198,7 @@ class AdapterLoader:
 
     def _prepare(self) -> None:
         """Room for the next adapters, in time and beside the readers."""
-        if self._shares_memory:
+        if self._takes_slabs_ahead:
             self._preparer.submit(self._store.prepare)
 
     def _run(self) -> None:

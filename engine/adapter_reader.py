@@ -57,7 +57,13 @@ class ReaderError(RuntimeError):
 
 
 class AdapterReader(Protocol):
-    """Reads PEFT directories; `read` may be called by NUM_READERS threads at a time."""
+    """Reads PEFT directories; `read` may be called by NUM_READERS threads at a time.
+
+    Attributes:
+        needs_shared_memory: what `allocate` gives must lie in a shared slab (memory/host_slab.py).
+    """
+
+    needs_shared_memory: bool
 
     def read(self, name: str, folder: Path, allocate: Allocate) -> PackedAdapter:
         """Read, check, hash and pack into what `allocate` gives, which is called once at most.
@@ -73,6 +79,8 @@ class AdapterReader(Protocol):
 
 class ThreadReader:
     """In this process, packing by a pool of threads."""
+
+    needs_shared_memory = False
 
     def __init__(self, target: AdapterTarget) -> None:
         self._target = target
@@ -97,14 +105,15 @@ class ThreadReader:
 class ProcessReader:
     """In a process of its own (engine/adapter_reader_proc.py), which ends with this one.
 
-    `read` needs memory that other processes can map (memory/host_slab.py). Should the process die,
-    what it was reading fails, and the next read starts another.
+    Should it die, what it was reading fails, and the next read starts another.
     """
+
+    needs_shared_memory = True
 
     def __init__(self, target: AdapterTarget) -> None:
         self._target = target
         self._lock = threading.Lock()
-        self._process: _Process | None = _Process(target)  # it starts while the worker does
+        self._process: _Process | None = _Process(target)
 
     @property
     def pid(self) -> int | None:
@@ -149,6 +158,11 @@ class ProcessReader:
             raise ReaderError(f"the process that reads adapters {process.end()}") from error
         finally:
             process.links.append(link)
+
+
+def make_reader(target: AdapterTarget) -> AdapterReader:
+    """As suits the device: a GPU waits for the loop that launches steps."""
+    return ProcessReader(target) if target.pin_memory else ThreadReader(target)
 
 
 class _Process:

@@ -64,6 +64,7 @@ class Worker:
         self._marks: deque[tuple[int, Mark]] = deque(maxlen=NUM_MARKS)
         self._loader = AdapterLoader(
             target=parts.target,
+            reader=parts.reader,
             table=parts.table,
             copier=self._copier,
             host_bytes=config.memory.adapter_host_bytes,

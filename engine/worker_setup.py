@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.engine.adapter_reader import AdapterReader, make_reader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.engine.config import EngineConfig
@@ -43,6 +44,7 @@ class WorkerParts:
     max_model_len: int
     pool: PagePool
     target: AdapterTarget
+    reader: AdapterReader
     table: AdapterTable
     runner: ModelRunner
     backends: WorkerBackends
@@ -72,7 +74,6 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
     backends = make_backends(config, spec, shape, max_model_len=limit, device=device)
     progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
     model = Decoder(spec, dtype=dtype, device=device)
-    load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())
     target = AdapterTarget(
         num_layers=spec.num_layers,
         shapes=model.module_shapes(),
@@ -81,6 +82,8 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
         max_rank=config.memory.max_lora_rank,
         pin_memory=device.type == "cuda",
     )
+    reader = make_reader(target)  # its process starts while the weights are loaded
+    load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())
     table = AdapterTable(target, config.memory.max_adapter_slots, device)
 
     def make_runner(num_pages: int, max_model_len: int) -> ModelRunner:
@@ -128,6 +131,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
         max_model_len=max_model_len,
         pool=runner.pool,
         target=target,
+        reader=reader,
         table=table,
         runner=runner,
         backends=backends,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraplex.engine.adapter_loader import AdapterLoader, Load
+from loraplex.engine.adapter_reader import make_reader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.memory.adapter_layout import MODULES
@@ -140,8 +141,8 @@ class Bench:
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.copier = StreamPageCopier(self.pool)
         self.loader = AdapterLoader(
-            target=self.target, table=self.table, copier=self.copier,
-            host_bytes=1 << 20, report=self.reports.put,
+            target=self.target, reader=make_reader(self.target), table=self.table,
+            copier=self.copier, host_bytes=1 << 20, report=self.reports.put,
         )  # fmt: skip
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
         self.loader.inspect(InspectAdapter("one", str(self.path)))

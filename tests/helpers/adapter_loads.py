@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from loraplex.engine.adapter_loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapter_reader import AdapterReader, make_reader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget, read_adapter
 from loraplex.memory.adapter_layout import ModuleShape
@@ -161,7 +162,7 @@ class LoadWorld:
     num_pages: int = 48
     host_bytes: int = 150_000
     staging_bytes: int = 4096
-    reads_apart: bool | None = None  # None: as the loader has it for the device
+    make_reader: Callable[[AdapterTarget], AdapterReader] = make_reader
     num_loaded: int = 0
     num_overtaken: int = 0
     resident: dict[int, Placed] = field(default_factory=dict)
@@ -185,8 +186,8 @@ class LoadWorld:
         self.table = AdapterTable(self.target, self.num_slots, self.device)
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.loader = AdapterLoader(
-            target=self.target, table=self.table, copier=copier, host_bytes=self.host_bytes,
-            report=self.reports.put, reads_apart=self.reads_apart,
+            target=self.target, reader=self.make_reader(self.target), table=self.table,
+            copier=copier, host_bytes=self.host_bytes, report=self.reports.put,
         )  # fmt: skip
         self.mark = copier.mark
         self.paths, self.adapters, self.oracles = [], [], []

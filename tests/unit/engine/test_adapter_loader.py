@@ -1,6 +1,7 @@
 """Loads beside the steps: the order of copies, steps and pages that change hands."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from loraplex.engine import adapter_reader
 from loraplex.engine.adapter_loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapter_reader import AdapterReader, ProcessReader, ThreadReader
 from loraplex.engine.adapter_table import AdapterTable
 from loraplex.engine.adapters import AdapterTarget
 from loraplex.memory.page_copier import HostPageCopier
@@ -20,9 +22,13 @@ from helpers.dummy_models import write_adapter
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("seed", "reads_apart"), [(0, False), (1, False), (2, False), (3, True)])
-def test_random_loads_in_every_order(tmp_path: Path, seed: int, reads_apart: bool) -> None:
-    world = LoadWorld(tmp_path, CPU, seed, reads_apart=reads_apart)
+@pytest.mark.parametrize(
+    ("seed", "make_reader"), [(0, ThreadReader), (1, ThreadReader), (2, ProcessReader)]
+)
+def test_random_loads_in_every_order(
+    tmp_path: Path, seed: int, make_reader: Callable[[AdapterTarget], AdapterReader]
+) -> None:
+    world = LoadWorld(tmp_path, CPU, seed, make_reader=make_reader)
     try:
         for step in range(2500):
             world.act()
@@ -45,7 +51,11 @@ class Recorder:
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
         settings = {"copier": HostPageCopier(self.pool), "host_bytes": 1 << 20, **options}
         self.loader = AdapterLoader(
-            target=self.target, table=self.table, report=self._report, **settings
+            target=self.target,
+            reader=ThreadReader(self.target),
+            table=self.table,
+            report=self._report,
+            **settings,
         )
 
     def load(self, command: LoadAdapter) -> None:

@@ -92,6 +92,18 @@ def test_the_same_adapters_from_several_threads(
     assert not errors, errors
 
 
+def test_slabs_that_are_gone_do_not_stay_mapped(
+    tmp_path: Path, shared_reader: ProcessReader
+) -> None:
+    folder = write_adapter(tmp_path / "a", TINY, rank=2, seed=1)
+    expected = read_adapter("a", folder, TARGET)
+    for _ in range(6):
+        slab = shared_slab(expected.num_bytes, page_locked=False)
+        check_same(shared_reader.read("a", folder, lambda n, slab=slab: slab[:n]), expected)
+    maps = Path(f"/proc/{shared_reader.pid}/maps").read_text()
+    assert maps.count("memfd:loraplex-adapters") <= 2
+
+
 def test_errors_are_those_of_reading_here(tmp_path: Path, shared_reader: ProcessReader) -> None:
     too_large = write_adapter(tmp_path / "large", TINY, rank=9, seed=1)
     damaged = write_adapter(tmp_path / "damaged", TINY, rank=2, seed=1)
