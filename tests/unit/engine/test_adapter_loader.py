@@ -1,6 +1,9 @@
 """Loads beside the steps: the order of copies, steps and pages that change hands."""
 
+import os
+import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +12,21 @@ import torch
 
 from loraplex.engine import adapter_reader
 from loraplex.engine.adapter_loader import UNLOADED, AdapterLoader, Load
-from loraplex.engine.adapter_reader import AdapterReader, ProcessReader, ThreadReader
+from loraplex.engine.adapter_reader import (
+    AdapterReader,
+    ProcessReader,
+    ThreadReader,
+    make_reader,
+)
 from loraplex.engine.adapter_table import AdapterTable
-from loraplex.engine.adapters import AdapterTarget
+from loraplex.engine.adapters import AdapterTarget, read_adapter
 from loraplex.memory.page_copier import HostPageCopier
 from loraplex.memory.pool import PagePool
 from loraplex.scheduler.plan import AdapterEvicted, InspectAdapter, LoadAdapter, int_array
 
 from helpers.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
 from helpers.dummy_models import write_adapter
+from helpers.fake_cudart import FakeCudart
 
 CPU = torch.device("cpu")
 
@@ -196,3 +205,43 @@ def test_dropped_while_it_is_read_for_a_load(
     assert len(recorder.loader._store) == 0
     assert recorder.table.table.rank[..., 2].any(), "what is in pages stays"
     recorder.loader.close()
+
+
+def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudart = FakeCudart()
+    cudart.install(monkeypatch)
+    target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True)
+    paths = [write_adapter(tmp_path / f"a{n}", TINY, rank=8, seed=n) for n in range(9)]
+    expected = [read_adapter(path.name, path, target) for path in paths]
+    unit = expected[0].num_bytes + 512
+    reader = make_reader(target)
+    assert isinstance(reader, ProcessReader)
+    reports: queue.SimpleQueue[object] = queue.SimpleQueue()
+    table = AdapterTable(target, 4, CPU)
+    loader = AdapterLoader(
+        target=target,
+        reader=reader,
+        table=table,
+        copier=HostPageCopier(PagePool(PAGE_SHAPE, 20, CPU)),
+        host_bytes=9 * unit,
+        report=reports.put,
+    )
+    pid, store = reader.pid, loader._store
+    deadline = time.monotonic() + 20
+    while not store.num_slab_bytes:
+        assert time.monotonic() < deadline, "no slab before the first read"
+        time.sleep(0.001)
+    for path, adapter in zip(paths, expected, strict=True):
+        loader.inspect(InspectAdapter(path.name, str(path)))
+        assert reports.get(timeout=20).content_hash == adapter.content_hash
+        kept = store.pin(adapter.content_hash)
+        assert kept is not None and torch.equal(kept.data, adapter.data)
+        assert any(a <= kept.data.data_ptr() < a + n for a, n in cudart.locked.items())
+        store.unpin(adapter.content_hash)
+        store.check_integrity()
+    loader.close()
+    assert len(store) == 9
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

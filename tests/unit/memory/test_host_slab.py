@@ -1,7 +1,7 @@
 """Slabs that another process can map: whose they are, where things lie in them, when they go."""
 
+import gc
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,15 @@ from loraplex.memory.host_slab import (
     shared_slab,
 )
 from loraplex.memory.page_copier import TRANSFER_BYTES, transfers
+
+from helpers.fake_cudart import FakeCudart, await_unlocking
+
+
+@pytest.fixture(autouse=True)
+def nobody_elses() -> None:
+    """Slabs of tests before this one may be on their way out."""
+    gc.collect()
+    await_unlocking()
 
 
 def num_mappings() -> int:
@@ -92,41 +101,11 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
         shared_slab(4096, page_locked=False)
 
 
-class FakeCudart:
-    """Keeps the books of page-locked memory; the `refused`th piece is not locked."""
-
-    def __init__(self, refused: int = -1) -> None:
-        self.refused = refused
-        self.locked: dict[int, int] = {}
-        self.num_unlocked = 0
-
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
-        assert address % 4096 == 0 and num_bytes > 0 and flags == 0
-        if len(self.locked) == self.refused:
-            return 2
-        self.locked[address] = num_bytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        assert (Path("/proc/self/maps").read_text()).count("memfd:loraplex-adapters")
-        del self.locked[address]
-        self.num_unlocked += 1
-        return 0
-
-
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
     fake = FakeCudart()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: device == 3 or pytest.fail())
+    fake.install(monkeypatch)
     return fake
-
-
-def await_unlocking() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "slab-unlocker":
-            thread.join()
 
 
 def test_pages_are_locked_by_pieces_and_unlocked_before_they_go(cudart: FakeCudart) -> None:
