@@ -86,7 +86,6 @@ class AdapterLoader:
         self._report = report
         self._enter_thread = enter_thread
         self._reader = reader
-        self._takes_slabs_ahead = target.pin_memory
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
@@ -198,8 +197,7 @@ class AdapterLoader:
 
     def _prepare(self) -> None:
         """Room for the next adapters, in time and beside the readers."""
-        if self._takes_slabs_ahead:
-            self._preparer.submit(self._store.prepare)
+        self._preparer.submit(self._store.prepare)
 
     def _run(self) -> None:
         """The loader thread: enqueues loads and reports them, in the order they came in."""

@@ -152,9 +152,7 @@ class ProcessReader:
             link = process.links.pop()
         try:
             yield link
-        except (OSError, EOFError, wire.WireError) as error:
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                raise  # the host's, which gave no memory
+        except (ConnectionError, EOFError, wire.WireError) as error:
             raise ReaderError(f"the process that reads adapters {process.end()}") from error
         finally:
             process.links.append(link)
@@ -246,8 +244,11 @@ def receive(link: socket.socket) -> tuple[Any, int | None]:
 
     Raises:
         EOFError: the other side is gone.
+        OSError: this process has too many files open to take another.
     """
-    data, fds, _, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, 1)
+    data, fds, flags, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, 1)
     if not data:
         raise EOFError
+    if flags & socket.MSG_CTRUNC:
+        raise OSError("too many open files")
     return wire.decode(data), fds[0] if fds else None

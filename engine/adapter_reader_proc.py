@@ -19,6 +19,7 @@ from loraplex.engine.messages import (
     AdapterPacked,
     HostMemory,
     NeedMemory,
+    NoMemory,
     ReadAdapter,
     ReaderStart,
     ReadFailed,
@@ -54,8 +55,9 @@ def serve(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
     def allocate(num_bytes: int) -> torch.Tensor:
         send(link, NeedMemory(num_bytes))
         memory, fd = receive(link)
-        if fd is None:
+        if isinstance(memory, NoMemory):
             raise MemoryError("the worker has no room for the adapter")
+        assert fd is not None
         try:
             return slabs.take(memory, fd, num_bytes)
         finally:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 PIECE_BYTES = 16 << 20
-"""A piece ends where an address is a multiple of this. Locking one takes a millisecond or two."""
+"""A piece ends where an address is a multiple of this."""
 
 PAUSE_S = 0.002
 

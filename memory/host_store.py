@@ -2,8 +2,7 @@
 
 On a GPU the memory must be page-locked to be copied at the link's speed, and page-locking costs
 a tenth of a second or two whenever it is asked for. So it is taken in slabs
-(memory/host_slab.py), by the threads that read adapters and ahead of need, and adapters come and
-go within them.
+(memory/host_slab.py) and ahead of need, and adapters come and go within them.
 """
 
 import logging
@@ -172,7 +171,9 @@ class HostStore:
         adapters as large as the largest so far would not fit; for a thread that nobody waits
         for."""
         with self._growing:
-            if self._space.num_fitting(self._largest) < NUM_SPARE:
+            with self._lock:
+                is_short = self._space.num_fitting(self._largest) < NUM_SPARE
+            if is_short:
                 self._grow(max(self._slab_bytes, self._largest), may_exceed_budget=False)
 
     def check_integrity(self) -> None:

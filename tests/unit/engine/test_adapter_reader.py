@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -10,12 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraplex.engine import wire
 from loraplex.engine.adapter_packing import AdapterTarget
-from loraplex.engine.adapter_reader import ProcessReader, ReaderError, ThreadReader
+from loraplex.engine.adapter_reader import (
+    ProcessReader,
+    ReaderError,
+    ThreadReader,
+    receive,
+    send,
+)
+from loraplex.engine.adapter_reader_proc import Slabs, serve
 from loraplex.engine.adapters import read_adapter
 from loraplex.engine.errors import AdapterError
+from loraplex.engine.messages import NoMemory
 from loraplex.memory.host_slab import plain_slab, shared_slab
-from loraplex.memory.host_store import HostStore, PackedAdapter
+from loraplex.memory.host_store import Allocate, HostStore, PackedAdapter
 
 from helpers.adapter_loads import PAGE_SHAPE, SHAPES, TINY
 from helpers.dummy_models import write_adapter
@@ -196,11 +206,45 @@ def test_it_ends_with_its_owner(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_what_no_reader_expects_is_named(
-    tmp_path: Path, own_reader: ProcessReader, monkeypatch: pytest.MonkeyPatch
+def test_what_no_reader_expects_fails_that_read_alone(
+    tmp_path: Path, own_reader: ProcessReader
 ) -> None:
-    """A path with a NUL is no adapter's fault by the reader's rules, and no reason to end."""
-    with pytest.raises((ReaderError, AdapterError), match=r"null byte|NUL|is no directory"):
-        own_reader.read("a", Path("a\0b"), plain_slab)
+    """Served over the same connection by a reader with a bug, which is no adapter's fault."""
+
+    class Broken(ThreadReader):
+        def read(self, name: str, folder: Path, allocate: Allocate) -> PackedAdapter:
+            if name == "bad":
+                raise IndexError("off by one")
+            return super().read(name, folder, allocate)
+
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    arguments = (theirs, Broken(TARGET), Slabs())
+    thread = threading.Thread(target=_serve_to_the_end, args=arguments)
+    thread.start()
+    assert own_reader._process is not None
+    own_reader._process.links.append(ours)  # the one that is used next
+    for _ in range(2):
+        with pytest.raises(ReaderError, match="IndexError: off by one"):
+            own_reader.read("bad", tmp_path, plain_slab)
     folder = write_adapter(tmp_path / "a", TINY, rank=2, seed=1)
-    assert read(own_reader, make_store(), folder).num_pages
+    check_same(read(own_reader, make_store(), folder), read_adapter("a", folder, TARGET))
+    ours.close()
+    thread.join()
+    own_reader._process.links.remove(ours)
+
+
+def _serve_to_the_end(link: socket.socket, reader: ThreadReader, slabs: Slabs) -> None:
+    with link, pytest.raises((EOFError, ConnectionError)):
+        serve(link, reader, slabs)
+    reader.close()
+
+
+def test_a_descriptor_that_did_not_arrive_is_an_error() -> None:
+    """As where the receiver has too many files open; here one is more than it takes."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(ours, [wire.encode(NoMemory())], [ours.fileno(), ours.fileno()])
+        with pytest.raises(OSError, match="too many open files"):
+            receive(theirs)
+        send(ours, NoMemory())
+        assert receive(theirs) == (NoMemory(), None)
