@@ -59,13 +59,13 @@ class Backend:
 # Of each op the fastest first: `auto` takes the first one that can run.
 _BACKENDS: tuple[Backend, ...] = (
     Backend("lora", "hybrid", "loraplex.backends.lora.hybrid", "HybridLoRA"),
-    Backend("lora", "triton", "loraplex.backends.lora.triton_sgmv", "TritonSGMV"),
-    Backend("lora", "cupy", "loraplex.backends.lora.cupy_bgmv", "CupyBGMV"),
+    Backend("lora", "triton", "loraplex.backends.lora.sgmv.triton_sgmv", "TritonSGMV"),
+    Backend("lora", "cupy", "loraplex.backends.lora.bgmv.cupy_bgmv", "CupyBGMV"),
     Backend("lora", "torch", "loraplex.backends.lora.torch_bmm", "TorchLoRA"),
     Backend(
         "attention",
         "flashinfer",
-        "loraplex.backends.attention.flashinfer_paged",
+        "loraplex.backends.attention.flashinfer.attention",
         "FlashInferAttention",
     ),
     Backend(

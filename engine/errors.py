@@ -13,6 +13,13 @@ class ClientError(LoraplexError):
     code = "bad_request"
 
 
+def client_error(code: str, text: str) -> ClientError:
+    """A ClientError that travels under a code of its own."""
+    error = ClientError(text)
+    error.code = code
+    return error
+
+
 class AdapterError(ClientError):
     """An adapter cannot be served; the text names the adapter and the reason."""
 

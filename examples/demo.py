@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from loraplex import LLM, LoRARequest, SamplingParams
-from loraplex.entrypoints.cli_generate import BASE, print_answers
+from loraplex.entrypoints.cli.generate import BASE, print_answers
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPTS = ["What is the capital of France?"]

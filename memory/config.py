@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from loraplex.memory.eviction import EVICTION_POLICIES
+from loraplex.memory.accounting.eviction import EVICTION_POLICIES
 
 
 @dataclass(frozen=True, slots=True)

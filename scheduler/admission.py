@@ -19,17 +19,17 @@ What bounds the wait:
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
-from loraplex.memory.adapter_cache import CachedAdapter, Residency
-from loraplex.memory.kv_cache import BlockChain, prefix_root
-from loraplex.memory.logical import LogicalMemory
-from loraplex.scheduler.adapters import Adapter
-from loraplex.scheduler.plan import AdapterLoaded, LoadAdapter, int_array
-from loraplex.scheduler.policy import Context, Policy
+from loraplex.memory.accounting.adapter_cache import CachedAdapter, Residency
+from loraplex.memory.accounting.kv_cache import BlockChain, prefix_root
+from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.prefetch import Prefetcher
 from loraplex.scheduler.request import Rank, Request
-from loraplex.scheduler.running import RunningSet
+from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
-from loraplex.scheduler.waiting import WaitingQueue
+from loraplex.scheduler.waiting_queue import WaitingQueue
+from loraplex.scheduler.worker_protocol import AdapterLoaded, LoadAdapter, int_array
 
 _MAX_SKIPPED = 256  # requests that one walk passes over while adapter slots are short
 
@@ -47,7 +47,7 @@ class Admission:
     def __init__(
         self,
         *,
-        memory: LogicalMemory,
+        memory: PageManager,
         waiting: WaitingQueue,
         policy: Policy,
         stats: SchedulerStats,
@@ -62,7 +62,7 @@ class Admission:
         self._base_fingerprint = base_fingerprint
         self._send = send
         self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
-        self._loading: dict[str, Adapter] = {}  # content hash -> record whose path is read
+        self._loading: dict[str, AdapterVersion] = {}  # content hash -> version whose path is read
         self._loading_ahead: set[str] = set()  # content hashes among _loading that nobody holds
         self._prefetcher: Prefetcher | None = None
         if prefetch:
@@ -103,7 +103,7 @@ class Admission:
         self.lacked_room = False
         for request in self._policy.order(self._waiting, context):
             request.rank = self._policy.rank(request, now)
-            if num_kept and request.record is not None:
+            if num_kept and request.adapter_version is not None:
                 verdict = _Verdict.NO_SLOT
             else:
                 verdict = self._try_start(request, num_running, context)
@@ -124,7 +124,7 @@ class Admission:
             self._waiting.discard(taken)
             self._note_change()
 
-    def prefetch(self, now: float, running: RunningSet) -> None:
+    def prefetch(self, now: float, running: RunningRequests) -> None:
         """Load adapters of waiting requests ahead, where nobody has to wait for it."""
         if self._prefetcher is not None:
             # The order that counts is the one there will be when a seat is free.
@@ -145,26 +145,26 @@ class Admission:
         now = context.now
         if request.has_tokens_in_flight:  # preempted; its last ids come with a step's result
             return _Verdict.NO_ROOM
-        record = request.record
-        adapter = self._memory.adapters.get(record.content_hash) if record else None
+        version = request.adapter_version
+        adapter = self._memory.adapters.get(version.content_hash) if version else None
         is_loading = adapter is not None and adapter.residency is Residency.LOADING
         if adapter and is_loading and adapter.content_hash not in self._loading_ahead:
             self._waiting.park(request, adapter.content_hash)
             return _Verdict.PARKED
         prefix = self._find_prefix(request)
         num_pages = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
-        if record and not adapter:
+        if version and not adapter:
             if not self._find_slot(request, now):
                 return _Verdict.NO_SLOT
-            num_pages += self._memory.charge(record.num_pages)
+            num_pages += self._memory.charge(version.num_pages)
         while self._num_available(prefix, adapter) < num_pages + num_running:
             if not self.revoke_pages(request.rank, now):
                 return _Verdict.NO_ROOM
-        if record and (is_loading or not adapter):
+        if version and (is_loading or not adapter):
             self._choose(request, context)
             if not adapter:
-                self.begin_load(record, now)
-            self._hold(request, record)
+                self.begin_load(version, now)
+            self._hold(request, version)
             return _Verdict.PARKED
         if request.request_id not in self._holders:  # else its seat was counted when it was chosen
             self._choose(request, context)
@@ -173,7 +173,7 @@ class Admission:
 
     def _find_prefix(self, request: Request) -> list[int]:
         if request.chain is None:
-            content_hash = request.record.content_hash if request.record else ""
+            content_hash = request.adapter_version.content_hash if request.adapter_version else ""
             root = prefix_root(request.salt, self._base_fingerprint, content_hash)
             request.chain = BlockChain(root, self._memory.kv.block_tokens)
         if not request.reads_prefix_cache:
@@ -193,40 +193,40 @@ class Admission:
                 return False
         return True
 
-    def begin_load(self, record: Adapter, now: float) -> None:
+    def begin_load(self, version: AdapterVersion, now: float) -> None:
         """Reserve a slot and pages and have the adapter copied into them; there must be room for
         both. Without a holder it is idle once it is loaded."""
         self._memory.make_adapter_slot()
-        self._memory.make_room(self._memory.charge(record.num_pages))
+        self._memory.make_room(self._memory.charge(version.num_pages))
         adapter = self._memory.adapters.allocate(
-            record.content_hash, record.num_pages, now, num_bytes=record.num_bytes
+            version.content_hash, version.num_pages, now, num_bytes=version.num_bytes
         )
-        self._loading[record.content_hash] = record
+        self._loading[version.content_hash] = version
         self._stats.num_adapter_loads += 1
         self._send(
             LoadAdapter(
                 adapter_slot=adapter.slot,
-                content_hash=record.content_hash,
-                path=record.path,
+                content_hash=version.content_hash,
+                path=version.path,
                 page_ids=int_array(adapter.page_ids),
                 after_step=adapter.num_planned - 1,
             )
         )
 
-    def _load_ahead(self, record: Adapter, now: float) -> None:
-        self.begin_load(record, now)
-        self._loading_ahead.add(record.content_hash)
+    def _load_ahead(self, version: AdapterVersion, now: float) -> None:
+        self.begin_load(version, now)
+        self._loading_ahead.add(version.content_hash)
         self._stats.num_adapter_prefetches += 1
 
-    def _hold(self, request: Request, record: Adapter) -> None:
+    def _hold(self, request: Request, version: AdapterVersion) -> None:
         """Let `request` wait for its adapter, which is being loaded, and keep that for it."""
-        self._loading_ahead.discard(record.content_hash)
+        self._loading_ahead.discard(version.content_hash)
         self._pin(request)
         self._holders[request.request_id] = request
-        self._waiting.park(request, record.content_hash)
+        self._waiting.park(request, version.content_hash)
 
     def _reserve(self, request: Request, prefix: list[int]) -> None:
-        if request.record is not None and not request.pins_adapter:
+        if request.adapter_version is not None and not request.pins_adapter:
             self._pin(request)
         self._holders.pop(request.request_id, None)
         kv, num_tokens = self._memory.kv, len(request.token_ids)
@@ -244,24 +244,24 @@ class Admission:
             self._stats.prefix_hit_tokens += num_cached
 
     def _pin(self, request: Request) -> None:
-        assert request.record is not None
-        self._memory.adapters.pin(request.record.content_hash)
+        assert request.adapter_version is not None
+        self._memory.adapters.pin(request.adapter_version.content_hash)
         request.pins_adapter = True
 
     def unpin(self, request: Request, now: float) -> None:
         """Let go of the adapter of a request that ends, is preempted, or held it while waiting."""
         self._note_change()
         self._holders.pop(request.request_id, None)
-        if request.pins_adapter and request.record is not None:
+        if request.pins_adapter and request.adapter_version is not None:
             request.pins_adapter = False
-            self._memory.adapters.unpin(request.record.content_hash, now)
+            self._memory.adapters.unpin(request.adapter_version.content_hash, now)
 
     def newest_holder(self) -> Request | None:
         """The last request by rank for which an adapter is held that has finished loading."""
         held = [
             request
             for request in self._holders.values()
-            if request.record and request.record.content_hash not in self._loading
+            if request.adapter_version and request.adapter_version.content_hash not in self._loading
         ]
         return max(held, key=lambda request: request.rank, default=None)
 
@@ -277,15 +277,15 @@ class Admission:
         """The same for the sake of its pages, where KV can have them."""
         return self._memory.is_unified and self.revoke_newest(rank, now)
 
-    def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], Adapter]:
+    def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], AdapterVersion]:
         """Take in the end of a load; a failed one gives its slot and pages back.
 
         Returns:
-            The requests that waited for it, now in no queue, and the record that was read.
+            The requests that waited for it, now in no queue, and the version that was read.
         """
         adapter = self._memory.adapters.get(event.content_hash)
-        record = self._loading.pop(event.content_hash, None)
-        if adapter is None or record is None or adapter.slot != event.adapter_slot:
+        version = self._loading.pop(event.content_hash, None)
+        if adapter is None or version is None or adapter.slot != event.adapter_slot:
             raise ValueError(
                 f"nobody asked to load adapter {event.content_hash} into slot {event.adapter_slot}"
             )
@@ -300,4 +300,4 @@ class Admission:
         else:
             self._stats.adapter_load_us += event.load_us
             self._memory.adapters.finish_load(event.content_hash, now)
-        return requests, record
+        return requests, version

@@ -3,19 +3,19 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from loraplex.memory.block_manager import IntegrityError
-from loraplex.memory.logical import LogicalMemory
+from loraplex.memory.accounting.block_manager import IntegrityError
+from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.request import Request, RequestState
-from loraplex.scheduler.running import RunningSet
-from loraplex.scheduler.waiting import WaitingQueue
+from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.waiting_queue import WaitingQueue
 
 
-def check_books(
+def check_integrity(
     *,
     requests: Iterable[Request],
-    running: RunningSet,
+    running: RunningRequests,
     waiting: WaitingQueue,
-    memory: LogicalMemory,
+    memory: PageManager,
     pinned: Iterable[str],
 ) -> None:
     """Raise IntegrityError unless each request is in one place and holds what it should.
@@ -38,14 +38,14 @@ def check_books(
     pins: Counter[str] = Counter(pinned)
     for request in requests:
         _check_request(request, memory)
-        if request.pins_adapter and request.record is not None:
-            pins[request.record.content_hash] += 1
+        if request.pins_adapter and request.adapter_version is not None:
+            pins[request.adapter_version.content_hash] += 1
     held = Counter({adapter.content_hash: adapter.num_pins for adapter in memory.adapters})
     if +held != pins:
         raise IntegrityError(f"adapters are pinned {+held}, requests and the user hold {pins}")
 
 
-def _check_request(request: Request, memory: LogicalMemory) -> None:
+def _check_request(request: Request, memory: PageManager) -> None:
     name = f"request {request.request_id!r}"
     if not len(request.token_ids) <= request.num_total <= request.max_total:
         raise IntegrityError(f"{name} counts its tokens wrongly")
@@ -58,5 +58,5 @@ def _check_request(request: Request, memory: LogicalMemory) -> None:
         raise IntegrityError(f"{name} counts its pages wrongly")
     if request.num_scheduled > request.capacity:
         raise IntegrityError(f"{name} was planned past its pages")
-    if (request.record is not None) != request.pins_adapter:
+    if (request.adapter_version is not None) != request.pins_adapter:
         raise IntegrityError(f"{name} runs without a pin on its adapter")

@@ -1,13 +1,13 @@
 """Fills one step: decode rows, chunks of prompts, then requests that start; preempts for room."""
 
-from loraplex.memory.logical import LogicalMemory
+from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.admission import Admission
-from loraplex.scheduler.policy import Context
+from loraplex.scheduler.policies.policy import Context
 from loraplex.scheduler.request import Request, RequestState
-from loraplex.scheduler.running import RunningSet
+from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
-from loraplex.scheduler.step import StepBuilder, new_request
-from loraplex.scheduler.waiting import WaitingQueue
+from loraplex.scheduler.step_builder import StepBuilder, new_request
+from loraplex.scheduler.waiting_queue import WaitingQueue
 
 
 class StepPlanner:
@@ -16,8 +16,8 @@ class StepPlanner:
     def __init__(
         self,
         *,
-        memory: LogicalMemory,
-        running: RunningSet,
+        memory: PageManager,
+        running: RunningRequests,
         waiting: WaitingQueue,
         admission: Admission,
         stats: SchedulerStats,
@@ -106,8 +106,8 @@ class StepPlanner:
     def _plan_waiting(self, step: StepBuilder, now: float) -> None:
         def start(request: Request) -> bool:
             self._running.add(request)
-            record = request.record
-            adapter = self._memory.adapters.get(record.content_hash) if record else None
+            version = request.adapter_version
+            adapter = self._memory.adapters.get(version.content_hash) if version else None
             page_ids = self._memory.kv.page_ids(request.request_id)
             step.new_requests.append(
                 new_request(request, page_ids, adapter.slot if adapter else -1)

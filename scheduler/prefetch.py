@@ -17,12 +17,12 @@ out in turns.
 from collections.abc import Callable
 from itertools import islice
 
-from loraplex.memory.logical import LogicalMemory
-from loraplex.scheduler.adapters import Adapter
-from loraplex.scheduler.policy import Context, Policy
+from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.request import Request
-from loraplex.scheduler.running import RunningSet
-from loraplex.scheduler.waiting import WaitingQueue
+from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.waiting_queue import WaitingQueue
 
 LOOK_AHEAD = 16
 """Requests of the order that are looked at: more than start during a load. Further ahead the order
@@ -43,10 +43,10 @@ class Prefetcher:
     def __init__(
         self,
         *,
-        memory: LogicalMemory,
+        memory: PageManager,
         waiting: WaitingQueue,
         policy: Policy,
-        begin: Callable[[Adapter, float], None],
+        begin: Callable[[AdapterVersion, float], None],
     ) -> None:
         self._memory = memory
         self._waiting = waiting
@@ -55,7 +55,7 @@ class Prefetcher:
         self._num_waiting = 0  # when it looked last
         self.is_stale = True  # something has changed since it looked last
 
-    def run(self, context: Context, *, running: RunningSet, num_loading: int) -> None:
+    def run(self, context: Context, *, running: RunningRequests, num_loading: int) -> None:
         """Begin the loads that nobody pays for; costs O(LOOK_AHEAD), or nothing if all is as it
         was the last time.
 
@@ -72,17 +72,17 @@ class Prefetcher:
         num_growth: int | None = None
         num_needed = 0  # by those before
         for request in window:
-            record = request.record
-            if record is not None and record.content_hash not in counted:
-                counted.add(record.content_hash)
-                adapter = memory.adapters.get(record.content_hash)
+            version = request.adapter_version
+            if version is not None and version.content_hash not in counted:
+                counted.add(version.content_hash)
+                adapter = memory.adapters.get(version.content_hash)
                 if adapter is None:
                     if num_growth is None:
                         num_growth = self._growth(running)
                     room = memory.num_available - num_growth - num_needed
-                    if num_loading >= MAX_LOADS or room < memory.charge(record.num_pages):
+                    if num_loading >= MAX_LOADS or room < memory.charge(version.num_pages):
                         return
-                    if not self._load(request, record, window, context.now):
+                    if not self._load(request, version, window, context.now):
                         return
                     num_loading += 1
                 elif adapter.is_idle:
@@ -93,7 +93,7 @@ class Prefetcher:
             if num_needed > memory.num_available:
                 return
 
-    def _growth(self, running: RunningSet) -> int:
+    def _growth(self, running: RunningRequests) -> int:
         """Pages that the running requests may take during a load."""
         num_pages_for = self._memory.kv.num_pages_for
         return sum(
@@ -103,21 +103,25 @@ class Prefetcher:
             > request.capacity
         )
 
-    def _load(self, request: Request, record: Adapter, window: list[Request], now: float) -> bool:
-        if request.was_prefetched or not self._make_room(record, window):
+    def _load(
+        self, request: Request, version: AdapterVersion, window: list[Request], now: float
+    ) -> bool:
+        if request.was_prefetched or not self._make_room(version, window):
             return False
         request.was_prefetched = True
-        self._begin(record, now)
+        self._begin(version, now)
         return True
 
-    def _make_room(self, record: Adapter, window: list[Request]) -> bool:
+    def _make_room(self, version: AdapterVersion, window: list[Request]) -> bool:
         """Free a slot and pages at the cost of what is cheaper to bring back."""
-        memory, num_pages = self._memory, record.num_pages
-        cost_ns = memory.adapters.load_cost_ns(record.content_hash, record.num_bytes)
+        memory, num_pages = self._memory, version.num_pages
+        cost_ns = memory.adapters.load_cost_ns(version.content_hash, version.num_bytes)
         below = memory.clock.stamp(cost_ns, num_pages)
         if memory.adapters.num_free_slots and memory.charge(num_pages) <= memory.num_free:
             return True
-        soon_used = {other.record.content_hash for other in window if other.record}
+        soon_used = {
+            other.adapter_version.content_hash for other in window if other.adapter_version
+        }
         kept = [a for h in sorted(soon_used) if (a := memory.adapters.get(h)) and a.is_idle]
         for adapter in kept:
             memory.adapters.pin(adapter.content_hash)

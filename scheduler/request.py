@@ -4,18 +4,12 @@ from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
-from loraplex.memory.kv_cache import BlockChain
-from loraplex.scheduler.plan import SamplingSpec, TokenLogprobs, int_array
-
-if TYPE_CHECKING:
-    from loraplex.scheduler.adapters import Adapter
+from loraplex.memory.accounting.kv_cache import BlockChain
+from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.worker_protocol import SamplingSpec, TokenLogprobs, int_array
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-
-TIERS = ("pages", "host", "disk")
-"""Where an adapter is, from near to far."""
 
 Rank = tuple[float, int]
 """A place in an order: smaller goes first; the second part, the order of arrival, is unique."""
@@ -59,7 +53,7 @@ class Request:
     rank: Rank = field(default=(0.0, 0), init=False)  # place among the chosen ones
     flow: Hashable = field(default=None, init=False)  # the one it waits in
     chosen_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
-    record: "Adapter | None" = field(default=None, init=False)
+    adapter_version: AdapterVersion | None = field(default=None, init=False)
     pins_adapter: bool = field(default=False, init=False)
     parked_on: Hashable = field(default=None, init=False)  # see WaitingQueue
     was_prefetched: bool = field(default=False, init=False)  # its adapter was loaded ahead, once

@@ -11,16 +11,23 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
-from loraplex.memory.logical import LogicalMemory
-from loraplex.scheduler.adapter_desk import AdapterDesk
-from loraplex.scheduler.adapters import Adapter, AdapterState, AdapterUpdate, failure
+from loraplex.scheduler.adapters.manager import AdapterManager, AdapterUpdate
+from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.intake import check_lengths, misfit
-from loraplex.scheduler.integrity import check_books
-from loraplex.scheduler.outcomes import take_result
-from loraplex.scheduler.plan import (
+from loraplex.scheduler.integrity import check_integrity
+from loraplex.scheduler.planner import StepPlanner
+from loraplex.scheduler.policies.registry import make_policy
+from loraplex.scheduler.request import Request, RequestRefused, RequestState, RequestUpdate
+from loraplex.scheduler.request_checks import capacity_problem, check_lengths
+from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.stats import SchedulerStats
+from loraplex.scheduler.step_builder import StepBuilder
+from loraplex.scheduler.step_results import take_result
+from loraplex.scheduler.waiting_queue import WaitingQueue
+from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
@@ -31,13 +38,6 @@ from loraplex.scheduler.plan import (
     StepResult,
     UnloadAdapter,
 )
-from loraplex.scheduler.planner import StepPlanner
-from loraplex.scheduler.policies import make_policy
-from loraplex.scheduler.request import Request, RequestRefused, RequestState, RequestUpdate
-from loraplex.scheduler.running import RunningSet
-from loraplex.scheduler.stats import SchedulerStats
-from loraplex.scheduler.step import StepBuilder
-from loraplex.scheduler.waiting import WaitingQueue
 
 Command = InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter
 
@@ -71,14 +71,14 @@ class Scheduler:
         self._requests: dict[Hashable, Request] = {}
         self._num_added = 0
         self._waiting = WaitingQueue(self._policy)
-        self._running = RunningSet(config.max_num_seqs)
+        self._running = RunningRequests(config.max_num_seqs)
         self._in_flight: deque[StepBuilder] = deque()
         self._commands: list[Command] = []
         self._updates: list[RequestUpdate] = []
         if memory.fixed_adapter_slots and max_adapter_pages < 1:
             raise ValueError("fixed_adapter_slots need max_adapter_pages, the size of a slot")
         num_slots = memory.fixed_adapter_slots or memory.max_adapter_slots
-        self._memory = LogicalMemory(
+        self._memory = PageManager(
             num_pages=num_pages,
             block_tokens=memory.block_tokens,
             max_adapter_slots=num_slots,
@@ -103,7 +103,7 @@ class Scheduler:
             admission=self._admission,
             stats=self._stats,
         )
-        self._desk = AdapterDesk(
+        self._adapters = AdapterManager(
             memory=self._memory,
             max_slots=num_slots,
             requests=self._requests,
@@ -122,7 +122,7 @@ class Scheduler:
                 is invalid or could never run; the code says which.
         """
         try:
-            record = self._check(request)
+            version = self._check(request)
         except RequestRefused:
             self._stats.num_refused += 1
             raise
@@ -130,20 +130,20 @@ class Scheduler:
         self._stats.num_requests += 1
         request.order = self._num_added
         request.arrival = self._clock()
-        request.record = record
+        request.adapter_version = version
         request.key = request.rank = self._policy.key(request)
         self._policy.on_arrival(request, request.arrival)
         self._requests[request.request_id] = request
-        self._desk.service.on_accepted(request)
-        if record is not None:
-            self._desk.registry.bind(record, request.arrival)
-            if record.state is not AdapterState.READY:
-                self._waiting.park(request, record)
+        self._adapters.usage_stats.on_accepted(request)
+        if version is not None:
+            self._adapters.registry.bind(version, request.arrival)
+            if version.state is not AdapterState.READY:
+                self._waiting.park(request, version)
                 return
         self._waiting.push(request)
 
-    def _check(self, request: Request) -> Adapter | None:
-        """Refuse what cannot be served; returns the record of its adapter."""
+    def _check(self, request: Request) -> AdapterVersion | None:
+        """Refuse what cannot be served; returns the version of its adapter."""
         if request.request_id in self._requests:
             raise RequestRefused("bad_request", f"request id {request.request_id!r} is in use")
         if len(self._waiting) >= self._config.max_queue_len:
@@ -152,14 +152,16 @@ class Scheduler:
                 f"{self._config.max_queue_len} requests wait already; try again later",
             )
         check_lengths(request, self._max_model_len)
-        record = self._desk.registry.resolve(request.adapter) if request.adapter else None
-        if refusal := self._misfit(request, record):
+        version = self._adapters.registry.resolve(request.adapter) if request.adapter else None
+        if refusal := self._capacity_problem(request, version):
             raise RequestRefused("bad_request", refusal)
-        return record
+        return version
 
-    def _misfit(self, request: Request, record: Adapter | None) -> str:
-        own = record.content_hash if record else ""
-        return misfit(request, record, self._memory, self._desk.pins.num_pages_besides(own))
+    def _capacity_problem(self, request: Request, version: AdapterVersion | None) -> str:
+        own = version.content_hash if version else ""
+        return capacity_problem(
+            request, version, self._memory, self._adapters.pins.num_pages_besides(own)
+        )
 
     def abort(self, request_id: Hashable) -> bool:
         """End a request in any state, without an update; False if it is not there (any more)."""
@@ -178,9 +180,9 @@ class Scheduler:
             self._admission.unpin(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
-        self._desk.service.on_end(request)
-        if request.record is not None:
-            self._desk.registry.unbind(request.record, now)
+        self._adapters.usage_stats.on_end(request)
+        if request.adapter_version is not None:
+            self._adapters.registry.unbind(request.adapter_version, now)
         self._stats.finished[reason] += 1
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
@@ -201,7 +203,7 @@ class Scheduler:
         if len(self._in_flight) >= self._config.max_steps_in_flight:
             self._planner.look_ahead(now)
             return None
-        self._desk.pins.keep(now)
+        self._adapters.pins.keep(now)
         self._give_up(now)
         blocks = self._memory.blocks
         step = StepBuilder(
@@ -235,7 +237,7 @@ class Scheduler:
             return False
         order = self._policy.order(self._waiting, self._planner.context(now))
         request = next(order, self._waiting.by_age[0])
-        reason = self._misfit(request, request.record) or "pages are lost"
+        reason = self._capacity_problem(request, request.adapter_version) or "pages are lost"
         self._fail(request, "internal", f"no room to start: {reason}", now)
         return True
 
@@ -252,7 +254,7 @@ class Scheduler:
         self._in_flight.popleft()
         now = self._clock()
         self._policy.on_result(step, now)
-        self._desk.service.on_result(step, now)
+        self._adapters.usage_stats.on_result(step, now)
         updates, ended = take_result(step, result, self._memory.kv, self._stats)
         for request in ended:
             self._end(request, request.finish_reason(), now)
@@ -262,11 +264,11 @@ class Scheduler:
 
     def register_adapter(self, name: str, path: str) -> dict[str, Any]:
         """Remember a path under a name, replacing the name's adapter for new requests."""
-        return self._desk.describe(self._desk.registry.register(name, path), {})
+        return self._adapters.describe(self._adapters.registry.register(name, path), {})
 
     def load_adapter(self, name: str, path: str, reply_key: Hashable) -> None:
         """Register and inspect now; the outcome comes in take_adapter_updates()."""
-        self._desk.registry.load(name, path, reply_key)
+        self._adapters.registry.load(name, path, reply_key)
 
     def unload_adapter(self, name: str) -> dict[str, Any]:
         """Forget a name; its pages and host memory are freed after the last request that uses
@@ -275,7 +277,7 @@ class Scheduler:
         Raises:
             RequestRefused: the name is unknown.
         """
-        return self._desk.describe(self._desk.registry.unload(name), {})
+        return self._adapters.describe(self._adapters.registry.unload(name), {})
 
     def pin_adapter(self, name: str, reply_key: Hashable) -> None:
         """Keep what the name means in pages from now on; the outcome, decided once its files are
@@ -284,44 +286,44 @@ class Scheduler:
         Raises:
             RequestRefused: the name is unknown, or its adapter could not be read.
         """
-        self._desk.pin(name, reply_key)
+        self._adapters.pin(name, reply_key)
 
     def unpin_adapter(self, name: str) -> dict[str, Any]:
         """Idempotent; RequestRefused if the name is unknown."""
-        return self._desk.describe(self._desk.unpin(name), {})
+        return self._adapters.describe(self._adapters.unpin(name), {})
 
     def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
         """The adapter of this name (RequestRefused if it is unknown), or all; see docs/protocol.md.
 
         All of 10,000 take a tenth of a second, in which no step is planned.
         """
-        return self._desk.describe_all(name, self._running)
+        return self._adapters.describe_all(name, self._running)
 
     def on_adapter_inspected(self, event: AdapterInspected) -> None:
         """Let the requests that waited for the files go on, or fail them."""
         now = self._clock()
-        record = self._desk.on_inspected(event)
-        requests = self._waiting.unpark(record)
+        version = self._adapters.on_inspected(event)
+        requests = self._waiting.unpark(version)
         self._waiting.push_all(requests)
         for request in requests:
-            if record.state is AdapterState.FAILED:
-                self._fail(request, "adapter", failure(record), now)
-            elif refusal := self._misfit(request, record):
+            if version.state is AdapterState.FAILED:
+                self._fail(request, "adapter", failure(version), now)
+            elif refusal := self._capacity_problem(request, version):
                 self._fail(request, "bad_request", refusal, now)
 
     def on_adapter_loaded(self, event: AdapterLoaded) -> None:
         """Let the requests that waited for the pages go on, or fail those of the file read."""
         now = self._clock()
-        requests, record = self._admission.on_loaded(event, now)
+        requests, version = self._admission.on_loaded(event, now)
         self._waiting.push_all(requests)
-        self._desk.on_loaded(event, record, requests)
+        self._adapters.on_loaded(event, version, requests)
         if event.error:
-            for request in [r for r in self._waiting.by_age if r.record is record]:
-                self._fail(request, "adapter", failure(record), now)
+            for request in [r for r in self._waiting.by_age if r.adapter_version is version]:
+                self._fail(request, "adapter", failure(version), now)
 
     def on_adapter_evicted(self, event: AdapterEvicted) -> None:
         """The workers' host store has it no more: its next load comes from disk."""
-        self._desk.on_evicted(event.content_hash)
+        self._adapters.on_evicted(event.content_hash)
 
     # What goes out
 
@@ -338,7 +340,7 @@ class Scheduler:
 
     def take_adapter_updates(self) -> list[AdapterUpdate]:
         """Outcomes of load_adapter() and pin_adapter()."""
-        return self._desk.take_updates()
+        return self._adapters.take_updates()
 
     @property
     def num_unfinished(self) -> int:
@@ -360,20 +362,20 @@ class Scheduler:
                 "pages_prefix": pages["prefix"],
                 "pages_adapter": pages["adapter"],
             }
-            | self._desk.stats()
+            | self._adapters.stats()
         )
 
     def check_integrity(self) -> None:
         """Prove that no page, slot, pin or request is lost or leaked; raises IntegrityError."""
         self._memory.check_integrity()
-        check_books(
+        check_integrity(
             requests=self._requests.values(),
             running=self._running,
             waiting=self._waiting,
             memory=self._memory,
-            pinned=self._desk.pins.held(),
+            pinned=self._adapters.pins.held(),
         )
-        self._desk.pins.check_integrity()
+        self._adapters.pins.check_integrity()
         self._policy.check_integrity(self._requests.values())
 
     def _unload(self, adapter_slot: int) -> None:

@@ -16,7 +16,7 @@ from loraplex.backends.attention.contract import (
     GraphsUnsupportedError,
     Int32Array,
 )
-from loraplex.backends.staging import Staging
+from loraplex.backends.launch.upload import Staging
 
 MAX_GATHER_ELEMS = 1 << 25
 """Bounds the K (and the V) gathered for one call of SDPA; a longer sequence goes alone."""

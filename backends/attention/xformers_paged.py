@@ -25,8 +25,8 @@ from loraplex.backends.attention.contract import (
     AttentionSpec,
     GraphsUnsupportedError,
 )
-from loraplex.backends.attention.trial import trial_spec, try_out
-from loraplex.backends.staging import Staging
+from loraplex.backends.attention.self_test import trial_spec, try_out
+from loraplex.backends.launch.upload import Staging
 
 SPARE_TOKENS = 512
 """FlashAttention 3 fetches a tile's page numbers past a sequence's end: so many tokens of valid

@@ -17,7 +17,7 @@ from loraplex.backends.fused.kernels.layer import (
     rope_store_kv_kernel,
     silu_mul_kernel,
 )
-from loraplex.backends.triton_launch import TritonLaunch
+from loraplex.backends.launch.triton import TritonLaunch
 
 SILU_BLOCK = 1024
 HEADS_PER_PROGRAM = 8

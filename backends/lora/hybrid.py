@@ -7,7 +7,7 @@ depends on rows, rows an adapter and ranks (benchmarks/results/lora_kernels_h200
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRAOp, LoRASpec, LoRATable
-from loraplex.backends.lora.sgmv_blocks import RANK_CLASSES
+from loraplex.backends.lora.sgmv.blocks import RANK_CLASSES
 
 SGMV_ROWS = 12
 """Rows an adapter, on average, from which SGMV runs..."""
@@ -25,15 +25,15 @@ class HybridLoRA:
     def probe(spec: LoRASpec | None = None) -> str | None:
         """None when usable, else the reason: it needs both of its halves."""
         try:
-            from loraplex.backends.lora.cupy_bgmv import CupyBGMV
-            from loraplex.backends.lora.triton_sgmv import TritonSGMV
+            from loraplex.backends.lora.bgmv.cupy_bgmv import CupyBGMV
+            from loraplex.backends.lora.sgmv.triton_sgmv import TritonSGMV
         except ImportError as error:
             return f"it needs both cupy and triton: {error}"
         return CupyBGMV.probe(spec) or TritonSGMV.probe(spec)
 
     def __init__(self, spec: LoRASpec) -> None:
-        from loraplex.backends.lora.cupy_bgmv import CupyBGMV
-        from loraplex.backends.lora.triton_sgmv import TritonSGMV
+        from loraplex.backends.lora.bgmv.cupy_bgmv import CupyBGMV
+        from loraplex.backends.lora.sgmv.triton_sgmv import TritonSGMV
 
         self._few: LoRAOp = CupyBGMV(spec)
         self._many: LoRAOp = TritonSGMV(spec)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loraplex.backends.launch.upload import Staging
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
-from loraplex.backends.staging import Staging
 
 MAX_BUCKET_SEGMENTS = 32
 """Bounds the gathered weights."""

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from loraplex.engine.errors import LoraplexError
+from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.bench.traces import TraceRequest
-from loraplex.entrypoints.client_sync import Client
-from loraplex.entrypoints.outputs import RequestFailure, RequestOutput
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
+from loraplex.entrypoints.client.sync_client import Client
 
 MEASURED = (
     "times are taken in the client from streamed outputs over ZeroMQ; TTFT counts from the "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from loraplex.entrypoints.bench.simulate import SimRequest, SimResult
-from loraplex.scheduler.policy_vtc import OUTPUT_WEIGHT, PROMPT_WEIGHT
+from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 
 
 def attainment(result: SimResult, slo_s: float) -> float:

@@ -13,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import loraplex
-from loraplex.engine.adapter_paths import adapters_at_start
+from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
-from loraplex.entrypoints import flags
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.measure import MEASURED, LoadGenerator, Timeline
 from loraplex.entrypoints.bench.results import Results, Row
@@ -26,7 +25,8 @@ from loraplex.entrypoints.bench.traces import (
     make_prompts,
     warm_up_trace,
 )
-from loraplex.entrypoints.local_engine import LocalEngine
+from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.offline.local_engine import LocalEngine
 
 SLAB_BYTES = 256 << 20  # by which the host store grows
 _MAX_CLIENT_BACKLOG = 1 << 18  # tokens of a whole batch may wait while requests are sent

@@ -12,7 +12,10 @@ from typing import Any
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.plan import (
+from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
+from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.scheduler import Scheduler
+from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
     AdapterLoaded,
     InspectAdapter,
@@ -23,9 +26,6 @@ from loraplex.scheduler.plan import (
     UnloadAdapter,
     int_array,
 )
-from loraplex.scheduler.policy_vtc import OUTPUT_WEIGHT, PROMPT_WEIGHT
-from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
-from loraplex.scheduler.scheduler import Scheduler
 
 _NO_SAMPLING = SamplingSpec(
     temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, repetition_penalty=1.0,

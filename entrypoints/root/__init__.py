@@ -9,13 +9,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "loraplex.entrypoints.llm",
-    "SamplingParams": "loraplex.scheduler.sampling_params",
-    "LoRARequest": "loraplex.entrypoints.requests",
-    "RequestOutput": "loraplex.entrypoints.outputs",
-    "CompletionOutput": "loraplex.entrypoints.outputs",
-    "Client": "loraplex.entrypoints.client",
-    "AsyncClient": "loraplex.entrypoints.client",
+    "LLM": "loraplex.entrypoints.offline.llm",
+    "SamplingParams": "loraplex.engine.frontend.sampling_params",
+    "LoRARequest": "loraplex.entrypoints.client.lora_request",
+    "RequestOutput": "loraplex.entrypoints.client.outputs",
+    "CompletionOutput": "loraplex.entrypoints.client.outputs",
+    "Client": "loraplex.entrypoints.client.sync_client",
+    "AsyncClient": "loraplex.entrypoints.client.async_client",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -9,7 +9,7 @@ import torch
 from loraplex.backends import registry
 from loraplex.backends.attention.contract import AttentionSpec, GraphsUnsupportedError
 
-from helpers.attention_cases import (
+from helpers.kernels.attention_cases import (
     BATCHES,
     GraphRunner,
     Sequences,
@@ -18,7 +18,7 @@ from helpers.attention_cases import (
     make_spec,
     random_decodes,
 )
-from helpers.oracles import attention_oracle
+from helpers.kernels.oracles import attention_oracle
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 BACKENDS = {backend.name: backend for backend in registry.list_backends("attention")}

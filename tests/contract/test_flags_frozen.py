@@ -6,8 +6,9 @@ import dataclasses
 import pytest
 
 from loraplex.engine.config import EngineConfig
-from loraplex.entrypoints import cli, flags
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.cli import main as cli
 
 MODEL = [
     "--chat-template", "--device", "--dtype", "--load-format", "--max-model-len", "--model",

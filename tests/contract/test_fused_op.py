@@ -8,7 +8,7 @@ import torch
 
 from loraplex.backends import registry
 
-from helpers.fused_cases import draw_values, make_fused, rms_norm_oracle, rope_oracle
+from helpers.kernels.fused_cases import draw_values, make_fused, rms_norm_oracle, rope_oracle
 
 NAMES = [backend.name for backend in registry.list_backends("fused")]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

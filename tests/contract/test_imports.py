@@ -22,7 +22,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         "import loraplex",
         "import loraplex.backends.registry",
-        "import loraplex.entrypoints.cli",
+        "import loraplex.entrypoints.cli.main",
         "from loraplex import LLM, AsyncClient, Client, LoRARequest, SamplingParams",
     ],
 )
@@ -30,7 +30,7 @@ def test_light_imports_load_no_gpu_library(statement: str) -> None:
     assert not loaded_by(statement) & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["scheduler", "sampling_params", "plan", "config"])
+@pytest.mark.parametrize("module", ["scheduler", "worker_protocol", "config"])
 def test_scheduler_is_plain_python(module: str) -> None:
     modules = loaded_by(f"import loraplex.scheduler.{module}")
     assert not modules & {*HEAVY, "numpy", "zmq"}

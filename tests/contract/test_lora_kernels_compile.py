@@ -13,8 +13,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from loraplex.backends.lora.kernels.sgmv import expand_kernel, shrink_kernel  # noqa: E402
-from loraplex.backends.lora.sgmv_blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
+from loraplex.backends.lora.sgmv.blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
+from loraplex.backends.lora.sgmv.kernels import expand_kernel, shrink_kernel  # noqa: E402
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "meta": "*i32",
@@ -110,7 +110,7 @@ BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, 
 )
 @pytest.mark.parametrize("group", [QKV, DOWN, SMALL], ids=["qkv", "down", "small"])
 def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
-    source = resources.files("loraplex.backends.lora.kernels").joinpath("bgmv.cu")
+    source = resources.files("loraplex.backends.lora.bgmv").joinpath("bgmv.cu")
     macros = BGMV | group | {"BF16": bf16, "K_ROW": -(-group["K"] // 64) * 64}
     macros |= {"NT": nt, "ROWS": rows}
     defines = [f"-D{name}={value}" for name, value in macros.items()]

@@ -8,7 +8,7 @@ import torch
 from loraplex.backends import registry
 from loraplex.backends.lora.contract import apply_lora
 
-from helpers.lora_cases import (
+from helpers.kernels.lora_cases import (
     POPULARITIES,
     LoRACase,
     draw_slots,
@@ -17,7 +17,7 @@ from helpers.lora_cases import (
     make_shapes,
     make_spec,
 )
-from helpers.lora_checks import TOLERANCE, apply, as_bits, check, compare, make_inputs
+from helpers.kernels.lora_checks import TOLERANCE, apply, as_bits, check, compare, make_inputs
 
 NAMES = [backend.name for backend in registry.list_backends("lora")]
 GPU = pytest.mark.gpu

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine import wire
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.messages import PROTOCOL_VERSION, WIRE_TYPES
+from loraplex.engine.ipc import codec
+from loraplex.engine.ipc.messages import PROTOCOL_VERSION, WIRE_TYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.just(EngineConfig())
     if is_dataclass(hint):
         return instances_of(hint)
-    if origin is wire._Array:
+    if origin is codec._Array:
         if args[0] is float:
             return FLOATS.map(lambda v: array("f", v))
         return INTS.map(lambda v: array("i", v)) | LONGS.map(lambda v: array("q", v))
@@ -65,7 +65,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def instances_of(cls: Any) -> st.SearchStrategy[Any]:
-    hints = wire._hints(cls)
+    hints = codec._hints(cls)
     return st.builds(cls, **{f.name: values_of(hints[f.name]) for f in fields(cls)})
 
 
@@ -78,22 +78,22 @@ def test_tags_never_move() -> None:
 @given(data=st.data())
 def test_round_trip_keeps_everything(cls: type, data: st.DataObject) -> None:
     message = data.draw(instances_of(cls))
-    assert wire.decode(wire.encode(message)) == message
+    assert codec.decode(codec.encode(message)) == message
 
 
 @pytest.mark.parametrize("cls", WIRE_TYPES, ids=lambda cls: cls.__name__)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_damage_is_a_wire_error_or_another_valid_message(cls: type, data: st.DataObject) -> None:
-    encoded = bytearray(wire.encode(data.draw(instances_of(cls))))
+    encoded = bytearray(codec.encode(data.draw(instances_of(cls))))
     rng = random.Random(data.draw(st.integers(0, 1000)))
     for _ in range(20):
         damaged = bytearray(encoded)
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         damaged = damaged[: rng.randint(1, len(damaged))] if rng.random() < 0.3 else damaged
         try:
-            decoded = wire.decode(bytes(damaged))
-        except wire.WireError:
+            decoded = codec.decode(bytes(damaged))
+        except codec.WireError:
             continue
         assert type(decoded) in WIRE_TYPES
 
@@ -103,8 +103,8 @@ def test_one_field_more_or_less_is_refused(cls: type) -> None:
     tag = WIRE_TYPES.index(cls)
     for count in {len(fields(cls)) + 1, max(0, len(fields(cls)) - 1)} - {len(fields(cls))}:
         frame = msgpack.packb([PROTOCOL_VERSION, tag, *[None] * count])
-        with pytest.raises(wire.WireError, match="takes a list of"):
-            wire.decode(frame)
+        with pytest.raises(codec.WireError, match="takes a list of"):
+            codec.decode(frame)
 
 
 def test_nothing_unpickles() -> None:

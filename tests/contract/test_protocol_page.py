@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.engine import client_protocol
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend import protocol
+from loraplex.engine.frontend.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 QUOTED = set(re.findall(r"`([a-z_]+)`", PAGE))
 
 
-@pytest.mark.parametrize("kind", client_protocol.CLIENT_MESSAGES)
+@pytest.mark.parametrize("kind", protocol.CLIENT_MESSAGES)
 def test_every_message_and_key_is_on_the_page(kind: str) -> None:
     assert kind in QUOTED
-    for field in fields(client_protocol.CLIENT_MESSAGES[kind]):
+    for field in fields(protocol.CLIENT_MESSAGES[kind]):
         assert field.name in QUOTED, f"{kind}.{field.name}"
 
 
@@ -28,7 +28,7 @@ def test_every_sampling_parameter_is_on_the_page() -> None:
 def test_every_error_code_is_on_the_page() -> None:
     codes = set()
     for folder in ("engine", "scheduler"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             codes |= set(re.findall(r'(?:client_error|RequestRefused)\(\s*"([a-z_]+)"', text))
     assert {"malformed", "prompt_too_long", "queue_full"} <= codes

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 280
-COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli", "bench"]
+COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli.main", "bench"]
 TINY = ["--model", "tiny", "--device", "cpu", "--num-pages", "400", "--max-num-seqs", "8"]
 
 

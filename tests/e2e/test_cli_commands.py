@@ -15,14 +15,14 @@ import pytest
 
 from loraplex import Client, SamplingParams
 from loraplex.engine.errors import EngineDeadError
-from loraplex.entrypoints import cli
-from loraplex.entrypoints.outputs import RequestFailure
+from loraplex.entrypoints.cli import main
+from loraplex.entrypoints.client.outputs import RequestFailure
 
 pytestmark = pytest.mark.e2e
 
 TESTS = Path(__file__).resolve().parents[1]
 ADAPTERS = TESTS.parent / "examples" / "adapters"
-COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli"]
+COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli.main"]
 FAKE_COMMAND = [sys.executable, "-P", str(TESTS / "helpers" / "fake_cli.py")]
 FAKE = ["--model", "fake", "--skip-tokenizer-init", "--max-num-batched-tokens", "512"]
 SMALL = ["--num-pages", "300", "--max-num-seqs", "16", "--max-model-len", "1024"]
@@ -131,10 +131,10 @@ def test_serve_answers_and_stops_on_ctrl_c(
             assert len(outputs) > 3, "the answer came in one piece"
             (last,) = client.chat(messages, params, adapter="pirate", stream=False)
             assert last.outputs[0].text != ANSWER
-        assert cli.main(["adapters", "list", "--endpoint", endpoint, "--json", "pirate"]) == 0
+        assert main.main(["adapters", "list", "--endpoint", endpoint, "--json", "pirate"]) == 0
         pirate = json.loads(capsys.readouterr().out)
-        assert (pirate["tier"], pirate["service"]["num_ended"]) == ("pages", 1)
-        assert cli.main(["adapters", "unload", "nobody", "--endpoint", endpoint]) == 1
+        assert (pirate["tier"], pirate["usage"]["num_ended"]) == ("pages", 1)
+        assert main.main(["adapters", "unload", "nobody", "--endpoint", endpoint]) == 1
         assert "nobody" in capsys.readouterr().err
         stop(process, signal.SIGINT, children)
         assert not os.path.exists(endpoint.removeprefix("ipc://"))

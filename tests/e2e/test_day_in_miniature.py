@@ -14,14 +14,14 @@ import torch
 
 from loraplex.engine.config import AdapterConfig
 from loraplex.engine.errors import EngineDeadError
-from loraplex.entrypoints.client import Client
-from loraplex.entrypoints.outputs import RequestFailure
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.outputs import RequestFailure
+from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.day_fake import POLICIES, FakeDay
-from helpers.day_real import RealDay
-from helpers.fake_engine import expected_tokens, fake_config, make_fake_adapter
-from helpers.processes import assert_gone, leftovers, make_engine
+from helpers.fakes.fake_engine import expected_tokens, fake_config, make_fake_adapter
+from helpers.running.processes import assert_gone, leftovers, make_engine
+from helpers.scheduling.day_fake import POLICIES, FakeDay
+from helpers.scheduling.day_real import RealDay
 
 SECONDS = float(os.environ.get("LORAPLEX_DAY_SECONDS", "24"))
 MAX_GROWTH = 16 << 20  # bytes, of the process
@@ -51,7 +51,7 @@ def test_scheduler_over_a_fake_worker(policy: str) -> None:
         "registered in ms": round(day.register_ms), "longest wait in turns": tally.longest_wait,
         "growth in MiB": round(growth, 1), **dict(sorted(tally.counts.items())),
         "loads": stats["num_adapter_loads"], "evictions": stats["num_adapter_unloads"],
-        "preemptions": stats["num_preemptions"], "hits": stats["adapter_service"]["hits"],
+        "preemptions": stats["num_preemptions"], "hits": stats["adapter_usage"]["hits"],
     }  # fmt: skip
     print(report)
     for key in ("stop", "length", "abort", "adapter", "loaded", "load refused", "pinned",
@@ -72,12 +72,12 @@ def test_whole_engine_over_real_files(tmp_path: Path) -> None:
         "growth in MiB": round(growth, 1), "longest wait in s": round(day.longest_wait_s, 2),
         **dict(sorted(day.counts.items())), "loads": stats["num_adapter_loads"],
         "evictions": stats["num_adapter_unloads"], "preemptions": stats["num_preemptions"],
-        "service": stats["adapter_service"],
+        "usage": stats["adapter_usage"],
     }  # fmt: skip
     print(report)
     for key in ("length", "abort", "loaded", "bad loads", "unloaded", "pinned", "unknown"):
         assert day.counts[key], f"no {key}"
-    assert all(stats["adapter_service"]["hits"].values())
+    assert all(stats["adapter_usage"]["hits"].values())
 
 
 @pytest.mark.e2e

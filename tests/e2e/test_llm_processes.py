@@ -18,11 +18,11 @@ import pytest
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.errors import ClientError, ConfigError, EngineDeadError
-from loraplex.engine.supervisor import Engine
-from loraplex.entrypoints import local_engine
+from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.offline import local_engine
 
-from helpers.fake_engine import expected_tokens, make_fake_adapter
-from helpers.fake_llm import pids_of, start_llm
+from helpers.fakes.fake_engine import expected_tokens, make_fake_adapter
+from helpers.fakes.fake_llm import pids_of, start_llm
 
 pytestmark = pytest.mark.e2e
 
@@ -199,7 +199,7 @@ def start_script(body: str) -> "subprocess.Popen[str]":
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's "&" ignores it
         f"sys.path.insert(0, {str(TESTS)!r})\n"
-        "from helpers.fake_llm import pids_of, start_llm\n"
+        "from helpers.fakes.fake_llm import pids_of, start_llm\n"
         "from loraplex import SamplingParams\n"
         "llm = start_llm('--delay', '0.02')\n"
         "print('PIDS', *pids_of(llm).values(), flush=True)\n"
@@ -239,7 +239,7 @@ def test_nothing_outlives_the_script(body: str, status: int) -> None:
 def test_ctrl_c_cancels_the_batch_and_keeps_the_engine() -> None:
     process = start_script(
         """
-        from helpers.fake_engine import expected_tokens
+        from helpers.fakes.fake_engine import expected_tokens
         print("GO", flush=True)
         try:
             llm.generate(prompts, long, use_tqdm=False)

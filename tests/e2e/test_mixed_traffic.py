@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from loraplex import LLM, Client, LoRARequest, RequestOutput, SamplingParams
-from loraplex.entrypoints.outputs import CompletionOutput
+from loraplex.entrypoints.client.outputs import CompletionOutput
 
-from helpers.hf_models import make_hf_model, make_tokenizer
-from helpers.peft_adapters import make_adapter
+from helpers.models.hf_models import make_hf_model, make_tokenizer
+from helpers.models.peft_adapters import make_adapter
 
 pytestmark = pytest.mark.e2e
 

@@ -15,13 +15,14 @@ import zmq
 
 from loraplex.engine.config import AdapterConfig, ModelConfig, ServerConfig
 from loraplex.engine.errors import ClientError, UnknownAdapterError
-from loraplex.engine.supervisor import Engine
-from loraplex.entrypoints.client import AsyncClient, Client
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.client.async_client import AsyncClient
+from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.fake_engine import NUM_PAGES, expected_tokens, fake_config, make_fake_adapter
-from helpers.hf_models import make_tokenizer
-from helpers.processes import running_engine, wait_until
+from helpers.fakes.fake_engine import NUM_PAGES, expected_tokens, fake_config, make_fake_adapter
+from helpers.models.hf_models import make_tokenizer
+from helpers.running.processes import running_engine, wait_until
 
 pytestmark = pytest.mark.e2e
 ADAPTERS = ["", "a0", "a1", "a2", "a3", "a4", "a5"]
@@ -134,7 +135,7 @@ def test_adapters_come_and_go_over_the_wire(
     assert output.outputs[0].token_ids == expected_tokens([3], "late", max_tokens=5)
     assert client.pin_adapter("late")["pinned"]
     (listed_late,) = client.list_adapters("late")
-    assert (listed_late["tier"], listed_late["service"]["num_ended"]) == ("pages", 1)
+    assert (listed_late["tier"], listed_late["usage"]["num_ended"]) == ("pages", 1)
     client.unload_adapter("late")
     assert client.stats()["pages_pinned"] == 0
     with pytest.raises(UnknownAdapterError):

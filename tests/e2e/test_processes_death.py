@@ -16,12 +16,12 @@ import pytest
 
 from loraplex.engine.config import AdapterConfig, ModelConfig, ServerConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
-from loraplex.entrypoints.client import Client
-from loraplex.entrypoints.outputs import RequestFailure
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.outputs import RequestFailure
+from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.fake_engine import fake_config
-from helpers.processes import (
+from helpers.fakes.fake_engine import fake_config
+from helpers.running.processes import (
     assert_gone,
     is_alive,
     leftovers,
@@ -32,7 +32,7 @@ from helpers.processes import (
 )
 
 pytestmark = pytest.mark.e2e
-SCRIPT = Path(__file__).parents[1] / "helpers" / "serve_fake.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "fakes" / "serve_fake.py"
 LONG = SamplingParams(max_tokens=500)
 
 

@@ -13,12 +13,12 @@ import zmq.auth
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ClientError, ConfigError, EngineDeadError
-from loraplex.engine.supervisor import Engine
-from loraplex.entrypoints.client import Client
-from loraplex.scheduler.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.fake_engine import expected_tokens, fake_config
-from helpers.processes import running_engine, wait_until
+from helpers.fakes.fake_engine import expected_tokens, fake_config
+from helpers.running.processes import running_engine, wait_until
 
 pytestmark = pytest.mark.e2e
 MAX_BYTES = 1 << 20

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.engine.adapter_loader import AdapterLoader, Load
-from loraplex.engine.adapter_reader import make_reader
-from loraplex.engine.adapter_table import AdapterTable
-from loraplex.engine.adapters import AdapterTarget
+from loraplex.engine.adapters.loader import AdapterLoader, Load
+from loraplex.engine.adapters.peft_files import AdapterTarget
+from loraplex.engine.adapters.reader import make_reader
+from loraplex.engine.adapters.table import AdapterTable
 from loraplex.memory.adapter_layout import MODULES
-from loraplex.memory.host_slab import PIECE_BYTES, live_slabs, shared_slab
-from loraplex.memory.host_store import Allocate, HostStore, PackedAdapter
-from loraplex.memory.page_copier import StreamPageCopier, chunks
-from loraplex.memory.pool import PagePool, PageShape
-from loraplex.scheduler.plan import InspectAdapter, LoadAdapter, int_array
+from loraplex.memory.device.page_copier import StreamPageCopier, chunks
+from loraplex.memory.device.pool import PagePool, PageShape
+from loraplex.memory.host.slab import PIECE_BYTES, live_slabs, shared_slab
+from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
+from loraplex.scheduler.worker_protocol import InspectAdapter, LoadAdapter, int_array
 
-from helpers.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
-from helpers.dummy_models import write_adapter
+from helpers.models.dummy_models import write_adapter
+from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
 
 pytestmark = pytest.mark.gpu
 

@@ -18,11 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.backends import registry
-from loraplex.engine.models.packaged import resolve_model
-from loraplex.engine.tokenization import load_tokenizer
+from loraplex.engine.checkpoint.locate import resolve_model
+from loraplex.engine.tokenizer.loading import load_tokenizer
 
-from helpers.hf_models import make_hf_model
-from helpers.peft_oracle import Case, PeftOracle, adapter_names, make_adapters, tight_num_pages
+from helpers.models.hf_models import make_hf_model
+from helpers.models.peft_oracle import (
+    Case,
+    PeftOracle,
+    adapter_names,
+    make_adapters,
+    tight_num_pages,
+)
 
 pytestmark = pytest.mark.gpu
 

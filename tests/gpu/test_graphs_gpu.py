@@ -14,10 +14,10 @@ import pytest
 from loraplex import SamplingParams
 from loraplex.backends import registry
 from loraplex.backends.config import BackendConfig
+from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import AdapterConfig, EngineConfig, GraphConfig, ModelConfig
-from loraplex.engine.models.packaged import resolve_model
-from loraplex.engine.tokenization import load_tokenizer
-from loraplex.entrypoints.local_engine import LocalEngine
+from loraplex.engine.tokenizer.loading import load_tokenizer
+from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 

@@ -12,13 +12,13 @@ import torch
 from loraplex.backends import registry
 from loraplex.backends.config import BackendConfig
 from loraplex.engine.config import EngineConfig, GraphConfig, ModelConfig
-from loraplex.engine.graph_capture import BASE
+from loraplex.engine.worker.graphs.capture import BASE
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 
-from helpers.hf_models import make_hf_model
-from helpers.peft_adapters import make_adapter
-from helpers.step_runner import STEPS, StepRunner, make_sequences
+from helpers.models.hf_models import make_hf_model
+from helpers.models.peft_adapters import make_adapter
+from helpers.running.step_runner import STEPS, StepRunner, make_sequences
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ import torch
 
 from loraplex import Client, SamplingParams
 
-from helpers.dummy_models import LLAMA_3_8B, write_adapter, write_config
+from helpers.models.dummy_models import LLAMA_3_8B, write_adapter, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.e2e]
 
@@ -22,7 +22,7 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("serve")
     model = write_config(root / "model", LLAMA_3_8B)
     command = [
-        sys.executable, "-m", "loraplex.entrypoints.cli", "serve", "--model", str(model),
+        sys.executable, "-m", "loraplex.entrypoints.cli.main", "serve", "--model", str(model),
         "--load-format", "dummy", "--skip-tokenizer-init", "--endpoint", f"ipc://{root}/api",
         "--pool-bytes", str(20 << 30),
     ]  # fmt: skip

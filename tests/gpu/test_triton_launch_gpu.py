@@ -10,15 +10,22 @@ import torch
 
 pytest.importorskip("triton")
 
-from loraplex.backends import triton_launch
 from loraplex.backends.fused.contract import FusedSpec
 from loraplex.backends.fused.kernels.layer import silu_mul_kernel
 from loraplex.backends.fused.triton_ops import TritonFused
+from loraplex.backends.launch import triton
+from loraplex.backends.launch.triton import TritonLaunch, UnknownLayout
 from loraplex.backends.lora.contract import apply_lora
-from loraplex.backends.lora.triton_sgmv import TritonSGMV
-from loraplex.backends.triton_launch import TritonLaunch, UnknownLayout
+from loraplex.backends.lora.sgmv.triton_sgmv import TritonSGMV
 
-from helpers.lora_cases import LoRACase, draw_slots, make_batch, make_case, make_shapes, make_spec
+from helpers.kernels.lora_cases import (
+    LoRACase,
+    draw_slots,
+    make_batch,
+    make_case,
+    make_shapes,
+    make_spec,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +47,7 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: Any) -> None:
         raise UnknownLayout("the test wants Triton's own launch")
 
-    return lambda: monkeypatch.setattr(triton_launch, "lay_out", refuse)
+    return lambda: monkeypatch.setattr(triton, "lay_out", refuse)
 
 
 def assert_prepared(launches: dict[Any, TritonLaunch], expected: bool) -> None:

@@ -9,8 +9,15 @@ import torch
 
 from loraplex import LLM, LoRARequest, SamplingParams
 
-from helpers.hf_models import make_hf_model
-from helpers.peft_oracle import ADAPTERS, Case, PeftOracle, adapter_names, make_adapters, make_cases
+from helpers.models.hf_models import make_hf_model
+from helpers.models.peft_oracle import (
+    ADAPTERS,
+    Case,
+    PeftOracle,
+    adapter_names,
+    make_adapters,
+    make_cases,
+)
 
 ARCHITECTURES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 NUM_NEW_TOKENS = 10

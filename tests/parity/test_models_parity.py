@@ -8,15 +8,15 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 
-from loraplex.engine.models.decoder import Decoder
-from loraplex.engine.models.packaged import resolve_model
-from loraplex.engine.models.registry import load_spec
-from loraplex.engine.tokenization import load_tokenizer
-from loraplex.engine.weights import load_weights
+from loraplex.engine.checkpoint.locate import resolve_model
+from loraplex.engine.checkpoint.spec_loading import load_spec
+from loraplex.engine.checkpoint.weights import load_weights
+from loraplex.engine.model.decoder import Decoder
+from loraplex.engine.tokenizer.loading import load_tokenizer
 
-from helpers.gguf_files import write_gguf
-from helpers.hf_models import LLAMA3_ROPE, make_hf_model
-from helpers.naive_attention import PagedSequences
+from helpers.kernels.naive_attention import PagedSequences
+from helpers.models.gguf_files import write_gguf
+from helpers.models.hf_models import LLAMA3_ROPE, make_hf_model
 
 CASES = {
     "llama-gqa": ("llama", {}),

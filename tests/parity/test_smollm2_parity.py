@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
-from loraplex.engine.models.packaged import resolve_model
+from loraplex.engine.checkpoint.locate import resolve_model
 
-from helpers.peft_oracle import Case, PeftOracle, make_adapters, make_cases, tight_num_pages
+from helpers.models.peft_oracle import Case, PeftOracle, make_adapters, make_cases, tight_num_pages
 
 TRAINED = sorted(
     path.parent.name

@@ -4,7 +4,7 @@ import pytest
 
 from loraplex.scheduler.request import RequestRefused
 
-from helpers.scheduler_harness import Harness
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def pin(harness: Harness, name: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from helpers.memory_harness import MemoryHarness
+from helpers.scheduling.memory_harness import MemoryHarness
 
 
 def make(**options: Any) -> MemoryHarness:

@@ -9,7 +9,7 @@ import pytest
 from loraplex.scheduler.prefetch import LOOK_AHEAD, MAX_LOADS
 from loraplex.scheduler.request import Request
 
-from helpers.memory_harness import MemoryHarness
+from helpers.scheduling.memory_harness import MemoryHarness
 
 BLOCK = 4
 
@@ -201,13 +201,13 @@ def pages_in_the_way(harness: MemoryHarness, head: Request, waited: dict[str, se
     those that waited already when such a load began."""
     scheduler = harness.scheduler
     memory = scheduler._memory
-    own = head.record.content_hash if head.record else ""
+    own = head.adapter_version.content_hash if head.adapter_version else ""
     ahead = {key for key in waited if head in waited[key]} & scheduler._admission._loading_ahead
     ahead.discard(own)
     in_the_way = sum(len(a.page_ids) for a in memory.adapters if a.content_hash in ahead)
     needed = memory.kv.num_pages_for(len(head.token_ids)) + len(scheduler._running)
-    if head.record and not memory.adapters.get(own):
-        needed += head.record.num_pages
+    if head.adapter_version and not memory.adapters.get(own):
+        needed += head.adapter_version.num_pages
     return in_the_way if needed <= memory.num_available + in_the_way else 0
 
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from loraplex.scheduler.adapters import Adapter
+from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.policies import make_policy
-from loraplex.scheduler.policy import Context, Policy
-from loraplex.scheduler.policy_abort import LatencyEstimate, ServiceRate, num_hopeless
-from loraplex.scheduler.policy_vtc import VirtualTokenCounters
+from loraplex.scheduler.policies.early_abort import LatencyEstimate, ServiceRate, num_hopeless
+from loraplex.scheduler.policies.fair_share import VirtualTokenCounters
+from loraplex.scheduler.policies.policy import Context, Policy
+from loraplex.scheduler.policies.registry import make_policy
 from loraplex.scheduler.request import Request, RequestState
-from loraplex.scheduler.step import StepBuilder
-from loraplex.scheduler.waiting import WaitingQueue
+from loraplex.scheduler.step_builder import StepBuilder
+from loraplex.scheduler.waiting_queue import WaitingQueue
 
-from helpers.fake_worker import sampling_spec
-from helpers.policy_harness import PolicyHarness
+from helpers.fakes.fake_worker import sampling_spec
+from helpers.scheduling.policy_harness import PolicyHarness
 
 
 class Desk:
@@ -54,7 +54,9 @@ class Desk:
         request.order = self.num_added
         request.arrival = at
         if adapter:
-            request.record = Adapter(adapter, f"/{adapter}", 1, content_hash=adapter)
+            request.adapter_version = AdapterVersion(
+                adapter, f"/{adapter}", 1, content_hash=adapter
+            )
         request.key = request.rank = self.policy.key(request)
         self.requests[name] = request
         self.policy.on_arrival(request, at)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from loraplex.scheduler.policy_vtc import VirtualTokenCounters
+from loraplex.scheduler.policies.fair_share import VirtualTokenCounters
 from loraplex.scheduler.request import Request, RequestState
 
-from helpers.policy_harness import PolicyHarness
+from helpers.scheduling.policy_harness import PolicyHarness
 
 MAX_WAIT_S = 8.0
 SLO_S = 10.0

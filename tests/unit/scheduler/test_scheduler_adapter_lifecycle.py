@@ -2,10 +2,10 @@
 
 import pytest
 
-from loraplex.scheduler.plan import AdapterInspected
 from loraplex.scheduler.request import RequestRefused
+from loraplex.scheduler.worker_protocol import AdapterInspected
 
-from helpers.scheduler_harness import Harness
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def test_replacement_serves_new_requests_and_old_ones_finish_on_the_old() -> None:

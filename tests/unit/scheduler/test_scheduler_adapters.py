@@ -2,10 +2,10 @@
 
 import pytest
 
-from loraplex.scheduler.plan import AdapterInspected, AdapterLoaded
 from loraplex.scheduler.request import RequestRefused
+from loraplex.scheduler.worker_protocol import AdapterInspected, AdapterLoaded
 
-from helpers.scheduler_harness import Harness
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def test_registered_adapter_is_read_on_first_use_only() -> None:

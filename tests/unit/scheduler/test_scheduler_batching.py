@@ -3,10 +3,10 @@
 import pytest
 
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.plan import StepResult, int_array
+from loraplex.scheduler.worker_protocol import StepResult, int_array
 
-from helpers.fake_worker import oracle, sampling_spec
-from helpers.scheduler_harness import Harness
+from helpers.fakes.fake_worker import oracle, sampling_spec
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def stop_after(prompt: list[int], num_tokens: int) -> int:

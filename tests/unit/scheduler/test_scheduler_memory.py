@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers.memory_harness import MemoryHarness
-from helpers.scheduler_harness import Harness
+from helpers.scheduling.memory_harness import MemoryHarness
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def run_until_preempted(harness: Harness) -> None:

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from loraplex.scheduler.request import RequestRefused
 
-from helpers.memory_harness import MemoryHarness
-from helpers.scheduler_harness import Harness
+from helpers.scheduling.memory_harness import MemoryHarness
+from helpers.scheduling.scheduler_harness import Harness
 
 NAMES = "abcd"
 CONTENTS = {"red": 1, "green": 2, "blue": 3, "huge": 12}  # content -> pages

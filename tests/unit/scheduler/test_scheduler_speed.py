@@ -9,7 +9,9 @@ import pytest
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import POLICY_NAMES, SchedulerConfig
-from loraplex.scheduler.plan import (
+from loraplex.scheduler.request import Request
+from loraplex.scheduler.scheduler import Scheduler
+from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
     AdapterLoaded,
     InspectAdapter,
@@ -17,10 +19,8 @@ from loraplex.scheduler.plan import (
     StepResult,
     int_array,
 )
-from loraplex.scheduler.request import Request
-from loraplex.scheduler.scheduler import Scheduler
 
-from helpers.fake_worker import sampling_spec
+from helpers.fakes.fake_worker import sampling_spec
 
 
 @pytest.mark.parametrize(("num_waiting", "num_pages"), [(0, 20_000), (10_000, 6_500)])

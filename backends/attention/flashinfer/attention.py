@@ -1,0 +1,228 @@
+"""Backend ``flashinfer`` of op ``attention``: flashinfer's kernels over the page pool in place.
+
+Decode rows and prefill rows are two launches: decode splits long sequences over the GPU, prefill
+takes tiles of queries (fa3 on Hopper, fa2 elsewhere).
+
+A CUDA graph of decode is captured once a number of rows. The library then plans for the largest
+grid that number can need, and kernels read lengths, splits and pages from memory that each plan
+rewrites, at the same places for the same number of rows.
+"""
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
+from loraplex.backends.attention.flashinfer.jit import library_reason, missing_reason
+from loraplex.backends.attention.flashinfer.modules import (
+    Module,
+    PlanMemory,
+    decode_kind,
+    make_module,
+)
+from loraplex.backends.attention.paged_rows import PagedRows, paged_rows
+from loraplex.backends.attention.self_test import trial_spec, try_out
+from loraplex.backends.launch.upload import ALIGN, Staging
+
+logger = logging.getLogger("loraplex")
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+
+MAX_BLOCKS_PER_SM = 32
+MIN_QUERY_TILE, MAX_QUERY_TILE = 16, 128
+INT_SLACK_BYTES = 1 << 18
+"""Beyond the arrays counted below: alignment, scalars and arrays as long as the GPU is wide."""
+
+LIBRARY_ERRORS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """Consecutive sequences that one module serves."""
+
+    module: Module
+    memory: PlanMemory
+    plan_info: Any
+    tokens: slice  # rows of q and out
+    rows: dict[str, torch.Tensor]  # the fields of PagedRows on the device
+
+
+class FlashInferAttention:
+    """Attributes: prefill_kind, "fa2" or "fa3"; workspace_bytes, device memory it keeps.
+
+    Args:
+        prefill_kind: None takes the best that can be loaded or built.
+    """
+
+    name = "flashinfer"
+    supports_graphs = True
+
+    def __init__(self, spec: AttentionSpec, prefill_kind: str | None = None) -> None:
+        self._spec = spec
+        self._decode = make_module(spec, decode_kind(spec), causal=False)
+        self.prefill_kind, self._prefill = _make_prefill(spec, prefill_kind)
+        num_floats = max(_decode_float_bytes(spec), _prefill_float_bytes(spec))
+        floats = torch.zeros(num_floats, dtype=torch.uint8, device=spec.device)
+        self._decode_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_seqs))
+        self._prefill_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_tokens))
+        self._staging = Staging(spec.device)
+        self._graph_rows = torch.zeros(_row_bytes(spec), dtype=torch.uint8, device=spec.device)
+        self._graph_plans: dict[int, tuple[int, ...]] = {}
+        self._launches: list[_Launch] = []
+
+    @classmethod
+    def probe(cls, spec: AttentionSpec | None = None) -> str | None:
+        is_cuda = torch.cuda.is_available() if spec is None else spec.device.type == "cuda"
+        if not is_cuda:
+            return "it needs a CUDA GPU"
+        reason = library_reason()
+        if reason is not None or spec is None:
+            return reason
+        try:
+            return _spec_reason(spec) or try_out(cls(trial_spec(spec)), spec)
+        except LIBRARY_ERRORS as error:
+            return f"a trial run failed: {str(error).strip()[:500]}"
+
+    @property
+    def workspace_bytes(self) -> int:
+        memories = (self._decode_memory, self._prefill_memory)
+        ints = sum(memory.ints.numel() for memory in memories)
+        return self._decode_memory.floats.numel() + ints + self._graph_rows.numel()
+
+    def plan(self, batch: AttentionBatch) -> None:
+        decodes, total = batch.num_decodes, len(batch.query_lens)
+        block = self._spec.block_tokens
+        self._launches = []
+        if decodes:
+            rows = paged_rows(batch, 0, decodes, block)
+            info = self._decode.plan(self._decode_memory, rows, for_graph=False)
+            self._launch(self._decode, self._decode_memory, info, rows, 0)
+        if decodes < total:
+            rows = paged_rows(batch, decodes, total, block)
+            info = self._prefill.plan(self._prefill_memory, rows, for_graph=False)
+            self._launch(self._prefill, self._prefill_memory, info, rows, decodes)
+
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+        num_seqs = len(batch.query_lens)
+        if batch.num_decodes != num_seqs:
+            raise ValueError(
+                f"CUDA graphs are for decodes: {num_seqs - batch.num_decodes} sequences prefill"
+            )
+        if not num_seqs <= num_rows <= self._spec.max_num_seqs:
+            raise ValueError(
+                f"{num_seqs} sequences do not fit {num_rows} rows, or those pass max_num_seqs "
+                f"({self._spec.max_num_seqs})"
+            )
+        block = self._spec.block_tokens
+        rows = paged_rows(batch, 0, num_seqs, block, num_padding=num_rows - num_seqs)
+        info = self._decode.plan(self._decode_memory, rows, for_graph=True)
+        if self._graph_plans.setdefault(num_rows, tuple(info)) != tuple(info):
+            raise RuntimeError(
+                f"flashinfer plans {num_rows} rows otherwise than when their graph was captured: "
+                "this version cannot be replayed"
+            )
+        self._launches = []
+        self._launch(self._decode, self._decode_memory, info, rows, 0, out=self._graph_rows)
+
+    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+        k, v = kv[:, 0], kv[:, 1]  # not kept: the pool that sizes are tried on is to go
+        launches = self._launches
+        for launch in launches:
+            if len(launches) == 1:  # of all tokens
+                some_q, some_out = q, out
+            else:
+                some_q, some_out = q[launch.tokens], out[launch.tokens]
+            launch.module.run(launch.memory, launch.plan_info, launch.rows, some_q, k, v, some_out)
+
+    def _launch(
+        self,
+        module: Module,
+        memory: PlanMemory,
+        plan_info: Any,
+        rows: PagedRows,
+        first_token: int,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        # page_ids come last: all else then lies at places that depend on the number of rows alone.
+        arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
+        tokens = slice(first_token, first_token + int(rows.query_starts[-1]))
+        on_device = self._staging.upload(arrays, out=out)
+        self._launches.append(_Launch(module, memory, plan_info, tokens, on_device))
+
+
+def _make_prefill(spec: AttentionSpec, kind: str | None) -> tuple[str, Module]:
+    if kind is not None:
+        return kind, make_module(spec, kind, causal=True)
+    if torch.cuda.get_device_capability(spec.device)[0] == 9:
+        reason = missing_reason(spec, "fa3")
+        if reason is None:
+            try:
+                return "fa3", make_module(spec, "fa3", causal=True)
+            except LIBRARY_ERRORS as error:
+                reason = str(error).strip()[-500:]
+        logger.warning("flashinfer's fa3 kernels are not used for prefill: %s", reason)
+    return "fa2", make_module(spec, "fa2", causal=True)
+
+
+def _spec_reason(spec: AttentionSpec) -> str | None:
+    if torch.cuda.get_device_capability(spec.device)[0] < 8:
+        return "it needs compute capability 8.0"
+    if spec.dtype not in DTYPES:
+        return f"it takes fp16 and bf16, not {spec.dtype}"
+    if spec.head_dim not in HEAD_DIMS:
+        return f"head_dim {spec.head_dim} is none of {HEAD_DIMS}"
+    if spec.num_heads % spec.num_kv_heads:
+        return f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} KV heads evenly"
+    reason = missing_reason(spec, decode_kind(spec))
+    if reason is None and missing_reason(spec, "fa2") is not None:
+        # fa2 is what prefill falls back to: one of them must be there.
+        is_hopper = torch.cuda.get_device_capability(spec.device)[0] == 9
+        reason = missing_reason(spec, "fa3" if is_hopper else "fa2")
+    return reason
+
+
+def _num_multiprocessors(spec: AttentionSpec) -> int:
+    return torch.cuda.get_device_properties(spec.device).multi_processor_count
+
+
+def _partial_bytes(spec: AttentionSpec, num_tiles: int, tile: int) -> int:
+    """fp32 outputs and their log-sum-exps of tiles of queries, each for all heads."""
+    return spec.num_heads * num_tiles * tile * (spec.head_dim + 1) * 4 + 2 * ALIGN
+
+
+def _decode_float_bytes(spec: AttentionSpec) -> int:
+    """What all splits of a decode step leave: as many as the GPU takes at once, or one a row."""
+    num_sms, group = _num_multiprocessors(spec), spec.num_heads // spec.num_kv_heads
+    if decode_kind(spec) == "cuda-cores":
+        return _partial_bytes(spec, -(-MAX_BLOCKS_PER_SM * num_sms // spec.num_kv_heads), 1)
+    tile = MIN_QUERY_TILE
+    if group > MIN_QUERY_TILE:
+        tile = MAX_QUERY_TILE if group > 64 and spec.head_dim < 256 else 64
+    num_tiles = -(-spec.max_num_seqs * group // tile) + spec.max_num_seqs
+    return _partial_bytes(spec, max(num_tiles, 2 * num_sms // spec.num_kv_heads), tile)
+
+
+def _prefill_float_bytes(spec: AttentionSpec) -> int:
+    """Prefill splits sequences only while two tiles for each multiprocessor are not exceeded."""
+    num_tiles = 2 * _num_multiprocessors(spec) // spec.num_kv_heads
+    return _partial_bytes(spec, num_tiles, MAX_QUERY_TILE)
+
+
+def _int_bytes(spec: AttentionSpec, max_num_rows: int) -> int:
+    """A plan of at most so many query rows: fa2 keeps 13 bytes a tile, 4 a row and 4 a sequence;
+    fa3 28 for each tile and head."""
+    group = spec.num_heads // spec.num_kv_heads
+    fa2_tiles = -(-max_num_rows * group // MIN_QUERY_TILE) + spec.max_num_seqs
+    fa2_bytes = 13 * fa2_tiles + 4 * (max_num_rows + spec.max_num_seqs)
+    fa3_tiles = -(-max_num_rows // MAX_QUERY_TILE) + spec.max_num_seqs
+    return max(fa2_bytes, 28 * spec.num_heads * fa3_tiles) + INT_SLACK_BYTES
+
+
+def _row_bytes(spec: AttentionSpec) -> int:
+    """The fields of PagedRows for as many decodes as there may be, each of the longest length."""
+    num_seqs = spec.max_num_seqs
+    sizes = (num_seqs + 1, num_seqs, num_seqs + 1, num_seqs, num_seqs * spec.max_pages)
+    return sum(-(-4 * size // ALIGN) * ALIGN for size in sizes)

@@ -1,0 +1,548 @@
+// CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter,
+// reading weights in place from the page pool. Both are bound by the bytes of the weights.
+//
+// Compiled once for each kind of batch and group of projections, with these macros:
+//   BF16          1 for bfloat16, 0 for float16
+//   PDL           1 where programmatic dependent launch exists (sm_90 on)
+//   PAGE          elements of a page in one layer, a multiple of 64
+//   NUM_MODULES   projections of the group, 1 to 3
+//   K, K_ROW      input features; the same rounded up to 64
+//   GROUP, NUM_GROUPS   which of the groups this is
+//   MAX_SPLITS    of K
+//   NT            tiles of 8 rows in an item of shrink
+//   WARPS         of a block of shrink
+//   OUT_0, OUT_1, OUT_2, START_1, START_2   columns of the modules in y, and where they start
+//   ROWS          rows of a tile of expand: few, or 16 for the matrix unit
+//   MAX_RANK      of any adapter
+//   THREADS       of a block of expand
+//
+// Both kernels loop over the work that the step's plan describes, with a grid that depends on the
+// number of rows and the kind alone, so that a captured launch serves every later plan, of
+// `capacity` rows:
+//   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
+//   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
+//                 binary logarithm of splits rounded up to a power of two, unused)
+//   then          capacity tiles: int4 (slot, first row, rows, unused)
+//   then          order: the token of each of capacity rows
+//   then          items: int4 (slot, first row, rows, first rank); room for one of each row and 16
+//                 ranks
+// Each part has its place whatever the numbers are, so that reading them delays nothing.
+
+#ifndef EMULATED  // else tests/helpers/kernels/cuda_emulator.h has these
+typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
+#if BF16
+#define MMA_TYPES "bf16.bf16"
+__device__ __forceinline__ float2 unpack(unsigned w) {
+  return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+  return w;
+}
+#else
+#define MMA_TYPES "f16.f16"
+__device__ __forceinline__ float2 unpack(unsigned w) {
+  float2 f;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(f.x), "=f"(f.y) : "r"(w));
+  return f;
+}
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
+  return w;
+}
+#endif
+
+// Programmatic dependent launch: what stands before the wait may run beside the kernel before, and
+// beside those before it, since each kernel releases the next at once: it may read weights and what
+// the step has planned, but neither x nor v nor y. Whoever has waited sees all that went before.
+__device__ __forceinline__ void wait_for_previous() {
+#if PDL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void release_next() {
+#if PDL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Not through the read-only path (.nc), whose loads ptxas moves behind wait_for_previous().
+__device__ __forceinline__ uint4 load_weights(const T* pointer) {
+  uint4 w;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer) : "memory");
+  return w;
+}
+
+// Volatile, so that the compiler cannot move it before wait_for_previous().
+__device__ __forceinline__ uint4 load_input(const T* pointer) {
+  uint4 w;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer) : "memory");
+  return w;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                    unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Keeps a pointer in registers: it is not derived again, at each use, from what it came from.
+template <typename P>
+__device__ __forceinline__ const P* hold(const P* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+#endif  // EMULATED
+
+// Blocks of few warps spend much of their time on addresses, hence unsigned and by multiply-add.
+typedef unsigned long long U64;
+__device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
+  return __ldg(pages + element / (unsigned)PAGE);
+}
+__device__ __forceinline__ const T* address(const T* pool, unsigned page, unsigned element) {
+  const char* base = reinterpret_cast<const char*>(pool) + (U64)page * (2u * PAGE);
+  return reinterpret_cast<const T*>(base + (U64)(element % (unsigned)PAGE) * 2u);
+}
+// Pages hold whole chunks of 64 elements.
+__device__ __forceinline__ const T* locate(const T* pool, const int* pages, unsigned element) {
+  return address(pool, page_of(pages, element), element);
+}
+
+struct Plan {
+  int num_items, num_tiles, num_rows;
+};
+__device__ __forceinline__ Plan read_plan(const int* plan) {
+  const int4 counts = __ldg(reinterpret_cast<const int4*>(plan));
+  return {counts.x, counts.y, counts.z};
+}
+struct Split {
+  int splits, units, shift;
+};
+__device__ __forceinline__ Split read_split(const int* plan) {
+  const int4 split = __ldg(reinterpret_cast<const int4*>(plan) + 1 + GROUP);
+  return {split.x, split.y, split.z};
+}
+__device__ __forceinline__ const int4* tiles_of(const int* plan) {
+  return reinterpret_cast<const int4*>(plan) + 1 + NUM_GROUPS;
+}
+__device__ __forceinline__ const int* order_of(const int* plan, int capacity) {
+  return plan + 4 + 4 * NUM_GROUPS + 4 * capacity;
+}
+__device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
+  return reinterpret_cast<const int4*>(plan + 4 + 4 * NUM_GROUPS + 5 * capacity);
+}
+// Of a block's first work. How K is split is still on its way: fetches what each split would need.
+__device__ __forceinline__ int4 first_item(const int4* items, int capacity, Split split) {
+  const int num_places = capacity * ((MAX_RANK + 15) / 16);
+  int4 item = make_int4(0, 0, 0, 0);
+#pragma unroll
+  for (int shift = 0; 1 << shift <= MAX_SPLITS; ++shift) {
+    const int of_item = (int)(blockIdx.x >> shift) / NUM_MODULES;
+    const int4 guess = __ldg(items + min(of_item, num_places - 1));
+    if (shift == split.shift) item = guess;
+  }
+  return item;
+}
+
+// v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
+//
+// A block takes 16 ranks and up to 8 * NT rows of one adapter; its warps take units in turn and
+// add up in shared memory. Ranks are the 16 rows of the matrix unit's A operand, tokens the 8
+// columns of its B operand. Both hold the same permutation of K (a lane reads 8 elements in a
+// row), which a sum over K does not see: no shared memory and no transpose stand in between.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
+       const int* __restrict__ plan, const int* __restrict__ page_table,
+       const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
+  release_next();
+  const int UNITS = (K + 63) / 64;
+  __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const Split split = read_split(plan);
+  const int warp = threadIdx.x / 32, group = (threadIdx.x & 31) >> 2, lane = threadIdx.x & 3;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  bool has_waited = false;
+  int4 item = first_item(items_of(plan, capacity), capacity, split);
+  const int num_works = step.num_items * NUM_MODULES << split.shift;
+  for (unsigned work = blockIdx.x; work < num_works; work += gridDim.x) {
+    const int part = work & ((1 << split.shift) - 1);
+    if (part >= split.splits) continue;
+    const unsigned of_item = work >> split.shift, module = of_item % NUM_MODULES;
+    if (work != blockIdx.x) item = __ldg(items_of(plan, capacity) + of_item / NUM_MODULES);
+    const int limit = __ldg(rank + module * module_stride + item.x * slot_stride);
+    if (item.w >= limit) continue;
+    const int start = __ldg(a_start + module * module_stride + item.x * slot_stride);
+    const int* pages = hold(page_table + (long long)item.x * pages_stride);
+    const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
+    const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
+    const T* x_row[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int row = n * 8 + group;
+      x_row[n] =
+          row < item.z ? x + (long long)__ldg(order + item.y + row) * x_stride : nullptr;
+    }
+    const int last = min(UNITS, (part + 1) * split.units);
+    int unit = part * split.units + warp;
+
+    uint4 a_low[2], a_high[2];
+    auto fetch = [&](int u) {
+      const T* p_low = has_low ? locate(pool, pages, low + u * 64) : nullptr;
+      const T* p_high = has_high ? locate(pool, pages, high + u * 64) : nullptr;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = h * 32 + lane * 8;
+        const bool in = K % 64 == 0 || u * 64 + k < K;
+        a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
+        a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
+      }
+    };
+    if (unit < last) fetch(unit);
+    if (!has_waited) {
+      wait_for_previous();
+      has_waited = true;
+    }
+
+    float c[NT][4] = {};
+    while (unit < last) {
+      uint4 b[NT][2];
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int k = unit * 64 + h * 32 + lane * 8;
+          b[n][h] = x_row[n] && (K % 64 == 0 || k < K) ? load_input(x_row[n] + k) : zero;
+        }
+      uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
+      unit += WARPS;
+      if (unit < last) fetch(unit);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          mma(c[n], w_low[h].x, w_high[h].x, w_low[h].y, w_high[h].y, b[n][h].x, b[n][h].y);
+          mma(c[n], w_low[h].z, w_high[h].z, w_low[h].w, w_high[h].w, b[n][h].z, b[n][h].w);
+        }
+    }
+
+    __syncthreads();  // the work before may still be read
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        partial[warp][n * 8 + lane * 2 + (i & 1)][group + (i >> 1) * 8] = c[n][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < NT * 128; i += WARPS * 32) {
+      const int row = i / 16, r = i % 16;
+      if (row < item.z && item.w + r < limit) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += partial[w][row][r];
+        v[((long long)part * step.num_rows + item.y + row) * v_row_stride +
+          module * v_module_stride + item.w + r] = sum;
+      }
+    }
+  }
+  if (!has_waited) wait_for_previous();
+}
+
+// A block of expand takes a tile and a panel: WIDTH columns of one module.
+const int WIDTH = THREADS * (ROWS < 16 ? 8 : 2);
+const int BLOCKS_0 = (OUT_0 + WIDTH - 1) / WIDTH, BLOCKS_1 = (OUT_1 + WIDTH - 1) / WIDTH;
+const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
+const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
+
+struct Panel {
+  int block, module, width, column;  // the block of the module; its columns, and where in y
+};
+template <class Work>
+__device__ __forceinline__ Panel panel_of(Work work) {
+  Panel panel = {(int)(work % BLOCKS), 0, OUT_0, 0};
+  if (panel.block >= BLOCKS_0 + BLOCKS_1) {
+    panel = {panel.block - (BLOCKS_0 + BLOCKS_1), 2, OUT_2, START_2};
+  } else if (panel.block >= BLOCKS_0) {
+    panel = {panel.block - BLOCKS_0, 1, OUT_1, START_1};
+  }
+  return panel;
+}
+__device__ __forceinline__ int4 first_tile(const int* plan, int capacity) {
+  return __ldg(tiles_of(plan) + min((int)blockIdx.x / BLOCKS, capacity - 1));
+}
+
+#if ROWS < 16
+// y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
+//
+// A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
+// takes 8 columns and, of 16 ranks at a time, one vector each, all in flight together.
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
+expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+       const int* __restrict__ page_table, const int* __restrict__ rank,
+       const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
+  release_next();
+  const int AT_ONCE = ROWS == 1 ? 4 : MAX_SPLITS;  // distinct adapters leave few splits
+  __shared__ float shrunk[ROWS][16];
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const int num_splits = read_split(plan).splits;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  bool has_waited = false;
+  int4 tile = first_tile(plan, capacity);
+  for (int work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+    if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
+    const Panel panel = panel_of(work);
+    const int module = panel.module, width = panel.width, column = panel.column;
+    const int place = module * module_stride + tile.x * slot_stride;
+    const int limit = __ldg(rank + place);
+    if (limit == 0) continue;
+    const int start = __ldg(b_start + place);
+    const float factor = __ldg(scale + place);
+    const int* pages = hold(page_table + (long long)tile.x * pages_stride);
+    const unsigned width_row = (width + 63) / 64 * 64;
+    const int n = panel.block * WIDTH + threadIdx.x * 8;
+    const bool in = EXACT || n < width;
+
+    uint4 b[16];
+    auto fetch = [&](int first) {
+      const unsigned element = start + first * width_row + n;
+      const T* weights = hold(pool);
+      unsigned page[16];  // all page numbers first: each is a load that the weights wait for
+      if (in && first + 16 <= limit) {
+#pragma unroll
+        for (int r = 0; r < 16; ++r) page[r] = page_of(pages, element + r * width_row);
+#pragma unroll
+        for (int r = 0; r < 16; ++r)
+          b[r] = load_weights(address(weights, page[r], element + r * width_row));
+      } else {  // looks up the last row again instead of none, so that no lookup is conditional
+        const unsigned column = start + (in ? n : 0);
+#pragma unroll
+        for (int r = 0; r < 16; ++r)
+          page[r] = page_of(pages, column + min(first + r, limit - 1) * width_row);
+#pragma unroll
+        for (int r = 0; r < 16; ++r)
+          b[r] = in && first + r < limit
+                     ? load_weights(address(weights, page[r], element + r * width_row))
+                     : zero;
+      }
+    };
+    T* y_row[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const int token = row < tile.z ? __ldg(order + tile.y + row) : 0;
+      y_row[row] = y + (long long)token * y_stride + column + n;
+    }
+    fetch(0);
+    if (!has_waited) {
+      wait_for_previous();
+      has_waited = true;
+    }
+
+    uint4 old[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row)
+      old[row] = in && row < tile.z ? load_input(y_row[row]) : zero;
+
+    float acc[ROWS][8] = {};
+    for (int first = 0; first < limit; first += 16) {
+      __syncthreads();  // what was shrunk before may still be read
+      if (first) fetch(first);
+      for (int i = threadIdx.x; i < ROWS * 16; i += THREADS) {
+        const int row = i / 16, r = first + i % 16;
+        float sum = 0;
+        if (row < tile.z && r < limit) {
+          const float* from =
+              v + (long long)(tile.y + row) * v_row_stride + module * v_module_stride + r;
+          const long long stride = (long long)step.num_rows * v_row_stride;
+          for (int first_split = 0; first_split < num_splits; first_split += AT_ONCE) {
+            float share[AT_ONCE];
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s)
+              share[s] = first_split + s < num_splits ? __ldcg(from + (first_split + s) * stride) : 0;
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s) sum += share[s];
+          }
+        }
+        shrunk[row][i % 16] = sum * factor;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < 16; ++r) {
+        const float2 w0 = unpack(b[r].x), w1 = unpack(b[r].y), w2 = unpack(b[r].z),
+                     w3 = unpack(b[r].w);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+          const float s = shrunk[row][r];
+          acc[row][0] += s * w0.x, acc[row][1] += s * w0.y;
+          acc[row][2] += s * w1.x, acc[row][3] += s * w1.y;
+          acc[row][4] += s * w2.x, acc[row][5] += s * w2.y;
+          acc[row][6] += s * w3.x, acc[row][7] += s * w3.y;
+        }
+      }
+    }
+    if (!in) continue;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      if (row >= tile.z) break;
+      const float2 o0 = unpack(old[row].x), o1 = unpack(old[row].y);
+      const float2 o2 = unpack(old[row].z), o3 = unpack(old[row].w);
+      uint4 sum;
+      sum.x = pack(o0.x + acc[row][0], o0.y + acc[row][1]);
+      sum.y = pack(o1.x + acc[row][2], o1.y + acc[row][3]);
+      sum.z = pack(o2.x + acc[row][4], o2.y + acc[row][5]);
+      sum.w = pack(o3.x + acc[row][6], o3.y + acc[row][7]);
+      *reinterpret_cast<uint4*>(y_row[row]) = sum;
+    }
+  }
+  if (!has_waited) wait_for_previous();
+}
+#endif
+
+// The same for many rows an adapter: a tile of 16 rows is the matrix unit's A operand.
+//
+// A warp takes 64 columns of one module: lane (g, q) of its 8 x 4 fetches 8 columns from g * 8 on of
+// the ranks 2q, 2q + 1, 2q + 8 and 2q + 9 of 16, so that the j-th of its columns are an operand of
+// one product, whose 8 columns are j, 8 + j, 16 + j and so on. Of the 8 products together a lane
+// gets 16 columns in a row, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
+#if ROWS == 16
+extern "C" __global__ void __launch_bounds__(THREADS)
+expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+       const int* __restrict__ page_table, const int* __restrict__ rank,
+       const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
+       int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
+       int v_module_stride) {
+  release_next();
+  // [row][pair of ranks]; padded by 4, the rows of a fragment lie in different banks.
+  __shared__ unsigned shrunk[16][(MAX_RANK + 15) / 16 * 8 + 4];
+  const int* order = order_of(plan, capacity);
+  const Plan step = read_plan(plan);
+  const int num_splits = read_split(plan).splits;
+  const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  bool has_waited = false;
+  int4 tile = first_tile(plan, capacity);
+  for (unsigned work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+    if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
+    const Panel panel = panel_of(work);
+    const int module = panel.module, width = panel.width, column = panel.column;
+    const int place = module * module_stride + tile.x * slot_stride;
+    const int limit = __ldg(rank + place);
+    if (limit == 0) continue;
+    const int start = __ldg(b_start + place);
+    const float factor = __ldg(scale + place);
+    const int* pages = hold(page_table + (long long)tile.x * pages_stride);
+    const T* weights = hold(pool);
+    const unsigned width_row = (width + 63) / 64 * 64;
+    const int first_n = panel.block * WIDTH + warp * 64;
+    const int n = first_n + g * 8;
+    const bool in = EXACT || n < width;
+
+    uint4 b[4];
+    auto fetch = [&](int first, uint4(&into)[4]) {
+      unsigned page[4];
+      // Looks up the last row again instead of none, so that no lookup is conditional.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = min(first + 2 * q + (i & 1) + (i >> 1) * 8, limit - 1);
+        page[i] = page_of(pages, start + r * width_row + (in ? n : 0));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = first + 2 * q + (i & 1) + (i >> 1) * 8;
+        into[i] = in && r < limit ? load_weights(address(weights, page[i], start + r * width_row + n))
+                                  : zero;
+      }
+    };
+    // Of rows g and g + 8: 16 columns in a row.
+    T* y_row[2];
+    bool has[2][2];
+    fetch(0, b);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = g + h * 8, at = first_n + q * 16;
+      const int token = row < tile.z ? __ldg(order + tile.y + row) : 0;
+      y_row[h] = y + (long long)token * y_stride + column + at;
+      has[h][0] = row < tile.z && (EXACT || at < width);
+      has[h][1] = row < tile.z && (EXACT || at + 8 < width);
+    }
+    if (!has_waited) {
+      wait_for_previous();
+      has_waited = true;
+    }
+
+    uint4 old[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) old[h][i] = has[h][i] ? load_input(y_row[h] + i * 8) : zero;
+
+    __syncthreads();  // what was shrunk before may still be read
+    const long long stride = (long long)step.num_rows * v_row_stride;
+    for (int i = threadIdx.x; i < (limit + 15) / 16 * 128; i += THREADS) {
+      const int row = i % 128 / 8, r = i / 128 * 16 + i % 8 * 2;
+      float low = 0, high = 0;
+      if (row < tile.z && r < limit) {
+        const float* from =
+            v + (long long)(tile.y + row) * v_row_stride + module * v_module_stride + r;
+        for (int first_split = 0; first_split < num_splits; first_split += 8) {
+          float2 share[8];
+#pragma unroll
+          for (int s = 0; s < 8; ++s)
+            share[s] = first_split + s < num_splits
+                           ? __ldcg(reinterpret_cast<const float2*>(from + (first_split + s) * stride))
+                           : make_float2(0, 0);
+#pragma unroll
+          for (int s = 0; s < 8; ++s) low += share[s].x, high += share[s].y;
+        }
+        if (r + 1 == limit) high = 0;  // what lies there is no number
+      }
+      shrunk[row][r / 2] = pack(low * factor, high * factor);
+    }
+    __syncthreads();
+
+    float acc[8][4] = {};
+    for (int first = 0; first < limit; first += 16) {
+      uint4 next[4] = {zero, zero, zero, zero};
+      if (first + 16 < limit) fetch(first + 16, next);
+      const int pair = first / 2 + q;
+      const unsigned a0 = shrunk[g][pair], a1 = shrunk[g + 8][pair];
+      const unsigned a2 = shrunk[g][pair + 4], a3 = shrunk[g + 8][pair + 4];
+      const unsigned* w[4] = {&b[0].x, &b[1].x, &b[2].x, &b[3].x};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const unsigned halves = j & 1 ? 0x7632 : 0x5410;
+        mma(acc[j], a0, a1, a2, a3, __byte_perm(w[0][j / 2], w[1][j / 2], halves),
+            __byte_perm(w[2][j / 2], w[3][j / 2], halves));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = next[i];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!has[h][i]) continue;
+        const float2 o0 = unpack(old[h][i].x), o1 = unpack(old[h][i].y);
+        const float2 o2 = unpack(old[h][i].z), o3 = unpack(old[h][i].w);
+        const int c = h * 2 + i;
+        uint4 sum;
+        sum.x = pack(o0.x + acc[0][c], o0.y + acc[1][c]);
+        sum.y = pack(o1.x + acc[2][c], o1.y + acc[3][c]);
+        sum.z = pack(o2.x + acc[4][c], o2.y + acc[5][c]);
+        sum.w = pack(o3.x + acc[6][c], o3.y + acc[7][c]);
+        *reinterpret_cast<uint4*>(y_row[h] + i * 8) = sum;
+      }
+  }
+  if (!has_waited) wait_for_previous();
+}
+#endif

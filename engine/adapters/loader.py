@@ -1,0 +1,277 @@
+"""Adapters from disk to the host store and on to their pages, beside the worker's loop.
+
+Readers (engine/adapters/reader.py) read, check and pack; one loader thread copies into pages and
+says when a copy has ended. On a GPU no step waits for either: memory/device/page_copier.py explains
+the streams.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from loraplex.engine.adapters.packing import AdapterTarget
+from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
+from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.errors import AdapterError
+from loraplex.memory.adapter_layout import MODULES
+from loraplex.memory.device.page_copier import Mark, PageCopier
+from loraplex.memory.host.slab import plain_slab, shared_slab
+from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    AdapterInspected,
+    AdapterLoaded,
+    InspectAdapter,
+    LoadAdapter,
+)
+
+logger = logging.getLogger("loraplex")
+
+MAX_COPIES = 2
+"""Loads whose copies are enqueued at a time: the link is never idle while loads wait, and one that
+is called off before its turn costs nothing."""
+
+UNLOADED = "it was unloaded before its load was done"
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A LoadAdapter on its way. `is_unloaded`, `mark` and `error` are set under the loader's lock
+    until the load is reported."""
+
+    command: LoadAdapter
+    after: Mark  # what used the pages and the slot before
+    started_at: float = field(default_factory=time.perf_counter)
+    adapter: PackedAdapter | None = None  # pinned in the host store until the copy has ended
+    from_host: bool = False
+    is_unloaded: bool = False
+    mark: Mark | None = None  # the end of the copy; None: not enqueued
+    error: str = ""
+
+
+class AdapterLoader:
+    """`inspect`, `load`, `unload`, `drop` and `finish` are for the thread that launches steps; they
+    do not wait. What comes of the first two is given to `report`, from other threads.
+
+    Args:
+        reader: of adapters for `target`; closed with the loader.
+        report: takes an AdapterInspected; a Load, for `finish`; an AdapterEvicted, in the order in
+            which the store changed; or an error that is no adapter's fault, to be raised where the
+            steps are.
+        enter_thread: called first in each thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: AdapterTarget,
+        reader: AdapterReader,
+        table: AdapterTable,
+        copier: PageCopier,
+        host_bytes: int,
+        report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
+        enter_thread: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._table = table
+        self._copier = copier
+        self._report = report
+        self._enter_thread = enter_thread
+        self._reader = reader
+        make_slab: Allocate = plain_slab
+        if target.pin_memory or reader.needs_shared_memory:
+            make_slab = partial(shared_slab, page_locked=target.pin_memory)
+        self._store = HostStore(host_bytes, make_slab=make_slab)
+        self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
+        self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
+        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+        self._preparer = ThreadPoolExecutor(1, "slab-preparer", initializer=enter_thread)
+        self._prepare()
+
+    def inspect(self, command: InspectAdapter) -> None:
+        """Answered by an AdapterInspected."""
+        self._readers.submit(self._inspect, command)
+
+    def load(self, command: LoadAdapter, after: Mark) -> None:
+        """Answered by a Load. The pages are the load's from now on, and written once `after` is
+        reached, where what used them and the slot before has ended."""
+        load = Load(command, after)
+        self._loads[command.adapter_slot] = load
+        load.adapter = self._store.pin(command.content_hash)
+        if load.adapter is not None:
+            load.from_host = True
+            self._queue.put(load)
+        else:
+            self._readers.submit(self._read_again, load)
+
+    def unload(self, adapter_slot: int) -> None:
+        """The slot's pages belong to others from now on, whether its load has ended or not.
+
+        A load whose copy is not enqueued is called off; otherwise all that the compute stream is
+        given from now on waits for that copy, and later loads come behind it by themselves.
+        """
+        load = self._loads.pop(adapter_slot, None)
+        if load is not None:
+            with self._lock:
+                load.is_unloaded = True
+                mark = load.mark
+            if mark is not None:
+                self._copier.hold(mark)
+        self._table.clear(adapter_slot)
+
+    def drop(self, content_hash: str) -> None:
+        """Free its host memory, once the loads under way are done with it."""
+        self._store.drop(content_hash)
+        self._tell()
+
+    def finish(self, load: Load) -> AdapterLoaded:
+        """Take in a load that was reported; steps planned from now on may use its slot."""
+        command, error = load.command, load.error
+        if self._loads.get(command.adapter_slot) is load:
+            del self._loads[command.adapter_slot]
+            if not error:
+                assert load.adapter is not None
+                page_ids = torch.tensor(command.page_ids, dtype=torch.int32)
+                self._table.write_host(command.adapter_slot, load.adapter, page_ids)
+        return AdapterLoaded(
+            adapter_slot=command.adapter_slot,
+            content_hash=command.content_hash,
+            error=UNLOADED if load.is_unloaded else error,
+            load_us=int((time.perf_counter() - load.started_at) * 1e6),
+            from_host=load.from_host,
+        )
+
+    def close(self) -> None:
+        """Stop the threads; reads that have not begun are dropped."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._preparer.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _inspect(self, command: InspectAdapter) -> None:
+        try:
+            adapter = self._store.add(
+                lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
+                pin=True,
+            )
+            self._tell(_describe(command, adapter), unpin=adapter.content_hash)
+        except Exception as error:
+            text = _explain(command.name, error)
+            self._tell(AdapterInspected(name=command.name, path=command.path, error=text))
+        self._prepare()
+
+    def _read_again(self, load: Load) -> None:
+        """The host store dropped it; what is at the path now must still be the same content."""
+        name, folder = Path(load.command.path).name, Path(load.command.path)
+
+        def read(allocate: Allocate) -> PackedAdapter:
+            adapter = self._reader.read(name, folder, allocate)
+            if adapter.content_hash != load.command.content_hash:
+                raise AdapterError(
+                    f"adapter {name!r}: the files in {folder} have changed since it was "
+                    "registered; unload it and register it again"
+                )
+            return adapter
+
+        try:
+            if not load.is_unloaded:
+                load.adapter = self._store.add(read, pin=True)
+            self._queue.put(load)
+        except Exception as error:
+            load.error = _explain(name, error)
+            self._tell(load)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Room for the next adapters, in time and beside the readers."""
+        self._preparer.submit(self._store.prepare)
+
+    def _run(self) -> None:
+        """The loader thread: enqueues loads and reports them, in the order they came in."""
+        self._enter_thread()
+        copying: deque[Load] = deque()
+        try:
+            while True:
+                if copying and (len(copying) == MAX_COPIES or self._queue.empty()):
+                    self._end(copying.popleft())
+                    continue
+                load = self._queue.get()
+                if load is None:
+                    break
+                if self._begin(load):
+                    copying.append(load)
+                else:
+                    self._end(load)
+            for load in copying:
+                self._end(load)
+        except BaseException as error:  # a GPU fault: pages may hold anything
+            self._report(error)
+
+    def _begin(self, load: Load) -> bool:
+        """Enqueue the copy, unless there is none to make."""
+        command, adapter = load.command, load.adapter
+        with self._lock:
+            if load.is_unloaded or adapter is None:
+                return False
+            if adapter.num_pages != len(command.page_ids):
+                load.error = f"it needs {adapter.num_pages} pages, not {len(command.page_ids)}"
+                return False
+            load.mark = self._copier.copy(
+                adapter.data,
+                command.page_ids,
+                after=load.after,
+                then=lambda ids: self._table.write_device(command.adapter_slot, adapter, ids),
+            )
+            return True
+
+    def _end(self, load: Load) -> None:
+        if load.mark is not None:
+            load.mark.synchronize()
+        self._tell(load, unpin=load.command.content_hash if load.adapter is not None else "")
+
+    def _tell(self, item: AdapterInspected | Load | None = None, unpin: str = "") -> None:
+        """Report an item after all evictions so far, and before its own content's."""
+        with self._telling:
+            self._tell_evicted()
+            if unpin:
+                self._store.unpin(unpin)
+            if item is not None:
+                self._report(item)
+            self._tell_evicted()
+
+    def _tell_evicted(self) -> None:
+        for content_hash in self._store.take_evicted():
+            self._report(AdapterEvicted(content_hash))
+
+
+def _describe(command: InspectAdapter, adapter: PackedAdapter) -> AdapterInspected:
+    used = adapter.rank.amax(dim=0).tolist()
+    return AdapterInspected(
+        name=command.name,
+        path=command.path,
+        content_hash=adapter.content_hash,
+        num_pages=adapter.num_pages,
+        num_bytes=adapter.num_bytes,
+        max_rank=max(used),
+        modules=[name for name, rank in zip(MODULES, used, strict=True) if rank],
+    )
+
+
+def _explain(name: str, error: Exception) -> str:
+    if isinstance(error, AdapterError):
+        return str(error)
+    logger.exception("reading adapter %s failed", name, exc_info=error)
+    return f"adapter {name!r}: reading it failed: {type(error).__name__}: {error}"

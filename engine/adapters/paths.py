@@ -1,0 +1,70 @@
+"""Where adapters may come from: the folders named at start, and the root for paths of clients."""
+
+import logging
+import os
+import re
+
+from loraplex.engine.config import AdapterConfig
+from loraplex.engine.errors import ConfigError, client_error
+
+logger = logging.getLogger("loraplex")
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_NAME = re.compile(r"\w[\w.:/@+-]{0,199}")
+
+
+def adapters_at_start(config: AdapterConfig) -> list[tuple[str, str]]:
+    """(name, absolute path) of every adapter that the configuration names.
+
+    Raises ConfigError for a path that is no PEFT directory, and for a name that is bad or twice.
+    """
+    found = [(name, os.path.abspath(os.path.expanduser(path))) for name, path in config.adapters]
+    for name, path in found:
+        if not os.path.isdir(path):
+            raise ConfigError(f"adapter {name!r}: {path} is no directory")
+        if not _is_peft_directory(path):
+            raise ConfigError(f"adapter {name!r}: {path} holds no {ADAPTER_FILE}")
+    if config.adapter_dir:
+        found += _peft_directories(os.path.abspath(os.path.expanduser(config.adapter_dir)))
+    seen: dict[str, str] = {}
+    for name, path in found:
+        if not ADAPTER_NAME.fullmatch(name):
+            raise ConfigError(
+                f"adapter name {name!r}: letters, digits and . _ : / @ + - only, at most 200"
+            )
+        if seen.setdefault(name, path) != path:
+            raise ConfigError(f"adapter {name!r} is given twice: {seen[name]} and {path}")
+    return list(seen.items())
+
+
+def _peft_directories(folder: str) -> list[tuple[str, str]]:
+    if not os.path.isdir(folder):
+        raise ConfigError(f"adapter_dir {folder} is no directory")
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    found = [(os.path.basename(path), path) for path in paths if _is_peft_directory(path)]
+    if not found:
+        logger.warning("adapter_dir %s holds no PEFT directory", folder)
+    return found
+
+
+def _is_peft_directory(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, ADAPTER_FILE))
+
+
+def check_under_root(path: str, root: str) -> str:
+    """The real path, if it is a directory under `root`; ClientError "forbidden" if it is not.
+
+    Symbolic links are followed first. Whether a path outside the root exists is not told.
+    """
+    if not root:
+        raise client_error(
+            "forbidden", "this server loads no adapters for clients (no adapter_root is configured)"
+        )
+    real_root = os.path.realpath(os.path.expanduser(root))
+    if "\0" in path:
+        raise client_error("forbidden", "the path holds a null character")
+    real = os.path.realpath(os.path.join(real_root, path))
+    if os.path.commonpath((real, real_root)) != real_root:
+        raise client_error("forbidden", "the path lies outside the server's adapter_root")
+    if not os.path.isdir(real):
+        raise client_error("adapter", f"{path[:200]} is no directory")
+    return real

@@ -1,0 +1,215 @@
+"""adapter_config.json of PEFT: what it asks for, and a refusal of what cannot be honoured."""
+
+import json
+import math
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.engine.adapters.peft_patterns import PatternError, compile_pattern
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 << 20
+ALL_LINEAR = "all-linear"
+
+# What PEFT writes that says nothing about the forward pass, and what we read ourselves.
+_HARMLESS = frozenset((
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+))  # fmt: skip
+_READ = frozenset((
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora",
+))  # fmt: skip
+_REASONS = {
+    "use_dora": "DoRA is not supported",
+    "lora_bias": "a bias on lora_B is not supported",
+    "fan_in_fan_out": "fan_in_fan_out is for another layout of the base weights",
+    "modules_to_save": "it replaces whole modules of the base model",
+    "trainable_token_indices": "it replaces embeddings of the base model",
+    "layer_replication": "it repeats layers of the base model",
+    "target_parameters": "LoRA on bare parameters is not supported",
+    "use_qalora": "QALoRA is not supported",
+    "alora_invocation_tokens": "activated LoRA is not supported",
+}
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal")
+
+
+class PeftConfigError(ValueError):
+    """The configuration cannot be honoured; the text is the reason, without the adapter's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """What decides rank, scale and place of an adapter's weights."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    target_modules: tuple[str, ...] | re.Pattern[str] | str  # the string is ALL_LINEAR
+    exclude_modules: tuple[str, ...] | re.Pattern[str]
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[re.Pattern[str], ...]
+    base_model: str  # informational
+
+    def rank_of(self, module: str) -> int:
+        return next((r for pattern, r in self.rank_pattern if pattern.match(module)), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        alpha = next((a for pattern, a in self.alpha_pattern if pattern.match(module)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would adapt the linear layer of this full name."""
+        if self._excludes(module):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return True
+        if isinstance(self.target_modules, re.Pattern):
+            return self.target_modules.fullmatch(module) is not None
+        if module in self.target_modules:
+            return True
+        return any(
+            module.endswith(f".{target}") for target in self.target_modules
+        ) and self._in_layers(module)
+
+    def _excludes(self, module: str) -> bool:
+        if isinstance(self.exclude_modules, re.Pattern):
+            return self.exclude_modules.fullmatch(module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.exclude_modules)
+
+    def _in_layers(self, module: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        for pattern in self.layers_pattern:
+            match = pattern.match(module)
+            if match is not None:
+                return int(match["index"]) in self.layers_to_transform
+        return False
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Raises PeftConfigError: there is no readable configuration, or it cannot be honoured."""
+    path = folder / CONFIG_FILE
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise PeftConfigError(f"{CONFIG_FILE} is no regular file")
+        if status.st_size > MAX_CONFIG_BYTES:
+            raise PeftConfigError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PeftConfigError(f"there is no {CONFIG_FILE} in {folder}") from None
+    except OSError as error:
+        raise PeftConfigError(f"{CONFIG_FILE} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PeftConfigError):
+            raise
+        raise PeftConfigError(f"{CONFIG_FILE} is no valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise PeftConfigError(f"{CONFIG_FILE} must hold a JSON object")
+    return parse_peft_config(values)
+
+
+def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
+    """Raises PeftConfigError, naming the field that cannot be honoured."""
+    _refuse_unsupported(values)
+    try:
+        return PeftConfig(
+            rank=_rank("r", values.get("r", 8)),
+            alpha=_alpha("lora_alpha", values.get("lora_alpha", 8)),
+            use_rslora=bool(values.get("use_rslora")),
+            rank_pattern=_pattern_map(values, "rank_pattern", _rank),
+            alpha_pattern=_pattern_map(values, "alpha_pattern", _alpha),
+            target_modules=_module_names(values, "target_modules", all_linear=True),
+            exclude_modules=_module_names(values, "exclude_modules", all_linear=False),
+            layers_to_transform=_layers(values.get("layers_to_transform")),
+            layers_pattern=_layers_pattern(values.get("layers_pattern")),
+            base_model=str(values.get("base_model_name_or_path") or ""),
+        )
+    except PatternError as error:
+        raise PeftConfigError(str(error)) from None
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise PeftConfigError(f"peft_type is {kind!r}; only LORA is supported")
+    if values.get("bias", "none") not in ("none", None):
+        raise PeftConfigError(f"bias={values['bias']!r}: trained biases are not supported")
+    init = values.get("init_lora_weights", True)
+    if not (init is None or isinstance(init, bool) or init in _PLAIN_INITS):
+        raise PeftConfigError(
+            f"init_lora_weights={init!r} changes the base weights; convert the adapter to plain "
+            "LoRA when saving it (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for name, value in values.items():
+        if value and name not in _HARMLESS and name not in _READ:
+            reason = _REASONS.get(name, "this option is not known here")
+            raise PeftConfigError(f"{name}={str(value)[:80]}: {reason}")
+
+
+def _rank(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PeftConfigError(f"{name} must be a positive integer, got {value!r:.40}")
+    return value
+
+
+def _alpha(name: str, value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value == 0:  # type: ignore[arg-type]
+        raise PeftConfigError(f"{name} must be a finite number other than 0, got {value!r:.40}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _pattern_map(values: dict[str, Any], name: str, read: Any) -> tuple[Any, ...]:
+    """PEFT matches a key as a regular expression against the end of a module's name."""
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise PeftConfigError(f"{name} must be a map, got {found!r:.40}")
+    return tuple(
+        (compile_pattern(name, key, r"(.*\.)?({})$"), read(f"{name}[{key!r}]", value))
+        for key, value in found.items()
+    )
+
+
+def _module_names(values: dict[str, Any], name: str, *, all_linear: bool) -> Any:
+    """A list of names, a regular expression, or ALL_LINEAR."""
+    found = values.get(name)
+    if isinstance(found, str) and found:
+        if all_linear and found.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        return compile_pattern(name, found, "{}")
+    if isinstance(found, list) and all(isinstance(item, str) and item for item in found):
+        if found or not all_linear:
+            return tuple(found)
+    elif found in (None, "") and not all_linear:
+        return ()
+    raise PeftConfigError(
+        f"{name} must be a list of module names or a regular expression, got {found!r:.80}"
+    )
+
+
+def _layers(value: object) -> frozenset[int] | None:
+    if value is None or value == []:
+        return None
+    layers = value if isinstance(value, list) else [value]
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise PeftConfigError(f"layers_to_transform must be layer numbers, got {value!r:.80}")
+    return frozenset(layers)
+
+
+def _layers_pattern(value: object) -> tuple[re.Pattern[str], ...]:
+    if not value:
+        return (re.compile(r".*?\.[^.]*\.(?P<index>\d+)\."),)
+    names = value if isinstance(value, list) else [value]
+    return tuple(
+        compile_pattern("layers_pattern", name, r"(?:^|.*?\.){}\.(?P<index>\d+)\.")
+        for name in names
+    )

@@ -1,0 +1,253 @@
+"""Reads a PEFT directory and packs its weights in page layout; refuses what it cannot honour.
+
+The tensors in the file say which modules exist, the configuration must agree with them, and both
+must fit the base model. Everything else would answer with a wrong model, silently.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from loraplex.engine.adapters.content_hashes import ContentHashes
+from loraplex.engine.adapters.packing import (
+    AdapterTarget,
+    ModuleKey,
+    Sides,
+    UnusableWeightsError,
+    pack,
+)
+from loraplex.engine.adapters.peft_config import (
+    ALL_LINEAR,
+    CONFIG_FILE,
+    PeftConfig,
+    PeftConfigError,
+    read_peft_config,
+)
+from loraplex.engine.adapters.safetensors_file import (
+    DamagedFileError,
+    NotRegularFileError,
+    SafetensorsFile,
+    TensorPlace,
+    open_safetensors,
+    parse_header,
+    stamp,
+)
+from loraplex.engine.errors import AdapterError
+from loraplex.memory.adapter_layout import MODULES
+from loraplex.memory.host.store import Allocate, PackedAdapter
+
+logger = logging.getLogger("loraplex")
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_SPECIAL_KEYS = {
+    "lora_magnitude_vector": "DoRA is not supported",
+    "lora_embedding_": "LoRA on embeddings is not supported",
+    "lora_A.bias": "a bias on lora_A is not supported",
+    "lora_B.bias": "a bias on lora_B is not supported",
+    "modules_to_save": "it replaces whole modules of the base model",
+}
+_UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
+_MAX_LISTED = 4
+_MAX_KEPT_HEADER_BYTES = 1 << 20
+
+
+def module_name(layer: int, module: int) -> str:
+    """As Hugging Face names it, and as PEFT matches it."""
+    parent = "self_attn" if module < MODULES.index("gate_proj") else "mlp"
+    return f"model.layers.{layer}.{parent}.{MODULES[module]}"
+
+
+def allocate_plain(num_bytes: int) -> torch.Tensor:
+    """Memory of its own for one adapter."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def read_adapter(
+    name: str,
+    folder: Path,
+    target: AdapterTarget,
+    *,
+    allocate: Allocate = allocate_plain,
+    hashes: ContentHashes | None = None,
+    packers: Executor | None = None,
+) -> PackedAdapter:
+    """Read, check, hash and pack. Only the two PEFT files of `folder` are opened.
+
+    Args:
+        allocate: gives the memory to pack into; called once, when all but the numbers is checked.
+        hashes: of files that were read before; what has not changed since is neither hashed nor
+            searched for NaN again.
+        packers: threads that share the work; none of them may wait for this call.
+
+    Raises:
+        AdapterError: names the adapter and the reason.
+    """
+    try:
+        if not folder.is_dir():
+            raise PeftConfigError(f"{folder} is no directory")
+        config_stamp = _stamp_config(folder)
+        config = read_peft_config(folder)
+        logger.debug("adapter %s was trained on %s", name, config.base_model or "an unnamed base")
+        with open_safetensors(folder / WEIGHTS_FILE) as file:
+            files = (file.stamp(), config_stamp)
+            found = _find_modules(file, config, target)
+            packed = pack(
+                file,
+                found,
+                {key: config.scale_of(module_name(*key)) for key in found},
+                target=target,
+                allocate=allocate,
+                packers=packers,
+                content_hash=hashes.get(folder, files) if hashes else None,
+            )
+            if (file.stamp(), _stamp_config(folder)) != files:
+                raise PeftConfigError("its files changed while they were read; load it again")
+        if hashes:
+            hashes.remember(folder, files, packed.content_hash)
+        return packed
+    except OSError as error:
+        reason = _explain(error, folder)
+    except DamagedFileError as error:
+        reason = f"{WEIGHTS_FILE} is damaged: {error}"
+    except (PeftConfigError, NotRegularFileError, UnusableWeightsError) as error:
+        reason = str(error)
+    raise AdapterError(f"adapter {name!r}: {reason}")
+
+
+def _stamp_config(folder: Path) -> tuple[int, ...]:
+    try:
+        return stamp(os.stat(folder / CONFIG_FILE))
+    except OSError:
+        return ()  # reading it says what is wrong
+
+
+def _find_modules(
+    file: SafetensorsFile, config: PeftConfig, target: AdapterTarget
+) -> Mapping[ModuleKey, Sides]:
+    """The file's tensors by module. Adapters of one recipe have one header, so it is mostly found
+    among those checked before: three milliseconds that hold up the loop that launches steps."""
+    header, num_bytes = file.read_header(), file.status.st_size
+    unscaled = replace(config, alpha=1.0, alpha_pattern=(), use_rslora=False)
+    check = _check if len(header) <= _MAX_KEPT_HEADER_BYTES else _check.__wrapped__
+    return check(header, num_bytes, unscaled, target)
+
+
+@lru_cache(maxsize=16)
+def _check(
+    header: bytes, file_bytes: int, config: PeftConfig, target: AdapterTarget
+) -> Mapping[ModuleKey, Sides]:
+    """The file's tensors by module, in accord with the configuration, whose scale does not matter,
+    and with the base model."""
+    if file_bytes > target.max_file_bytes:
+        raise PeftConfigError(
+            f"{WEIGHTS_FILE} has {file_bytes} bytes, more than any adapter of rank up to "
+            f"{target.max_rank} for this base model"
+        )
+    names = {
+        module_name(layer, module): (layer, module)
+        for layer in range(target.num_layers)
+        for module in range(len(MODULES))
+    }
+    expected = _expected_modules(config, names)
+    found = _group_sides(parse_header(header, file_bytes), names)
+    _check_modules(expected, found, config)
+    for key, sides in found.items():
+        _check_sides(key, sides, config, target)
+    return found
+
+
+def _explain(error: OSError, folder: Path) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"{WEIGHTS_FILE} cannot be read: {error}"
+    for pickle_name in PICKLE_FILES:
+        if (folder / pickle_name).exists():
+            return (
+                f"{pickle_name} is a pickle file, which may run code when read; save the adapter "
+                "as safetensors"
+            )
+    return f"there is no {WEIGHTS_FILE} in {folder}"
+
+
+def _expected_modules(config: PeftConfig, names: dict[str, ModuleKey]) -> set[ModuleKey]:
+    if config.target_modules != ALL_LINEAR:
+        for special in _UNSUPPORTED_MODULES:
+            if config.targets(special):
+                raise PeftConfigError(f"target_modules reach {special}: that is not supported")
+    if isinstance(config.target_modules, tuple):
+        for entry in config.target_modules:
+            if not any(name == entry or name.endswith(f".{entry}") for name in names):
+                raise PeftConfigError(f"target module {entry!r} matches nothing in this base model")
+    expected = {key for name, key in names.items() if config.targets(name)}
+    if not expected:
+        raise PeftConfigError("target_modules match nothing in this base model")
+    return expected
+
+
+def _group_sides(
+    tensors: dict[str, TensorPlace], names: dict[str, ModuleKey]
+) -> dict[ModuleKey, Sides]:
+    found: dict[ModuleKey, Sides] = {}
+    for key, place in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            reasons = [f": {reason}" for part, reason in _SPECIAL_KEYS.items() if part in key]
+            raise PeftConfigError(f"tensor {key}{(reasons or [' is no LoRA weight'])[0]}")
+        module = names.get(match["module"])
+        if module is None:
+            raise PeftConfigError(f"tensor {key}: this base model has no such module to adapt")
+        sides = found.setdefault(module, {})
+        if match["side"] in sides:
+            raise PeftConfigError(f"tensor {key} is there twice")
+        sides[match["side"]] = place
+    return found
+
+
+def _check_modules(
+    expected: set[ModuleKey], found: dict[ModuleKey, Sides], config: PeftConfig
+) -> None:
+    missing, extra = expected - set(found), set(found) - expected
+    if missing:
+        raise PeftConfigError(f"target_modules name {_list(missing)}, but the file has no weights")
+    if extra:
+        raise PeftConfigError(
+            f"the file has weights of {_list(extra)}, which the config leaves out"
+        )
+
+
+def _list(keys: Iterable[ModuleKey]) -> str:
+    texts = [module_name(*key) for key in sorted(keys)]
+    more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
+    return ", ".join(texts[:_MAX_LISTED]) + more
+
+
+def _check_sides(key: ModuleKey, sides: Sides, config: PeftConfig, target: AdapterTarget) -> None:
+    name, shape = module_name(*key), target.shapes[key[1]]
+    for side in "AB":
+        if side not in sides:
+            raise PeftConfigError(f"{name} has no lora_{side}")
+        if len(sides[side].shape) != 2 or not sides[side].dtype.is_floating_point:
+            raise PeftConfigError(f"{name}.lora_{side} is no matrix of floating-point numbers")
+    a, b, rank = sides["A"], sides["B"], config.rank_of(name)
+    if a.shape[1] != shape.in_features or b.shape[0] != shape.out_features:
+        trained_on = f" ({config.base_model})" if config.base_model else ""
+        raise PeftConfigError(
+            f"{name} is {a.shape[1]} -> {b.shape[0]} in the adapter and {shape.in_features} -> "
+            f"{shape.out_features} in this base model: it was trained on another base{trained_on}"
+        )
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise PeftConfigError(
+            f"{name} has rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B, "
+            f"but {rank} in the config"
+        )
+    if rank > target.max_rank:
+        raise PeftConfigError(f"{name} has rank {rank}, above max_lora_rank {target.max_rank}")

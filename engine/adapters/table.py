@@ -1,0 +1,114 @@
+"""The table of resident adapters on one worker, and the grouping of a step's rows by adapter."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loraplex.backends.lora.contract import LoRABatch, LoRATable
+from loraplex.engine.adapters.peft_files import AdapterTarget
+from loraplex.memory.adapter_layout import MODULES, num_pages
+from loraplex.memory.host.store import PackedAdapter
+
+
+class AdapterTable:
+    """The table on the device is written by whoever loads adapters, on the stream of the load; its
+    copy on the host by the thread that plans steps, and by no other.
+
+    Attributes: table, whose tensors keep their addresses for good.
+    """
+
+    def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
+        all_modules = {module: target.max_rank for module in range(len(MODULES))}
+        max_pages = num_pages([all_modules], target.shapes, target.page_elems)
+        # rank, a_start, b_start and the bits of scale: a row goes to the device in one copy.
+        # On the device an adapter's modules lie side by side: kernels read those of one slot.
+        shape = (4, target.num_layers, num_slots, len(MODULES))
+        self._host_fields = torch.zeros(shape, dtype=torch.int32).transpose(2, 3).contiguous()
+        self._fields = torch.zeros(shape, dtype=torch.int32, device=device).transpose(2, 3)
+        page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32)
+        self.table = LoRATable(
+            page_table=page_table.clone().to(device),
+            host_page_table=page_table,
+            **_by_name(self._fields, ""),
+            **_by_name(self._host_fields, "host_"),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.table.page_table.shape[0]
+
+    @property
+    def max_pages(self) -> int:
+        """Of an adapter of the largest rank on all modules."""
+        return self.table.page_table.shape[1]
+
+    def write_device(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
+        """Let `slot` mean `adapter`, whose weights are in `page_ids`; only enqueued on a GPU.
+
+        Args:
+            page_ids: integers [n], on the device.
+        """
+        row = _pack_row(adapter)
+        if self._fields.is_cuda:
+            row = row.pin_memory()
+        self._fields[..., slot].copy_(row, non_blocking=True)
+        # Entries beyond the adapter's pages are never read.
+        self.table.page_table[slot, : len(page_ids)].copy_(page_ids)
+
+    def write_host(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
+        """The same in what steps are planned by; `page_ids` on the CPU."""
+        self._host_fields[..., slot] = _pack_row(adapter)
+        self.table.host_page_table[slot].zero_()
+        self.table.host_page_table[slot, : len(page_ids)] = page_ids
+
+    def clear(self, slot: int) -> None:
+        """Steps planned from now on may not name the slot. The device keeps the old row, which
+        steps in flight may read."""
+        self._host_fields[..., slot].zero_()
+        self.table.host_page_table[slot].zero_()
+
+    @staticmethod
+    def check(table: LoRATable, slots: npt.NDArray[np.int32]) -> None:
+        """Raise ValueError unless there is an adapter in every slot: a request must never be
+        answered by the base model, or by another's weights, in silence."""
+        empty = slots[table.host_page_table.numpy()[slots, 0] == 0]  # page 0 is nobody's
+        if len(empty):
+            raise ValueError(f"a step names adapter slots {empty.tolist()}, which are not loaded")
+
+
+def _by_name(fields: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    rank, a_start, b_start, scale = fields
+    return {
+        f"{prefix}rank": rank,
+        f"{prefix}a_start": a_start,
+        f"{prefix}b_start": b_start,
+        f"{prefix}scale": scale.view(torch.float32),
+    }
+
+
+def _pack_row(adapter: PackedAdapter) -> torch.Tensor:
+    """int32 [4, L, M]."""
+    scale = adapter.scale.view(torch.int32)
+    return torch.stack((adapter.rank, adapter.a_start, adapter.b_start, scale))
+
+
+def group_rows(
+    adapter_slots: npt.NDArray[np.int32], num_tokens: npt.NDArray[np.int32]
+) -> LoRABatch:
+    """A step's tokens by adapter.
+
+    Args:
+        adapter_slots: of each row of the step, -1 for the base model.
+        num_tokens: of each row.
+    """
+    token_slots = np.repeat(adapter_slots, num_tokens)
+    order = np.argsort(token_slots, kind="stable")
+    token_order = order[np.searchsorted(token_slots[order], 0) :].astype(np.int32)
+    sorted_slots = token_slots[token_order]
+    starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
+    return LoRABatch(
+        num_tokens=len(token_slots),
+        token_order=token_order,
+        segment_starts=np.append(starts, len(token_order)).astype(np.int32),
+        segment_slots=sorted_slots[starts].astype(np.int32),
+    )

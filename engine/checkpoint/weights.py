@@ -1,0 +1,114 @@
+"""Fills a Decoder with a checkpoint's weights, or with random ones."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.model.decoder import Decoder
+
+_MAX_LISTED = 8
+
+
+class WeightSource(Protocol):
+    """A checkpoint on disk, seen under Hugging Face's tensor names."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor there is, in the order of the files."""
+        ...
+
+    def copy_to(self, name: str, target: torch.Tensor) -> None:
+        """Write one tensor to `target`, which has its shape but any dtype and device."""
+        ...
+
+
+def load_weights(
+    model: Decoder,
+    model_path: Path,
+    load_format: str = "auto",
+    *,
+    progress: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write every weight of `model`, converted to its dtype, on its device.
+
+    Args:
+        model_path: a Hugging Face directory or a GGUF file.
+        load_format: "auto", "safetensors", "gguf", or "dummy": random weights, no file is read.
+        progress: show a bar.
+        seed: of the random weights.
+
+    Raises:
+        ConfigError: the files are missing or of another format, or a tensor is missing, unknown
+            or of another shape; the text names them.
+    """
+    if load_format == "dummy":
+        fill_random(model, seed=seed, progress=progress)
+        return
+    source = _open_source(model, model_path, load_format)
+    parameters = model.parameters()
+    _check(parameters, source.shapes(), model_path)
+    with _bar(parameters, progress, f"loading {model_path.name}") as bar:
+        for name in source.shapes():
+            source.copy_to(name, parameters[name])
+            bar.update(parameters[name].nbytes)
+
+
+def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None:
+    """Seeded random weights that keep activations near 1: norms 1, biases 0, matrices 1/fan-in."""
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    parameters = model.parameters()
+    with _bar(parameters, progress, "random weights") as bar:
+        for name, tensor in parameters.items():
+            if name.endswith("bias"):
+                tensor.zero_()
+            elif tensor.ndim == 1:
+                tensor.fill_(1.0)
+            else:
+                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+            bar.update(tensor.nbytes)
+
+
+def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSource:
+    is_gguf = model_path.suffix == ".gguf"
+    if load_format not in ("auto", "gguf" if is_gguf else "safetensors"):
+        raise ConfigError(f"load_format {load_format!r} does not fit {model_path}")
+    if is_gguf:
+        from loraplex.engine.checkpoint.weights_gguf import GGUFSource
+
+        return GGUFSource(model_path, model.spec)
+    from loraplex.engine.checkpoint.weights_safetensors import SafetensorsSource
+
+    return SafetensorsSource(model_path, tied=model.spec.tie_embeddings)
+
+
+def _check(
+    parameters: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], model_path: Path
+) -> None:
+    missing = [name for name in parameters if name not in shapes]
+    unknown = [name for name in shapes if name not in parameters]
+    wrong = [
+        f"{name} is {list(shapes[name])}, not {list(tensor.shape)}"
+        for name, tensor in parameters.items()
+        if name in shapes and shapes[name] != tuple(tensor.shape)
+    ]
+    problems = [
+        f"{what} {', '.join(names[:_MAX_LISTED])}"
+        + (f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")
+        for what, names in (
+            ("missing:", missing), ("unknown:", unknown), ("of the wrong shape:", wrong)
+        )
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(
+            f"{model_path}: weights do not fit the configuration: tensors {'; '.join(problems)}"
+        )
+
+
+def _bar(parameters: dict[str, torch.Tensor], progress: bool, title: str) -> tqdm:
+    total = sum(tensor.nbytes for tensor in parameters.values())
+    disable = None if progress else True  # None: where stderr is no terminal
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable)

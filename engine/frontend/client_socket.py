@@ -1,0 +1,135 @@
+"""The socket that clients connect to: where it may bind, its encryption, its limits."""
+
+import ipaddress
+import os
+import socket as os_socket
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgpack
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+
+from loraplex.engine.config import ServerConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, open_socket
+
+TURN_S = 0.01
+MAX_IPC_PATH = 107  # bytes of a Unix socket's path
+LINGER_MS = 1000  # for the last errors to reach the clients of a dying engine
+
+
+def check_server_config(config: ServerConfig) -> None:
+    """Raises ConfigError when the server must not, or cannot, listen as configured."""
+    scheme, separator, address = config.endpoint.partition("://")
+    if config.endpoint == "":
+        return
+    if not separator or scheme not in ("tcp", "ipc"):
+        raise ConfigError(f"endpoint must be tcp://HOST:PORT or ipc://PATH, got {config.endpoint}")
+    if scheme == "ipc":
+        _check_ipc_path(address)
+        return
+    host, separator, port = address.rpartition(":")
+    if not separator or not (port in ("*", "0") or (port.isdecimal() and int(port) < 65536)):
+        raise ConfigError(f"endpoint {config.endpoint} needs a port, as in tcp://127.0.0.1:5599")
+    if not _is_loopback(host) and not config.server_secret_key_file and not config.insecure:
+        raise ConfigError(
+            f"endpoint {config.endpoint} is reachable from other machines: give "
+            "--server-secret-key-file (CurveZMQ), bind 127.0.0.1, or pass --insecure"
+        )
+    for path in (config.server_secret_key_file, config.client_public_keys_dir):
+        if path and not os.path.exists(path):
+            raise ConfigError(f"{path} does not exist")
+    if config.client_public_keys_dir and not config.server_secret_key_file:
+        raise ConfigError("client_public_keys_dir needs server_secret_key_file")
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # "*" or the name of an interface
+
+
+def _check_ipc_path(path: str) -> None:
+    if len(os.fsencode(path)) > MAX_IPC_PATH:
+        raise ConfigError(f"the path of ipc://{path} is longer than {MAX_IPC_PATH} bytes")
+    if os.path.lexists(path):
+        with os_socket.socket(os_socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                return  # left by a server that was killed; binding replaces it
+            except OSError as error:
+                raise ConfigError(f"ipc://{path} cannot be used: {error}") from None
+        raise ConfigError(f"ipc://{path} is in use by another server")
+
+
+class ClientSocket:
+    """The frontend's ROUTER: takes raw frames, sends maps. `endpoint` is where it really bound."""
+
+    def __init__(self, context: "zmq.Context[Any]", config: ServerConfig, endpoint: str) -> None:
+        """`endpoint` replaces the configured one where that is empty."""
+        wanted = (config.endpoint or endpoint).replace("tcp://localhost:", "tcp://127.0.0.1:")
+        self._authenticator: ThreadAuthenticator | None = None
+        self.socket = open_socket(
+            context,
+            zmq.ROUTER,
+            hwm=config.max_client_backlog,
+            max_message_bytes=config.max_message_bytes,
+            linger_ms=LINGER_MS,
+            heartbeat=wanted.startswith("tcp:"),
+        )
+        if config.server_secret_key_file:
+            self._set_up_curve(context, config)
+        try:
+            self.socket.bind(wanted)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen on {wanted}: {error}") from None
+        self.endpoint = cast(bytes, self.socket.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+
+    def _set_up_curve(self, context: "zmq.Context[Any]", config: ServerConfig) -> None:
+        try:
+            public, secret = zmq.auth.load_certificate(config.server_secret_key_file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{config.server_secret_key_file}: {error}") from None
+        if secret is None:
+            raise ConfigError(f"{config.server_secret_key_file} holds no secret key")
+        self._authenticator = ThreadAuthenticator(context)
+        self._authenticator.start()
+        self._authenticator.configure_curve(
+            domain="*", location=config.client_public_keys_dir or zmq.auth.CURVE_ALLOW_ANY
+        )
+        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+
+    def send(self, client: bytes, message: dict[str, Any]) -> None:
+        """Never waits. PeerGoneError: the client has left; SlowPeerError: it does not read."""
+        try:
+            self.socket.send_multipart((client, msgpack.packb(message)), zmq.DONTWAIT)
+        except zmq.Again:
+            raise SlowPeerError("too many unread messages") from None
+        except zmq.ZMQError as error:
+            raise PeerGoneError(str(error)) from None
+
+    def receive(self, handle: Callable[[bytes, list[bytes]], None]) -> None:
+        """Call handle(client, frames) for what has arrived, for TURN_S at most, so that those
+        who wait for output do not wait for those who ask; never waits."""
+        end = time.monotonic() + TURN_S
+        while time.monotonic() < end:
+            try:
+                client, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            handle(client, frames)
+
+    def close(self) -> None:
+        """Waits up to LINGER_MS for unsent messages once the context is destroyed."""
+        self.socket.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()

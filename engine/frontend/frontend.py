@@ -1,0 +1,227 @@
+"""Stands between clients and scheduler: checks, tokenizes, makes text, streams, cancels.
+
+Knows no sockets: replies leave through `send`, messages come in as maps or raw frames. All of it
+runs in the caller's thread, but for the tokenizing of long prompts (frontend_requests.py).
+"""
+
+import itertools
+import logging
+from typing import Any
+
+from loraplex.engine.adapters.paths import check_under_root
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ClientError, client_error
+from loraplex.engine.frontend import protocol
+from loraplex.engine.frontend.clients import ClientTable, Send
+from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
+from loraplex.engine.frontend.requests import RequestTable
+from loraplex.engine.ipc.channel import Channel, PeerGoneError, Wakeup
+from loraplex.engine.ipc.messages import (
+    AdapterCommand,
+    AdapterReply,
+    EngineInfo,
+    StatsQuery,
+    StatsReply,
+    StepOutputs,
+)
+
+MAX_QUERIES = 1024  # questions to the scheduler that are not answered yet, of all clients
+
+logger = logging.getLogger("loraplex.frontend")
+
+
+class Frontend:
+    """One frontend's state: its clients, their requests, the queries on their way."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        name: str,
+        info: EngineInfo,
+        codec: TextCodec | None,
+        scheduler: Channel,
+        send: Send,
+        wakeup: Wakeup,
+    ) -> None:
+        """`send` raises PeerGoneError for a client that has left, SlowPeerError for one that
+        does not read; `wakeup` is set when run_ready() has something to do."""
+        self._config = config
+        self._info = info
+        self._codec = codec
+        self._scheduler = scheduler
+        self._requests = RequestTable(
+            inputs=InputProcessor(config, info, codec, seed_salt=name),
+            codec=codec,
+            scheduler=scheduler,
+            reply=self._reply,
+            max_requests_per_client=config.server.max_requests_per_client,
+            wakeup=wakeup,
+        )
+        self._clients = ClientTable(send, self._requests)
+        self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
+        self._query_ids = itertools.count(1)
+        self._num_malformed = 0
+        self._dead_reason = ""
+
+    def on_frames(self, client: bytes, frames: list[bytes]) -> None:
+        """One message of a client, as raw frames. Never raises for what they hold."""
+        try:
+            if len(frames) != 1:
+                text = f"a message is one frame, got {len(frames)}"
+                raise client_error("malformed", text)
+            message = protocol.decode_frame(frames[0])
+        except ClientError as error:
+            self._num_malformed += 1
+            self._reply(client, protocol.error_reply("", error.code, str(error)))
+            return
+        self.on_message(client, message)
+
+    def on_message(self, client: bytes, message: dict[str, Any]) -> None:
+        """One decoded message of a client. Never raises for what it holds."""
+        try:
+            self._dispatch(client, protocol.parse(message))
+        except ClientError as error:
+            code, text = error.code, str(error)
+        except PeerGoneError as error:
+            code, text = "engine_dead", f"the scheduler does not answer: {error}"
+        except Exception:
+            logger.exception("a client's message failed")
+            code, text = "internal", "internal error; the server's log has the details"
+        else:
+            return
+        self._reply(client, protocol.error_reply(protocol.request_id_of(message), code, text))
+
+    def _dispatch(self, client: bytes, message: protocol.ClientMessage) -> None:
+        match message:
+            case protocol.Ping():
+                self._reply(client, {"type": "pong"})
+            case protocol.Bye():
+                self._clients.forget(client)
+            case protocol.Cancel():
+                self._requests.cancel(client, message.request_id)
+            case protocol.Health():
+                self._reply(client, self._health(message.request_id))
+            case _ if self._dead_reason:
+                text = protocol.error_reply(message.request_id, "engine_dead", self._dead_reason)
+                self._reply(client, text)
+            case protocol.Generate():
+                self._clients.watch(client)
+                self._requests.add(client, message)
+            case protocol.Stats():
+                query_id = self._new_query(client, message.request_id, "stats")
+                self._scheduler.send(StatsQuery(query_id))
+            case _:
+                self._dispatch_adapter(client, message)
+
+    def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
+        match message:
+            case protocol.LoadAdapter():
+                path = check_under_root(message.path, self._config.adapter.adapter_root)
+                op = "register" if message.lazy else "load"
+                self._adapter_command(client, message.request_id, op, message.name, path)
+            case protocol.UnloadAdapter():
+                self._adapter_command(client, message.request_id, "unload", message.name)
+            case protocol.PinAdapter():
+                self._adapter_command(client, message.request_id, "pin", message.name)
+            case protocol.UnpinAdapter():
+                self._adapter_command(client, message.request_id, "unpin", message.name)
+            case protocol.ListAdapters():
+                self._adapter_command(client, message.request_id, "list", message.name)
+
+    def _adapter_command(
+        self, client: bytes, request_id: str, op: str, name: str = "", path: str = ""
+    ) -> None:
+        command_id = self._new_query(client, request_id, "adapters")
+        self._scheduler.send(AdapterCommand(command_id, op, name, path))
+
+    def _new_query(self, client: bytes, request_id: str, reply_type: str) -> int:
+        if len(self._queries) >= MAX_QUERIES:
+            raise client_error("queue_full", "too many commands are waiting; try again")
+        query_id = next(self._query_ids)
+        self._queries[query_id] = (client, request_id, reply_type)
+        return query_id
+
+    def on_scheduler(self, message: object) -> None:
+        """One message of the scheduler."""
+        match message:
+            case StepOutputs():
+                self._requests.on_outputs(message.outputs)
+            case StatsReply():
+                stats = {**message.stats, "frontend": self._stats()}
+                self._answer(message.query_id, {"stats": stats})
+            case AdapterReply() if message.error:
+                client, request_id, _ = self._queries.pop(message.command_id)
+                code = message.error_code or "adapter"
+                self._reply(client, protocol.error_reply(request_id, code, message.error))
+            case AdapterReply():
+                self._answer(message.command_id, {"adapters": message.adapters})
+            case _:
+                logger.error("unexpected message %s", type(message).__name__)
+
+    def _answer(self, query_id: int, values: dict[str, Any]) -> None:
+        client, request_id, reply_type = self._queries.pop(query_id)
+        self._reply(client, {"type": reply_type, "request_id": request_id, **values})
+
+    def run_ready(self) -> None:
+        """What became possible outside this thread: start the prompts tokenized meanwhile."""
+        self._requests.start_tokenized()
+
+    @property
+    def needs_ticks(self) -> bool:
+        return len(self._clients) > 0
+
+    def tick(self) -> None:
+        """To be called about once a second while `needs_ticks`."""
+        self._clients.tick()
+
+    def fail_all(self, reason: str) -> None:
+        """The engine is gone: tell every waiting client, and every later one."""
+        self._dead_reason = reason
+        self._requests.fail_all("engine_dead", reason)
+        for client, request_id, _ in self._queries.values():
+            self._reply(client, protocol.error_reply(request_id, "engine_dead", reason))
+        self._queries.clear()
+
+    def close(self) -> None:
+        self._requests.close()
+
+    def _reply(self, client: bytes, message: dict[str, Any]) -> None:
+        self._clients.reply(client, message)
+
+    def _health(self, request_id: str) -> dict[str, Any]:
+        info, config = self._info, self._config
+        return {
+            "type": "health",
+            "request_id": request_id,
+            "status": "dead" if self._dead_reason else "ok",
+            "reason": self._dead_reason,
+            "protocol": protocol.PROTOCOL_VERSION,
+            "model": config.model.model,
+            "max_model_len": info.max_model_len,
+            "vocab_size": info.vocab_size,
+            "num_pages": info.num_pages,
+            "block_tokens": info.block_tokens,
+            "tokenizer": self._codec is not None,
+            "chat_template": self._codec is not None and self._codec.chat_template is not None,
+            "max_message_bytes": config.server.max_message_bytes,
+            "max_requests_per_client": config.server.max_requests_per_client,
+            "workers": [
+                {
+                    "rank": worker.rank,
+                    "device": worker.device,
+                    "lora_backend": worker.lora_backend,
+                    "attention_backend": worker.attention_backend,
+                }
+                for worker in info.workers
+            ],
+        }
+
+    def _stats(self) -> dict[str, int]:
+        return {
+            **self._requests.counters,
+            "malformed": self._num_malformed,
+            "lost_clients": self._clients.num_lost,
+            "slow_clients": self._clients.num_slow,
+            "waiting_clients": len(self._clients),
+        }

@@ -1,0 +1,165 @@
+"""From a checked client message to the sequences that the scheduler runs."""
+
+import hashlib
+from array import array
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraplex.engine.checkpoint.locate import resolve_model
+from loraplex.engine.config import EngineConfig, ModelConfig
+from loraplex.engine.errors import ClientError, ConfigError, client_error
+from loraplex.engine.frontend.protocol import Generate
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.tokenizer.chat_template import ChatTemplate
+from loraplex.engine.tokenizer.loading import load_tokenizer
+from loraplex.engine.tokenizer.tokenizer import Tokenizer
+from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
+
+GREEDY_TEMPERATURE = 1e-5  # below it the noise would only overflow: the most likely token
+
+
+@dataclass(frozen=True, slots=True)
+class TextCodec:
+    """What turns text and chats into tokens, and tokens into text."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+
+def load_text_codec(config: ModelConfig) -> TextCodec | None:
+    """The model's own, or what the configuration puts in its place; None if it wants none.
+
+    Raises ConfigError when a file is missing or cannot be used.
+    """
+    if config.skip_tokenizer_init:
+        return None
+    tokenizer = load_tokenizer(resolve_model(config.model), config.tokenizer)
+    source = tokenizer.chat_template
+    if config.chat_template:
+        try:
+            source = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template {config.chat_template}: {error}") from None
+    template = ChatTemplate(source, tokenizer.special_tokens) if source else None
+    return TextCodec(tokenizer, template)
+
+
+class InputProcessor:
+    """Validates and tokenizes. `tokenize` may run in any thread."""
+
+    def __init__(
+        self, config: EngineConfig, info: EngineInfo, codec: TextCodec | None, seed_salt: str
+    ) -> None:
+        """`seed_salt` tells the frontends of one engine apart."""
+        self._info = info
+        self._codec = codec
+        self._seed_salt = f"{config.model.seed}:{seed_salt}"
+        self._num_seeds = 0
+        self._eos_token_ids = {i for worker in info.workers for i in worker.eos_token_ids}
+        if codec is not None:
+            self._eos_token_ids.update(codec.tokenizer.eos_token_ids)
+
+    def tokenize(self, message: Generate) -> "array[int]":
+        """The prompt's token ids, int32 and checked. ClientError says what is wrong with it."""
+        token_ids = message.prompt_token_ids
+        if token_ids is None:
+            token_ids = array("i", self._encode(message))
+        if not token_ids:
+            raise ClientError("the prompt is empty")
+        limit = self._info.max_model_len
+        if len(token_ids) >= limit:
+            raise client_error(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens; max_model_len is {limit}, "
+                "which has to hold the answer as well",
+            )
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self._info.vocab_size:
+            raise ClientError(
+                f"token id {low if low < 0 else high} is outside the vocabulary "
+                f"of {self._info.vocab_size}"
+            )
+        return token_ids
+
+    def _encode(self, message: Generate) -> list[int]:
+        if self._codec is None:
+            raise ClientError(
+                "this server runs without a tokenizer (skip_tokenizer_init): "
+                "send prompt_token_ids instead of text"
+            )
+        tokenizer, template = self._codec.tokenizer, self._codec.chat_template
+        try:
+            if message.messages is None:
+                return tokenizer.encode(message.prompt or "")
+            if template is None:
+                raise ClientError(
+                    "the model has no chat template: send a prompt, or start the server with "
+                    "--chat-template"
+                )
+            text = template.render(
+                message.messages,
+                add_generation_prompt=message.add_generation_prompt,
+                continue_final_message=message.continue_final_message,
+            )
+            return tokenizer.encode(text, add_special_tokens=False)
+        except ClientError:
+            raise
+        except Exception as error:  # the template and its input are not ours
+            raise ClientError(f"the prompt cannot be encoded: {error}") from None
+
+    def sampling_specs(self, params: SamplingParams, num_prompt_tokens: int) -> list[SamplingSpec]:
+        """One spec for each of the n sequences; they differ in their seeds alone."""
+        vocab_size = self._info.vocab_size
+        bias = params.logit_bias or {}
+        self._check_token_ids("logit_bias", list(bias))
+        self._check_token_ids("stop_token_ids", params.stop_token_ids or [])
+        room = self._info.max_model_len - num_prompt_tokens
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        stop = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop.update(self._eos_token_ids)
+        greedy = params.temperature < GREEDY_TEMPERATURE
+        first = SamplingSpec(
+            temperature=0.0 if greedy else params.temperature,
+            top_p=1.0 if greedy else params.top_p,
+            top_k=0 if greedy else max(0, min(params.top_k, vocab_size)),
+            min_p=0.0 if greedy else params.min_p,
+            seed=self._seed(params),
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            max_tokens=max_tokens,
+            min_tokens=min(params.min_tokens, max_tokens),
+            stop_token_ids=int_array(sorted(stop)),
+            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
+            num_prompt_logprobs=(
+                -1 if params.prompt_logprobs is None else min(params.prompt_logprobs, vocab_size)
+            ),
+            bias_token_ids=int_array(list(bias)),
+            bias_values=array("f", bias.values()),
+        )
+        others = [
+            replace(first, seed=_hash63(f"{first.seed}:{i}"), num_prompt_logprobs=-1)
+            for i in range(1, params.n)
+        ]
+        return [first, *others]
+
+    def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._info.vocab_size:
+                raise ClientError(
+                    f"{name}: token id {token_id} is outside the vocabulary "
+                    f"of {self._info.vocab_size}"
+                )
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed & (2**63 - 1)
+        self._num_seeds += 1
+        return _hash63(f"{self._seed_salt}:{self._num_seeds}")
+
+
+def _hash63(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)

@@ -1,0 +1,187 @@
+"""From token ids to what the client reads: text, stop strings, log-probabilities, usage."""
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.ipc.messages import SequenceOutput
+from loraplex.scheduler.worker_protocol import TokenLogprobs
+
+DecodeToken = Callable[[int], str]
+
+
+class SequenceStream:
+    """One answer as it grows. Collects what the client has not been sent yet."""
+
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        *,
+        detokenizer: IncrementalDetokenizer | None,
+        decode_token: DecodeToken,
+        stream: bool,
+    ) -> None:
+        """`detokenizer` is None when no text is wanted."""
+        self.index = index
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._params = params
+        self._detokenizer = detokenizer
+        self._decode_token = decode_token
+        # Text is made token by token only where somebody may read it, or a stop string end it.
+        self._detokenize_late = not stream and not params.stop_strings
+        self._late_ids: list[int] = []
+        self._end_taken = False
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[list[Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def update(self, output: SequenceOutput) -> bool:
+        """Take a step's tokens. True when a stop string ended the sequence, so that the
+        scheduler, which knows nothing of text, has to be told."""
+        token_ids = output.token_ids.tolist()
+        self.num_tokens += len(token_ids)
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self._token_ids += token_ids
+        if self._params.logprobs is not None:
+            self._logprobs += [
+                logprob_entries(entry, self._decode_token) for entry in output.logprobs
+            ]
+        stop_string = self._add_text(token_ids, output)
+        if stop_string is not None:
+            self.finish_reason, self.stop_reason = "stop", stop_string
+            return output.finish_reason == ""
+        if output.finish_reason:
+            self.finish_reason = output.finish_reason
+            if output.stop_token_id in (self._params.stop_token_ids or ()):
+                self.stop_reason = output.stop_token_id
+        return False
+
+    def abort(self) -> None:
+        """End it as it stands; text that was held back is let go."""
+        if not self.finished:
+            self.finish_reason = "abort"
+            self._flush()
+
+    def take(self) -> dict[str, Any] | None:
+        """What came since the last call, as an entry of "outputs"; None when there is nothing."""
+        if self._end_taken or not (self._token_ids or self.finished):
+            return None
+        self._end_taken = self.finished
+        entry: dict[str, Any] = {
+            "index": self.index,
+            "text": "".join(self._text),
+            "token_ids": self._token_ids,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self._params.logprobs is not None:
+            entry["logprobs"] = self._logprobs
+        self._text, self._token_ids, self._logprobs = [], [], []
+        return entry
+
+    def _add_text(self, token_ids: list[int], output: SequenceOutput) -> str | None:
+        """Returns the stop string that was found, if one was."""
+        if self._detokenizer is None:
+            return None
+        hides_stop = output.stop_token_id >= 0 and not self._params.include_stop_str_in_output
+        if hides_stop and token_ids and token_ids[-1] == output.stop_token_id:
+            token_ids = token_ids[:-1]
+        if self._detokenize_late:
+            self._late_ids += token_ids
+        else:
+            self._push(token_ids)
+        if self._detokenizer.stopped is None and output.finish_reason:
+            self._flush()
+        return self._detokenizer.stopped
+
+    def _push(self, token_ids: list[int]) -> None:
+        if self._detokenizer is not None and token_ids:
+            self._text.append(self._detokenizer.push(token_ids))
+
+    def _flush(self) -> None:
+        if self._detokenizer is not None and self._detokenizer.stopped is None:
+            self._push(self._late_ids)
+            self._late_ids = []
+            self._text.append(self._detokenizer.flush())
+
+
+def logprob_entries(entry: TokenLogprobs, decode_token: DecodeToken) -> list[Any]:
+    """``[[token id, logprob, rank, text], ...]`` of one position, the chosen token first."""
+    return [
+        [token_id, logprob, rank, decode_token(token_id)]
+        for token_id, logprob, rank in zip(
+            entry.token_ids, entry.logprobs, entry.ranks, strict=True
+        )
+    ]
+
+
+class RequestStream:
+    """The n answers to one request and the reply messages made of them."""
+
+    def __init__(
+        self,
+        request_id: str,
+        sequences: list[SequenceStream],
+        *,
+        prompt_token_ids: "array[int]",
+        echo_prompt: bool,
+        stream: bool,
+        decode_token: DecodeToken,
+        scores_prompt: bool = False,
+    ) -> None:
+        self.sequences = sequences
+        self._request_id = request_id
+        self._prompt_token_ids = prompt_token_ids
+        self._echo_prompt = echo_prompt
+        self._stream = stream
+        self._decode_token = decode_token
+        # Nothing precedes the first token.
+        self._prompt_logprobs: list[list[Any] | None] = [None] if scores_prompt else []
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    def update(self, index: int, output: SequenceOutput) -> bool:
+        """As SequenceStream.update, for sequence `index`."""
+        self._prompt_logprobs += [
+            logprob_entries(entry, self._decode_token) for entry in output.prompt_logprobs
+        ]
+        return self.sequences[index].update(output)
+
+    def take_reply(self) -> dict[str, Any] | None:
+        """The next "output" message, or None when there is nothing to say yet."""
+        if not self._stream and not self.finished:
+            return None
+        entries = [entry for s in self.sequences if (entry := s.take()) is not None]
+        if not entries:
+            return None
+        reply: dict[str, Any] = {
+            "type": "output",
+            "request_id": self._request_id,
+            "outputs": entries,
+            "finished": self.finished,
+        }
+        if self._echo_prompt:
+            reply["prompt_token_ids"] = self._prompt_token_ids.tolist()
+            self._echo_prompt = False
+        if self._prompt_logprobs:
+            reply["prompt_logprobs"] = self._prompt_logprobs
+            self._prompt_logprobs = []
+        if self.finished:
+            reply["usage"] = {
+                "prompt_tokens": len(self._prompt_token_ids),
+                "completion_tokens": sum(s.num_tokens for s in self.sequences),
+                "cached_tokens": self.sequences[0].num_cached_tokens,
+            }
+        return reply

@@ -1,0 +1,280 @@
+"""The requests of a frontend from the client's message to the last output."""
+
+import functools
+import itertools
+import logging
+from array import array
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.engine.errors import ClientError, QueueFullError, client_error
+from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
+from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
+from loraplex.engine.frontend.outputs import RequestStream, SequenceStream
+from loraplex.engine.frontend.protocol import Generate, aborted_reply, error_reply
+from loraplex.engine.ipc.channel import Channel, Wakeup
+from loraplex.engine.ipc.messages import AbortRequests, AddRequest, SequenceOutput
+
+POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds to tokenize: not in the main thread
+MAX_POOLED_CHARS = 64 << 20  # of texts that wait for the pool
+
+Reply = Callable[[bytes, dict[str, Any]], None]
+logger = logging.getLogger("loraplex.frontend")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """`stream` is None until the prompt is tokenized; sequence i has the id `first_id + i`."""
+
+    client: bytes
+    message: Generate
+    stream: RequestStream | None = None
+    first_id: int = 0
+
+
+class RequestTable:
+    """Every unfinished request, by client and by sequence."""
+
+    def __init__(
+        self,
+        *,
+        inputs: InputProcessor,
+        codec: TextCodec | None,
+        scheduler: Channel,
+        reply: Reply,
+        max_requests_per_client: int,
+        wakeup: Wakeup,
+    ) -> None:
+        """`wakeup` is set when a pooled prompt is ready for start_tokenized()."""
+        self._inputs = inputs
+        self._codec = codec
+        self._scheduler = scheduler
+        self._reply = reply
+        self._max_requests_per_client = max_requests_per_client
+        self._wakeup = wakeup
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._tokenized: deque[tuple[_Request, array[int] | ClientError]] = deque()
+        self._pooled_chars = 0
+        self._by_client: dict[bytes, dict[str, _Request]] = {}
+        self._by_sequence: dict[int, _Request] = {}
+        self._sequence_ids = itertools.count(1)
+        self._decode_token = functools.lru_cache(maxsize=65536)(self._decode_one)
+        self.counters = dict.fromkeys(("received", "finished", "failed", "cancelled"), 0)
+
+    def has_requests(self, client: bytes) -> bool:
+        return client in self._by_client
+
+    def add(self, client: bytes, message: Generate) -> None:
+        """ClientError when the request cannot be taken; what is wrong later is a reply."""
+        mine = self._by_client.get(client, {})
+        if message.request_id in mine:
+            raise client_error(
+                "duplicate_request", "a request with this request_id is not finished yet"
+            )
+        limit = self._max_requests_per_client
+        if len(mine) >= limit:
+            raise client_error(
+                "too_many_requests", f"{limit} requests of this client are not finished yet"
+            )
+        num_chars = _num_chars(message)
+        if num_chars > POOL_PROMPT_CHARS and self._pooled_chars + num_chars > MAX_POOLED_CHARS:
+            raise QueueFullError("too many long prompts wait to be tokenized; try again later")
+        request = _Request(client, message)
+        self._by_client.setdefault(client, mine)[message.request_id] = request
+        self.counters["received"] += 1
+        if num_chars > POOL_PROMPT_CHARS:
+            self._pooled_chars += num_chars
+            self._pool.submit(self._tokenize_in_pool, request)
+            return
+        self._start(request, self._tokenize(request))
+
+    def _tokenize(self, request: _Request) -> "array[int] | ClientError":
+        try:
+            return self._inputs.tokenize(request.message)
+        except ClientError as error:
+            return error
+        except Exception:  # in the pool nobody else would hear of it, and the client would wait
+            logger.exception("tokenizing failed")
+            return client_error("internal", "the prompt cannot be encoded; see the server's log")
+
+    def _tokenize_in_pool(self, request: _Request) -> None:
+        self._tokenized.append((request, self._tokenize(request)))
+        self._wakeup.set()
+
+    def start_tokenized(self) -> None:
+        """Start the requests whose prompts the pool has tokenized."""
+        while self._tokenized:
+            request, token_ids = self._tokenized.popleft()
+            self._pooled_chars -= _num_chars(request.message)
+            if self._is_current(request):
+                self._start(request, token_ids)
+
+    def _start(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
+        message, params = request.message, request.message.sampling_params
+        try:
+            if isinstance(token_ids, ClientError):
+                raise token_ids
+            specs = self._inputs.sampling_specs(params, len(token_ids))
+        except ClientError as error:
+            self._fail(request, error.code, str(error))
+            return
+        request.stream = self._new_stream(message, token_ids)
+        ids = [next(self._sequence_ids) for _ in specs]
+        request.first_id = ids[0]
+        for sequence_id, spec in zip(ids, specs, strict=True):
+            self._by_sequence[sequence_id] = request
+            self._scheduler.send(
+                AddRequest(
+                    request_id=sequence_id,
+                    prompt_token_ids=token_ids,
+                    sampling=spec,
+                    adapter=message.adapter,
+                    salt=message.salt,
+                    priority=message.priority,
+                    use_prefix_cache=message.use_prefix_cache,
+                )
+            )
+
+    def _new_stream(self, message: Generate, token_ids: "array[int]") -> RequestStream:
+        params = message.sampling_params
+        sequences = [
+            SequenceStream(
+                index,
+                params,
+                detokenizer=self._new_detokenizer(message, token_ids),
+                decode_token=self._decode_token,
+                stream=message.stream,
+            )
+            for index in range(params.n)
+        ]
+        return RequestStream(
+            message.request_id,
+            sequences,
+            prompt_token_ids=token_ids,
+            echo_prompt=message.return_prompt_token_ids,
+            stream=message.stream,
+            decode_token=self._decode_token,
+            scores_prompt=params.prompt_logprobs is not None,
+        )
+
+    def _new_detokenizer(
+        self, message: Generate, token_ids: "array[int]"
+    ) -> IncrementalDetokenizer | None:
+        params = message.sampling_params
+        if self._codec is None or not params.detokenize:
+            return None
+        return IncrementalDetokenizer(
+            self._codec.tokenizer,
+            token_ids.tolist(),
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def _decode_one(self, token_id: int) -> str:
+        if self._codec is None:
+            return ""
+        return self._codec.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def on_outputs(self, outputs: list[SequenceOutput]) -> None:
+        """Take a step's tokens and send each request's news as one reply."""
+        touched: dict[_Request, None] = {}
+        stopped: list[int] = []
+        for output in outputs:
+            request = self._by_sequence.get(output.request_id)
+            if request is None or request.stream is None:
+                continue  # ended here before the scheduler heard of it
+            if output.finish_reason == "error":
+                self._fail(request, output.error_code or "internal", output.error)
+                continue
+            index = output.request_id - request.first_id
+            if request.stream.update(index, output):
+                stopped.append(output.request_id)
+            if request.stream.sequences[index].finished:
+                del self._by_sequence[output.request_id]
+            touched[request] = None
+        self._abort(stopped)
+        for request in touched:
+            if self._is_current(request):
+                self._send_news(request)
+
+    def _send_news(self, request: _Request) -> None:
+        if request.stream is None:
+            return
+        reply = request.stream.take_reply()
+        if request.stream.finished:
+            self.counters["finished"] += 1
+            self._drop(request)
+        if reply is not None:
+            self._reply(request.client, reply)
+
+    def cancel(self, client: bytes, request_id: str) -> None:
+        """End a request where it is; what it has goes out as its last output."""
+        request = self._by_client.get(client, {}).get(request_id)
+        if request is None:
+            return
+        self.counters["cancelled"] += 1
+        self._abort(self._drop(request))
+        if request.stream is None:
+            num_sequences = request.message.sampling_params.n
+            self._reply(client, aborted_reply(request_id, num_sequences))
+            return
+        for sequence in request.stream.sequences:
+            sequence.abort()
+        reply = request.stream.take_reply()
+        if reply is not None:
+            self._reply(client, reply)
+
+    def drop_client(self, client: bytes) -> list[str]:
+        """End everything the client has, without a word. Returns the ids of its requests."""
+        mine = self._by_client.get(client, {})
+        request_ids = list(mine)
+        for request in list(mine.values()):
+            self.counters["cancelled"] += 1
+            self._abort(self._drop(request))
+        return request_ids
+
+    def fail_all(self, code: str, text: str) -> None:
+        for mine in list(self._by_client.values()):
+            for request in list(mine.values()):
+                self._drop(request)
+                self._reply(request.client, error_reply(request.message.request_id, code, text))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fail(self, request: _Request, code: str, text: str) -> None:
+        self.counters["failed"] += 1
+        self._abort(self._drop(request))
+        self._reply(request.client, error_reply(request.message.request_id, code, text))
+
+    def _abort(self, sequence_ids: list[int]) -> None:
+        if sequence_ids:
+            self._scheduler.send(AbortRequests(array("q", sequence_ids)))
+
+    def _is_current(self, request: _Request) -> bool:
+        mine = self._by_client.get(request.client, {})
+        return mine.get(request.message.request_id) is request
+
+    def _drop(self, request: _Request) -> list[int]:
+        """Forget a request. Returns the ids of its sequences that had not ended."""
+        mine = self._by_client.get(request.client, {})
+        mine.pop(request.message.request_id, None)
+        if not mine:
+            self._by_client.pop(request.client, None)
+        if request.stream is None:
+            return []
+        ids = range(request.first_id, request.first_id + len(request.stream.sequences))
+        return [i for i in ids if self._by_sequence.pop(i, None) is not None]
+
+
+def _num_chars(message: Generate) -> int:
+    """Length of the text to tokenize, roughly: of a chat, its plain contents."""
+    if message.prompt is not None:
+        return len(message.prompt)
+    contents = (turn.get("content") for turn in message.messages or ())
+    return sum(len(content) for content in contents if isinstance(content, str))

@@ -1,0 +1,207 @@
+"""Sockets of the engine's processes, all made by one factory, and their in-process twin.
+
+A channel carries wire messages. On the side that binds (a ROUTER) each message has a peer, the
+name under which the other side (a DEALER) connected; on the connecting side the peer is b"".
+"""
+
+import os
+import signal
+from collections import deque
+from typing import Any, Protocol
+
+import zmq
+
+from loraplex.engine.errors import LoraplexError
+from loraplex.engine.ipc import codec
+
+INTERNAL_HWM = 1 << 16  # messages; far above what the queue limits let pile up
+HEARTBEAT_MS = 2000  # a silent peer is given up after three of these
+RECEIVE_LIMIT = 1024  # messages taken in one turn, so that no peer keeps the loop to itself
+
+
+def worker_identity(rank: int) -> bytes:
+    """The name of a worker as a peer of the scheduler."""
+    return f"worker-{rank}".encode()
+
+
+def frontend_identity(index: int) -> bytes:
+    """The name of a frontend as a peer of the scheduler."""
+    return f"frontend-{index}".encode()
+
+
+class PeerGoneError(LoraplexError):
+    """The peer has left."""
+
+    code = "peer_gone"
+
+
+class SlowPeerError(PeerGoneError):
+    """The peer is there, but has left as many messages unread as the socket keeps."""
+
+
+def open_socket(
+    context: "zmq.Context[Any]",
+    kind: int,
+    *,
+    hwm: int,
+    identity: bytes = b"",
+    max_message_bytes: int = -1,
+    linger_ms: int = 0,
+    heartbeat: bool = False,
+) -> "zmq.Socket[bytes]":
+    """A ROUTER or DEALER with every limit set; to be bound or connected by the caller.
+
+    `heartbeat` is for TCP, where a machine may vanish without a word. Within one machine it would
+    only cut off a process that a debugger holds.
+    """
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, hwm)
+    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.LINGER, linger_ms)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, 20)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if heartbeat:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TTL, 3 * HEARTBEAT_MS)
+    if identity:
+        socket.setsockopt(zmq.IDENTITY, identity)
+    if kind == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return socket
+
+
+class Channel(Protocol):
+    """One end of an edge between processes."""
+
+    def send(self, message: object, peer: bytes = b"") -> None:
+        """Never waits. Raises PeerGoneError, and SlowPeerError for a peer that does not read."""
+
+    def receive(self) -> list[tuple[bytes, Any]]:
+        """What has arrived, as (peer, message), in order; never waits."""
+
+
+class RouterChannel:
+    """The binding end: one socket, many named peers."""
+
+    def __init__(self, context: "zmq.Context[Any]", endpoint: str) -> None:
+        self.socket = open_socket(context, zmq.ROUTER, hwm=INTERNAL_HWM)
+        self.socket.bind(endpoint)
+
+    def send(self, message: object, peer: bytes = b"") -> None:
+        try:
+            self.socket.send_multipart((peer, codec.encode(message)), zmq.DONTWAIT)
+        except zmq.Again:
+            raise SlowPeerError(f"{_name(peer)} does not read its messages") from None
+        except zmq.ZMQError as error:
+            raise PeerGoneError(f"{_name(peer)}: {error}") from None
+
+    def receive(self) -> list[tuple[bytes, Any]]:
+        messages: list[tuple[bytes, Any]] = []
+        while len(messages) < RECEIVE_LIMIT:
+            try:
+                peer, data = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            messages.append((peer, codec.decode(data)))
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class DealerChannel:
+    """The connecting end: one peer, reached under `identity`."""
+
+    def __init__(self, context: "zmq.Context[Any]", endpoint: str, identity: bytes) -> None:
+        self.socket = open_socket(context, zmq.DEALER, hwm=INTERNAL_HWM, identity=identity)
+        self.socket.connect(endpoint)
+
+    def send(self, message: object, peer: bytes = b"") -> None:
+        try:
+            self.socket.send(codec.encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            raise SlowPeerError("the other side does not read its messages") from None
+
+    def receive(self) -> list[tuple[bytes, Any]]:
+        messages: list[tuple[bytes, Any]] = []
+        while len(messages) < RECEIVE_LIMIT:
+            try:
+                messages.append((b"", codec.decode(self.socket.recv(zmq.DONTWAIT))))
+            except zmq.Again:
+                break
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _name(peer: bytes) -> str:
+    return peer.decode(errors="replace")
+
+
+class InprocChannel:
+    """The twin for one thread: two deques, the same rules, every message through the codec."""
+
+    def __init__(self, identity: bytes) -> None:
+        self._identity = identity
+        self._inbox: deque[tuple[bytes, bytes]] = deque()
+        self._other: InprocChannel | None = None
+
+    @classmethod
+    def pair(cls, identity: bytes) -> "tuple[InprocChannel, InprocChannel]":
+        """Returns (binding end, connecting end); the first knows the second as `identity`."""
+        router, dealer = cls(b""), cls(identity)
+        router._other, dealer._other = dealer, router
+        return router, dealer
+
+    def send(self, message: object, peer: bytes = b"") -> None:
+        if self._other is None or peer != self._other._identity:
+            raise PeerGoneError(f"no peer {peer!r}")
+        self._other._inbox.append((self._identity, codec.encode(message)))
+
+    def receive(self) -> list[tuple[bytes, Any]]:
+        messages = [(peer, codec.decode(data)) for peer, data in self._inbox]
+        self._inbox.clear()
+        return messages
+
+    def close(self) -> None:
+        """The other end gets PeerGoneError from now on."""
+        if self._other is not None:
+            self._other._other = None
+            self._other = None
+
+
+class Wakeup:
+    """Makes a poller return: set() may be called from any thread or signal handler."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def set_on_signals(self) -> None:
+        """Every signal sets it. The kernel may hand a signal to any thread, and its Python handler
+        runs when the main thread next does; a main thread in a poller would sleep on."""
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def set(self) -> None:
+        try:
+            os.write(self._writer, b"x")
+        except (BlockingIOError, OSError):
+            return  # full: the reader wakes anyway; closed: nobody sleeps
+
+    def clear(self) -> None:
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)

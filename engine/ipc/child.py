@@ -1,0 +1,162 @@
+"""What the engine's child processes share: how they start, report, take orders and end.
+
+A child reads framed wire messages from its standard input, ChildStart first, and writes its
+reports to the inherited descriptor named on its command line. A frame is a 4-byte little-endian
+length and the encoded message. When its standard input ends, its supervisor is gone, however it
+died, and the child ends at once.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from loraplex.engine.errors import LoraplexError
+from loraplex.engine.ipc import codec
+from loraplex.engine.ipc.channel import Wakeup
+from loraplex.engine.ipc.messages import (
+    ChildFailed,
+    ChildProgress,
+    ChildReady,
+    ChildStart,
+    EngineDead,
+    EngineInfo,
+    Shutdown,
+)
+
+EXIT_FAILED = 1
+EXIT_ORPHANED = 3
+MAX_FRAME_BYTES = 16 << 20
+
+logger = logging.getLogger("loraplex")
+
+
+def write_frame(stream: BinaryIO, message: object) -> None:
+    data = codec.encode(message)
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> Any | None:
+    """The next message, or None at the end of the stream (also in the middle of a frame)."""
+    header = stream.read(4)
+    if len(header) < 4:
+        return None
+    (length,) = struct.unpack("<I", header)
+    if length > MAX_FRAME_BYTES:
+        raise codec.WireError(f"frame of {length} bytes on a control pipe")
+    data = stream.read(length)
+    return codec.decode(data) if len(data) == length else None
+
+
+class Child:
+    """The child's side of its supervisor. `wakeup` is readable whenever there may be an order."""
+
+    def __init__(self, control: BinaryIO, reports: BinaryIO) -> None:
+        start = read_frame(control)
+        if not isinstance(start, ChildStart):
+            raise SystemExit("this module is started by the engine's supervisor")
+        self.start: ChildStart = start
+        self.wakeup = Wakeup()
+        self.dead_reason = ""  # set when another process of the engine has died
+        self.stopping = False
+        self._control, self._reports = control, reports
+        self._report_lock = threading.Lock()
+        threading.Thread(target=self._watch, name="control", daemon=True).start()
+
+    def progress(self, text: str) -> None:
+        self._report(ChildProgress(text))
+
+    def ready(self, *, endpoint: str = "", info: EngineInfo | None = None) -> None:
+        """From here on SIGTERM asks the loop to end; before, it ends the process."""
+        self.wakeup.set_on_signals()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._report(ChildReady(endpoint=endpoint, info=info))
+
+    def failed(self, code: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._report(ChildFailed(code, text))
+
+    def _report(self, message: object) -> None:
+        with self._report_lock:
+            write_frame(self._reports, message)
+
+    def _on_sigterm(self, signum: int, frame: object) -> None:
+        self.stopping = True
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                order = read_frame(self._control)
+            except (OSError, ValueError, codec.WireError):
+                order = None
+            if order is None:
+                shutil.rmtree(self.start.run_dir, ignore_errors=True)
+                os._exit(EXIT_ORPHANED)
+            if isinstance(order, EngineDead):
+                self.dead_reason = order.reason
+            if isinstance(order, EngineDead | Shutdown):
+                self.stopping = True
+            self.wakeup.set()
+
+
+def run_child(body: Callable[[Child], None]) -> None:
+    """The main function of a child: `body` returns on a clean stop and raises otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    reports_fd = int(sys.argv[1])
+    os.set_inheritable(reports_fd, False)
+    control = os.fdopen(os.dup(0), "rb")
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(devnull, 0)  # what a library reads from standard input must not be an order
+    os.close(devnull)
+    child = Child(control, os.fdopen(reports_fd, "wb"))
+    set_up_logging(child.start.name)
+    status = 0
+    try:
+        body(child)
+    except LoraplexError as error:
+        child.failed(error.code, str(error))
+        status = EXIT_FAILED
+    except Exception as error:
+        logger.exception("failed")
+        child.failed("internal", f"{type(error).__name__}: {error}")
+        status = EXIT_FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # other threads may sit in a library; all that must be closed is
+
+
+def set_up_logging(name: str) -> None:
+    """To standard error, with the name of the process, at the level of LORAPLEX_LOG_LEVEL."""
+    level = os.environ.get("LORAPLEX_LOG_LEVEL", "WARNING").upper()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level if level in logging.getLevelNamesMapping() else "WARNING",
+        format=f"%(asctime)s %(levelname)s {name}: %(message)s",
+    )
+
+
+def child_environment() -> dict[str, str]:
+    """The caller's, in which OpenMP threads that wait for each other give up their cores after some
+    microseconds. By default they spin far longer, also where the one they wait for has no
+    core: on a busy machine a step took two to three times as long
+    (benchmarks/results/openmp_cpu.jsonl)."""
+    spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
+    return {**spin, **os.environ}
+
+
+def how_it_ended(status: int | None) -> str:
+    """Of a process, from what subprocess.Popen returns."""
+    if status is None or status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "unknown"
+    return f"was killed by signal {-status} ({name})"

@@ -1,0 +1,230 @@
+"""The one decoder of the Llama family; a ModelSpec says what a checkpoint has and has not."""
+
+import torch
+
+from loraplex.backends.lora.contract import LoRAGroup
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.model.forward_context import Activations, ForwardContext
+from loraplex.engine.model.layers.attention import Attention
+from loraplex.engine.model.layers.embedding import Embedding
+from loraplex.engine.model.layers.lora_linear import LoRALinear, make_group
+from loraplex.engine.model.layers.mlp import MLP
+from loraplex.engine.model.layers.norm import RMSNorm
+from loraplex.engine.model.layers.rope import RotaryEmbedding
+from loraplex.engine.model.spec import ModelSpec
+from loraplex.memory.adapter_layout import ModuleShape
+
+
+def local_module_shapes(spec: ModelSpec, tp_size: int) -> tuple[ModuleShape, ...]:
+    """Sizes of one rank's projections, in the order of MODULES.
+
+    Raises:
+        ConfigError: the heads or the feed-forward size do not divide by `tp_size`.
+    """
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        if getattr(spec, name) % tp_size:
+            raise ConfigError(f"{name} {getattr(spec, name)} does not divide by {tp_size} workers")
+    hidden = spec.hidden_size
+    q_width = spec.num_heads // tp_size * spec.head_dim
+    kv_width = spec.num_kv_heads // tp_size * spec.head_dim
+    inner = spec.intermediate_size // tp_size
+    return (
+        ModuleShape(hidden, q_width),
+        ModuleShape(hidden, kv_width),
+        ModuleShape(hidden, kv_width),
+        ModuleShape(q_width, hidden),
+        ModuleShape(hidden, inner),
+        ModuleShape(hidden, inner),
+        ModuleShape(inner, hidden),
+    )
+
+
+def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
+    """Of every layer: q|k|v, o, gate|up, down."""
+    groups = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj",),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+    )
+    return tuple(make_group(modules, shapes) for modules in groups)
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    `start`, then `attend`, then `finish`; see Attention.
+    """
+
+    def __init__(
+        self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def start(
+        self, delta: torch.Tensor | None, activations: Activations, ctx: ForwardContext
+    ) -> None:
+        """Up to the attention op.
+
+        Args:
+            delta: what `finish` of the layer before returned; None for the first layer.
+        """
+        if delta is None:
+            x = self.attention_norm(activations.residual, ctx)
+        else:
+            x = self.attention_norm.add(delta, activations.residual, ctx)
+        self.attention.project(x, activations, ctx)
+
+    def attend(self, activations: Activations, ctx: ForwardContext) -> None:
+        self.attention.attend(activations, ctx)
+
+    def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
+        """From the attention op on; what the next norm is to add to the residual,
+        [T, hidden_size]."""
+        x = self.attention.finish(activations, ctx)
+        return self.mlp(self.mlp_norm.add(x, activations.residual, ctx), ctx)
+
+
+class Decoder:
+    """Flat tokens in, hidden states out; no padding, no host sync, weights uninitialised.
+
+    Fill it with `engine.weights.load_weights`; run it under `torch.inference_mode()`.
+
+    Raises:
+        ConfigError: `tp_size` is not 1, or does not divide the model.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tp_size: int = 1,
+        tp_rank: int = 0,
+    ) -> None:
+        if tp_size != 1 or tp_rank != 0:
+            raise ConfigError(f"tensor parallelism ({tp_size} workers) is not available; use 1")
+        self.spec = spec
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._shapes = local_module_shapes(spec, tp_size)
+        self.embedding = Embedding(
+            spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device
+        )
+        self.head = (
+            self.embedding
+            if spec.tie_embeddings
+            else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device)
+        )
+        self.rope = RotaryEmbedding(spec, self.device)
+        self.groups = projection_groups(self._shapes)
+        self.layers = [self._make_layer(index, self.groups) for index in range(spec.num_layers)]
+        self.norm = self._make_norm(spec.hidden_size)
+
+    def module_shapes(self) -> tuple[ModuleShape, ...]:
+        """Sizes of this worker's projections, in the order of MODULES."""
+        return self._shapes
+
+    def forward(self, token_ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Run T tokens of any number of sequences; their K and V end up in the pool.
+
+        Args:
+            token_ids: int32 or int64 [T], with ctx.positions and ctx.kv_rows alongside.
+
+        Returns:
+            [T, hidden_size], after the last norm.
+        """
+        activations = self.make_activations(len(token_ids))
+        self.start(token_ids, activations, ctx)
+        *layers, last = self.layers
+        for index, layer in enumerate(layers):
+            layer.attend(activations, ctx)
+            self.resume(index, activations, ctx)
+        last.attend(activations, ctx)
+        return self.finish(activations, ctx)
+
+    def make_activations(self, num_tokens: int) -> Activations:
+        """Uninitialised, for `start`."""
+        head_dim = self.spec.head_dim
+        heads = (num_tokens, self._shapes[0].out_features // head_dim, head_dim)
+        return Activations(
+            residual=self._empty(num_tokens, self.spec.hidden_size, dtype=self.dtype),
+            cos_sin=self._empty(num_tokens, head_dim, dtype=torch.float32),
+            q=self._empty(*heads, dtype=self.dtype),
+            attended=self._empty(*heads, dtype=self.dtype),
+        )
+
+    def start(self, token_ids: torch.Tensor, activations: Activations, ctx: ForwardContext) -> None:
+        """Run up to the first layer's attention op.
+
+        Args:
+            token_ids: int32 or int64 [T].
+            activations: of T tokens.
+        """
+        self.embedding(token_ids, out=activations.residual)
+        self.rope.cos_sin(ctx.positions, out=activations.cos_sin)
+        self.layers[0].start(None, activations, ctx)
+
+    def resume(self, index: int, activations: Activations, ctx: ForwardContext) -> None:
+        """Run from layer `index`'s attention op up to the next layer's."""
+        delta = self.layers[index].finish(activations, ctx)
+        self.layers[index + 1].start(delta, activations, ctx)
+
+    def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
+        """Run from the last layer's attention op on. [T, hidden_size], after the last norm."""
+        delta = self.layers[-1].finish(activations, ctx)
+        return self.norm.add(delta, activations.residual, ctx)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, hidden_size] to [N, vocab_size], in the model's dtype; written to `out` if given."""
+        return self.head.logits(hidden, out)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every tensor a checkpoint must bring, by its Hugging Face name; fused ones as views."""
+        named = {"model.embed_tokens.weight": self.embedding.weight}
+        for index, layer in enumerate(self.layers):
+            prefix = f"model.layers.{index}"
+            attention, mlp = layer.attention, layer.mlp
+            named[f"{prefix}.input_layernorm.weight"] = layer.attention_norm.weight
+            named[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+            for linear in (attention.qkv, attention.output):
+                named.update(linear.parameters(f"{prefix}.self_attn"))
+            for linear in (mlp.gate_up, mlp.down):
+                named.update(linear.parameters(f"{prefix}.mlp"))
+            if attention.q_norm is not None and attention.k_norm is not None:
+                named[f"{prefix}.self_attn.q_norm.weight"] = attention.q_norm.weight
+                named[f"{prefix}.self_attn.k_norm.weight"] = attention.k_norm.weight
+        named["model.norm.weight"] = self.norm.weight
+        if self.head is not self.embedding:
+            named["lm_head.weight"] = self.head.weight
+        return named
+
+    def _make_layer(self, index: int, groups: tuple[LoRAGroup, ...]) -> DecoderLayer:
+        spec = self.spec
+        biases = (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.mlp_bias)
+        qkv, output, gate_up, down = (
+            LoRALinear(group, index, bias, dtype=self.dtype, device=self.device)
+            for group, bias in zip(groups, biases, strict=True)
+        )
+        attention = Attention(
+            qkv,
+            output,
+            q_norm=self._make_norm(spec.head_dim) if spec.qk_norm else None,
+            k_norm=self._make_norm(spec.head_dim) if spec.qk_norm else None,
+        )
+        return DecoderLayer(
+            attention_norm=self._make_norm(spec.hidden_size),
+            attention=attention,
+            mlp_norm=self._make_norm(spec.hidden_size),
+            mlp=MLP(gate_up, down),
+        )
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _make_norm(self, size: int) -> RMSNorm:
+        return RMSNorm(size, self.spec.rms_norm_eps, dtype=self.dtype, device=self.device)

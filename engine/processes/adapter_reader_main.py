@@ -1,0 +1,140 @@
+"""The process that reads a worker's adapters into the worker's memory."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from array import array
+from pathlib import Path
+
+import torch
+
+from loraplex.engine.adapters.packing import AdapterTarget
+from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send
+from loraplex.engine.errors import AdapterError
+from loraplex.engine.ipc.child import set_up_logging
+from loraplex.engine.ipc.messages import (
+    AdapterPacked,
+    HostMemory,
+    NeedMemory,
+    NoMemory,
+    ReadAdapter,
+    ReaderStart,
+    ReadFailed,
+)
+from loraplex.memory.adapter_layout import ModuleShape
+from loraplex.memory.host.slab import mapped_slab
+from loraplex.memory.host.store import Allocate, PackedAdapter
+
+logger = logging.getLogger("loraplex")
+
+
+class Slabs:
+    """The worker's, mapped when they are first packed into."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, memory: HostMemory, fd: int, num_bytes: int) -> torch.Tensor:
+        with self._lock:
+            gone = self._mapped.keys() - memory.live_slabs
+            for slab_id in gone:  # if another thread packs into one, it keeps it alive
+                del self._mapped[slab_id]
+            slab = self._mapped.get(memory.slab_id)
+            if slab is None:
+                slab = self._mapped[memory.slab_id] = mapped_slab(fd, memory.slab_bytes)
+            return slab[memory.offset : memory.offset + num_bytes]
+
+
+def serve(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
+    """Read what the worker asks for, until it is gone."""
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        send(link, NeedMemory(num_bytes))
+        memory, fd = receive(link)
+        if isinstance(memory, NoMemory):
+            raise MemoryError("the worker has no room for the adapter")
+        assert fd is not None
+        try:
+            return slabs.take(memory, fd, num_bytes)
+        finally:
+            os.close(fd)
+
+    while True:
+        request, _ = receive(link)
+        send(link, _answer(request, reader, allocate))
+
+
+def _answer(
+    request: ReadAdapter, reader: AdapterReader, allocate: Allocate
+) -> AdapterPacked | ReadFailed:
+    try:
+        return _flatten(reader.read(request.name, Path(request.path), allocate))
+    except AdapterError as error:
+        return ReadFailed(str(error), is_refused=True)
+    except (EOFError, ConnectionError):
+        raise
+    except MemoryError as error:
+        return ReadFailed(str(error), is_refused=False)
+    except Exception as error:
+        logger.exception("reading adapter %s failed", request.name)
+        return ReadFailed(f"{type(error).__name__}: {error}", is_refused=False)
+
+
+def _flatten(adapter: PackedAdapter) -> AdapterPacked:
+    def flat(table: torch.Tensor) -> bytes:
+        return table.contiguous().numpy().tobytes()
+
+    return AdapterPacked(
+        content_hash=adapter.content_hash,
+        num_pages=adapter.num_pages,
+        rank=array("i", flat(adapter.rank)),
+        a_start=array("i", flat(adapter.a_start)),
+        b_start=array("i", flat(adapter.b_start)),
+        scale=array("f", flat(adapter.scale)),
+    )
+
+
+def _target(start: ReaderStart) -> AdapterTarget:
+    return AdapterTarget(
+        num_layers=start.num_layers,
+        shapes=tuple(map(ModuleShape, start.in_features, start.out_features)),
+        page_elems=start.page_elems,
+        dtype=getattr(torch, start.dtype),
+        max_rank=start.max_rank,
+    )
+
+
+def main() -> None:
+    """One thread for each connection named by its descriptor; the first to end ends them all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_up_logging("adapter reader")
+    torch.set_num_threads(1)  # the packers are threads enough
+    links = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]
+    ended = threading.Event()
+
+    def run(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
+        try:
+            serve(link, reader, slabs)
+        except (EOFError, ConnectionError):
+            pass  # the worker has ended
+        except BaseException:
+            logger.exception("failed")
+        ended.set()
+
+    try:
+        start, _ = receive(links[0])
+    except (EOFError, ConnectionError):
+        os._exit(0)
+    reader, slabs = ThreadReader(_target(start)), Slabs()
+    for link in links:
+        threading.Thread(target=run, args=(link, reader, slabs), daemon=True).start()
+    ended.wait()
+    os._exit(0)  # whatever the other threads are at
+
+
+if __name__ == "__main__":
+    main()

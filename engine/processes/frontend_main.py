@@ -1,0 +1,77 @@
+"""``python -m loraplex.engine.processes.frontend_main``: a frontend's process."""
+
+import time
+
+import zmq
+
+from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
+from loraplex.engine.frontend.frontend import Frontend
+from loraplex.engine.frontend.inputs import load_text_codec
+from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
+from loraplex.engine.ipc.child import Child, run_child
+from loraplex.engine.ipc.messages import EngineInfo, FrontendHello
+
+TICK_S = 1.0
+
+
+def run(child: Child) -> None:
+    config, run_dir = child.start.config, child.start.run_dir
+    context = zmq.Context()
+    identity = frontend_identity(child.start.index)
+    scheduler = DealerChannel(context, f"ipc://{run_dir}/frontends", identity)
+    scheduler.send(FrontendHello(child.start.name))
+    clients = ClientSocket(context, config.server, f"ipc://{run_dir}/clients")
+    codec = load_text_codec(config.model)
+    poller = zmq.Poller()
+    poller.register(child.wakeup.fileno(), zmq.POLLIN)
+    poller.register(scheduler.socket, zmq.POLLIN)
+    info: EngineInfo | None = None
+    while info is None and not child.stopping:
+        poller.poll()
+        child.wakeup.clear()
+        for _, message in scheduler.receive():
+            info = message
+    if info is not None:
+        frontend = Frontend(
+            config,
+            name=child.start.name,
+            info=info,
+            codec=codec,
+            scheduler=scheduler,
+            send=clients.send,
+            wakeup=child.wakeup,
+        )
+        poller.register(clients.socket, zmq.POLLIN)
+        child.ready(endpoint=clients.endpoint)
+        serve(child, frontend, scheduler, clients, poller)
+    clients.close()
+    context.destroy(linger=LINGER_MS)
+
+
+def serve(
+    child: Child,
+    frontend: Frontend,
+    scheduler: DealerChannel,
+    clients: ClientSocket,
+    poller: zmq.Poller,
+) -> None:
+    """Until the end of the engine, of which every waiting client is told."""
+    next_tick = time.monotonic()
+    while not child.stopping:
+        wait_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
+        poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
+        child.wakeup.clear()
+        for _, message in scheduler.receive():
+            frontend.on_scheduler(message)
+        clients.receive(frontend.on_frames)
+        frontend.run_ready()
+        if time.monotonic() >= next_tick:
+            frontend.tick()
+            next_tick = time.monotonic() + TICK_S
+    frontend.fail_all(child.dead_reason or "the engine was stopped")
+    clients.receive(frontend.on_frames)
+    frontend.close()
+
+
+if __name__ == "__main__":
+    run_child(run)

@@ -1,0 +1,128 @@
+"""The engine in the caller's thread: the same frontend, scheduler and worker, no sockets.
+
+For tests and debugging. Nothing runs but while the caller waits in receive().
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.frontend.frontend import Frontend
+from loraplex.engine.frontend.inputs import load_text_codec
+from loraplex.engine.ipc.channel import InprocChannel, Wakeup, frontend_identity, worker_identity
+from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.processes.scheduler_loop import SchedulerLoop
+from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
+from loraplex.engine.processes.worker_main import WorkerLike, send_events
+
+CLIENT = b"client"
+
+
+class InProcessEngine:
+    """Takes and gives the maps of docs/protocol.md; Client makes a friendlier thing of it.
+
+    An error in any part is raised to the caller as it is, with its traceback.
+    """
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_progress: Callable[[str], None] | None = None,
+        worker: Callable[..., WorkerLike] | None = None,
+    ) -> None:
+        """Load the model; ConfigError as from Engine.start(). `worker` replaces Worker."""
+        adapters_at_start(config.adapter)
+        self._wakeup = Wakeup()
+        self._worker = (worker or _worker_class())(
+            config, 0, wakeup=self._wakeup.set, progress=on_progress or _ignore
+        )
+        self.info = engine_info(config, [self._worker.ready])
+        frontends, scheduler_end = InprocChannel.pair(frontend_identity(0))
+        workers, self._worker_end = InprocChannel.pair(worker_identity(0))
+        self.scheduler = make_scheduler(config, self.info)
+        self._loop = SchedulerLoop(
+            self.scheduler, info=self.info, frontends=frontends, workers=workers
+        )
+        self._replies: deque[dict[str, Any]] = deque()
+        self._scheduler_end = scheduler_end
+        self._frontend = Frontend(
+            config,
+            name="frontend 0",
+            info=self.info,
+            codec=load_text_codec(config.model),
+            scheduler=scheduler_end,
+            send=lambda client, message: self._replies.append(message),
+            wakeup=self._wakeup,
+        )
+        self._poller = zmq.Poller()
+        self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        self._closed = False
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._check_open()
+        self._frontend.on_message(CLIENT, message)
+
+    def receive(self, timeout_s: float | None) -> list[dict[str, Any]]:
+        """Run the engine until there are replies, or for `timeout_s`; [] then."""
+        self._check_open()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._replies:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                break
+            if not self.step():
+                self._poller.poll(None if left is None else int(left * 1000) + 1)
+                self._wakeup.clear()
+        replies = list(self._replies)
+        self._replies.clear()
+        return replies
+
+    def is_lost(self) -> bool:
+        return self._closed
+
+    def step(self) -> bool:
+        """One turn of every part; False if there was nothing to do."""
+        self._frontend.run_ready()
+        self._loop.turn()
+        busy = False
+        for _, command in self._worker_end.receive():
+            self._worker.handle(command)
+            send_events(self._worker, self._worker_end)
+            busy = True
+        for event in self._worker.events(0.0):
+            self._worker_end.send(event)
+            busy = True
+        for _, message in self._scheduler_end.receive():
+            self._frontend.on_scheduler(message)
+            busy = True
+        return busy
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._frontend.close()
+            self._worker.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("the engine was closed")
+
+
+def _ignore(text: str) -> None:
+    """Nobody wants to know how far the start has come."""
+
+
+def _worker_class() -> Callable[..., WorkerLike]:
+    from loraplex.engine.worker.worker import Worker  # loads torch
+
+    return Worker

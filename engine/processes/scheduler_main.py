@@ -1,0 +1,73 @@
+"""``python -m loraplex.engine.processes.scheduler_main``: the scheduler's process."""
+
+import gc
+
+import zmq
+
+from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.ipc.channel import RouterChannel
+from loraplex.engine.ipc.child import Child, run_child
+from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.processes.scheduler_loop import SchedulerLoop
+from loraplex.scheduler.scheduler import Scheduler
+from loraplex.scheduler.worker_protocol import WorkerReady
+
+
+def run(child: Child) -> None:
+    config, run_dir = child.start.config, child.start.run_dir
+    context = zmq.Context()
+    frontends = RouterChannel(context, f"ipc://{run_dir}/frontends")
+    workers = RouterChannel(context, f"ipc://{run_dir}/workers")
+    poller = zmq.Poller()
+    poller.register(child.wakeup.fileno(), zmq.POLLIN)
+    poller.register(workers.socket, zmq.POLLIN)
+    ready: dict[int, WorkerReady] = {}
+    while len(ready) < config.num_workers and not child.stopping:
+        poller.poll()
+        child.wakeup.clear()
+        ready |= {message.rank: message for _, message in workers.receive()}
+    poller.register(frontends.socket, zmq.POLLIN)
+    if not child.stopping:
+        info = engine_info(config, [ready[rank] for rank in sorted(ready)])
+        scheduler = make_scheduler(config, info)
+        loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
+        gc.collect()
+        gc.freeze()  # what start-up made stays: later collections pass it over
+        child.ready(info=info)
+        while not child.stopping:
+            poller.poll()
+            child.wakeup.clear()
+            loop.turn()
+    context.destroy(linger=0)
+
+
+def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
+    """What all workers can do: the least of each limit."""
+    return EngineInfo(
+        max_model_len=min(worker.max_model_len for worker in workers),
+        vocab_size=workers[0].vocab_size,
+        num_pages=min(worker.num_pages for worker in workers),
+        block_tokens=config.memory.block_tokens,
+        max_queue_len=config.scheduler.max_queue_len,
+        workers=workers,
+    )
+
+
+def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
+    """The scheduler with every adapter that the configuration names."""
+    scheduler = Scheduler(
+        config=config.scheduler,
+        memory=config.memory,
+        num_pages=info.num_pages,
+        max_model_len=info.max_model_len,
+        base_fingerprint=info.workers[0].base_fingerprint,
+        max_adapter_pages=max(worker.max_adapter_pages for worker in info.workers),
+    )
+    for name, path in adapters_at_start(config.adapter):
+        scheduler.register_adapter(name, path)
+    return scheduler
+
+
+if __name__ == "__main__":
+    run_child(run)

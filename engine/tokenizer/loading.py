@@ -1,0 +1,164 @@
+"""Loads the tokenizer of a model: tokenizer.json, SentencePiece, or what a GGUF file carries."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from loraplex.engine.checkpoint.gguf_file import GGUFFile
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.tokenizer.fast import FastBackend, decoder_traits
+from loraplex.engine.tokenizer.gguf import tokenizer_from_gguf
+from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend
+from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits, first_known
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
+    """The tokenizer of `model_path`, or the one that `tokenizer` names.
+
+    Args:
+        model_path: a Hugging Face directory or a GGUF file.
+        tokenizer: another directory, or a tokenizer.json, tokenizer.model or .gguf file.
+
+    Raises:
+        ConfigError: there is none, it is damaged, or of a kind that cannot be honoured.
+    """
+    path = Path(tokenizer).expanduser() if tokenizer else model_path
+    if path.suffix == ".gguf":
+        return tokenizer_from_gguf(GGUFFile(path))
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return _load_file(path / name)
+        raise ConfigError(
+            f"{path} has neither tokenizer.json nor tokenizer.model; name a tokenizer with "
+            "--tokenizer, or serve token ids alone with --skip-tokenizer-init"
+        )
+    if not path.is_file():
+        raise ConfigError(f"tokenizer {path} does not exist (nothing is downloaded)")
+    return _load_file(path)
+
+
+def _load_file(path: Path) -> Tokenizer:
+    config = _read_json(path.parent / "tokenizer_config.json")
+    named = _named_tokens(config, _read_json(path.parent / "special_tokens_map.json"))
+    template = _chat_template(path.parent, config)
+    if path.suffix == ".model":
+        return _sentencepiece(path, config, named, template)
+    return _fast(path, config, named, template)
+
+
+def _fast(
+    path: Path, config: dict[str, Any], named: dict[str, str], template: str | None
+) -> Tokenizer:
+    """tokenizer.json says itself what it puts around a text; add_bos_token is for other files."""
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    fast.no_truncation()
+    fast.no_padding()
+    _add_tokens(fast, config, path)
+    byte_level, strips = decoder_traits(fast, path)
+    added = fast.get_added_tokens_decoder()
+    traits = TokenizerTraits(
+        vocab_size=max(fast.get_vocab().values(), default=-1) + 1,
+        byte_level=byte_level,
+        strips_leading_space=strips,
+        special_ids=frozenset(i for i, token in added.items() if token.special),
+        special_tokens=named,
+        eos_token_ids=first_known(FastBackend(fast), [named.get("eos_token")]),
+        chat_template=template,
+    )
+    return Tokenizer(FastBackend(fast), traits)
+
+
+def _sentencepiece(
+    path: Path, config: dict[str, Any], named: dict[str, str], template: str | None
+) -> Tokenizer:
+    added = _added_tokens(config)
+    more = _read_json(path.parent / "added_tokens.json")
+    added.update({int(i): (token, True) for token, i in more.items() if int(i) not in added})
+    try:
+        backend = SentencePieceBackend(
+            path.read_bytes(),
+            added={i: token for i, (token, _) in added.items()},
+            add_bos=bool(config.get("add_bos_token", True)),
+            add_eos=bool(config.get("add_eos_token", False)),
+            legacy=bool(config.get("legacy", True)),
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error}; if the model has a tokenizer.json, put it beside it"
+        ) from None
+    named = backend.control_tokens() | named
+    special = {i for i, (_, is_special) in added.items() if is_special}
+    traits = TokenizerTraits(
+        vocab_size=backend.vocab_size,
+        byte_level=False,
+        strips_leading_space=backend.adds_prefix_space,
+        special_ids=backend.control_ids() | special | set(first_known(backend, [*named.values()])),
+        special_tokens=named,
+        eos_token_ids=first_known(backend, [named.get("eos_token")]),
+        chat_template=template,
+    )
+    return Tokenizer(backend, traits)
+
+
+def _add_tokens(fast: FastTokenizer, config: dict[str, Any], path: Path) -> None:
+    """Tokens of tokenizer_config.json that tokenizer.json lacks."""
+    for token_id, (content, special) in sorted(_added_tokens(config).items()):
+        if fast.token_to_id(content) is None:
+            token = AddedToken(content, special=special, normalized=not special)
+            fast.add_special_tokens([token]) if special else fast.add_tokens([token])
+        if fast.token_to_id(content) != token_id:
+            raise ConfigError(
+                f"{path}: tokenizer_config.json gives {content!r} id {token_id}, "
+                f"tokenizer.json {fast.token_to_id(content)}"
+            )
+
+
+def _added_tokens(config: dict[str, Any]) -> dict[int, tuple[str, bool]]:
+    entries = config.get("added_tokens_decoder") or {}
+    return {int(i): (e["content"], bool(e.get("special", False))) for i, e in entries.items()}
+
+
+def _named_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, str]:
+    """bos_token and the like; each is a string or an AddedToken written as a map."""
+    named = {}
+    for name in _NAMED:
+        value = config[name] if name in config else special_map.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[name] = value
+    return named
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja wins over tokenizer_config.json; of several the one named default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,176 @@
+"""What the graphs of decode steps and the pieces of mixed steps have in common."""
+
+import gc
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from loraplex.backends.launch.upload import Staging
+from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
+from loraplex.engine.config import GraphConfig
+from loraplex.engine.worker.step_rows import TokenInputs
+
+Kind = str | None
+"""Of a graph: one of the LoRA op's, or BASE."""
+
+BASE: Kind = None
+"""Of a step without adapters. It equals no kind that an op may name: a step with adapters that was
+given this graph would be answered by the base model."""
+
+Replay = Callable[[], None]
+"""Runs what was recorded, on torch's current stream."""
+
+
+def kind_of(lora: LoRAOp, table: LoRATable, batch: LoRABatch) -> Kind:
+    """The kind of graph that a step needs."""
+    return BASE if batch.is_empty else lora.kind_of(table=table, batch=batch)
+
+
+def empty_batch(num_tokens: int) -> LoRABatch:
+    """Without adapters: what a kind is planned with before its capture."""
+    none = np.zeros(0, dtype=np.int32)
+    return LoRABatch(num_tokens, none, np.zeros(1, dtype=np.int32), none)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInputs:
+    """TokenInputs on the device: int64 [T] each."""
+
+    places: torch.Tensor
+    positions: torch.Tensor
+    kv_rows: torch.Tensor
+
+
+class StaticInputs:
+    """TokenInputs at addresses that stay. Padded rows feed position 0 of page 0, the null page."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._staging = Staging(device)
+        even = max_rows + max_rows % 2  # each of the three starts at 16 bytes
+        self._inputs = torch.zeros(3, even, dtype=torch.int64, device=device)
+
+    def first(self, num_rows: int) -> DeviceInputs:
+        return DeviceInputs(*(part[:num_rows] for part in self._inputs))
+
+    def upload(self, inputs: TokenInputs) -> None:
+        host = np.zeros(tuple(self._inputs.shape), dtype=np.int64)
+        for row, values in enumerate((inputs.places, inputs.positions, inputs.kv_rows)):
+            host[row, : len(values)] = values
+        self._staging.upload({"inputs": host}, out=self._inputs.view(-1).view(torch.uint8))
+
+    def clear(self) -> None:
+        """Make all rows padded ones."""
+        self._inputs.zero_()
+
+
+class GraphRecorder:
+    """Records CUDA graphs on one stream and in one private memory pool, shared by all of them.
+
+    A graph's allocations that are free by its end serve the graphs recorded after it. So any two
+    graphs may use the same memory, and nothing allocated in one may be read after another of them
+    has been replayed. Those to be replayed lie on one stream, one after the other.
+    """
+
+    def __init__(self, device: torch.device, config: GraphConfig) -> None:
+        gc.collect()  # what dies during a capture may do what no capture allows
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        self._device = device
+        self._config = config
+        self._started_at = time.perf_counter()
+        self._free = torch.cuda.mem_get_info(device)[0]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._why = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the time is up or the memory full. Waits for the GPU."""
+        if not self._why:
+            torch.cuda.synchronize(self._device)
+            if time.perf_counter() - self._started_at > self._config.graph_seconds:
+                self._why = f", then the time ({self._config.graph_seconds:g} s) was up"
+            elif self._used_bytes() > self._config.graph_bytes:
+                self._why = f", then the memory ({self._config.graph_bytes >> 20} MiB) was full"
+        return bool(self._why)
+
+    def record(self, run: Callable[[], None], *, warm_up: bool) -> Replay:
+        """Record what `run` launches.
+
+        Args:
+            warm_up: run it first: kernels are compiled and libraries set up on first use.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph, which synchronizes and empties the allocator's cache each time.
+        with torch.cuda.stream(self._stream):
+            if warm_up:
+                run()
+            graph.capture_begin(pool=self._pool)
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        replay: Replay = graph.replay
+        return replay
+
+    def finish(self) -> str:
+        """Give back what warming up has left; returns what was spent, and the bound reached."""
+        torch.cuda.empty_cache()
+        seconds = time.perf_counter() - self._started_at
+        return f"in {seconds:.1f} s and {self._used_bytes() >> 20} MiB{self._why}"
+
+    def _used_bytes(self) -> int:
+        return int(self._free - torch.cuda.mem_get_info(self._device)[0])
+
+
+Captured = TypeVar("Captured")
+
+
+class GraphLadder(Generic[Captured]):
+    """What was captured, by number of rows and kind."""
+
+    def __init__(self, lora: LoRAOp) -> None:
+        self._lora = lora
+        self._sizes: list[int] = []
+        self._graphs: dict[tuple[int, Kind], Captured] = {}
+
+    def describe(self, unit: str) -> str:
+        """The range of sizes, to be appended to a sentence."""
+        return f" of {self._sizes[0]} to {self._sizes[-1]} {unit}" if self._sizes else ""
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __getitem__(self, key: tuple[int, Kind]) -> Captured:
+        return self._graphs[key]
+
+    def capture(
+        self,
+        sizes: Iterable[int],
+        recorder: GraphRecorder,
+        capture_one: Callable[[int, Kind], Captured],
+    ) -> None:
+        """Capture each size with all its kinds, in this order, until the recorder is full."""
+        kinds = (*self._lora.graph_kinds, BASE)
+        for size in sizes:
+            if recorder.is_full:
+                return
+            for kind in kinds if size <= self._lora.max_graph_rows else (BASE,):
+                self._graphs[size, kind] = capture_one(size, kind)
+            insort(self._sizes, size)
+
+    def fit(self, num_rows: int, kind: Kind) -> int:
+        """The smallest size that takes so many rows; 0: none does, or not with this kind."""
+        index = bisect_left(self._sizes, num_rows)
+        if index == len(self._sizes):
+            return 0
+        size = self._sizes[index]
+        return size if (size, kind) in self._graphs else 0

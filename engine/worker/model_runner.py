@@ -1,0 +1,273 @@
+"""Runs the steps that the scheduler plans. Nothing in `launch` waits for the GPU."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loraplex.backends.attention.contract import AttentionBatch
+from loraplex.backends.launch.upload import Staging
+from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
+from loraplex.engine.adapters.table import AdapterTable, group_rows
+from loraplex.engine.config import GraphConfig
+from loraplex.engine.model.decoder import Decoder
+from loraplex.engine.model.forward_context import ForwardContext
+from loraplex.engine.worker.backends import WorkerBackends
+from loraplex.engine.worker.graphs.capture import DeviceInputs, GraphRecorder, kind_of
+from loraplex.engine.worker.graphs.decode import MAX_GRAPH_ROWS, DecodeGraphs
+from loraplex.engine.worker.graphs.mixed import MixedGraphs
+from loraplex.engine.worker.pending_step import PendingStep, ScoredPrompt, StepOutput
+from loraplex.engine.worker.request_states import RequestStates
+from loraplex.engine.worker.sampler import Logprobs, SamplingBatch, sample, score
+from loraplex.engine.worker.step_rows import StepRows, TokenInputs, make_rows, token_inputs
+from loraplex.memory.device.pool import PagePool
+from loraplex.scheduler.worker_protocol import StepPlan
+
+PROMPT_SCORE_ROWS = 256
+"""Prompt positions whose logits exist at one time."""
+
+
+class ModelRunner:
+    """Once `capture_graphs` was called, steps of decode rows alone replay a CUDA graph and other
+    small ones the pieces of one; the others, and all on a CPU, launch operator by operator.
+
+    Attributes: pool; states, what is remembered of each request.
+
+    Args:
+        backends: made for the model's sizes and device.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        pool: PagePool,
+        states: RequestStates,
+        lora_table: LoRATable,
+        backends: WorkerBackends,
+    ) -> None:
+        self.states = states
+        self.pool = pool
+        self._model = model
+        self._lora_table = lora_table
+        self._lora = backends.lora
+        self._attention = backends.attention
+        self._fused = backends.fused
+        self._device = model.device
+        self._staging = Staging(model.device)
+        self._decode_graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
+        self._last_step: PendingStep | None = None
+
+    @torch.inference_mode()
+    def capture_graphs(self, config: GraphConfig, max_num_tokens: int) -> str:
+        """Capture the decode steps, then the pieces of mixed ones, within the configured bounds.
+
+        Args:
+            max_num_tokens: of the largest step.
+
+        Returns:
+            One line on what was captured, or on why nothing was.
+        """
+        if config.enforce_eager:
+            return "no CUDA graphs: enforce_eager is set"
+        if not self._attention.supports_graphs:
+            return f"no CUDA graphs: attention {self._attention.name!r} cannot be captured"
+        max_rows = min(self.states.max_num_seqs, MAX_GRAPH_ROWS)
+        self._decode_graphs = DecodeGraphs(
+            forward=self._forward_decode,
+            attention=self._attention,
+            lora=self._lora,
+            lora_table=self._lora_table,
+            logits=torch.empty(
+                max_rows, self._model.spec.vocab_size, dtype=self._model.dtype, device=self._device
+            ),
+        )
+        self._mixed_graphs = MixedGraphs(
+            model=self._model,
+            make_context=self._make_context,
+            token_ids=self.states.token_ids.view(-1),
+            attention=self._attention,
+            lora=self._lora,
+            lora_table=self._lora_table,
+            max_tokens=max_num_tokens,
+        )
+        recorder = GraphRecorder(self._device, config)
+        decode = self._decode_graphs.capture(recorder)
+        mixed = self._mixed_graphs.capture(recorder)
+        return f"captured {decode} and {mixed} {recorder.finish()}"
+
+    @torch.inference_mode()
+    def warm_up(self, rows: int, rank: int) -> None:
+        """Launch the LoRA kernels of a prefill of so many rows of one adapter, before there is
+        any: some are compiled on first use. Backends without kernels of their own need none."""
+        if not self._lora.graph_kinds:
+            return
+        order = np.arange(rows, dtype=np.int32)
+        batch = LoRABatch(
+            rows, order, np.array([0, rows], dtype=np.int32), np.zeros(1, dtype=np.int32)
+        )
+        host_rank = self._lora_table.host_rank
+        host_rank[..., 0] = rank  # on the device it is 0 still: nothing is read or added
+        self._lora.plan(table=self._lora_table, batch=batch)
+        host_rank[..., 0] = 0
+        for group in self._model.groups:
+            x = torch.zeros(rows, group.in_features, dtype=self._model.dtype, device=self._device)
+            y = x.new_zeros(rows, sum(group.out_features))
+            apply_lora(
+                self._lora, y=y, x=x, pool=self.pool.pages, layer=0, group=group,
+                table=self._lora_table,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Enqueue a step; on a CPU, compute it. The result comes from the PendingStep."""
+        step = self._last_step = PendingStep(plan.step_id, self._device, self._last_step)
+        deltas, rows, output = self.states.apply(plan), make_rows(plan), StepOutput()
+        sampling = self._collect_sampling(rows)
+        tensors = self._staging.upload({**deltas, **sampling})
+        self.states.write(tensors)
+        if len(rows.slots):
+            self._run(step, rows, {name: tensors[name] for name in sampling}, output)
+        else:
+            step.start()
+        step.finish(output)
+        return step
+
+    def _collect_sampling(self, rows: StepRows) -> dict[str, npt.NDArray[Any]]:
+        if not len(rows.sampling):
+            return {}
+        slots = rows.slots[rows.sampling]
+        places = slots.astype(np.int64) * self.states.token_ids.shape[1] + rows.next_positions
+        arrays = self.states.sampling.collect(slots, rows.next_positions)
+        return {**arrays, "places": places, "rows": rows.starts[rows.sampling + 1] - 1}
+
+    def _run(
+        self,
+        step: PendingStep,
+        rows: StepRows,
+        sampling: dict[str, torch.Tensor],
+        output: StepOutput,
+    ) -> None:
+        kv_lens, block = rows.kv_lens, self.pool.shape.block_tokens
+        num_pages = -(-int(kv_lens.max()) // block)
+        attention_batch = AttentionBatch(
+            query_lens=rows.num_tokens,
+            kv_lens=kv_lens,
+            num_decodes=rows.num_decodes,
+            page_table=self.states.page_table[rows.slots, :num_pages],
+        )
+        lora_batch = group_rows(self.states.adapter_slots[rows.slots], rows.num_tokens)
+        AdapterTable.check(self._lora_table, lora_batch.segment_slots)
+        inputs = token_inputs(
+            rows,
+            self.states.page_table,
+            block_tokens=block,
+            max_tokens=self.states.token_ids.shape[1],
+        )
+        kind, decode = kind_of(self._lora, self._lora_table, lora_batch), self._decode_graphs
+        if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
+            decode.plan(size, kind, inputs, attention_batch, lora_batch)
+            step.start(self._describe("graph", lora_batch))
+            logits = decode.replay(size, kind)[: len(rows.slots)]
+            self._sample(rows, logits, sampling, output)
+            return
+        num_tokens, mixed = len(inputs.places), self._mixed_graphs
+        if mixed and (size := mixed.fit(num_tokens, kind)):
+            mixed.plan(kind, inputs, attention_batch, lora_batch)
+            step.start(self._describe("pieces", lora_batch))
+            hidden = mixed.replay(size, kind, num_tokens)
+        else:
+            hidden = self._run_eagerly(step, inputs, attention_batch, lora_batch)
+        if len(rows.sampling):
+            logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
+            self._sample(rows, logits, sampling, output)
+        self._score_prompts(rows, hidden, output)
+
+    def _run_eagerly(
+        self,
+        step: PendingStep,
+        inputs: TokenInputs,
+        attention_batch: AttentionBatch,
+        lora_batch: LoRABatch,
+    ) -> torch.Tensor:
+        """Launch operator by operator; hidden states [T, hidden_size]."""
+        has_lora = not lora_batch.is_empty
+        tensors = self._staging.upload(
+            {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
+        )
+        self._attention.plan(attention_batch)
+        if has_lora:
+            self._lora.plan(table=self._lora_table, batch=lora_batch)
+        step.start(self._describe("eager", lora_batch))
+        return self._forward(DeviceInputs(**tensors), has_lora)
+
+    def _describe(self, how: str, lora_batch: LoRABatch) -> str:
+        return how if lora_batch.is_empty else f"{how}+{self._lora.family}"
+
+    def _make_context(self, inputs: DeviceInputs, has_lora: bool) -> ForwardContext:
+        return ForwardContext(
+            positions=inputs.positions,
+            kv_rows=inputs.kv_rows,
+            pool=self.pool.pages,
+            kv=self.pool.kv,
+            attention=self._attention,
+            lora=self._lora,
+            lora_table=self._lora_table,
+            has_lora=has_lora,
+            fused=self._fused,
+        )
+
+    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
+        token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
+        return self._model.forward(token_ids, self._make_context(inputs, has_lora))
+
+    def _forward_decode(self, inputs: DeviceInputs, has_lora: bool, logits: torch.Tensor) -> None:
+        self._model.logits(self._forward(inputs, has_lora), out=logits)
+
+    def _sample(
+        self,
+        rows: StepRows,
+        logits: torch.Tensor,
+        sampling: dict[str, torch.Tensor],
+        output: StepOutput,
+    ) -> None:
+        places = sampling["places"]
+        batch = SamplingBatch(**{k: v for k, v in sampling.items() if k not in ("places", "rows")})
+        num_best = self.states.sampling.num_logprobs[rows.slots[rows.sampling]]
+        wanted = np.flatnonzero(num_best >= 0)
+        longest = int(rows.next_positions.max())
+        chosen = sample(logits, batch, self.states.token_ids, longest, fused=self._fused)
+        output.token_ids = chosen.int()
+        self.states.token_ids.view(-1).index_copy_(0, places, output.token_ids)
+        if len(wanted):
+            output.scored_rows = [(int(row), int(num_best[row])) for row in wanted]
+            output.scores = self._score_rows(logits, chosen, wanted, int(num_best.max()))
+
+    def _score_rows(
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        wanted: npt.NDArray[np.int64],
+        num_best: int,
+    ) -> Logprobs:
+        if len(wanted) < len(chosen):
+            index = self._staging.upload({"wanted": wanted})["wanted"]
+            logits, chosen = logits.index_select(0, index), chosen.index_select(0, index)
+        return score(logits, chosen, num_best)
+
+    def _score_prompts(self, rows: StepRows, hidden: torch.Tensor, output: StepOutput) -> None:
+        """Log-probabilities of the prompt tokens that follow the fed ones, where asked for."""
+        sampling = self.states.sampling
+        for row in np.flatnonzero(sampling.num_prompt_logprobs[rows.slots] >= 0).tolist():
+            slot, first = int(rows.slots[row]), int(rows.positions[row]) + 1
+            end = min(first + int(rows.num_tokens[row]), int(sampling.num_prompt_tokens[slot]))
+            num_best = int(sampling.num_prompt_logprobs[slot])
+            start = int(rows.starts[row])
+            for at in range(first, end, PROMPT_SCORE_ROWS):
+                stop = min(at + PROMPT_SCORE_ROWS, end)
+                logits = self._model.logits(hidden[start + at - first : start + stop - first])
+                targets = self.states.token_ids[slot, at:stop].long()
+                scores = score(logits, targets, num_best)
+                output.prompts.append(ScoredPrompt(slot, at, num_best, scores))

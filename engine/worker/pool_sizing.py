@@ -1,0 +1,121 @@
+"""How many pages a worker's pool gets: what the model and the largest steps leave of the memory."""
+
+import gc
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.worker.model_runner import ModelRunner
+from loraplex.engine.worker.request_states import RequestStates
+from loraplex.memory.device.page_copier import NUM_STAGING_BUFFERS, STAGING_BYTES
+from loraplex.memory.device.pool import (
+    PageShape,
+    PoolSizeError,
+    choose_num_pages,
+    free_cpu_bytes,
+    free_gpu_bytes,
+)
+from loraplex.scheduler.worker_protocol import NewRequest, SamplingSpec, StepPlan, int_array
+
+GPU_MARGIN_BYTES = 512 << 20
+"""Kept free on a GPU for library workspaces, gathers of attention fallbacks and fragmentation."""
+
+
+def size_pool(
+    config: EngineConfig,
+    shape: PageShape,
+    device: torch.device,
+    limit: int,
+    make_runner: Callable[[int, int], ModelRunner],
+) -> int:
+    """Pages of the pool: as asked, or by the memory that is left."""
+    memory = config.memory
+    try:
+        if memory.num_pages is not None or memory.pool_bytes is not None:
+            return choose_num_pages(memory, shape, 0)
+        if device.type == "cpu":
+            return choose_num_pages(memory, shape, free_cpu_bytes())
+        graph_bytes = 0 if config.graph.enforce_eager else config.graph.graph_bytes
+        free = free_gpu_bytes(
+            device,
+            memory.gpu_memory_utilization,
+            activation_bytes=_activation_bytes(config, shape, device, limit, make_runner),
+            margin_bytes=GPU_MARGIN_BYTES + graph_bytes + NUM_STAGING_BUFFERS * STAGING_BYTES,
+        )
+        states = RequestStates.device_bytes(config.scheduler.max_num_seqs, limit)
+        return choose_num_pages(memory, shape, free - states)
+    except PoolSizeError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _activation_bytes(
+    config: EngineConfig,
+    shape: PageShape,
+    device: torch.device,
+    limit: int,
+    make_runner: Callable[[int, int], ModelRunner],
+) -> int:
+    """Peak of the largest prefill and of the largest sampling step, run on a pool of their own."""
+    budget, max_num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    length = min(limit, budget)
+    num_seqs = min(max_num_seqs, budget // length)
+    pages_each = -(-length // shape.block_tokens)
+    num_pages = 1 + max(num_seqs * pages_each, max_num_seqs)
+    runner = make_runner(num_pages, length)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for count, tokens in ((num_seqs, length), (max_num_seqs, 1)):
+        runner.launch(_trial_plan(count, tokens, shape.block_tokens)).result()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del runner
+    gc.collect()
+    return peak
+
+
+def _trial_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan:
+    """`num_seqs` new requests that all sample, with the parameters that cost most memory."""
+    pages_each = -(-num_tokens // block_tokens)
+    sampling: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.01,
+        "seed": 0,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "max_tokens": 1,
+        "min_tokens": 0,
+        "stop_token_ids": int_array(),
+        "num_logprobs": 0,
+        "num_prompt_logprobs": -1,
+        "bias_token_ids": int_array(),
+        "bias_values": array("f"),
+    }
+    requests = [
+        NewRequest(
+            slot=slot,
+            token_ids=int_array([0] * num_tokens),
+            num_prompt_tokens=num_tokens,
+            page_ids=int_array(list(range(1 + slot * pages_each, 1 + (slot + 1) * pages_each))),
+            adapter_slot=-1,
+            sampling=SamplingSpec(**sampling),
+        )
+        for slot in range(num_seqs)
+    ]
+    return StepPlan(
+        step_id=0,
+        freed_slots=int_array(),
+        new_requests=requests,
+        page_slots=int_array(),
+        page_ids=int_array(),
+        slots=int_array(list(range(num_seqs))),
+        positions=int_array([0] * num_seqs),
+        num_tokens=int_array([num_tokens] * num_seqs),
+        samples=int_array([1] * num_seqs),
+    )

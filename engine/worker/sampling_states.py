@@ -1,0 +1,156 @@
+"""Sampling parameters of the running requests, by slot, as arrays; and a step's share of them."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loraplex.scheduler.worker_protocol import SamplingSpec
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LOW_32 = np.uint64(0xFFFFFFFF)
+
+
+class SamplingStates:
+    """All on the CPU. `collect` picks what the rows of one step need; see sampler.py."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)
+        self.num_prompt_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
+        # repetition, presence, frequency
+        self._penalties = np.tile(np.array([1, 0, 0], dtype=np.float32), (max_num_seqs, 1))
+        self._min_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self._stop_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
+        self._bias_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
+        self._bias: list[npt.NDArray[np.float32] | None] = [None] * max_num_seqs
+
+    def set(self, slot: int, spec: SamplingSpec, num_prompt_tokens: int) -> None:
+        self.num_prompt_tokens[slot] = num_prompt_tokens
+        self.num_logprobs[slot] = spec.num_logprobs
+        self.num_prompt_logprobs[slot] = spec.num_prompt_logprobs
+        self._temperature[slot] = spec.temperature
+        self._top_p[slot] = spec.top_p
+        self._top_k[slot] = spec.top_k if 0 < spec.top_k < self._vocab_size else 0
+        self._min_p[slot] = spec.min_p
+        self._seed[slot] = spec.seed & 0xFFFFFFFFFFFFFFFF
+        self._penalties[slot] = (
+            spec.repetition_penalty,
+            spec.presence_penalty,
+            spec.frequency_penalty,
+        )
+        self._min_tokens[slot] = spec.min_tokens
+        # An id outside the vocabulary can neither be sampled nor biased.
+        stop_ids = np.array(spec.stop_token_ids, dtype=np.int64)
+        self._stop_ids[slot] = stop_ids[(stop_ids >= 0) & (stop_ids < self._vocab_size)]
+        bias_ids = np.array(spec.bias_token_ids, dtype=np.int64)
+        known = (bias_ids >= 0) & (bias_ids < self._vocab_size)
+        self._bias_ids[slot] = bias_ids[known] if known.any() else None
+        self._bias[slot] = np.array(spec.bias_values, dtype=np.float32)[known]
+
+    def clear(self, slot: int) -> None:
+        self.num_logprobs[slot] = self.num_prompt_logprobs[slot] = -1
+        self._stop_ids[slot] = self._bias_ids[slot] = self._bias[slot] = None
+
+    def collect(
+        self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of the N rows that sample, by the names of SamplingBatch's fields; of those that
+        may be None, one whose parameter nobody uses is left out.
+
+        Args:
+            positions: where the sampled tokens will stand.
+        """
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "temperature": self._temperature[slots],
+            "keys": noise_keys(self._seed[slots], positions),
+        }
+        self._collect_bias(slots, arrays)
+        self._collect_penalties(slots, positions, arrays)
+        self._collect_forbidden(slots, positions, arrays)
+        self._collect_cuts(slots, arrays)
+        return arrays
+
+    def _collect_cuts(
+        self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
+        is_cut = (min_p > 0) | (top_k > 0) | (top_p < 1)
+        rows = np.flatnonzero(is_cut & (self._temperature[slots] > 0))
+        if not len(rows):
+            return
+        arrays["cut_rows"] = rows.astype(np.int64)
+        if (min_p[rows] > 0).any():
+            arrays["min_p"] = min_p[rows]
+        if (top_k[rows] > 0).any():
+            arrays["top_k"] = np.where(top_k > 0, top_k, self._vocab_size)[rows]
+        if (top_p[rows] < 1).any():
+            arrays["top_p"] = top_p[rows]
+
+    def _collect_bias(
+        self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        rows, ids, values = [], [], []
+        for row, slot in enumerate(slots.tolist()):
+            bias_ids = self._bias_ids[slot]
+            if bias_ids is not None:
+                rows.append(np.full(len(bias_ids), row, dtype=np.int64))
+                ids.append(bias_ids)
+                values.append(self._bias[slot])
+        if rows:
+            arrays["bias_rows"], arrays["bias_ids"] = np.concatenate(rows), np.concatenate(ids)
+            arrays["bias"] = np.concatenate(values)  # type: ignore[arg-type]
+
+    def _collect_penalties(
+        self,
+        slots: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        penalties = self._penalties[slots]
+        rows = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
+        if len(rows):
+            arrays["penalty_rows"] = rows.astype(np.int64)
+            arrays["penalty_slots"] = slots[rows].astype(np.int64)
+            arrays["penalties"] = penalties[rows]
+            arrays["num_prompt_tokens"] = self.num_prompt_tokens[slots[rows]].astype(np.int64)
+            arrays["num_known_tokens"] = positions[rows].astype(np.int64)
+
+    def _collect_forbidden(
+        self,
+        slots: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        num_generated = positions - self.num_prompt_tokens[slots]
+        rows, ids = [], []
+        for row in np.flatnonzero(num_generated < self._min_tokens[slots]).tolist():
+            stop_ids = self._stop_ids[slots[row]]
+            if stop_ids is not None and len(stop_ids):
+                rows.append(np.full(len(stop_ids), row, dtype=np.int64))
+                ids.append(stop_ids)
+        if rows:
+            arrays["forbidden_rows"] = np.concatenate(rows)
+            arrays["forbidden_ids"] = np.concatenate(ids)
+
+
+def noise_keys(
+    seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64]:
+    """Two 32-bit keys of the noise at one position of one request, int64 [N, 2]."""
+    mixed = _mix64(seeds ^ _mix64(positions.astype(np.uint64)))
+    return np.stack([mixed & _LOW_32, mixed >> np.uint64(32)], axis=1).astype(np.int64)
+
+
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

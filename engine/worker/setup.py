@@ -1,0 +1,183 @@
+"""Start of a worker: model, backends and pool, sized to the machine."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.engine.adapters.peft_files import AdapterTarget
+from loraplex.engine.adapters.reader import AdapterReader, make_reader
+from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.checkpoint.locate import resolve_model
+from loraplex.engine.checkpoint.spec_loading import load_spec
+from loraplex.engine.checkpoint.weights import load_weights
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.model.decoder import Decoder
+from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.worker.backends import WorkerBackends, make_backends
+from loraplex.engine.worker.model_runner import ModelRunner
+from loraplex.engine.worker.pool_sizing import size_pool
+from loraplex.engine.worker.request_states import RequestStates
+from loraplex.memory.adapter_layout import MODULES
+from loraplex.memory.adapter_layout import num_pages as num_adapter_pages
+from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
+
+logger = logging.getLogger("loraplex")
+
+TYPICAL_RANK = 16
+"""Of the adapters that the start-up line counts, and that long prefills are compiled for."""
+
+WARM_UP_ROWS = 2048
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """All that a worker works with."""
+
+    spec: ModelSpec
+    device: torch.device
+    max_model_len: int
+    pool: PagePool
+    target: AdapterTarget
+    reader: AdapterReader
+    table: AdapterTable
+    runner: ModelRunner
+    backends: WorkerBackends
+
+
+def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
+    """Load the model and take the memory.
+
+    Raises:
+        ConfigError: the model, a backend or the memory does not allow what is configured.
+    """
+    device = resolve_device(config.model.device, rank)
+    path = resolve_model(config.model.model)
+    spec = load_spec(path)
+    dtype = resolve_dtype(config.model.dtype, spec, device)
+    limit = _model_len_limit(config.model.max_model_len, spec)
+    try:
+        shape = PageShape(
+            num_layers=spec.num_layers,
+            block_tokens=config.memory.block_tokens,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+        )
+    except PoolSizeError as error:
+        raise ConfigError(str(error)) from None
+    backends = make_backends(config, spec, shape, max_model_len=limit, device=device)
+    progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
+    model = Decoder(spec, dtype=dtype, device=device)
+    target = AdapterTarget(
+        num_layers=spec.num_layers,
+        shapes=model.module_shapes(),
+        page_elems=shape.page_elems,
+        dtype=dtype,
+        max_rank=config.memory.max_lora_rank,
+        pin_memory=device.type == "cuda",
+    )
+    reader = make_reader(target)  # its process starts while the weights are loaded
+    load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())
+    table = AdapterTable(target, config.memory.max_adapter_slots, device)
+
+    def make_runner(num_pages: int, max_model_len: int) -> ModelRunner:
+        return ModelRunner(
+            model=model,
+            pool=PagePool(shape, num_pages, device),
+            states=RequestStates(
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=max_model_len,
+                block_tokens=shape.block_tokens,
+                vocab_size=spec.vocab_size,
+                device=device,
+            ),
+            lora_table=table.table,
+            backends=backends,
+        )
+
+    num_pages = size_pool(config, shape, device, limit, make_runner)
+    max_model_len = _fit_model_len(config.model.max_model_len, limit, num_pages, shape)
+    runner = make_runner(num_pages, max_model_len)
+    if device.type == "cuda":
+        runner.warm_up(
+            min(WARM_UP_ROWS, config.scheduler.max_num_batched_tokens),
+            min(TYPICAL_RANK, config.memory.max_lora_rank),
+        )
+        try:
+            progress(runner.capture_graphs(config.graph, config.scheduler.max_num_batched_tokens))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"GPU memory ran out while CUDA graphs were captured ({error}); lower "
+                "gpu_memory_utilization, raise graph_bytes, or set enforce_eager"
+            ) from error
+    typical = num_adapter_pages(
+        [dict.fromkeys(range(len(MODULES)), TYPICAL_RANK)], target.shapes, shape.page_elems
+    )
+    progress(
+        f"pool of {num_pages} pages ({num_pages * shape.bytes_over_layers / 2**30:.2f} GiB): "
+        f"{(num_pages - 1) * shape.block_tokens} tokens, or "
+        f"{(num_pages - 1) // typical} adapters of rank {TYPICAL_RANK} on "
+        f"all projections; contexts up to {max_model_len} tokens"
+    )
+    return WorkerParts(
+        spec=spec,
+        device=device,
+        max_model_len=max_model_len,
+        pool=runner.pool,
+        target=target,
+        reader=reader,
+        table=table,
+        runner=runner,
+        backends=backends,
+    )
+
+
+def resolve_device(name: str, rank: int) -> torch.device:
+    """Raises ConfigError: there is no such GPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU")
+    if rank >= torch.cuda.device_count():
+        raise ConfigError(f"worker {rank} has no GPU: there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The type of weights and KV cache. auto: float32 on a CPU; on a GPU the checkpoint's, and
+    bfloat16 for one in float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if spec.dtype is torch.float32 else spec.dtype
+
+
+def _model_len_limit(asked: int | None, spec: ModelSpec) -> int:
+    if asked is not None and asked > spec.max_position:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the {spec.max_position} tokens that "
+            f"this model was made for"
+        )
+    return asked or spec.max_position
+
+
+def _fit_model_len(asked: int | None, limit: int, num_pages: int, shape: PageShape) -> int:
+    """At least one request of the greatest length must fit in the pool, without page 0."""
+    capacity = (num_pages - 1) * shape.block_tokens
+    if asked is not None and asked > capacity:
+        raise ConfigError(
+            f"max_model_len {asked} does not fit: the pool of {num_pages} pages holds {capacity} "
+            f"tokens; lower max_model_len, or raise gpu_memory_utilization, pool_bytes or num_pages"
+        )
+    if limit > capacity:
+        logger.warning("max_model_len is %d, what the pool holds, not %d", capacity, limit)
+    return min(limit, capacity)

@@ -1,0 +1,174 @@
+"""One worker: executes the scheduler's commands on one device and reports what comes of them."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from loraplex.engine.adapters.loader import AdapterLoader, Load
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.worker.pending_step import PendingStep
+from loraplex.engine.worker.setup import set_up
+from loraplex.engine.worker.step_profile import StepProfile
+from loraplex.memory.device.page_copier import Mark, make_page_copier
+from loraplex.scheduler.worker_protocol import (
+    DropAdapter,
+    InspectAdapter,
+    LoadAdapter,
+    StepPlan,
+    StepResult,
+    UnloadAdapter,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerReady,
+    int_array,
+)
+
+NUM_MARKS = 8
+"""Ends of the last steps that are remembered; for older steps the oldest of them serves."""
+
+
+class Worker:
+    """Not thread-safe: one loop calls `handle` and `events`. An adapter that is no good is an
+    answer, an error in a step is raised from `handle` or `events` and ends the worker.
+
+    Attributes:
+        ready: sizes, for the scheduler.
+
+    Args:
+        wakeup: called from other threads when `events` has something to return.
+        progress: told how far the start has come.
+
+    Raises:
+        ConfigError: the engine cannot start as configured.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int = 0,
+        *,
+        wakeup: Callable[[], None] = lambda: None,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        started_at = time.perf_counter()
+        self._wakeup = wakeup
+        self._parts = parts = set_up(config, rank, progress)
+        profiled = bool(config.profile.profile_dir)
+        self._profile = StepProfile(config.profile, rank) if profiled else None
+        self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()
+        self._copier = make_page_copier(parts.pool)
+        self._marks: deque[tuple[int, Mark]] = deque(maxlen=NUM_MARKS)
+        self._loader = AdapterLoader(
+            target=parts.target,
+            reader=parts.reader,
+            table=parts.table,
+            copier=self._copier,
+            host_bytes=config.memory.adapter_host_bytes,
+            report=self._report,
+            enter_thread=lambda: _enter_thread(parts.device),
+        )
+        self._steps: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
+        if parts.device.type == "cuda":
+            threading.Thread(target=self._await_steps, name="step-waiter", daemon=True).start()
+        self.ready = WorkerReady(
+            rank=rank,
+            num_pages=parts.pool.num_pages,
+            page_bytes=parts.pool.shape.page_bytes,
+            num_layers=parts.spec.num_layers,
+            max_model_len=parts.max_model_len,
+            vocab_size=parts.spec.vocab_size,
+            device=_device_name(parts.device),
+            lora_backend=parts.backends.lora.name,
+            attention_backend=parts.backends.attention.name,
+            load_seconds=time.perf_counter() - started_at,
+            base_fingerprint=f"{parts.spec.fingerprint}:{parts.target.dtype}",
+            eos_token_ids=int_array(parts.spec.eos_token_ids),
+            max_adapter_pages=parts.table.max_pages,
+        )
+
+    def handle(self, command: WorkerCommand) -> None:
+        """Begin a command. What comes of it is in `events`, of steps in the order of the plans."""
+        match command:
+            case StepPlan():
+                self._run(command)
+            case InspectAdapter():
+                self._loader.inspect(command)
+            case LoadAdapter():
+                self._loader.load(command, self._mark_of(command.after_step))
+            case UnloadAdapter():
+                self._loader.unload(command.adapter_slot)
+            case DropAdapter():
+                self._loader.drop(command.content_hash)
+            case _:
+                raise TypeError(f"a worker has no use for {type(command).__name__}")
+
+    def _mark_of(self, step_id: int) -> Mark:
+        """A point that is reached once the step has run, and no sooner."""
+        for marked_id, mark in self._marks:
+            if marked_id >= step_id:
+                return mark
+        return self._copier.mark()
+
+    def _run(self, plan: StepPlan) -> None:
+        started_at = time.perf_counter()
+        step = self._parts.runner.launch(plan)
+        if self._profile is not None:
+            self._profile.launched(plan, started_at)
+        self._marks.append((plan.step_id, self._copier.mark()))
+        if self._parts.device.type == "cuda":
+            self._steps.put(step)
+        else:
+            self._events.put(step.result())
+
+    def events(self, timeout_s: float = 0.0) -> list[WorkerEvent]:
+        """All that has come since the last call; waits up to `timeout_s` for a first one."""
+        events: list[WorkerEvent] = []
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = 0.0 if events else deadline - time.monotonic()
+            try:
+                item = self._events.get(timeout=left) if left > 0 else self._events.get_nowait()
+            except queue.Empty:
+                return events
+            if isinstance(item, BaseException):
+                raise item
+            event = self._loader.finish(item) if isinstance(item, Load) else item
+            if self._profile is not None and isinstance(event, StepResult):
+                self._profile.finished(event)
+            events.append(event)
+
+    def close(self) -> None:
+        """Stop the threads; reads that have not begun are dropped."""
+        self._loader.close()
+        self._steps.put(None)
+        if self._profile is not None:
+            self._profile.close()
+
+    def _await_steps(self) -> None:
+        _enter_thread(self._parts.device)
+        while (step := self._steps.get()) is not None:
+            try:
+                self._report(step.result())
+            except BaseException as error:  # a GPU fault: raised from events(), on the loop
+                self._report(error)
+                return
+
+    def _report(self, item: WorkerEvent | Load | BaseException) -> None:
+        self._events.put(item)
+        self._wakeup()
+
+
+def _enter_thread(device: torch.device) -> None:
+    """A thread starts on GPU 0, whichever the worker's is."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,0 +1,120 @@
+"""`loraplex adapters`: those of a running server, listed, loaded, unloaded, pinned."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from loraplex.engine.config import ServerConfig
+from loraplex.entrypoints.cli import flags
+
+ACTIONS = {
+    "list": "what the server knows: all, or those named",
+    "load": "make NAME=PATH known, PATH being on the server's machine; a known name is replaced",
+    "unload": "forget names; requests that use them go on",
+    "pin": "keep adapters in pages",
+    "unpin": "let pinned adapters be evicted again",
+}
+HEADER = ("name", "state", "tier", "pinned", "rank", "pages", "MB", "running", "waiting", "used")
+
+
+def add_adapters(
+    commands: "argparse._SubParsersAction[flags.FlagParser]",
+    add_log_level: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    said = "list, load, unload and pin the adapters of a running server"
+    parser = commands.add_parser("adapters", help=said, description=_sentence(said))
+    actions = parser.add_subparsers(
+        title="actions",
+        metavar="ACTION",
+        required=True,
+        help="one of these",
+        parser_class=flags.FlagParser,
+    )
+    for name, text in ACTIONS.items():
+        action = actions.add_parser(name, help=text, description=_sentence(text))
+        is_load = name == "load"
+        action.add_argument(
+            "names",
+            nargs="*" if name == "list" else "+",
+            type=flags.parse_pair if is_load else str,
+            metavar="NAME=PATH" if is_load else "NAME",
+            help="PATH may be relative to the server's --adapter-root"
+            if is_load
+            else "of adapters",
+        )
+        if is_load:
+            action.add_argument(
+                "--lazy", action="store_true", help="read the files when a request first needs them"
+            )
+        _add_connection(action)
+        add_log_level(action)
+        action.set_defaults(command=run, action=name)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object an adapter")
+    parser.add_argument(
+        "--endpoint", default=ServerConfig().endpoint, help="the server's address (%(default)s)"
+    )
+    parser.add_argument(
+        "--server-public-key", metavar="KEY",
+        help="of CurveZMQ: 40 characters or a certificate file; switches encryption on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--client-secret-key-file", metavar="PATH",
+        help="this client's certificate, where the server admits known clients only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout-s", type=float, default=30.0, metavar="X", help="for each answer (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """What fails is raised, and what came before it stays."""
+    from loraplex.entrypoints.client.sync_client import Client
+
+    with Client(
+        args.endpoint,
+        server_public_key=args.server_public_key,
+        client_secret_key_file=args.client_secret_key_file,
+        timeout_s=args.timeout_s,
+    ) as client:
+        if args.action == "unload":
+            for name in args.names:
+                client.unload_adapter(name)
+                if not args.json:
+                    print(f"unloaded {name}", flush=True)
+            return 0
+        if args.action == "load":
+            found = [client.load_adapter(name, path, lazy=args.lazy) for name, path in args.names]
+        elif args.action == "list":
+            found = [a for name in args.names or [""] for a in client.list_adapters(name)]
+        else:
+            act = client.pin_adapter if args.action == "pin" else client.unpin_adapter
+            found = [act(name) for name in args.names]
+    for line in map(json.dumps, found) if args.json else table(found):
+        print(line)
+    return 0
+
+
+def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
+    """One line an adapter, and why it failed in a second."""
+    rows: list[Sequence[str]] = [HEADER]
+    errors = [""]
+    for adapter in adapters:
+        used = adapter["seconds_since_use"]
+        rows.append((
+            adapter["name"], adapter["state"], adapter["tier"], "yes" if adapter["pinned"] else "",
+            str(adapter["max_rank"]), str(adapter["num_pages"]),
+            f"{adapter['num_bytes'] / 1e6:.1f}", str(adapter["num_running"]),
+            str(adapter["num_waiting"]), "never" if used is None else f"{used:.0f} s ago",
+        ))  # fmt: skip
+        errors.append(f"\n  {adapter['error']}" if adapter["error"] else "")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return [line + error for line, error in zip(lines, errors, strict=True)]

@@ -1,0 +1,54 @@
+"""`loraplex serve`: an engine on an endpoint until it is told to stop."""
+
+import sys
+
+import loraplex
+from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.offline.progress import ProgressLine
+
+
+def run(config: EngineConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns 0 then, 1 when a process died."""
+    progress = ProgressLine()
+    adapters = adapters_at_start(config.adapter)
+
+    def announce(engine: Engine) -> None:
+        progress.close()
+        lines = describe(engine.endpoint, config, engine.info, len(adapters))
+        print("\n".join(lines), flush=True)
+
+    engine = Engine(config, on_progress=progress)
+    try:
+        status = engine.serve(on_ready=announce)
+    finally:
+        progress.close()
+    if engine.dead_reason:
+        print(f"loraplex: error: {engine.dead_reason}", file=sys.stderr)
+    return status
+
+
+def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters: int) -> list[str]:
+    """What is served where, and how much of it fits: the lines printed once it is ready."""
+    worker = info.workers[0]
+    page_bytes = worker.page_bytes * worker.num_layers
+    num_usable = info.num_pages - 1  # page 0 is nobody's
+    pool = (
+        f"{num_usable:,} pages of {page_bytes / 2**20:.2f} MiB, for adapters and up to "
+        f"{num_usable * info.block_tokens:,} tokens of KV cache"
+    )
+    adapters = (
+        f"{num_adapters:,} registered, at most {config.memory.max_adapter_slots:,} in pages at once"
+    )
+    rows = {
+        "model": f"{config.model.model or 'SmolLM2-135M-Instruct (packaged)'}, "
+        f"context of {info.max_model_len:,} tokens, loaded in {worker.load_seconds:.1f} s",
+        "device": f"{worker.device}, {len(info.workers)} worker",
+        "pool": pool,
+        "adapters": adapters,
+        "backends": f"lora {worker.lora_backend}, attention {worker.attention_backend}",
+    }
+    title = f"loraplex {loraplex.__version__} is ready on {endpoint}"
+    return [title, *(f"  {name:<9} {text}" for name, text in rows.items()), "Ctrl-C stops it."]

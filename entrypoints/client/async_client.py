@@ -1,0 +1,245 @@
+"""The asyncio client."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
+from loraplex.entrypoints.client.session import ClientSession, Message, News, Prompt
+from loraplex.entrypoints.client.transport import SocketTransport
+
+
+class AsyncClient:
+    """Talks to one engine from one event loop; any number of tasks may use it at a time.
+
+    ``async with AsyncClient(endpoint) as client`` connects, or the first call does. Arguments and
+    errors are those of Client.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        server_public_key: str | None = None,
+        client_secret_key_file: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._endpoint = endpoint
+        self._keys = {
+            "server_public_key": server_public_key,
+            "client_secret_key_file": client_secret_key_file,
+        }
+        self._timeout_s = timeout_s
+        self._session = ClientSession()
+        self._transport: SocketTransport | None = None
+        self._connecting = asyncio.Lock()
+        self._queues: dict[str, asyncio.Queue[News | Message]] = {}
+        self._adapter_paths: dict[str, str] = {}
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | LoRARequest | None = None,
+        request_id: str | None = None,
+        salt: str = "",
+        priority: int = 0,
+        stream: bool = True,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request as it grows; see Client.generate. Cancelling the task that iterates,
+        or closing the iterator, cancels the request."""
+        transport = await self._live_transport()
+        if isinstance(adapter, LoRARequest) and adapter.lora_path:
+            name, path = adapter.lora_name, adapter.lora_path
+            if self._adapter_paths.get(name) != path:
+                await self.load_adapter(name, path, lazy=True)
+        request_id, message = self._session.generate(
+            prompt,
+            sampling_params,
+            adapter=adapter,
+            request_id=request_id,
+            salt=salt,
+            priority=priority,
+            stream=stream,
+        )
+        queue = self._queues[request_id] = asyncio.Queue()
+        try:
+            self._send(transport, message)
+            while True:
+                output = await self._next(queue, timeout_s)
+                yield output
+                if output.finished:
+                    return
+        finally:
+            del self._queues[request_id]
+            if self._session.has(request_id):
+                self._session.forget(request_id)
+                await self.cancel(request_id)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Like generate(), for a conversation; `options` are those of generate()."""
+        prompt = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        return self.generate(prompt, sampling_params, **options)
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request; it finishes with finish_reason "abort". Unknown ids are ignored."""
+        if self._transport is not None:
+            self._send(self._transport, {"type": "cancel", "request_id": request_id})
+
+    async def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
+        """Make an adapter known; read and checked now, or with `lazy` on its first use."""
+        reply = await self._command("load_adapter", name=name, path=path, lazy=lazy)
+        self._adapter_paths[name] = path
+        return dict(reply["adapters"][0])
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it go on with it."""
+        await self._command("unload_adapter", name=name)
+        self._adapter_paths.pop(name, None)
+
+    async def pin_adapter(self, name: str) -> dict[str, Any]:
+        """Keep an adapter in pages until unpin_adapter(); AdapterError beyond the pinned share."""
+        return dict((await self._command("pin_adapter", name=name))["adapters"][0])
+
+    async def unpin_adapter(self, name: str) -> dict[str, Any]:
+        """Let a pinned adapter be evicted again once it is idle."""
+        return dict((await self._command("unpin_adapter", name=name))["adapters"][0])
+
+    async def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
+        """All, or the one of this name: tier, size, users, pins, service; see docs/protocol.md."""
+        return list((await self._command("list_adapters", name=name))["adapters"])
+
+    async def health(self) -> dict[str, Any]:
+        """Status, model and limits; see docs/protocol.md."""
+        return await self._command("health")
+
+    async def stats(self) -> dict[str, Any]:
+        """Load, memory and counters of the scheduler and of the frontend."""
+        return dict((await self._command("stats"))["stats"])
+
+    async def close(self) -> None:
+        """Leave; what is unfinished is cancelled. Idempotent."""
+        if self._transport is not None:
+            with contextlib.suppress(EngineDeadError):
+                self._transport.send({"type": "bye"})
+            self._disconnect(EngineDeadError("the client was closed"))
+
+    async def __aenter__(self) -> "AsyncClient":
+        await self._live_transport()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _live_transport(self) -> SocketTransport:
+        """The connection; made on first use and where the last one was lost."""
+        async with self._connecting:
+            if self._transport is not None:
+                return self._transport
+            transport = self._connect()
+            try:
+                health = await self._ask(transport, "health")
+            except BaseException:
+                await self.close()
+                raise
+            transport.max_message_bytes = health["max_message_bytes"]
+            return transport
+
+    async def _command(self, kind: str, /, **values: Any) -> Message:
+        return await self._ask(await self._live_transport(), kind, **values)
+
+    async def _ask(self, transport: SocketTransport, kind: str, /, **values: Any) -> Message:
+        request_id, message = self._session.command(kind, **values)
+        queue = self._queues[request_id] = asyncio.Queue()
+        try:
+            self._send(transport, message)
+            answer = await asyncio.wait_for(queue.get(), self._timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(
+                f"no answer to {kind!r} from {self._endpoint} in {self._timeout_s:g} s"
+            ) from None
+        finally:
+            del self._queues[request_id]
+            self._session.forget(request_id)
+        if isinstance(answer, RequestFailure):
+            raise answer.error
+        assert isinstance(answer, dict)
+        return answer
+
+    async def _next(
+        self, queue: "asyncio.Queue[News | Message]", timeout_s: float | None
+    ) -> RequestOutput:
+        try:
+            item = await asyncio.wait_for(queue.get(), timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"no output in {timeout_s:g} s") from None
+        if isinstance(item, RequestFailure):
+            raise item.error
+        assert isinstance(item, RequestOutput)
+        return item
+
+    def _connect(self) -> SocketTransport:
+        self._transport = transport = SocketTransport(self._endpoint, **self._keys)
+        loop = asyncio.get_running_loop()
+        for socket in transport.sockets:
+            loop.add_reader(socket, self._take_replies)
+        return transport
+
+    def _disconnect(self, error: EngineDeadError) -> None:
+        """All who wait get the error."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        loop = asyncio.get_running_loop()
+        for socket in transport.sockets:
+            loop.remove_reader(socket)
+        transport.close()
+        for failure in self._session.fail_all(error):
+            self._deliver(failure.request_id, failure)
+
+    def _send(self, transport: SocketTransport, message: Message) -> None:
+        """A socket's descriptor tells but once that something has come, and sending may take that
+        in. So what has come by then is read here."""
+        if transport is not self._transport:
+            raise EngineDeadError(f"the connection to {self._endpoint} was lost")
+        transport.send(message)
+        self._take_replies()
+
+    def _take_replies(self) -> None:
+        """Hand each reply that is there to whom it concerns. Until the socket was found empty, its
+        descriptor tells of no other: after some replies there is a next turn."""
+        if self._transport is None:
+            return
+        try:
+            replies = self._transport.drain()
+        except EngineDeadError as error:
+            self._disconnect(error)
+            return
+        for reply in replies:
+            event = self._session.on_reply(reply)
+            if event is not None:
+                self._deliver(*event)
+        if replies:
+            asyncio.get_running_loop().call_soon(self._take_replies)
+
+    def _deliver(self, request_id: str, event: News | Message) -> None:
+        if request_id in self._queues:
+            self._queues[request_id].put_nowait(event)

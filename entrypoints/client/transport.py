@@ -1,0 +1,162 @@
+"""A client's socket: a DEALER, and a monitor that tells when the server is lost."""
+
+import os
+import time
+from typing import Any
+
+import msgpack
+import zmq
+import zmq.auth
+from zmq.utils.monitor import parse_monitor_message
+
+from loraplex.engine.errors import ConfigError, EngineDeadError, client_error
+from loraplex.engine.ipc.channel import RECEIVE_LIMIT, open_socket
+from loraplex.entrypoints.client.session import Message
+
+CLIENT_HWM = 4096  # messages
+SEND_TIMEOUT_MS = 10_000
+LINGER_MS = 500  # for the last message, "bye"
+
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class SocketTransport:
+    """Speaks to one endpoint. `sockets` are those to poll before drain()."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        server_public_key: str | None = None,
+        client_secret_key_file: str | None = None,
+    ) -> None:
+        """See Client; connects in the background."""
+        self.endpoint = endpoint
+        self.max_message_bytes = 0  # as the server says, 0 until it is known
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._connected = False
+        self._lost = ""
+        try:
+            self._socket = open_socket(
+                self._context,
+                zmq.DEALER,
+                hwm=CLIENT_HWM,
+                linger_ms=LINGER_MS,
+                heartbeat=endpoint.startswith("tcp:"),
+            )
+            self._socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
+            if server_public_key:
+                self._set_up_curve(server_public_key, client_secret_key_file)
+            elif client_secret_key_file:
+                raise ConfigError("client_secret_key_file needs server_public_key")
+            self._monitor = self._socket.get_monitor_socket(_EVENTS)
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot connect to {endpoint!r}: {error}") from None
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self.sockets = (self._socket, self._monitor)
+        self._poller = zmq.Poller()
+        for socket in self.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def _set_up_curve(self, server_public_key: str, client_secret_key_file: str | None) -> None:
+        if os.path.exists(server_public_key):
+            server, _ = _certificate(server_public_key)
+        else:
+            server = server_public_key.encode()
+        if len(server) != 40:
+            raise ConfigError("server_public_key must be 40 Z85 characters or a certificate file")
+        public, secret = zmq.curve_keypair()
+        if client_secret_key_file:
+            public, own = _certificate(client_secret_key_file)
+            if own is None:
+                raise ConfigError(f"{client_secret_key_file} holds no secret key")
+            secret = own
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, server)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+
+    def send(self, message: Message) -> None:
+        """Waits while CLIENT_HWM messages are on their way. Raises ClientError for a message
+        larger than the server takes."""
+        try:
+            data = msgpack.packb(message)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise client_error("bad_request", f"the request cannot be sent: {error}") from None
+        if self.max_message_bytes and len(data) > self.max_message_bytes:
+            raise client_error(
+                "too_large",
+                f"the request has {len(data)} bytes, the server takes {self.max_message_bytes}",
+            )
+        try:
+            self._socket.send(data)
+        except zmq.Again:
+            raise EngineDeadError(f"{self.endpoint} has stopped reading messages") from None
+
+    def receive(self, timeout_s: float | None) -> list[Message]:
+        """Replies, waiting for the first; [] after `timeout_s`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            replies = self.drain()
+            if replies or (deadline is not None and time.monotonic() >= deadline):
+                return replies
+            wait_s = None if deadline is None else deadline - time.monotonic()
+            self._poller.poll(None if wait_s is None else max(1, int(wait_s * 1000)))
+
+    def drain(self) -> list[Message]:
+        """The replies that are there, the first RECEIVE_LIMIT of them. EngineDeadError once the
+        server is gone and all is read."""
+        self._read_monitor()
+        replies: list[Message] = []
+        while len(replies) < RECEIVE_LIMIT:
+            try:
+                data = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            replies.append(msgpack.unpackb(data, strict_map_key=False))
+        if self._lost and not replies:
+            raise EngineDeadError(self._lost)
+        return replies
+
+    def is_lost(self) -> bool:
+        self._read_monitor()
+        return bool(self._lost)
+
+    def _read_monitor(self) -> None:
+        while True:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))["event"]
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected = True
+            elif event == zmq.EVENT_DISCONNECTED and self._connected:
+                self._lost = (
+                    f"the connection to {self.endpoint} was lost: the engine has stopped, "
+                    "or refused a message for its size"
+                )
+            else:
+                self._lost = (
+                    f"{self.endpoint} refused the connection: "
+                    "the CurveZMQ keys do not fit, or one side uses none"
+                )
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS)
+
+
+def _certificate(path: str) -> tuple[bytes, bytes | None]:
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no CurveZMQ certificate: {error}") from None

@@ -1,0 +1,216 @@
+"""KV cache, logically: each request's page table, and the cache of shareable prefix blocks.
+
+A block is one page of `block_tokens` tokens. A full block whose KV has been computed is known by
+a chained hash of everything its KV depends on: tenant salt, base model, adapter content, and all
+tokens up to its end. Equal hashes mean equal KV, so the page may be shared; nothing is ever shared
+between different salts, bases or adapters.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+
+from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
+from loraplex.memory.accounting.eviction import EvictionClock, Priority, recompute_cost_ns
+
+_DIGEST_BYTES = 32
+
+
+def prefix_root(salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
+    """The start of a hash chain; `adapter_hash` is empty for the base model."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for text in (salt, base_fingerprint, adapter_hash):
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.digest()
+
+
+class BlockChain:
+    """Chained hashes of one request's full blocks, computed when first asked for.
+
+    `hashes[i]` covers tokens 0 to (i + 1) * block_tokens - 1. Tokens are only ever appended, so a
+    chain outlives preemptions.
+    """
+
+    __slots__ = ("_block_tokens", "_root", "hashes")
+
+    def __init__(self, root: bytes, block_tokens: int) -> None:
+        self._root = root
+        self._block_tokens = block_tokens
+        self.hashes: list[bytes] = []
+
+    def extend(self, token_ids: "array[int]", num_blocks: int) -> None:
+        """Hash the blocks up to `num_blocks`; `token_ids` (int32) holds all their tokens."""
+        hashes, size = self.hashes, self._block_tokens
+        previous = hashes[-1] if hashes else self._root
+        for block in range(len(hashes), num_blocks):
+            raw = token_ids[block * size : (block + 1) * size].tobytes()
+            previous = hashlib.blake2b(previous + raw, digest_size=_DIGEST_BYTES).digest()
+            hashes.append(previous)
+
+
+class _Table:
+    """The pages of one running request, in order of position."""
+
+    __slots__ = ("chain", "num_registered", "page_ids")
+
+    def __init__(self, chain: BlockChain, page_ids: list[int]) -> None:
+        self.chain = chain
+        self.page_ids = page_ids
+        self.num_registered = len(page_ids)  # leading blocks already offered to the prefix cache
+
+
+class KVCache:
+    """Page tables of running requests, and prefix blocks that outlive them.
+
+    A prefix block in use is held by reference; an idle one stays findable until it is evicted,
+    and a hit revives it. Of equal blocks computed twice only the first is findable.
+
+    Every block costs the same to compute again, so a later stamp is never lower and idle blocks
+    are in order of eviction as they fall idle. A request that uses a block uses all before it, so
+    those fall idle no earlier and the block is evicted before them. (If another request's equal
+    copy of an earlier block is the findable one, that may go first; the block is of no use then
+    until the earlier one is computed again, or it is evicted itself.)
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        clock: EvictionClock,
+        block_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.block_tokens = block_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self._blocks = blocks
+        self._clock = clock
+        self._recompute_cost_ns = recompute_cost_ns(block_tokens)
+        self._tables: dict[Hashable, _Table] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, first to go first
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that eviction could free."""
+        return len(self._idle)
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    def request_ids(self) -> Iterator[Hashable]:
+        """Requests that have a page table."""
+        return iter(self._tables)
+
+    def page_ids(self, request_id: Hashable) -> list[int]:
+        return self._tables[request_id].page_ids
+
+    def find_prefix(self, chain: BlockChain, token_ids: "array[int]") -> list[int]:
+        """Pages of the longest cached prefix that leaves at least one token to compute."""
+        if not self.enable_prefix_caching:
+            return []
+        page_ids: list[int] = []
+        for block in range((len(token_ids) - 1) // self.block_tokens):
+            chain.extend(token_ids, block + 1)
+            page_id = self._page_of.get(chain.hashes[block])
+            if page_id is None:
+                break
+            page_ids.append(page_id)
+        return page_ids
+
+    def num_idle_among(self, page_ids: list[int]) -> int:
+        return sum(page_id in self._idle for page_id in page_ids)
+
+    def open(self, request_id: Hashable, chain: BlockChain, prefix: list[int]) -> None:
+        """Start a page table with the pages that find_prefix() gave."""
+        if request_id in self._tables:
+            raise IntegrityError(f"request {request_id!r} already has a page table")
+        for page_id in prefix:
+            self._blocks.share(page_id)
+            self._idle.pop(page_id, None)
+        self._tables[request_id] = _Table(chain, list(prefix))
+
+    def grow(self, request_id: Hashable, num_tokens: int) -> list[int]:
+        """Append free pages until the table holds `num_tokens`; returns the pages appended."""
+        table = self._tables[request_id]
+        num_missing = self.num_pages_for(num_tokens) - len(table.page_ids)
+        page_ids = self._blocks.allocate(Owner.KV, max(0, num_missing))
+        table.page_ids.extend(page_ids)
+        return page_ids
+
+    def register(self, request_id: Hashable, token_ids: "array[int]", num_computed: int) -> None:
+        """Make full blocks shareable: the KV of the first `num_computed` tokens is in the pages."""
+        if not self.enable_prefix_caching:
+            return
+        table = self._tables[request_id]
+        num_full = num_computed // self.block_tokens
+        table.chain.extend(token_ids, num_full)
+        for block in range(table.num_registered, num_full):
+            key, page_id = table.chain.hashes[block], table.page_ids[block]
+            if key not in self._page_of:
+                self._page_of[key] = page_id
+                self._hash_of[page_id] = key
+        table.num_registered = max(table.num_registered, num_full)
+
+    def release(self, request_id: Hashable) -> None:
+        """End a page table. Its findable blocks go idle, the deepest first: a block is of use only
+        while all before it are there."""
+        table = self._tables.pop(request_id)
+        priority = self._clock.stamp(self._recompute_cost_ns, 1)
+        for page_id in reversed(table.page_ids):
+            keep = page_id in self._hash_of
+            if self._blocks.release(page_id, keep=keep) and keep:
+                self._idle[page_id] = priority
+
+    def evict(self, page_id: int) -> None:
+        """Forget an idle prefix block and free its page."""
+        del self._idle[page_id]
+        del self._page_of[self._hash_of.pop(page_id)]
+        self._blocks.discard(page_id)
+
+    def first_idle(self) -> tuple[Priority, int] | None:
+        """Priority and page id of the idle prefix block to evict first."""
+        for page_id, priority in self._idle.items():
+            return priority, page_id
+        return None
+
+    def claims(self) -> Iterator[tuple[int, Owner, int]]:
+        """What the block manager's books must say: (page id, owner, references)."""
+        num_refs: dict[int, int] = {}
+        for table in self._tables.values():
+            for page_id in table.page_ids:
+                num_refs[page_id] = num_refs.get(page_id, 0) + 1
+        for page_id, count in num_refs.items():
+            yield page_id, Owner.KV, count
+        for page_id in self._idle:
+            yield page_id, Owner.PREFIX, 0
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless every shared page is the same block of the same content."""
+        if {h: p for p, h in self._hash_of.items()} != self._page_of:
+            raise IntegrityError("the prefix cache maps a hash and a page differently")
+        in_use: set[int] = set()
+        for request_id, table in self._tables.items():
+            for block, page_id in enumerate(table.page_ids):
+                key = self._hash_of.get(page_id)
+                if page_id in in_use and key is None:
+                    raise IntegrityError(f"page {page_id} is shared but not a prefix block")
+                if key is not None and (
+                    block >= table.num_registered or table.chain.hashes[block] != key
+                ):
+                    raise IntegrityError(
+                        f"block {block} of request {request_id!r} is page {page_id}, which caches "
+                        "another content"
+                    )
+                in_use.add(page_id)
+        for page_id in self._hash_of:
+            if (page_id in in_use) == (page_id in self._idle):
+                raise IntegrityError(f"cached page {page_id} must be either in use or idle")
+        stamps = list(self._idle.values())
+        if stamps != sorted(stamps):
+            raise IntegrityError("idle prefix blocks are out of order")
+        if len(self._idle) > len(self._hash_of):
+            raise IntegrityError("an idle page is in no prefix")

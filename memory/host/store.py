@@ -1,0 +1,290 @@
+"""Packed adapters in host memory, by content: the tier between disk and pages.
+
+On a GPU the memory must be page-locked to be copied at the link's speed, and page-locking costs
+a tenth of a second or two whenever it is asked for. So it is taken in slabs
+(memory/host/slab.py) and ahead of need, and adapters come and go within them.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.memory.host.slab import plain_slab
+from loraplex.memory.host.slab_allocator import CHUNK_ALIGN, Chunk, SlabAllocator
+
+logger = logging.getLogger("loraplex")
+
+SLAB_BYTES = 256 << 20
+
+NUM_SPARE = 2
+"""As many adapters as are read while a slab is taken."""
+
+Allocate = Callable[[int], torch.Tensor]
+"""Of a number of bytes: uint8 [that many], of any content, which the caller fills."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter in page layout (memory/adapter_layout.py), ready to be copied into pages.
+
+    L layers, M modules; a module that the adapter leaves alone has rank 0.
+    """
+
+    content_hash: str
+    num_pages: int
+    data: torch.Tensor  # [L, num_pages * page_elems] of the model's dtype; pinned for a GPU
+    rank: torch.Tensor  # int32 [L, M]
+    a_start: torch.Tensor  # int32 [L, M]
+    b_start: torch.Tensor  # int32 [L, M]
+    scale: torch.Tensor  # float32 [L, M]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+
+@dataclass(slots=True)
+class _Entry:
+    adapter: PackedAdapter
+    chunks: list[Chunk]
+    num_pins: int = 0
+    is_dropped: bool = False  # goes with its last pin
+
+
+class HostStore:
+    """Least recently used out first; pinned ones stay. Safe to use from several threads.
+
+    What does not fit the budget beside pinned ones gets a slab of its own, until another comes
+    after it is no longer pinned: what has just been read is about to be loaded.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        make_slab: Allocate = plain_slab,
+        slab_bytes: int = SLAB_BYTES,
+    ) -> None:
+        """`make_slab` raises MemoryError, OSError or RuntimeError where the host has no more."""
+        self._budget_bytes = budget_bytes
+        self._make_slab = make_slab
+        self._slab_bytes = min(slab_bytes, budget_bytes) // CHUNK_ALIGN * CHUNK_ALIGN
+        self._space = SlabAllocator()
+        self._slabs: dict[int, torch.Tensor] = {}  # uint8
+        self._extra_slabs: set[int] = set()  # beyond the budget
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._writing: set[Chunk] = set()
+        self._largest = 0  # bytes of the largest chunk so far
+        self._evicted: list[str] = []
+        self._lock = threading.Lock()
+        self._growing = threading.Lock()  # taken before _lock: one thread at a time page-locks
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the adapters; slabs are larger."""
+        with self._lock:
+            return sum(entry.adapter.num_bytes for entry in self._entries.values())
+
+    @property
+    def num_slab_bytes(self) -> int:
+        return self._space.num_bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, content_hash: str) -> bool:
+        return content_hash in self._entries
+
+    def add(self, read: Callable[[Allocate], PackedAdapter], *, pin: bool = False) -> PackedAdapter:
+        """Keep the adapter that `read` returns; others are evicted to make room for it.
+
+        If its content is here already, that copy stays and is the one returned. What `read`
+        raises is raised, and the memory that it was given is free again.
+
+        Raises:
+            MemoryError: the host gives no more memory and every adapter here is pinned.
+        """
+        chunks: list[Chunk] = []
+        try:
+            adapter = read(lambda num_bytes: self._allocate(num_bytes, chunks))
+        except BaseException:
+            with self._lock:
+                self._free(chunks)
+            raise
+        with self._lock:
+            entry = self._entries.get(adapter.content_hash)
+            if entry is None:
+                self._writing.difference_update(chunks)
+                entry = self._entries[adapter.content_hash] = _Entry(adapter, chunks)
+            else:
+                self._free(chunks)
+                self._entries.move_to_end(adapter.content_hash)
+            entry.num_pins += pin
+            entry.is_dropped = False
+            self._evict_extra(keep=adapter.content_hash)
+            return entry.adapter
+
+    def pin(self, content_hash: str) -> PackedAdapter | None:
+        """The adapter, which then stays until `unpin`; None when it is not here."""
+        with self._lock:
+            entry = self._entries.get(content_hash)
+            if entry is None:
+                return None
+            self._entries.move_to_end(content_hash)
+            entry.num_pins += 1
+            entry.is_dropped = False
+            return entry.adapter
+
+    def unpin(self, content_hash: str) -> None:
+        """Raises ValueError: it is not pinned."""
+        with self._lock:
+            entry = self._entries.get(content_hash)
+            if entry is None or not entry.num_pins:
+                raise ValueError(f"adapter {content_hash} is unpinned without a pin")
+            entry.num_pins -= 1
+            if entry.is_dropped and not entry.num_pins:
+                self._drop(content_hash)
+
+    def drop(self, content_hash: str) -> None:
+        """Free an adapter's memory, if it is here: at once, or with its last pin unless it is asked
+        for again. Of the slabs that are empty then, one is kept."""
+        with self._lock:
+            entry = self._entries.get(content_hash)
+            if entry is None:
+                return
+            entry.is_dropped = True
+            if not entry.num_pins:
+                self._drop(content_hash)
+
+    def take_evicted(self) -> list[str]:
+        """Contents that have left since the last call, in order."""
+        with self._lock:
+            evicted, self._evicted = self._evicted, []
+            return evicted
+
+    def prepare(self) -> None:
+        """Take the next slab before it is needed, if the budget has room for it and NUM_SPARE
+        adapters as large as the largest so far would not fit; for a thread that nobody waits
+        for."""
+        with self._growing:
+            with self._lock:
+                is_short = self._space.num_fitting(self._largest) < NUM_SPARE
+            if is_short:
+                self._grow(max(self._slab_bytes, self._largest), may_exceed_budget=False)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError or AssertionError when the books do not balance."""
+        with self._lock:
+            self._space.check_integrity()
+            chunks = [chunk for entry in self._entries.values() for chunk in entry.chunks]
+            chunks += self._writing
+            used = sum(chunk.num_bytes for chunk in chunks)
+            assert len(set(chunks)) == len(chunks)
+            assert used == self._space.num_bytes - self._space.num_free_bytes
+            assert sum(slab.nbytes for slab in self._slabs.values()) == self._space.num_bytes
+            extra = sum(self._slabs[slab_id].nbytes for slab_id in self._extra_slabs)
+            assert self._space.num_bytes - extra <= self._budget_bytes
+            assert all(entry.num_pins >= 0 for entry in self._entries.values())
+            for entry in self._entries.values():
+                assert sum(c.num_bytes for c in entry.chunks) >= entry.adapter.num_bytes
+
+    def _allocate(self, num_bytes: int, chunks: list[Chunk]) -> torch.Tensor:
+        chunk = self._take(num_bytes)
+        if chunk is None:
+            with self._growing:
+                chunk = self._take_slowly(num_bytes)
+        chunks.append(chunk)
+        return self._slabs[chunk.slab_id][chunk.offset : chunk.offset + num_bytes]
+
+    def _take(self, num_bytes: int) -> Chunk | None:
+        with self._lock:
+            chunk = self._space.allocate(num_bytes)
+            if chunk is not None:
+                self._writing.add(chunk)
+                self._largest = max(self._largest, chunk.num_bytes)
+            return chunk
+
+    def _take_slowly(self, num_bytes: int) -> Chunk:
+        """A new slab while the budget has room, then the place of others, then beyond it."""
+        size = -(-num_bytes // CHUNK_ALIGN) * CHUNK_ALIGN
+        while (chunk := self._take(num_bytes)) is None:
+            if self._grow(max(self._slab_bytes, size), may_exceed_budget=False):
+                continue
+            with self._lock:
+                if self._drop_empty_slabs() or self._evict_oldest():
+                    continue
+            if not self._grow(size, may_exceed_budget=True):
+                raise MemoryError(
+                    f"the host gives no {size} bytes of page-locked memory for an adapter, and "
+                    f"the {self._space.num_bytes} bytes there are in use: lower adapter_host_bytes"
+                )
+        return chunk
+
+    def _grow(self, num_bytes: int, *, may_exceed_budget: bool) -> bool:
+        """Add a slab; `_growing` is held, `_lock` is not, as page-locking takes long."""
+        is_extra = self._space.num_bytes + num_bytes > self._budget_bytes
+        if num_bytes < 1 or (is_extra and not may_exceed_budget):
+            return False
+        try:
+            slab = self._make_slab(num_bytes)
+        except (MemoryError, OSError, RuntimeError) as error:
+            self._budget_bytes = min(self._budget_bytes, self._space.num_bytes)
+            logger.warning(
+                "no more host memory for adapters: %d bytes it is, not adapter_host_bytes (%s)",
+                self._space.num_bytes,
+                error,
+            )
+            return False
+        with self._lock:
+            slab_id = self._space.add_slab(num_bytes)
+            self._slabs[slab_id] = slab
+            if is_extra:
+                self._extra_slabs.add(slab_id)
+        return True
+
+    def _drop_empty_slabs(self) -> bool:
+        """What is empty and did not serve is too small: let a larger slab take its place."""
+        slab_ids = self._space.empty_slabs()
+        for slab_id in slab_ids:
+            self._drop_slab(slab_id)
+        return bool(slab_ids)
+
+    def _drop_slab(self, slab_id: int) -> None:
+        self._space.remove_slab(slab_id)
+        del self._slabs[slab_id]
+        self._extra_slabs.discard(slab_id)
+
+    def _evict_oldest(self) -> bool:
+        for content_hash, entry in self._entries.items():
+            if not entry.num_pins:
+                self._evict(content_hash)
+                return True
+        return False
+
+    def _evict(self, content_hash: str) -> None:
+        self._free(self._entries.pop(content_hash).chunks)
+        self._evicted.append(content_hash)
+
+    def _drop(self, content_hash: str) -> None:
+        self._evict(content_hash)
+        for slab_id in self._space.empty_slabs()[1:]:
+            self._drop_slab(slab_id)
+
+    def _evict_extra(self, keep: str) -> None:
+        """Bring the store back into its budget as far as pins allow."""
+        if self._extra_slabs:
+            for content_hash, entry in list(self._entries.items()):
+                is_extra = any(chunk.slab_id in self._extra_slabs for chunk in entry.chunks)
+                if is_extra and not entry.num_pins and content_hash != keep:
+                    self._evict(content_hash)
+
+    def _free(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            self._writing.discard(chunk)
+            self._space.free(chunk)
+            if chunk.slab_id in self._extra_slabs and self._space.is_empty(chunk.slab_id):
+                self._drop_slab(chunk.slab_id)

@@ -1,0 +1,236 @@
+"""Adapters as the user sees them: names, outcomes of commands, pins, and what is where."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.memory.accounting.adapter_cache import CachedAdapter, Residency
+from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.pins import AdapterPins
+from loraplex.scheduler.adapters.registry import AdapterRegistry
+from loraplex.scheduler.adapters.usage_stats import UsageStats
+from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
+from loraplex.scheduler.request import Request
+from loraplex.scheduler.worker_protocol import (
+    AdapterInspected,
+    AdapterLoaded,
+    DropAdapter,
+    InspectAdapter,
+)
+
+logger = logging.getLogger("loraplex.scheduler")
+
+
+@dataclass(slots=True)
+class AdapterUpdate:
+    """The outcome of load_adapter() or pin_adapter(), for whoever gave `reply_key`."""
+
+    reply_key: Hashable
+    name: str
+    error: str = ""
+    error_code: str = ""
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+
+class AdapterManager:
+    """Joins the registry of names with the cache of contents, the user's pins and the statistics.
+
+    A content leaves pages and host memory when no name and no unfinished request refers to it.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: PageManager,
+        max_slots: int,
+        requests: Mapping[Hashable, Request],
+        send: Callable[[InspectAdapter | DropAdapter], None],
+        load: Callable[[AdapterVersion, float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`requests` are the unfinished ones; `load` begins to load an adapter into free pages."""
+        self._memory = memory
+        self._send = send
+        self._clock = clock
+        self._updates: list[AdapterUpdate] = []
+        self.pins = AdapterPins(memory=memory, max_slots=max_slots, requests=requests, load=load)
+        self.usage_stats = UsageStats()
+        self.registry = AdapterRegistry(
+            max_pages=memory.blocks.num_usable,
+            send=send,
+            orphan=self._release_unwanted,
+            retire=self._on_retired,
+        )
+
+    def on_inspected(self, event: AdapterInspected) -> AdapterVersion:
+        """Record an inspection and answer whoever asked for it."""
+        if event.content_hash:
+            self._memory.adapters.set_in_host(event.content_hash, True)
+        version, refusal = self.registry.on_inspected(event)
+        if refusal and event.content_hash:
+            self._release_unwanted(event.content_hash)
+        for reply_key in version.reply_keys:
+            self._reply(reply_key, version, refusal)
+        version.reply_keys.clear()
+        if version.wants_pin:
+            self._pin_inspected(version)
+        return version
+
+    def on_loaded(
+        self, event: AdapterLoaded, version: AdapterVersion, waited: Iterable[Request]
+    ) -> None:
+        """Record the end of a load, after the cache did."""
+        now = self._clock()
+        self.usage_stats.on_loaded(event, version, waited)
+        if event.error:
+            if version.is_pinned:
+                logger.warning("adapter %r is pinned no longer: %s", version.name, event.error)
+            self.pins.unpin(version, now)
+            self.registry.fail(version, event.error)
+        else:
+            self._memory.adapters.set_in_host(event.content_hash, True)
+            self.pins.keep(now)
+        self._release_unwanted(event.content_hash)
+
+    def on_evicted(self, content_hash: str) -> None:
+        """The host store has it no more."""
+        self._memory.adapters.set_in_host(content_hash, False)
+
+    def pin(self, name: str, reply_key: Hashable) -> None:
+        """Pin what the name means; answered by an update, once its files are inspected."""
+        version = self.registry.resolve(name)
+        if version.state is AdapterState.READY:
+            self._reply(reply_key, version, self.pins.pin(version))
+            return
+        version.wants_pin = True
+        version.pin_keys.append(reply_key)
+        self.registry.inspect_once(version)
+
+    def unpin(self, name: str) -> AdapterVersion:
+        version = self.registry.find(name)
+        self.pins.unpin(version, self._clock())
+        self._answer_pins(version, f"adapter {name!r} was unpinned while it was being read")
+        return version
+
+    def take_updates(self) -> list[AdapterUpdate]:
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _reply(self, reply_key: Hashable, version: AdapterVersion, refusal: str) -> None:
+        code, adapter = ("adapter", {}) if refusal else ("", self.describe(version, {}))
+        self._updates.append(AdapterUpdate(reply_key, version.name, refusal, code, adapter))
+
+    def _pin_inspected(self, version: AdapterVersion) -> None:
+        failed = version.state is AdapterState.FAILED
+        refusal = failure(version) if failed else self.pins.pin(version)
+        if refusal and not version.pin_keys:
+            logger.warning("%s; its name was pinned, and is no longer", refusal)
+        self._answer_pins(version, refusal)
+
+    def _answer_pins(self, version: AdapterVersion, refusal: str) -> None:
+        version.wants_pin = False
+        for reply_key in version.pin_keys:
+            self._reply(reply_key, version, refusal)
+        version.pin_keys.clear()
+
+    def _on_retired(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
+        """A pin is the name's: the next version takes it over, if it fits the share."""
+        was_pinned = version.is_pinned or version.wants_pin
+        self.pins.unpin(version, self._clock())
+        if successor is None:
+            self._answer_pins(version, f"adapter {version.name!r} was unloaded")
+        elif was_pinned:
+            successor.wants_pin = True
+            successor.pin_keys += version.pin_keys
+            version.wants_pin = False
+            version.pin_keys.clear()
+            if successor.state is AdapterState.READY:
+                self._pin_inspected(successor)
+            elif successor.state is AdapterState.REGISTERED:
+                self.registry.inspect_once(successor)
+
+    def _release_unwanted(self, content_hash: str) -> None:
+        """Free a content that no name and no request refers to; one that still loads is asked
+        about again when it is loaded."""
+        if self.registry.with_hash(content_hash):
+            return
+        adapter = self._memory.adapters.get(content_hash)
+        if adapter is not None:
+            if not adapter.is_idle:
+                return
+            self._memory.evict_adapter(content_hash)
+        self._memory.adapters.set_in_host(content_hash, False)
+        self._send(DropAdapter(content_hash))
+
+    def describe_all(self, name: str, running: Iterable[Request]) -> list[dict[str, Any]]:
+        """The adapter of this name, or all for an empty one, as plain values."""
+        num_running = Counter(request.adapter_version for request in running)
+        versions = [self.registry.find(name)] if name else self.registry
+        return [self.describe(version, num_running) for version in versions]
+
+    def describe(
+        self, version: AdapterVersion, num_running: Mapping[AdapterVersion | None, int]
+    ) -> dict[str, Any]:
+        """One named adapter as plain values; `num_running` counts running requests by version."""
+        adapter = self._memory.adapters.get(version.content_hash) if version.content_hash else None
+        is_resident = adapter is not None and adapter.residency is Residency.RESIDENT
+        in_host = self._memory.adapters.is_in_host(version.content_hash)
+        last_use = self._clock() if version.num_requests else version.last_use
+        return {
+            "name": version.name,
+            "path": version.path,
+            "state": version.state.value,
+            "error": version.error,
+            "content_hash": version.content_hash,
+            "num_pages": version.num_pages,
+            "num_bytes": version.num_bytes,
+            "max_rank": version.max_rank,
+            "modules": list(version.modules),
+            "tier": "pages" if is_resident else "host" if in_host else "disk",
+            "residency": adapter.residency.value if adapter else "none",
+            "pinned": version.is_pinned or version.wants_pin,
+            "num_requests": version.num_requests,
+            "num_running": num_running.get(version, 0),
+            "num_users": self._num_users(adapter) if adapter else 0,
+            "num_waiting": version.num_requests - num_running.get(version, 0),
+            "seconds_since_use": self._clock() - last_use if last_use >= 0 else None,
+            "usage": version.usage.snapshot() if version.usage else {},
+        }
+
+    def describe_resident(self) -> list[dict[str, Any]]:
+        """Every content in pages as plain values."""
+        return [
+            {
+                "content_hash": adapter.content_hash,
+                "names": [
+                    version.name for version in self.registry.with_hash(adapter.content_hash)
+                ],
+                "num_pages": len(adapter.page_ids),
+                "residency": adapter.residency.value,
+                "pinned": self.pins.is_held(adapter.content_hash),
+                "adapter_slot": adapter.slot,
+                "num_users": self._num_users(adapter),
+                "seconds_since_use": self._idle_seconds(adapter),
+            }
+            for adapter in self._memory.adapters
+        ]
+
+    def stats(self) -> dict[str, Any]:
+        """Counts over all adapters, and the base model's."""
+        return {
+            "registered_adapters": len(self.registry),
+            "resident_adapters": self.describe_resident(),
+            "host_adapters": self._memory.adapters.num_in_host,
+            "pinned_adapters": len(self.pins),
+            "pages_pinned": self.pins.num_pages,
+            "adapter_usage": self.usage_stats.adapters.snapshot(),
+            "base_usage": self.usage_stats.base.snapshot(),
+        }
+
+    def _num_users(self, adapter: CachedAdapter) -> int:
+        return adapter.num_pins - self.pins.is_held(adapter.content_hash)
+
+    def _idle_seconds(self, adapter: CachedAdapter) -> float:
+        return 0.0 if self._num_users(adapter) else self._clock() - adapter.last_use

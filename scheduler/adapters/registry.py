@@ -1,0 +1,220 @@
+"""Which adapters are known by which name, and what inspecting their files brought.
+
+A version is one version of one name. Requests are bound to the version that the name meant when
+they arrived, so replacing an adapter never mixes two contents in one answer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from heapq import nsmallest
+
+from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
+from loraplex.scheduler.request import RequestRefused
+from loraplex.scheduler.worker_protocol import AdapterInspected, InspectAdapter
+
+MAX_LISTED = 20  # names in an error
+
+
+class AdapterRegistry:
+    """Name -> version. Emits InspectAdapter through `send`. `orphan` is told a content hash that no
+    name and no request refers to any more; `retire` a version before it loses its name, and the one
+    that takes its place, if any."""
+
+    def __init__(
+        self,
+        *,
+        max_pages: int,
+        send: Callable[[InspectAdapter], None],
+        orphan: Callable[[str], None],
+        retire: Callable[[AdapterVersion, AdapterVersion | None], None],
+    ) -> None:
+        self._max_pages = max_pages
+        self._send = send
+        self._retired = retire
+        self._orphan = orphan
+        self._by_name: dict[str, AdapterVersion] = {}
+        self._by_hash: dict[str, list[AdapterVersion]] = {}  # READY, named or in use
+        self._inspecting: dict[tuple[str, str], deque[AdapterVersion]] = {}
+        self._num_created = 0
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[AdapterVersion]:
+        return iter(self._by_name.values())
+
+    def with_hash(self, content_hash: str) -> list[AdapterVersion]:
+        return self._by_hash.get(content_hash, [])
+
+    def register(self, name: str, path: str) -> AdapterVersion:
+        """Remember a path, to be read on first use. The same path again changes nothing, unless
+        reading it had failed."""
+        version = self._by_name.get(name)
+        if version and version.path == path and version.state is not AdapterState.FAILED:
+            return version
+        version = self._create(name, path)
+        self._set_current(version)
+        return version
+
+    def load(self, name: str, path: str, reply_key: Hashable) -> AdapterVersion:
+        """Inspect `path` now. The version that the name has goes on serving until the new one is
+        found good; where there is none, or it has failed, new requests wait for the new one."""
+        current = self._by_name.get(name)
+        version = self._create(name, path)
+        version.reply_keys.append(reply_key)
+        if current is None or current.state is AdapterState.FAILED:
+            self._set_current(version)
+        self.inspect_once(version)
+        return version
+
+    def unload(self, name: str) -> AdapterVersion:
+        """Forget a name; requests that have its versions keep them."""
+        version = self.find(name)
+        del self._by_name[name]
+        for (inspected_name, _), pending in self._inspecting.items():
+            if inspected_name == name:
+                for other in pending:
+                    other.is_unloaded = True
+        self._retire(version, None)
+        return version
+
+    def find(self, name: str) -> AdapterVersion:
+        """The version that a name means now.
+
+        Raises:
+            RequestRefused: the name is unknown.
+        """
+        version = self._by_name.get(name)
+        if version is None:
+            raise self._unknown(name)
+        return version
+
+    def resolve(self, name: str) -> AdapterVersion:
+        """The version for a new request.
+
+        Raises:
+            RequestRefused: the name is unknown, or its adapter could not be read.
+        """
+        version = self.find(name)
+        if version.state is AdapterState.FAILED:
+            raise RequestRefused("adapter", f"{failure(version)}; load it again once it is mended")
+        return version
+
+    def bind(self, version: AdapterVersion, now: float) -> None:
+        """Count a request of this version; the first one has the files inspected."""
+        version.num_requests += 1
+        version.last_use = now
+        self.inspect_once(version)
+
+    def inspect_once(self, version: AdapterVersion) -> None:
+        """Have the files inspected unless they were, or are being."""
+        if version.state is AdapterState.REGISTERED:
+            self._inspect(version)
+
+    def unbind(self, version: AdapterVersion, now: float) -> None:
+        version.num_requests -= 1
+        version.last_use = now
+        self._forget_unused(version)
+
+    def on_inspected(self, event: AdapterInspected) -> tuple[AdapterVersion, str]:
+        """Take in the answer to an InspectAdapter.
+
+        Returns:
+            The version it is about, and why it cannot become what its name means (empty if it did).
+        """
+        pending = self._inspecting.get((event.name, event.path))
+        if not pending:
+            raise ValueError(f"nobody asked to inspect adapter {event.name!r} at {event.path}")
+        version = pending.popleft()
+        if not pending:
+            del self._inspecting[event.name, event.path]
+        error = event.error or self._check_size(event)
+        if error:
+            self.fail(version, error)
+            return version, failure(version)
+        version.state = AdapterState.READY
+        version.content_hash = event.content_hash
+        version.num_pages = event.num_pages
+        version.num_bytes = event.num_bytes
+        version.max_rank = event.max_rank
+        version.modules = list(event.modules)
+        self._by_hash.setdefault(version.content_hash, []).append(version)
+        refusal = self._promote(version)
+        self._forget_unused(version)
+        return version, refusal
+
+    def fail(self, version: AdapterVersion, error: str) -> None:
+        """Mark a version as unusable; a READY one gives up its hash."""
+        if version.state is AdapterState.READY:
+            self._drop_hash(version)
+        version.state = AdapterState.FAILED
+        version.error = error
+
+    def _promote(self, version: AdapterVersion) -> str:
+        """Let an inspected version serve its name; returns why not, if it cannot."""
+        if version.is_named:
+            return ""
+        if version.is_unloaded:
+            return f"adapter {version.name!r} was unloaded while it was being read"
+        current = self._by_name.get(version.name)
+        if current is not None and current.generation > version.generation:
+            return f"adapter {version.name!r} was replaced while it was being read"
+        self._set_current(version)
+        return ""
+
+    def _check_size(self, event: AdapterInspected) -> str:
+        if not event.content_hash or event.num_pages < 1:
+            return "the worker sent neither an error nor a content hash and a size"
+        if event.num_pages >= self._max_pages:
+            return (
+                f"it needs {event.num_pages} pages and a request at least one more, but the pool "
+                f"has {self._max_pages}; enlarge the pool"
+            )
+        return ""
+
+    def _create(self, name: str, path: str) -> AdapterVersion:
+        if not name or not path:
+            raise RequestRefused("bad_request", "an adapter needs a name and a path")
+        self._num_created += 1
+        return AdapterVersion(name=name, path=path, generation=self._num_created)
+
+    def _set_current(self, version: AdapterVersion) -> None:
+        old = self._by_name.get(version.name)
+        self._by_name[version.name] = version
+        version.is_named = True
+        if old is not None:
+            version.usage = old.usage
+            version.last_use = old.last_use
+            self._retire(old, version)
+
+    def _retire(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
+        self._retired(version, successor)
+        version.is_named = False
+        self._forget_unused(version)
+
+    def _inspect(self, version: AdapterVersion) -> None:
+        version.state = AdapterState.INSPECTING
+        self._inspecting.setdefault((version.name, version.path), deque()).append(version)
+        self._send(InspectAdapter(name=version.name, path=version.path))
+
+    def _forget_unused(self, version: AdapterVersion) -> None:
+        unused = not version.is_named and not version.num_requests
+        if unused and version.state is AdapterState.READY:
+            self._drop_hash(version)
+
+    def _drop_hash(self, version: AdapterVersion) -> None:
+        """Idempotent: a version may be unused more than once."""
+        versions = self._by_hash.get(version.content_hash, [])
+        if version in versions:
+            versions.remove(version)
+            if not versions:
+                del self._by_hash[version.content_hash]
+                self._orphan(version.content_hash)
+
+    def _unknown(self, name: str) -> RequestRefused:
+        more = ", ..." if len(self._by_name) > MAX_LISTED else ""
+        listed = ", ".join(nsmallest(MAX_LISTED, self._by_name)) + more
+        return RequestRefused(
+            "unknown_adapter",
+            f"no adapter is registered as {name!r}; known: {listed or 'none'}",
+        )

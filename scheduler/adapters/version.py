@@ -1,0 +1,43 @@
+"""One version of a named adapter: where it lies, what its files held, who waits for it."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from loraplex.scheduler.adapters.usage import Usage
+
+
+class AdapterState(Enum):
+    REGISTERED = "registered"  # the path is known, nothing was read yet
+    INSPECTING = "inspecting"
+    READY = "ready"  # content hash and size are known
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class AdapterVersion:
+    """One version of a named adapter."""
+
+    name: str
+    path: str
+    generation: int
+    state: AdapterState = AdapterState.REGISTERED
+    is_named: bool = False  # new requests for `name` get this version
+    is_unloaded: bool = False  # unloaded before it was inspected
+    error: str = ""
+    content_hash: str = ""
+    num_pages: int = 0
+    num_bytes: int = 0
+    max_rank: int = 0
+    modules: list[str] = field(default_factory=list)
+    num_requests: int = 0  # unfinished ones
+    reply_keys: list[Hashable] = field(default_factory=list)  # who awaits the inspection
+    pin_keys: list[Hashable] = field(default_factory=list)  # who awaits it to have it pinned
+    wants_pin: bool = False  # to be pinned once it is inspected
+    is_pinned: bool = False
+    last_use: float = -1.0  # seconds: when a request came or ended last; negative: never
+    usage: Usage | None = None  # of the name; shared by its versions
+
+
+def failure(version: AdapterVersion) -> str:
+    return f"adapter {version.name!r} at {version.path} cannot be served: {version.error}"

@@ -1,0 +1,54 @@
+"""What a request must satisfy to be let in: whoever passes can be served to the end."""
+
+from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.request import Request, RequestRefused
+
+
+def check_lengths(request: Request, max_model_len: int) -> None:
+    """Fix how long the request may grow.
+
+    Raises:
+        RequestRefused: it leaves no token to compute or none to generate.
+    """
+    num_prompt, max_tokens = request.num_prompt_tokens, request.sampling.max_tokens
+    if not num_prompt:
+        raise RequestRefused("bad_request", "the prompt has no tokens")
+    if num_prompt >= max_model_len:
+        raise RequestRefused(
+            "bad_request",
+            f"the prompt has {num_prompt} tokens; with at least one more to generate, "
+            f"max_model_len ({max_model_len}) allows {max_model_len - 1}",
+        )
+    if max_tokens < 1:
+        raise RequestRefused("bad_request", f"max_tokens must be at least 1, got {max_tokens}")
+    request.max_total = min(num_prompt + max_tokens, max_model_len)
+
+
+def capacity_problem(
+    request: Request, version: AdapterVersion | None, memory: PageManager, num_pinned: int
+) -> str:
+    """Why the request would not fit even an empty pool, or nothing if it would.
+
+    `num_pinned` pages are taken for good, by adapters that are pinned and not its own. The KV of
+    the last token is never computed. An adapter that was not inspected counts nothing yet; the
+    question is asked again when it was.
+    """
+    num_kv = memory.kv.num_pages_for(request.max_total - 1)
+    num_weights = version.num_pages if version else 0
+    if not memory.is_unified:
+        if num_weights > memory.fixed_slot_pages:
+            return (
+                f"its adapter needs {num_weights} pages, and a fixed adapter slot has "
+                f"{memory.fixed_slot_pages}; raise max_lora_rank or unset fixed_adapter_slots"
+            )
+        num_weights = num_pinned = 0
+    num_usable = memory.num_usable - num_pinned
+    if num_kv + num_weights <= num_usable:
+        return ""
+    weights = f" and its adapter {num_weights}" if num_weights else ""
+    pinned = f" beside {num_pinned} of pinned adapters" if num_pinned else ""
+    return (
+        f"prompt and max_tokens need {num_kv} pages of KV cache{weights}, but the pool has "
+        f"{num_usable}{pinned}; lower max_tokens, shorten the prompt or enlarge the pool"
+    )

@@ -1,0 +1,103 @@
+"""One step while it is being planned, and while the workers have it."""
+
+from array import array
+
+from loraplex.scheduler.request import Request
+from loraplex.scheduler.worker_protocol import NewRequest, StepPlan, StepResult, int_array
+
+
+class StepBuilder:
+    """Collects the rows of one step and remembers whose they are.
+
+    The results are matched by this version, never by who owns a slot later; `runs[r]` tells whether
+    the request of row r has lost its pages since.
+    """
+
+    __slots__ = (
+        "budget", "follows", "new_requests", "num_tokens", "page_ids", "page_slots", "positions",
+        "requests", "runs", "samples", "slots", "step_id",
+    )  # fmt: skip
+
+    def __init__(self, step_id: int, budget: int, follows: bool = False) -> None:
+        self.step_id = step_id
+        self.follows = follows  # requests were running already: the GPU should not have waited
+        self.budget = budget  # tokens that the step can still take
+        self.requests: list[Request] = []
+        self.positions: list[int] = []
+        self.num_tokens: list[int] = []
+        self.samples: list[int] = []
+        self.slots: list[int] = []  # this and `runs` are filled by finish()
+        self.runs: list[int] = []
+        self.new_requests: list[NewRequest] = []
+        self.page_slots: list[int] = []
+        self.page_ids: list[int] = []
+
+    def add_decodes(self, requests: list[Request], positions: list[int]) -> None:
+        """Add rows of one token each; the caller has moved the requests' counts on already."""
+        self.requests += requests
+        self.positions += positions
+        ones = [1] * len(requests)
+        self.num_tokens += ones
+        self.samples += ones
+        self.budget -= len(requests)
+
+    def add_chunk(self, request: Request) -> None:
+        """Feed as many of a request's tokens as the budget allows; sample if they are its last."""
+        position = request.num_scheduled
+        num_tokens = min(request.num_total - position, self.budget)
+        samples = position + num_tokens == request.num_total
+        self.requests.append(request)
+        self.positions.append(position)
+        self.num_tokens.append(num_tokens)
+        self.samples.append(samples)
+        self.budget -= num_tokens
+        request.num_scheduled += num_tokens
+        request.num_total += samples
+
+    def add_page(self, request: Request, page_id: int) -> None:
+        self.page_slots.append(request.slot)
+        self.page_ids.append(page_id)
+
+    def finish(self, freed_slots: list[int]) -> StepPlan:
+        """The plan; no rows may be added any more."""
+        self.slots = [request.slot for request in self.requests]
+        self.runs = [request.run for request in self.requests]
+        return StepPlan(
+            step_id=self.step_id,
+            freed_slots=int_array(freed_slots),
+            new_requests=self.new_requests,
+            page_slots=int_array(self.page_slots),
+            page_ids=int_array(self.page_ids),
+            slots=int_array(self.slots),
+            positions=int_array(self.positions),
+            num_tokens=int_array(self.num_tokens),
+            samples=int_array(self.samples),
+        )
+
+    def check(self, result: StepResult) -> None:
+        """Raise ValueError unless `result` answers this step."""
+        if result.step_id != self.step_id:
+            raise ValueError(f"result of step {result.step_id} came, {self.step_id} is next")
+        num_samples = sum(self.samples)
+        if len(result.token_ids) != num_samples:
+            raise ValueError(
+                f"step {self.step_id} samples {num_samples} tokens, got {len(result.token_ids)}"
+            )
+        if len(result.logprobs) not in (0, num_samples):
+            raise ValueError(
+                f"step {self.step_id} samples {num_samples} tokens, got logprobs of "
+                f"{len(result.logprobs)}"
+            )
+
+
+def new_request(request: Request, page_ids: list[int], adapter_slot: int) -> NewRequest:
+    """Everything a worker must know of a request that starts or resumes."""
+    token_ids: array[int] = request.token_ids[:]
+    return NewRequest(
+        slot=request.slot,
+        token_ids=token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        page_ids=int_array(page_ids),
+        adapter_slot=adapter_slot,
+        sampling=request.sampling,
+    )

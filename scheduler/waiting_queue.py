@@ -1,0 +1,118 @@
+"""Requests that wait: sorted by age and by flow, or parked until their adapter arrives."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Hashable, Iterable
+from operator import attrgetter
+from typing import Any
+
+from loraplex.memory.accounting.block_manager import IntegrityError
+from loraplex.scheduler.policies.policy import CHOSEN, Policy
+from loraplex.scheduler.request import Request
+
+_BULK = 32  # pushes from which on sorting the lists once is cheaper
+
+_order: Callable[[Request], Any] = attrgetter("order")
+_key: Callable[[Request], Any] = attrgetter("key")
+_rank: Callable[[Request], Any] = attrgetter("rank")
+
+
+class WaitingQueue:
+    """Sorted lists of requests that may start, and those parked on an event.
+
+    Parked requests cost a step nothing and hold back nobody; when their event comes they return to
+    the place that is theirs. Read `by_age` and `flows`, change them through the methods only.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.by_age: list[Request] = []
+        self.flows: dict[Hashable, list[Request]] = {}
+        self._parked: dict[Hashable, dict[Request, None]] = {}
+        self._num_parked = 0
+
+    def __len__(self) -> int:
+        return len(self.by_age) + self._num_parked
+
+    @property
+    def num_parked(self) -> int:
+        return self._num_parked
+
+    def push(self, request: Request) -> None:
+        insort(self._open_flow(request), request, key=_sort_key(request.flow))
+        insort(self.by_age, request, key=_order)
+
+    def push_all(self, requests: list[Request]) -> None:
+        if len(requests) < _BULK:
+            for request in requests:
+                self.push(request)
+            return
+        for request in requests:
+            self._open_flow(request).append(request)
+        for flow in {request.flow for request in requests}:
+            self.flows[flow].sort(key=_sort_key(flow))
+        self.by_age.extend(requests)
+        self.by_age.sort(key=_order)
+
+    def remove(self, request: Request) -> None:
+        """Take out a request, wherever it waits."""
+        if request.parked_on is not None:
+            parked = self._parked[request.parked_on]
+            del parked[request]
+            if not parked:
+                del self._parked[request.parked_on]
+            request.parked_on = None
+            self._num_parked -= 1
+            return
+        self.discard([request])
+
+    def discard(self, requests: Iterable[Request]) -> None:
+        """Take requests out of the lists; they run now, or are parked."""
+        for request in requests:
+            flow = self.flows[request.flow]
+            _delete(flow, request, _sort_key(request.flow))
+            if not flow:
+                del self.flows[request.flow]
+            _delete(self.by_age, request, _order)
+
+    def park(self, request: Request, event: Hashable) -> None:
+        """Set aside a request until unpark(event); it is in no list, or is discarded next."""
+        request.parked_on = event
+        self._parked.setdefault(event, {})[request] = None
+        self._num_parked += 1
+
+    def unpark(self, event: Hashable) -> list[Request]:
+        """Hand back all requests parked on `event`; they are in no list then."""
+        requests = list(self._parked.pop(event, ()))
+        for request in requests:
+            request.parked_on = None
+        self._num_parked -= len(requests)
+        return requests
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless both views hold the same requests, in order."""
+        in_flows = [request for flow in self.flows.values() for request in flow]
+        if sorted(in_flows, key=_order) != self.by_age or not all(self.flows.values()):
+            raise IntegrityError("the views of the waiting requests differ, or are out of order")
+        for name, flow in self.flows.items():
+            if sorted(flow, key=_sort_key(name)) != flow:
+                raise IntegrityError(f"flow {name!r} is out of order")
+
+    def _open_flow(self, request: Request) -> list[Request]:
+        again = self._policy.chosen_first and request.chosen_at >= 0
+        request.flow = CHOSEN if again else self._policy.flow(request)
+        flow = self.flows.get(request.flow)
+        if flow is None:
+            flow = self.flows[request.flow] = []
+            self._policy.on_flow(request)
+        return flow
+
+
+def _sort_key(flow: Hashable) -> Callable[[Request], Any]:
+    return _rank if flow is CHOSEN else _key
+
+
+def _delete(requests: list[Request], request: Request, key: Callable[[Request], Any]) -> None:
+    index = bisect_left(requests, key(request), key=key)
+    if index == len(requests) or requests[index] is not request:
+        raise ValueError(f"request {request.request_id!r} does not wait")
+    del requests[index]

@@ -1,0 +1,345 @@
+"""A worker without a model: executes plans strictly and samples from a hash of the history.
+
+The "KV" of a token is a hash of the adapter's content and all tokens up to it, kept in the page
+row where a real worker would write K and V. Each step first reads all rows that attention would
+read, so a page that is stale, shared by mistake or overwritten is found at once. The sampled id is
+a function of the same hash, so `oracle()` predicts every output whatever the batch.
+"""
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    AdapterInspected,
+    AdapterLoaded,
+    DropAdapter,
+    InspectAdapter,
+    LoadAdapter,
+    NewRequest,
+    PromptLogprobs,
+    SamplingSpec,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    UnloadAdapter,
+)
+
+_MASK = (1 << 64) - 1
+
+
+def sampling_spec(
+    *,
+    max_tokens: int = 16,
+    min_tokens: int = 0,
+    stop_token_ids: tuple[int, ...] = (),
+    num_logprobs: int = -1,
+    num_prompt_logprobs: int = -1,
+) -> SamplingSpec:
+    return SamplingSpec(
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        seed=0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=array("i", stop_token_ids),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        bias_token_ids=array("i"),
+        bias_values=array("f"),
+    )
+
+
+@dataclass
+class FakeAdapter:
+    """What lies at a path: a content and its size in pages, or the reason it cannot be read."""
+
+    content: str = ""
+    num_pages: int = 1
+    error: str = ""
+
+
+def _mix(state: int, token_id: int) -> int:
+    state = (state * 6364136223846793005 + token_id + 1442695040888963407) & _MASK
+    return state ^ (state >> 29)
+
+
+def root_hash(content: str) -> int:
+    """The history before the first token; `content` is the adapter's, empty for the base."""
+    state = 0
+    for byte in content.encode():
+        state = _mix(state, byte)
+    return state
+
+
+def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
+    token_id = (state >> 11) % vocab_size
+    while token_id in banned:
+        token_id = (token_id + 1) % vocab_size
+    return token_id
+
+
+def oracle(
+    prompt: list[int], content: str, sampling: SamplingSpec, max_model_len: int, vocab_size: int
+) -> tuple[list[int], str, int]:
+    """Tokens, finish reason and stop token of a request served alone, token by token."""
+    state = root_hash(content)
+    for token_id in prompt:
+        state = _mix(state, token_id)
+    stop_ids = frozenset(sampling.stop_token_ids)
+    tokens: list[int] = []
+    while True:
+        banned = stop_ids if len(tokens) < sampling.min_tokens else frozenset()
+        token_id = next_token(state, vocab_size, banned)
+        tokens.append(token_id)
+        state = _mix(state, token_id)
+        if token_id in stop_ids:
+            return tokens, "stop", token_id
+        if len(tokens) == sampling.max_tokens or len(prompt) + len(tokens) == max_model_len:
+            return tokens, "length", -1
+
+
+@dataclass
+class _Slot:
+    token_ids: list[int]  # known to the worker: sent, then sampled
+    num_sent: int
+    num_prompt_tokens: int
+    page_ids: list[int]
+    adapter_slot: int
+    content: str
+    sampling: SamplingSpec
+    stop_ids: frozenset[int]
+    num_fed: int = -1  # set by the first row
+    states: list[int] = field(default_factory=list)  # hash after each known token
+
+
+class FakeWorker:
+    """Keeps what a worker keeps, and asserts whatever a real one would rely on."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        block_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_adapter_slots: int,
+        vocab_size: int = 50,
+        files: dict[str, FakeAdapter] | None = None,
+        max_host: int = 0,
+    ) -> None:
+        """`max_host` adapters fit the host store; with 0 every load reads its files."""
+        self.num_pages = num_pages
+        self.block_tokens = block_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_adapter_slots = max_adapter_slots
+        self.vocab_size = vocab_size
+        self.files = files if files is not None else {}
+        self.num_steps = 0
+        self.num_loads = 0
+        self._slots: dict[int, _Slot] = {}
+        self._adapters: dict[int, tuple[str, list[int]]] = {}  # slot -> content, pages
+        self.max_host = max_host
+        self.host: OrderedDict[str, int] = OrderedDict()  # content -> pages
+        self._evicted: list[AdapterEvicted] = []
+        self._last_use: dict[tuple[str, int], int] = {}  # of a page or adapter slot: its last step
+        self._rows: list[list[object]] = [[None] * block_tokens for _ in range(num_pages)]
+
+    # Adapters
+
+    def inspect(self, command: InspectAdapter) -> AdapterInspected:
+        file = self.files.get(command.path, FakeAdapter(error="no such directory"))
+        if file.error:
+            return AdapterInspected(command.name, command.path, error=file.error)
+        self._keep_on_host(file.content, file.num_pages)
+        return AdapterInspected(
+            command.name,
+            command.path,
+            content_hash=file.content,
+            num_pages=file.num_pages,
+            num_bytes=file.num_pages * 1000,
+            max_rank=8,
+            modules=["q_proj"],
+        )
+
+    def load(self, command: LoadAdapter) -> AdapterLoaded:
+        """Writes the pages even if the file is broken, as a load that fails halfway would."""
+        slot, page_ids = command.adapter_slot, list(command.page_ids)
+        assert 0 <= slot < self.max_adapter_slots
+        assert slot not in self._adapters, f"adapter slot {slot} is taken"
+        self._check_pages(page_ids)
+        used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
+        last_use = max(self._last_use.get(key, -1) for key in used)
+        assert last_use <= command.after_step, "steps in flight use its pages"
+        for index, page_id in enumerate(page_ids):
+            self._rows[page_id] = [("adapter", command.content_hash, index)] * self.block_tokens
+        self.num_loads += 1
+        if command.content_hash in self.host:
+            assert self.host[command.content_hash] == len(page_ids)
+            self.host.move_to_end(command.content_hash)
+            self._adapters[slot] = (command.content_hash, page_ids)
+            return AdapterLoaded(slot, command.content_hash, load_us=1, from_host=True)
+        file = self.files.get(command.path, FakeAdapter(error="no such directory"))
+        if file.error or file.content != command.content_hash:
+            return AdapterLoaded(slot, command.content_hash, error=file.error or "it changed")
+        self._adapters[slot] = (command.content_hash, page_ids)
+        self._keep_on_host(file.content, file.num_pages)
+        return AdapterLoaded(slot, command.content_hash, load_us=1)
+
+    def drop(self, command: DropAdapter) -> None:
+        contents = {content for content, _ in self._adapters.values()}
+        assert command.content_hash not in contents, "dropped an adapter that is in pages"
+        if self.host.pop(command.content_hash, None):
+            self._evicted.append(AdapterEvicted(command.content_hash))
+
+    def take_evicted(self) -> list[AdapterEvicted]:
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def _keep_on_host(self, content: str, num_pages: int) -> None:
+        if self.max_host:
+            self.host[content] = num_pages
+            self.host.move_to_end(content)
+            if len(self.host) > self.max_host:
+                self._evicted.append(AdapterEvicted(self.host.popitem(last=False)[0]))
+
+    def unload(self, command: UnloadAdapter) -> None:
+        assert command.adapter_slot in self._adapters, "unloaded an adapter that is not there"
+        del self._adapters[command.adapter_slot]
+
+    def _check_pages(self, page_ids: list[int]) -> None:
+        assert len(set(page_ids)) == len(page_ids), "a page is twice in one table"
+        assert all(0 < page_id < self.num_pages for page_id in page_ids), "no such page"
+        weights = {page_id for _, pages in self._adapters.values() for page_id in pages}
+        assert not weights.intersection(page_ids), "a page of a resident adapter was given away"
+
+    # Steps
+
+    def step(self, plan: StepPlan) -> StepResult:
+        assert plan.step_id == self.num_steps, "a step was lost or came twice"
+        self.num_steps += 1
+        self._apply_deltas(plan)
+        self._check_shape(plan)
+        result = StepResult(step_id=plan.step_id, token_ids=array("i"), step_us=1)
+        new_slots = {new.slot for new in plan.new_requests}
+        decoding = True
+        rows = zip(plan.slots, plan.positions, plan.num_tokens, plan.samples, strict=True)
+        for slot_id, position, num_tokens, samples in rows:
+            slot = self._slots[slot_id]
+            is_decode = slot_id not in new_slots and num_tokens == 1
+            decoding = decoding and is_decode
+            assert decoding or position < slot.num_sent, "a decode row follows a prefill row"
+            self._feed(slot, position, num_tokens)
+            assert samples == (position + num_tokens == len(slot.token_ids)), "wrong samples flag"
+            self._judge_prompt(slot_id, slot, position, num_tokens, result)
+            if samples:
+                self._sample(slot, result)
+        if not any(result.logprobs):
+            result.logprobs.clear()
+        return result
+
+    def _apply_deltas(self, plan: StepPlan) -> None:
+        for slot_id in plan.freed_slots:
+            del self._slots[slot_id]
+        for new in plan.new_requests:
+            self._slots_add(new)
+        for slot_id, page_id in zip(plan.page_slots, plan.page_ids, strict=True):
+            self._slots[slot_id].page_ids.append(page_id)
+        for slot in self._slots.values():
+            self._check_pages(slot.page_ids)
+
+    def _slots_add(self, new: NewRequest) -> None:
+        assert 0 <= new.slot < self.max_num_seqs
+        assert new.slot not in self._slots, f"slot {new.slot} is taken"
+        assert 0 < new.num_prompt_tokens <= len(new.token_ids)
+        content = ""
+        if new.adapter_slot >= 0:
+            assert new.adapter_slot in self._adapters, "the adapter is not resident"
+            content = self._adapters[new.adapter_slot][0]
+        slot = _Slot(
+            token_ids=[],
+            num_sent=len(new.token_ids),
+            num_prompt_tokens=new.num_prompt_tokens,
+            page_ids=list(new.page_ids),
+            adapter_slot=new.adapter_slot,
+            content=content,
+            sampling=new.sampling,
+            stop_ids=frozenset(new.sampling.stop_token_ids),
+        )
+        for token_id in new.token_ids:
+            self._push(slot, token_id)
+        self._slots[new.slot] = slot
+
+    def _push(self, slot: _Slot, token_id: int) -> None:
+        previous = slot.states[-1] if slot.states else root_hash(slot.content)
+        slot.token_ids.append(token_id)
+        slot.states.append(_mix(previous, token_id))
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        assert 0 < len(plan.slots) == len(plan.positions) == len(plan.num_tokens)
+        assert len(set(plan.slots)) == len(plan.slots), "two rows for one slot"
+        assert min(plan.num_tokens) > 0
+        assert sum(plan.num_tokens) <= self.max_num_batched_tokens
+        assert {new.slot for new in plan.new_requests} <= set(plan.slots), "a start without a row"
+
+    def _feed(self, slot: _Slot, position: int, num_tokens: int) -> None:
+        end = position + num_tokens
+        assert slot.num_fed in (-1, position), "positions are not contiguous"
+        assert end <= len(slot.token_ids), "a token is fed that nobody knows"
+        assert end <= len(slot.page_ids) * self.block_tokens, "no page for a token"
+        self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in slot.page_ids)
+        if slot.adapter_slot >= 0:
+            self._check_weights(slot)
+        for past in range(position):
+            page, row = divmod(past, self.block_tokens)
+            kv = self._rows[slot.page_ids[page]][row]
+            assert kv == slot.states[past], f"position {past} reads the KV of another history"
+        for now in range(position, end):
+            page, row = divmod(now, self.block_tokens)
+            page_id = slot.page_ids[page]
+            holders = sum(page_id in other.page_ids for other in self._slots.values())
+            assert holders == 1, f"page {page_id} is written while others hold it"
+            self._rows[page_id][row] = slot.states[now]
+        slot.num_fed = end
+
+    def _check_weights(self, slot: _Slot) -> None:
+        content, page_ids = self._adapters[slot.adapter_slot]
+        self._last_use["slot", slot.adapter_slot] = self.num_steps - 1
+        self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in page_ids)
+        assert content == slot.content, "the adapter slot holds another adapter now"
+        for index, page_id in enumerate(page_ids):
+            expected = [("adapter", content, index)] * self.block_tokens
+            assert self._rows[page_id] == expected, "an adapter's page was overwritten"
+
+    def _sample(self, slot: _Slot, result: StepResult) -> None:
+        num_generated = len(slot.token_ids) - slot.num_prompt_tokens
+        banned = slot.stop_ids if num_generated < slot.sampling.min_tokens else frozenset()
+        token_id = next_token(slot.states[-1], self.vocab_size, banned)
+        self._push(slot, token_id)
+        result.token_ids.append(token_id)
+        asked = slot.sampling.num_logprobs >= 0
+        result.logprobs.append(_logprobs(token_id, slot.states[-1]) if asked else None)
+
+    def _judge_prompt(
+        self, slot_id: int, slot: _Slot, position: int, num_tokens: int, result: StepResult
+    ) -> None:
+        last = min(position + num_tokens, slot.num_prompt_tokens - 1)
+        if slot.sampling.num_prompt_logprobs < 0 or last <= position:
+            return
+        entries = [
+            _logprobs(slot.token_ids[judged], slot.states[judged])
+            for judged in range(position + 1, last + 1)
+        ]
+        result.prompt_logprobs.append(PromptLogprobs(slot_id, position + 1, entries))
+
+
+def _logprobs(token_id: int, state: int) -> TokenLogprobs:
+    """The rank carries a fingerprint of the history, so that tests can tell positions apart."""
+    return TokenLogprobs(array("i", [token_id]), array("f", [-1.0]), array("i", [state % 9973]))

@@ -1,0 +1,375 @@
+"""A worker's adapter loads without the worker: random loads and unloads among writes to KV pages.
+
+What is launched on the compute stream checks itself there: every resident adapter must lie in its
+pages bit for bit, with its row in the table, an unloaded slot must be empty, and KV pages must keep
+what was written to them. On a CPU the streams are simulated: queues of operations that a seeded
+random choice interleaves in every way that their waits allow.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loraplex.engine.adapters.loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
+from loraplex.engine.adapters.reader import AdapterReader, make_reader
+from loraplex.engine.adapters.table import AdapterTable
+from loraplex.memory.adapter_layout import ModuleShape
+from loraplex.memory.device.page_copier import AfterPages, StreamPageCopier
+from loraplex.memory.device.pool import PagePool, PageShape
+from loraplex.memory.host.store import PackedAdapter
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    AdapterInspected,
+    LoadAdapter,
+    int_array,
+)
+
+from helpers.models.dummy_models import write_adapter
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SHAPES = tuple(
+    ModuleShape(*pair)
+    for pair in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64))
+)
+PAGE_SHAPE = PageShape(3, block_tokens=8, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
+TIMEOUT_S = 30.0
+
+
+class SimulatedEvent:
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+
+    def synchronize(self) -> None:
+        assert self.reached.wait(TIMEOUT_S)
+
+
+class SimulatedStreams:
+    """A PageCopier whose copies and steps run when `advance` says so. An entry of a stream is an
+    event to wait for, or a function."""
+
+    def __init__(self, pool: PagePool, seed: int) -> None:
+        self._pool = pool
+        self._rng = random.Random(seed)
+        self._lock = threading.Lock()
+        self._compute: deque[SimulatedEvent | Callable[[], Any]] = deque()
+        self._scatter: deque[SimulatedEvent | Callable[[], Any]] = deque()
+
+    def launch(self, function: Callable[[], Any]) -> None:
+        with self._lock:
+            self._compute.append(function)
+
+    def mark(self) -> SimulatedEvent:
+        event = SimulatedEvent()
+        self.launch(event.reached.set)
+        return event
+
+    def hold(self, mark: SimulatedEvent) -> None:
+        with self._lock:
+            self._compute.append(mark)
+
+    def copy(
+        self,
+        packed: torch.Tensor,
+        page_ids: Sequence[int],
+        *,
+        after: SimulatedEvent,
+        then: AfterPages,
+    ) -> SimulatedEvent:
+        ids, done = torch.tensor(page_ids), SimulatedEvent()
+        per_layer = packed.view(len(self._pool.pages), len(page_ids), -1)
+        writes = [
+            lambda layer=layer, source=source: layer.index_copy_(0, ids, source)
+            for layer, source in zip(self._pool.pages, per_layer, strict=True)
+        ]
+        with self._lock:
+            self._scatter += [after, *writes, lambda: then(ids), done.reached.set]
+        return done
+
+    def advance(self, num_operations: int) -> None:
+        for _ in range(num_operations):
+            with self._lock:
+                stream = self._rng.choice((self._compute, self._scatter))
+                if not stream:
+                    continue
+                head = stream[0]
+                if isinstance(head, SimulatedEvent):
+                    if head.reached.is_set():
+                        stream.popleft()
+                else:
+                    stream.popleft()
+                    head()
+
+    def is_idle(self) -> bool:
+        return not self._compute and not self._scatter
+
+
+class RealStreams:
+    """The current stream of a GPU, kept busy so that what is launched is in flight for a while."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def launch(self, function: Callable[[], Any]) -> None:
+        function()
+
+    def advance(self, num_operations: int) -> None:
+        if self._rng.random() < 0.3:
+            torch.cuda._sleep(self._rng.randrange(2_000_000))
+        if self._rng.random() < 0.3:
+            time.sleep(self._rng.random() * 1e-3)
+        if self._rng.random() < 0.05:  # the launching thread is never far ahead of a real engine's
+            torch.cuda.synchronize()
+
+    def is_idle(self) -> bool:
+        torch.cuda.synchronize()
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """An adapter in a slot, or on its way there."""
+
+    index: int
+    slot: int
+    page_ids: list[int]
+    command: LoadAdapter | None = None
+    is_unloaded: bool = False
+
+
+@dataclass(slots=True)
+class KvPages:
+    page_ids: list[int]
+    value: float
+
+
+@dataclass
+class LoadWorld:
+    """`act` does one thing at random; `settle` waits for all and checks once more."""
+
+    root: Path
+    device: torch.device
+    seed: int
+    num_adapters: int = 12
+    num_slots: int = 6
+    num_pages: int = 48
+    host_bytes: int = 150_000
+    staging_bytes: int = 4096
+    make_reader: Callable[[AdapterTarget], AdapterReader] = make_reader
+    num_loaded: int = 0
+    num_overtaken: int = 0
+    resident: dict[int, Placed] = field(default_factory=dict)
+    loading: list[Placed] = field(default_factory=list)
+    kv: list[KvPages] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        is_gpu = self.device.type == "cuda"
+        self.target = AdapterTarget(
+            3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=is_gpu
+        )
+        self.pool = PagePool(PAGE_SHAPE, self.num_pages, self.device)
+        self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)  # pages, rows, KV
+        copier: Any
+        if is_gpu:
+            self.streams: Any = RealStreams(self.seed)
+            copier = StreamPageCopier(self.pool, staging_bytes=self.staging_bytes, num_buffers=2)
+        else:
+            copier = self.streams = SimulatedStreams(self.pool, self.seed)
+        self.table = AdapterTable(self.target, self.num_slots, self.device)
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.loader = AdapterLoader(
+            target=self.target, reader=self.make_reader(self.target), table=self.table,
+            copier=copier, host_bytes=self.host_bytes, report=self.reports.put,
+        )  # fmt: skip
+        self.mark = copier.mark
+        self.paths, self.adapters, self.oracles = [], [], []
+        for index in range(self.num_adapters):
+            path = write_adapter(self.root / f"a{index}", TINY, rank=1 + index % 8, seed=index)
+            packed = read_adapter(str(index), path, self.target)
+            self.paths.append(path)
+            self.adapters.append(packed)
+            self.oracles.append(self._to_device(packed))
+        self.free_pages = list(range(1, self.num_pages))
+        self.free_slots = list(range(self.num_slots))
+        self.next_value = 1.0
+        self.marks = [copier.mark()]
+        self.last_launch: dict[tuple[str, int], int] = {}  # of a slot or page: index into marks
+
+    def act(self) -> None:
+        actions = (self.load, self.load, self.unload, self.write_kv, self.free_kv, self.check)
+        self.rng.choice(actions)()
+        self.streams.advance(self.rng.randrange(20))
+        self.poll()
+
+    def load(self) -> None:
+        loading = [placed for placed in self.loading if not placed.is_unloaded]
+        taken = {placed.index for placed in [*self.resident.values(), *loading]}
+        index = self.rng.choice([i for i in range(self.num_adapters) if i not in taken])
+        adapter = self.adapters[index]
+        if not self.free_slots or adapter.num_pages > len(self.free_pages):
+            return
+        placed = Placed(index, self.free_slots.pop(), self._take(adapter.num_pages))
+        placed.command = LoadAdapter(
+            placed.slot, adapter.content_hash, str(self.paths[index]), int_array(placed.page_ids)
+        )
+        self.loading.append(placed)
+        self.loader.load(placed.command, self._mark_of(placed))
+
+    def _mark_of(self, placed: Placed) -> Any:
+        """Behind all that was launched on its slot and pages, as a worker knows from the
+        scheduler; now and then behind all that was launched."""
+        if self.rng.random() < 0.2:
+            return self.mark()
+        keys = [("slot", placed.slot), *(("page", page_id) for page_id in placed.page_ids)]
+        numbers = [self.last_launch[key] for key in keys if key in self.last_launch]
+        return self.marks[max(numbers, default=0)]
+
+    def _launch(
+        self, function: Callable[[], Any], *, slot: int = -1, page_ids: Sequence[int] = ()
+    ) -> None:
+        self.streams.launch(function)
+        self.marks.append(self.mark())
+        used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
+        self.last_launch.update(dict.fromkeys(used, len(self.marks) - 1))
+
+    def unload(self) -> None:
+        candidates = [placed for placed in self.loading if not placed.is_unloaded]
+        if not candidates or self.rng.random() < 0.5:
+            candidates = list(self.resident.values()) or candidates
+        if candidates:
+            placed = self.rng.choice(candidates)
+            placed.is_unloaded = True
+            self.resident.pop(placed.slot, None)
+            self.loader.unload(placed.slot)
+            with pytest.raises(ValueError, match="not loaded"):
+                self.table.check(self.table.table, np.array([placed.slot]))
+            self.free_slots.append(placed.slot)
+            self.free_pages += placed.page_ids
+
+    def write_kv(self) -> None:
+        count = self.rng.randrange(1, 5)
+        if count <= len(self.free_pages):
+            kv = KvPages(self._take(count), self.next_value)
+            self.next_value = self.next_value % 100 + 1
+            self.kv.append(kv)
+            ids = self._ids(kv.page_ids)
+            write = partial(self.pool.pages.index_fill_, 1, ids, kv.value)
+            self._launch(write, page_ids=kv.page_ids)
+
+    def free_kv(self) -> None:
+        if self.kv:
+            kv = self.kv.pop(self.rng.randrange(len(self.kv)))
+            self._check_kv(kv)
+            self.free_pages += kv.page_ids
+
+    def check(self) -> None:
+        for placed in self.resident.values():
+            self._check_adapter(placed)
+        for kv in self.kv:
+            self._check_kv(kv)
+
+    def poll(self) -> None:
+        while True:
+            try:
+                item = self.reports.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, AdapterInspected | AdapterEvicted):
+                continue
+            self._finish(item)
+
+    def settle(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.loading:
+            assert time.monotonic() < deadline, "loads were lost"
+            self.streams.advance(50)
+            self.poll()
+        self.check()
+        while not self.streams.is_idle():
+            assert time.monotonic() < deadline, "a stream is stuck"
+            self.streams.advance(50)
+        assert self.bad.tolist() == [0, 0, 0], "wrong pages, rows or KV"
+        self.loader._store.check_integrity()
+        pins = [entry.num_pins for entry in self.loader._store._entries.values()]
+        assert not any(pins)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _take(self, count: int) -> list[int]:
+        """The pages freed last, in any order: they pass at once from one tenant to another."""
+        pages = [self.free_pages.pop() for _ in range(count)]
+        self.rng.shuffle(pages)
+        return pages
+
+    def _finish(self, load: Load) -> None:
+        (placed,) = (placed for placed in self.loading if placed.command is load.command)
+        self.loading.remove(placed)
+        event = self.loader.finish(load)
+        assert event.error == (UNLOADED if placed.is_unloaded else "")
+        if placed.is_unloaded:
+            self.num_overtaken += 1
+            return
+        self.num_loaded += 1
+        self.resident[placed.slot] = placed
+        host = self.table.table.host_rank[..., placed.slot]
+        assert torch.equal(host, self.adapters[placed.index].rank)
+        self._check_adapter(placed)
+
+    def _check_adapter(self, placed: Placed) -> None:
+        oracle = self.oracles[placed.index]
+        ids = self._ids(placed.page_ids)
+        slot = placed.slot
+
+        def check() -> None:
+            shape = (3, len(ids), PAGE_SHAPE.page_elems)
+            got = self.pool.pages.index_select(1, ids).view(torch.int16)
+            want = oracle.data.view(shape).view(torch.int16)
+            self.bad[0] += (got != want).any()
+            self.bad[1] += (self.table.table.page_table[slot, : len(ids)] != ids).any()
+
+        self._launch(check, slot=slot, page_ids=placed.page_ids)
+        self._check_row(slot, oracle.rank)
+
+    def _check_row(self, slot: int, rank: torch.Tensor) -> None:
+        def check() -> None:
+            self.bad[1] += (self.table.table.rank[..., slot] != rank).any()
+
+        self._launch(check, slot=slot)
+
+    def _check_kv(self, kv: KvPages) -> None:
+        ids = self._ids(kv.page_ids)
+
+        def check() -> None:
+            self.bad[2] += (self.pool.pages.index_select(1, ids) != kv.value).any()
+
+        self._launch(check, page_ids=kv.page_ids)
+
+    def _ids(self, page_ids: list[int]) -> torch.Tensor:
+        """On the device, without a wait for it."""
+        ids = torch.tensor(page_ids)
+        if self.device.type == "cuda":
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
+        return ids
+
+    def _to_device(self, packed: PackedAdapter) -> PackedAdapter:
+        return PackedAdapter(
+            packed.content_hash, packed.num_pages,
+            *(getattr(packed, name).to(self.device)
+              for name in ("data", "rank", "a_start", "b_start", "scale")),
+        )  # fmt: skip

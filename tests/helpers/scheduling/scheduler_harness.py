@@ -1,0 +1,303 @@
+"""Runs a scheduler against the fake worker and holds every outcome to the oracle."""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.memory.config import MemoryConfig
+from loraplex.scheduler.config import SchedulerConfig
+from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.scheduler import Scheduler
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    AdapterLoaded,
+    DropAdapter,
+    InspectAdapter,
+    LoadAdapter,
+    SamplingSpec,
+    StepPlan,
+    StepResult,
+    UnloadAdapter,
+)
+
+from helpers.fakes.fake_worker import FakeAdapter, FakeWorker, oracle, sampling_spec
+
+
+@dataclass
+class Expectation:
+    """A request that was accepted, and what has come of it."""
+
+    prompt: list[int]
+    sampling: SamplingSpec
+    path: str  # of its adapter when it was added; empty for the base
+    token_ids: list[int] = field(default_factory=list)
+    end: RequestUpdate | None = None
+    aborted: bool = False
+    num_logprobs: int = 0
+    num_prompt_logprobs: int = 0
+    num_cached_tokens: int = 0
+
+
+class Harness:
+    """One scheduler, one fake worker, a clock that only moves when told.
+
+    `lag` steps of results and all adapter events are held back until asked for, so tests choose
+    the order in which things come home. `check` runs the integrity check after each operation.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 64,
+        block_tokens: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_steps_in_flight: int = 1,
+        max_adapter_slots: int = 4,
+        max_model_len: int = 64,
+        max_queue_len: int = 1000,
+        enable_prefix_caching: bool = True,
+        check: bool = True,
+    ) -> None:
+        self.now = 0.0
+        self.check = check
+        self.max_model_len = max_model_len
+        self.scheduler = Scheduler(
+            config=SchedulerConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_queue_len=max_queue_len,
+                max_steps_in_flight=max_steps_in_flight,
+            ),
+            memory=MemoryConfig(
+                block_tokens=block_tokens,
+                max_adapter_slots=max_adapter_slots,
+                enable_prefix_caching=enable_prefix_caching,
+            ),
+            num_pages=num_pages,
+            max_model_len=max_model_len,
+            base_fingerprint="base",
+            clock=lambda: self.now,
+        )
+        self.files: dict[str, FakeAdapter] = {}
+        self.worker = FakeWorker(
+            num_pages=num_pages,
+            block_tokens=block_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_adapter_slots=max_adapter_slots,
+            files=self.files,
+        )
+        self.plans: list[StepPlan] = []
+        self.results: deque[StepResult] = deque()
+        self.events: deque[InspectAdapter | Any] = deque()
+        self.expected: dict[Any, Expectation] = {}
+        self.adapter_updates: dict[Any, Any] = {}
+
+    # What a client does
+
+    def add(
+        self,
+        request_id: Any,
+        prompt: list[int],
+        *,
+        adapter: str = "",
+        salt: str = "",
+        priority: int = 0,
+        use_prefix_cache: bool = True,
+        **sampling: Any,
+    ) -> None:
+        spec = sampling_spec(**sampling)
+        paths = {info["name"]: info["path"] for info in self.scheduler.list_adapters()}
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=array("i", prompt),
+            sampling=spec,
+            adapter=adapter,
+            salt=salt,
+            priority=priority,
+            use_prefix_cache=use_prefix_cache,
+        )
+        try:
+            self.scheduler.add(request)
+        finally:
+            self.verify()
+        self.expected[request_id] = Expectation(prompt, spec, paths.get(adapter, ""))
+
+    def try_add(self, request_id: Any, prompt: list[int], **options: Any) -> str:
+        """Add; returns the code if it was refused."""
+        try:
+            self.add(request_id, prompt, **options)
+        except RequestRefused as refusal:
+            return refusal.code
+        return ""
+
+    def abort(self, request_id: Any) -> bool:
+        alive = self.scheduler.abort(request_id)
+        if alive:
+            self.expected[request_id].aborted = True
+        self.verify()
+        return alive
+
+    def file(self, path: str, content: str, num_pages: int = 1, error: str = "") -> None:
+        self.files[path] = FakeAdapter(content, num_pages, error)
+
+    def register(self, name: str, content: str = "", num_pages: int = 1, error: str = "") -> None:
+        """A new path with this content, registered as `name`."""
+        path = f"/{name}/{len(self.files)}"
+        self.file(path, content or name, num_pages, error)
+        self.scheduler.register_adapter(name, path)
+        self.verify()
+
+    # What an engine does
+
+    def plan(self) -> StepPlan | None:
+        """Plan one step and have the worker execute it; its result waits in `results`."""
+        plan = self.scheduler.plan()
+        self.send_commands()
+        self.take_updates()
+        self.verify()
+        if plan is not None:
+            self.plans.append(plan)
+            self.results.append(self.worker.step(plan))
+        return plan
+
+    def send_commands(self) -> None:
+        """The worker does all at once; what it answers waits in `events`."""
+        for command in self.scheduler.take_commands():
+            if isinstance(command, InspectAdapter):
+                self.events.append(self.worker.inspect(command))
+            elif isinstance(command, LoadAdapter):
+                self.events.append(self.worker.load(command))
+            elif isinstance(command, DropAdapter):
+                self.worker.drop(command)
+            else:
+                assert isinstance(command, UnloadAdapter)
+                self.worker.unload(command)
+            self.events.extend(self.worker.take_evicted())
+
+    def deliver_event(self) -> None:
+        event = self.events.popleft()
+        if isinstance(event, AdapterLoaded):
+            self.scheduler.on_adapter_loaded(event)
+        elif isinstance(event, AdapterEvicted):
+            self.scheduler.on_adapter_evicted(event)
+        else:
+            self.scheduler.on_adapter_inspected(event)
+        self.take_updates()
+        self.verify()
+
+    def commit(self) -> list[RequestUpdate]:
+        updates = self.scheduler.commit(self.results.popleft())
+        self.take_updates(updates)
+        self.verify()
+        return updates
+
+    def turn(self) -> bool:
+        """Plan as far ahead as allowed, then bring one thing home; False if nothing happened."""
+        self.now += 1.0
+        planned = False
+        while self.plan() is not None:
+            planned = True
+        if self.events:
+            self.deliver_event()
+        elif self.results:
+            self.commit()
+        elif not planned and not self.scheduler.take_commands():
+            return False
+        return True
+
+    def run(self, max_turns: int = 100_000) -> None:
+        """Turn until everything has ended; fails if requests are left that nothing moves."""
+        self.send_commands()
+        for _ in range(max_turns):
+            if not self.turn():
+                break
+        assert not self.scheduler.num_unfinished, "requests wait and nothing happens"
+        self.check_all_ended()
+
+    def settle(self) -> None:
+        """Deliver every event that comes without running a step."""
+        self.send_commands()
+        while self.events:
+            self.deliver_event()
+            self.send_commands()
+
+    # What can be seen from outside
+
+    def resident(self) -> set[str]:
+        """Contents in pages."""
+        stats = self.scheduler.stats()
+        return {info["content_hash"] for info in stats["resident_adapters"]}
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        return {info["name"]: info for info in self.scheduler.list_adapters()}
+
+    def error_of(self, request_id: Any) -> tuple[str, str]:
+        """Code and text of a request that must have ended with an error."""
+        end = self.expected[request_id].end
+        assert end is not None
+        assert end.finish_reason == "error"
+        return end.error_code, end.error
+
+    # What is held to the oracle
+
+    def verify(self) -> None:
+        if self.check:
+            self.scheduler.check_integrity()
+
+    def take_updates(self, updates: list[RequestUpdate] | None = None) -> None:
+        for update in (updates or []) + self.scheduler.take_updates():
+            expectation = self.expected[update.request_id]
+            assert not expectation.aborted, "an aborted request got an update"
+            assert expectation.end is None, "an update after the end"
+            expectation.token_ids.extend(update.token_ids)
+            expectation.num_cached_tokens = update.num_cached_tokens
+            self._check_logprobs(expectation, update)
+            if update.finish_reason:
+                expectation.end = update
+                if update.finish_reason != "error":
+                    self.check_output(expectation)
+        for reply in self.scheduler.take_adapter_updates():
+            assert reply.reply_key not in self.adapter_updates
+            self.adapter_updates[reply.reply_key] = reply
+
+    def _check_logprobs(self, expectation: Expectation, update: RequestUpdate) -> None:
+        for entry in update.logprobs:
+            assert entry.token_ids[0] == expectation.token_ids[expectation.num_logprobs]
+            expectation.num_logprobs += 1
+        for entry in update.prompt_logprobs:
+            expectation.num_prompt_logprobs += 1
+            assert entry.token_ids[0] == expectation.prompt[expectation.num_prompt_logprobs]
+
+    def content_of(self, expectation: Expectation) -> str:
+        return self.files[expectation.path].content if expectation.path else ""
+
+    def check_output(self, expectation: Expectation) -> None:
+        end = expectation.end
+        assert end is not None
+        token_ids, reason, stop_token_id = oracle(
+            expectation.prompt,
+            self.content_of(expectation),
+            expectation.sampling,
+            self.max_model_len,
+            self.worker.vocab_size,
+        )
+        assert expectation.token_ids == token_ids
+        assert (end.finish_reason, end.stop_token_id) == (reason, stop_token_id)
+        if expectation.sampling.num_logprobs >= 0:
+            assert expectation.num_logprobs == len(token_ids)
+        if expectation.sampling.num_prompt_logprobs >= 0:
+            assert expectation.num_prompt_logprobs == len(expectation.prompt) - 1
+
+    def check_all_ended(self) -> None:
+        """Every accepted request ended once, and all memory is free or can be had."""
+        for request_id, expectation in self.expected.items():
+            ended = (expectation.end is not None) + expectation.aborted
+            assert ended == 1, f"request {request_id} ended {ended} times"
+        stats = self.scheduler.stats()
+        assert stats["running"] == stats["waiting"] == stats["pages_kv"] == 0
+        assert all(adapter["num_users"] == 0 for adapter in stats["resident_adapters"])
+        idle = stats["pages_free"] + stats["pages_prefix"] + stats["pages_adapter"]
+        assert idle == stats["num_pages"]

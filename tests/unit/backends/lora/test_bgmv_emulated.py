@@ -1,0 +1,77 @@
+"""The BGMV kernels against the fp32 loop, without a GPU: see helpers/cuda_emulator.h."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.kernels.bgmv_emulated import emulate_bgmv
+from helpers.kernels.lora_cases import (
+    POPULARITIES,
+    draw_slots,
+    make_batch,
+    make_case,
+    make_shapes,
+    make_spec,
+)
+from helpers.kernels.lora_checks import check
+
+ODD = make_shapes(96, 120, 40, 200)
+WIDE = make_shapes(576, 192, 64, 1160)  # blocks of columns that are full, and one that is not
+RANKS = {
+    "ones": [[{m: 1 for m in range(7)}]] * 3,
+    "eights": [[{m: 8 for m in range(4)}]] * 5,
+    "mixed": [[{m: r for m in range(7)}] for r in (2, 16, 17, 40)],
+    "subsets": [[{1: 4}], [{0: 2, 2: 9}], [{5: 16, 6: 1}], [{m: 33 - m for m in range(7)}]],
+    "none": [],
+}
+
+
+@pytest.fixture
+def bgmv(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return emulate_bgmv(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rank_mixes(bgmv: Any, ranks: str, dtype: torch.dtype) -> None:
+    case = make_case(RANKS[ranks], ODD, dtype=dtype)
+    op = bgmv(make_spec(case, 40, max_rank=40))
+    op._v.fill_(float("nan"))
+    check(op, case, draw_slots("uniform", 21, len(RANKS[ranks])))
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_popularities(bgmv: Any, popularity: str) -> None:
+    case = make_case([[{m: 16 for m in range(7)}]] * 9, WIDE, dtype=torch.bfloat16)
+    op = bgmv(make_spec(case, 40, max_rank=16))
+    op._v.fill_(float("nan"))
+    check(op, case, draw_slots(popularity, 35, 9))
+
+
+def test_every_kind_serves_every_batch(bgmv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph of that kind may: the kinds differ in speed alone."""
+    case = make_case([[{m: r for m in range(7)}] for r in (8, 16, 24)], ODD, dtype=torch.float16)
+    op = bgmv(make_spec(case, 600, max_rank=24))
+    for kind in op.graph_kinds:
+        monkeypatch.setattr(op, "kind_of", lambda kind=kind, **_: kind)
+        for slots in ([2], [0, 1, 2, -1], [1] * 19 + [0] * 3):
+            if kind != "distinct" or len(set(slots)) == len(slots):
+                check(op, case, slots)
+
+
+@pytest.mark.parametrize("num_processors", [132, 188])
+def test_more_items_than_rows(monkeypatch: pytest.MonkeyPatch, num_processors: int) -> None:
+    """Of large ranks, on chips whose grids are larger than a graph's rows."""
+    bgmv = emulate_bgmv(monkeypatch, num_processors)
+    case = make_case([[{3: 256}]] * 36, ODD, dtype=torch.float16)
+    op = bgmv(make_spec(case, 36, max_rank=256))
+    op._v.fill_(float("nan"))
+    check(op, case, [2 * row + 1 for row in range(36)])
+
+
+def test_a_capacity_that_is_no_multiple_of_four(bgmv: Any) -> None:
+    case = make_case([[{m: 8 for m in range(7)}]] * 2, ODD, dtype=torch.float16)
+    op = bgmv(make_spec(case, 1001, max_rank=8))
+    op.plan(table=case.table, batch=make_batch([0] * 700))
+    check(op, case, [0, 1] * 260)

@@ -1,0 +1,252 @@
+"""Loads beside the steps: the order of copies, steps and pages that change hands."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex.engine.adapters import reader
+from loraplex.engine.adapters.loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
+from loraplex.engine.adapters.reader import (
+    AdapterReader,
+    ProcessReader,
+    ThreadReader,
+    make_reader,
+)
+from loraplex.engine.adapters.table import AdapterTable
+from loraplex.memory.device.page_copier import HostPageCopier
+from loraplex.memory.device.pool import PagePool
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    InspectAdapter,
+    LoadAdapter,
+    int_array,
+)
+
+from helpers.fakes.fake_cudart import FakeCudart
+from helpers.models.dummy_models import write_adapter
+from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seed", "make_reader"), [(0, ThreadReader), (1, ThreadReader), (2, ProcessReader)]
+)
+def test_random_loads_in_every_order(
+    tmp_path: Path, seed: int, make_reader: Callable[[AdapterTarget], AdapterReader]
+) -> None:
+    world = LoadWorld(tmp_path, CPU, seed, make_reader=make_reader)
+    try:
+        for step in range(2500):
+            world.act()
+            if step % 250 == 249:
+                world.settle()
+    finally:
+        world.close()
+    assert world.num_loaded > 100 and world.num_overtaken > 50
+
+
+class Recorder:
+    """A loader over a pool of 20 pages whose reports arrive in a list."""
+
+    def __init__(self, root: Path, **options: object) -> None:
+        self.target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+        self.pool = PagePool(PAGE_SHAPE, 20, CPU)
+        self.table = AdapterTable(self.target, 4, CPU)
+        self.items: list[object] = []
+        self.arrived = threading.Semaphore(0)
+        self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
+        settings = {"copier": HostPageCopier(self.pool), "host_bytes": 1 << 20, **options}
+        self.loader = AdapterLoader(
+            target=self.target,
+            reader=ThreadReader(self.target),
+            table=self.table,
+            report=self._report,
+            **settings,
+        )
+
+    def load(self, command: LoadAdapter) -> None:
+        self.loader.load(command, HostPageCopier(self.pool).mark())
+
+    def _report(self, item: object) -> None:
+        self.items.append(item)
+        self.arrived.release()
+
+    def next(self) -> object:
+        assert self.arrived.acquire(timeout=20)
+        return self.items.pop(0)
+
+    def content_hash(self) -> str:
+        self.loader.inspect(InspectAdapter("one", str(self.path)))
+        return self.next().content_hash
+
+    def command(self, content_hash: str, num_pages: int = 8) -> LoadAdapter:
+        pages = int_array(range(3, 3 + num_pages))
+        return LoadAdapter(2, content_hash, str(self.path), pages)
+
+
+def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    self_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(self_hash).num_pages
+    recorder.load(recorder.command(self_hash, pages))
+    load = recorder.next()
+    assert isinstance(load, Load)
+    assert recorder.table.table.rank[..., 2].any()  # the device's row comes with the pages
+    assert not recorder.table.table.host_rank.any()
+    assert recorder.loader.finish(load).error == ""
+    assert (recorder.table.table.host_rank[..., 2] == 4).all()
+    recorder.loader.close()
+
+
+def test_unloaded_between_the_copy_and_its_report(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    content_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(content_hash).num_pages
+    recorder.load(recorder.command(content_hash, pages))
+    load = recorder.next()
+    recorder.loader.unload(2)
+    recorder.load(recorder.command(content_hash, pages))
+    assert recorder.loader.finish(load).error == UNLOADED
+    assert not recorder.table.table.host_rank.any()
+    again = recorder.next()
+    assert recorder.loader.finish(again).error == ""
+    assert recorder.table.table.host_rank[..., 2].any()
+    recorder.loader.close()
+
+
+def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read goes on, nothing is copied."""
+    reading, go_on = threading.Event(), threading.Event()
+    original = reader.read_adapter
+
+    def slow(*args: object, **options: object) -> object:
+        reading.set()
+        assert go_on.wait(20)
+        return original(*args, **options)
+
+    recorder = Recorder(tmp_path)
+    content_hash = original("one", recorder.path, recorder.target).content_hash
+    monkeypatch.setattr(reader, "read_adapter", slow)
+    recorder.load(recorder.command(content_hash))
+    assert reading.wait(20)
+    recorder.loader.unload(2)
+    go_on.set()
+    load = recorder.next()
+    assert recorder.loader.finish(load).error == UNLOADED
+    assert not recorder.pool.pages.any() and not recorder.table.table.rank.any()
+    recorder.loader._store.check_integrity()
+    recorder.loader.close()
+
+
+def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
+    class Broken(HostPageCopier):
+        def copy(self, *args: object, **options: object) -> object:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    pool = PagePool(PAGE_SHAPE, 4, CPU)
+    recorder = Recorder(tmp_path, copier=Broken(pool))
+    content_hash = recorder.content_hash()
+    pages = recorder.loader._store.pin(content_hash).num_pages
+    recorder.load(recorder.command(content_hash, pages))
+    assert isinstance(recorder.next(), RuntimeError)
+    recorder.loader.close()
+
+
+def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, host_bytes=60_000)  # for either of two adapters
+    content_hash = recorder.content_hash()
+    store = recorder.loader._store
+    adapter = store.pin(content_hash)
+    assert adapter is not None
+    store.unpin(content_hash)
+    command = recorder.command(content_hash, adapter.num_pages)
+    recorder.load(command)
+    assert recorder.loader.finish(recorder.next()).from_host
+    recorder.loader.drop(content_hash)
+    assert recorder.next() == AdapterEvicted(content_hash)
+    recorder.loader.drop(content_hash)
+    assert len(store) == 0 and store.num_bytes == 0
+    recorder.loader.unload(2)
+    recorder.load(command)
+    loaded = recorder.loader.finish(recorder.next())
+    assert not loaded.error and not loaded.from_host
+    other = write_adapter(tmp_path / "two", TINY, rank=8, seed=2)
+    recorder.loader.inspect(InspectAdapter("two", str(other)))
+    assert recorder.next() == AdapterEvicted(content_hash)
+    assert recorder.next().content_hash != content_hash
+    recorder.loader.close()
+    store.check_integrity()
+
+
+def test_dropped_while_it_is_read_for_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load asked for it before: it is done, and a later drop frees the memory."""
+    reading, go_on = threading.Event(), threading.Event()
+    original = reader.read_adapter
+
+    def slow(*args: object, **options: object) -> object:
+        reading.set()
+        assert go_on.wait(20)
+        return original(*args, **options)
+
+    recorder = Recorder(tmp_path)
+    packed = original("one", recorder.path, recorder.target)
+    monkeypatch.setattr(reader, "read_adapter", slow)
+    recorder.load(recorder.command(packed.content_hash, packed.num_pages))
+    assert reading.wait(20)
+    recorder.loader.drop(packed.content_hash)
+    go_on.set()
+    assert recorder.loader.finish(recorder.next()).error == ""
+    recorder.loader.drop(packed.content_hash)
+    assert len(recorder.loader._store) == 0
+    assert recorder.table.table.rank[..., 2].any(), "what is in pages stays"
+    recorder.loader.close()
+
+
+def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudart = FakeCudart()
+    cudart.install(monkeypatch)
+    target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True)
+    paths = [write_adapter(tmp_path / f"a{n}", TINY, rank=8, seed=n) for n in range(9)]
+    expected = [read_adapter(path.name, path, target) for path in paths]
+    unit = expected[0].num_bytes + 512
+    reader = make_reader(target)
+    assert isinstance(reader, ProcessReader)
+    reports: queue.SimpleQueue[object] = queue.SimpleQueue()
+    table = AdapterTable(target, 4, CPU)
+    loader = AdapterLoader(
+        target=target,
+        reader=reader,
+        table=table,
+        copier=HostPageCopier(PagePool(PAGE_SHAPE, 20, CPU)),
+        host_bytes=9 * unit,
+        report=reports.put,
+    )
+    pid, store = reader.pid, loader._store
+    deadline = time.monotonic() + 20
+    while not store.num_slab_bytes:
+        assert time.monotonic() < deadline, "no slab before the first read"
+        time.sleep(0.001)
+    for path, adapter in zip(paths, expected, strict=True):
+        loader.inspect(InspectAdapter(path.name, str(path)))
+        assert reports.get(timeout=20).content_hash == adapter.content_hash
+        kept = store.pin(adapter.content_hash)
+        assert kept is not None and torch.equal(kept.data, adapter.data)
+        assert any(a <= kept.data.data_ptr() < a + n for a, n in cudart.locked.items())
+        store.unpin(adapter.content_hash)
+        store.check_integrity()
+    loader.close()
+    assert len(store) == 9
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

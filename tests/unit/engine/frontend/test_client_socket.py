@@ -1,0 +1,84 @@
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from loraplex.engine.config import ServerConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.frontend.client_socket import ClientSocket, check_server_config
+
+
+@pytest.fixture
+def context() -> Iterator[Any]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "tcp://127.0.0.1:5599", "tcp://127.8.9.1:0", "tcp://localhost:*", "tcp://[::1]:5599",
+     "tcp://lo:5599", "ipc:///tmp/loraplex-test-endpoint"],
+)  # fmt: skip
+def test_private_addresses_need_no_key(endpoint: str) -> None:
+    check_server_config(ServerConfig(endpoint=endpoint))
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "*", "eth0", "192.168.1.5", "[::]", "8.8.8.8", "example.org", ""]
+)
+def test_public_addresses_need_a_key_or_the_users_word(host: str, tmp_path: Path) -> None:
+    endpoint = f"tcp://{host}:5599"
+    with pytest.raises(ConfigError, match="--server-secret-key-file.*--insecure"):
+        check_server_config(ServerConfig(endpoint=endpoint))
+    check_server_config(ServerConfig(endpoint=endpoint, insecure=True))
+    key = tmp_path / "key"
+    key.touch()
+    check_server_config(ServerConfig(endpoint=endpoint, server_secret_key_file=str(key)))
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (ServerConfig(endpoint="5599"), "tcp://HOST:PORT"),
+        (ServerConfig(endpoint="http://127.0.0.1:80"), "tcp://HOST:PORT"),
+        (ServerConfig(endpoint="inproc://x"), "tcp://HOST:PORT"),
+        (ServerConfig(endpoint="tcp://127.0.0.1"), "needs a port"),
+        (ServerConfig(endpoint="tcp://127.0.0.1:x"), "needs a port"),
+        (ServerConfig(endpoint="tcp://127.0.0.1:99999"), "needs a port"),
+        (ServerConfig(endpoint="ipc:///" + "x" * 120), "longer than 107"),
+        (ServerConfig(server_secret_key_file="/nowhere"), "/nowhere does not exist"),
+        (ServerConfig(client_public_keys_dir="/tmp"), "needs server_secret_key_file"),
+    ],
+)
+def test_what_cannot_work_is_refused(config: ServerConfig, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_server_config(config)
+
+
+def test_the_socket_of_a_living_server_is_not_taken_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "live")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            check_server_config(ServerConfig(endpoint=f"ipc://{path}"))
+    check_server_config(ServerConfig(endpoint=f"ipc://{path}"))  # left by a dead one
+
+
+def test_a_port_in_use_is_named(context: Any) -> None:
+    first = ClientSocket(context, ServerConfig(endpoint="tcp://127.0.0.1:0"), "")
+    assert not first.endpoint.endswith(":0")
+    with pytest.raises(ConfigError, match=f"cannot listen on {first.endpoint}.*in use"):
+        ClientSocket(context, ServerConfig(endpoint=first.endpoint), "")
+
+
+def test_a_key_file_without_a_key_is_refused(context: Any, tmp_path: Path) -> None:
+    key = tmp_path / "server.key_secret"
+    key.write_text("nothing")
+    config = ServerConfig(endpoint="tcp://127.0.0.1:0", server_secret_key_file=str(key))
+    with pytest.raises(ConfigError, match=str(key)):
+        ClientSocket(context, config, "")

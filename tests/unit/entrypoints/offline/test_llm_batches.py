@@ -1,0 +1,295 @@
+"""LLM over a fake engine: what is checked, what is sent, and what comes back in which order."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraplex import LLM, LoRARequest, SamplingParams
+from loraplex.engine.errors import ClientError, EngineDeadError, UnknownAdapterError
+from loraplex.entrypoints.offline import llm as llm_module
+
+from helpers.fakes.fake_client import FakeClient, FakeEngine
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    with LLM(max_num_seqs=8) as made:
+        yield made
+
+
+def client_of(llm: LLM) -> FakeClient:
+    client: Any = llm.client
+    return client
+
+
+def texts(llm: LLM, *args: Any, **options: Any) -> list[str]:
+    return [o.outputs[0].text for o in llm.generate(*args, use_tqdm=False, **options)]
+
+
+def test_results_come_in_input_order(llm: LLM) -> None:
+    prompts = [f"p{i}" for i in range(300)]
+    assert texts(llm, prompts) == [f"base:{p}" for p in prompts]
+
+
+def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
+    assert texts(llm, "hi") == ["base:hi"]
+    assert texts(llm, {"prompt": "hi"}) == ["base:hi"]
+    assert texts(llm, []) == []
+
+
+def test_token_ids_and_numpy_integers(llm: LLM) -> None:
+    ids = np.array([5, 6])
+    assert texts(llm, {"prompt_token_ids": ids}) == ["base:[5, 6]"]
+    assert texts(llm, [{"prompt_token_ids": [5]}, {"prompt": "t", "prompt_token_ids": [6]}]) == [
+        "base:[5]",
+        "base:[6]",
+    ]
+
+
+def test_default_sampling_params_are_vllms(llm: LLM) -> None:
+    seen: list[SamplingParams] = []
+    client = client_of(llm)
+    submit = client.submit
+
+    def spy(prompt: Any, params: SamplingParams, **options: Any) -> str:
+        seen.append(params)
+        return submit(prompt, params, **options)
+
+    client.submit = spy  # type: ignore[method-assign, assignment]
+    texts(llm, "hi")
+    assert seen == [SamplingParams(temperature=1.0, max_tokens=16)]
+
+
+def test_params_adapters_and_priorities_pair_up(llm: LLM) -> None:
+    params = [SamplingParams(n=i + 1) for i in range(3)]
+    adapters = [LoRARequest("a"), None, LoRARequest("b")]
+    outputs = llm.generate(
+        ["x", {"prompt": "y", "cache_salt": "s"}, "z"],
+        params,
+        lora_request=adapters,
+        priority=[3, 1, 2],
+        use_tqdm=False,
+    )
+    assert [len(o.outputs) for o in outputs] == [1, 2, 3]
+    assert [o.outputs[0].text for o in outputs] == ["a:x", "base:y", "b:z"]
+    assert [o.lora_request for o in outputs] == adapters
+    assert client_of(llm).salts == ["", "s", ""]
+    assert client_of(llm).priorities == [3, 1, 2]
+
+
+def test_one_adapter_for_all(llm: LLM) -> None:
+    assert texts(llm, ["x", "y"], lora_request=LoRARequest("a")) == ["a:x", "a:y"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling_params": [SamplingParams()]}, "2 prompts but 1 entries in sampling_params"),
+        ({"lora_request": [None] * 3}, "2 prompts but 3 entries in lora_request"),
+        ({"priority": [1]}, "2 prompts but 1 entries in priority"),
+    ],
+)
+def test_length_mismatch_submits_nothing(llm: LLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["x", "y"], use_tqdm=False, **options)
+    assert client_of(llm).submitted == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (["x", 5], TypeError, r"prompts\[1\] must be text"),
+        ([{"text": "x"}], ValueError, r"unknown keys \['text'\]"),
+        ([{}], TypeError, 'needs "prompt"'),
+        ([{"prompt_token_ids": []}], ValueError, "is empty"),
+        ([{"prompt_token_ids": ["a"]}], TypeError, "must be integers"),
+        ([{"prompt_token_ids": "abc"}], TypeError, "list of integers"),
+        (7, TypeError, "prompts must be"),
+        ([{"prompt": "x", "cache_salt": 3}], TypeError, "cache_salt"),
+    ],
+)
+def test_bad_prompts_submit_nothing(
+    llm: LLM, prompts: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate(prompts, use_tqdm=False)
+    assert client_of(llm).submitted == []
+
+
+@pytest.mark.parametrize("bad", ["a", [LoRARequest("a"), "b"], 5])
+def test_bad_adapters_submit_nothing(llm: LLM, bad: Any) -> None:
+    with pytest.raises(TypeError, match="lora_request"):
+        llm.generate(["x", "y"], lora_request=bad, use_tqdm=False)
+    assert client_of(llm).submitted == []
+
+
+def test_chat_takes_one_conversation_or_many(llm: LLM) -> None:
+    turn = {"role": "user", "content": "hi"}
+    one = llm.chat([turn], use_tqdm=False)
+    many = llm.chat([[turn], [turn, turn]], use_tqdm=False, lora_request=[None, LoRARequest("a")])
+    assert [len(one), len(many)] == [1, 2]
+    assert many[1].outputs[0].text.startswith("a:")
+    assert llm.chat([], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [("hi", TypeError), ([["hi"]], TypeError), ([[]], ValueError), ([{"content": "x"}], TypeError)],
+)
+def test_bad_conversations_submit_nothing(llm: LLM, messages: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="messages"):
+        llm.chat(messages, use_tqdm=False)
+    assert client_of(llm).submitted == []
+
+
+def test_continue_final_message_excludes_a_new_header(llm: LLM) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hel"}]
+    with pytest.raises(ValueError, match="add_generation_prompt=False"):
+        llm.chat(turns, continue_final_message=True, use_tqdm=False)
+    assert llm.chat(turns, continue_final_message=True, add_generation_prompt=False, use_tqdm=False)
+
+
+def test_window_bounds_what_is_outstanding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    with LLM(max_num_seqs=8, max_queue_len=10) as llm:
+        params = [SamplingParams(n=1 + i % 4) for i in range(500)]
+        outputs = llm.generate([f"p{i}" for i in range(500)], params, use_tqdm=False)
+        assert [len(o.outputs) for o in outputs] == [p.n for p in params]
+        assert 7 <= client_of(llm).max_sequences <= 10
+
+
+def test_a_request_larger_than_the_window_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    with LLM(max_num_seqs=8, max_queue_len=10) as llm:
+        outputs = llm.generate(["a", "b", "c"], SamplingParams(n=50), use_tqdm=False)
+        assert [len(o.outputs) for o in outputs] == [50, 50, 50]
+        assert client_of(llm).max_sequences == 50
+
+
+def test_failure_names_the_prompt_and_cancels_the_others(llm: LLM) -> None:
+    client = client_of(llm)
+    client.failures["p7"] = UnknownAdapterError("no adapter 'q'; there are ['a']")
+    with pytest.raises(UnknownAdapterError, match="prompt 7: no adapter 'q'"):
+        llm.generate([f"p{i}" for i in range(40)], use_tqdm=False)
+    assert client.num_outstanding == 0
+    assert texts(llm, ["after"]) == ["base:after"]
+
+
+def test_failure_keeps_its_code(llm: LLM) -> None:
+    error = ClientError("too long")
+    error.code = "prompt_too_long"
+    client_of(llm).failures["bad"] = error
+    with pytest.raises(ClientError) as caught:
+        llm.generate(["ok", "bad"], use_tqdm=False)
+    assert caught.value.code == "prompt_too_long"
+
+
+def test_interrupt_cancels_and_leaves_the_engine_usable(llm: LLM) -> None:
+    client = client_of(llm)
+    client.interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([f"p{i}" for i in range(30)], use_tqdm=False)
+    assert client.cancelled
+    assert client.num_outstanding == 0
+    assert texts(llm, ["x", "y"]) == ["base:x", "base:y"]
+
+
+def test_dead_engine_gives_its_reason(llm: LLM) -> None:
+    client_of(llm).dies_at = 2
+    FakeEngine.last.dead_reason = "worker 0 was killed by signal 9"
+    with pytest.raises(EngineDeadError, match="worker 0 was killed by signal 9"):
+        llm.generate([f"p{i}" for i in range(30)], use_tqdm=False)
+    FakeEngine.last.death_is_known = True
+    num_submitted = len(client_of(llm).submitted)
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        texts(llm, ["x"])
+    assert len(client_of(llm).submitted) == num_submitted
+
+
+def test_adapters_with_a_path_are_loaded_once_and_first(llm: LLM, tmp_path: Path) -> None:
+    request = LoRARequest("a", 1, str(tmp_path))
+    texts(llm, ["x", "y"], lora_request=request)
+    texts(llm, ["z"], lora_request=request)
+    assert client_of(llm).loaded == [("a", str(tmp_path))]
+
+
+def test_an_adapter_path_is_made_absolute(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts(llm, ["x"], lora_request=LoRARequest("a", 1, "sub/adapter"))
+    assert client_of(llm).loaded == [("a", str(tmp_path / "sub/adapter"))]
+
+
+def test_an_unreadable_adapter_submits_nothing(llm: LLM) -> None:
+    client_of(llm).unreadable.add("/nowhere")
+    with pytest.raises(ClientError, match="adapter_config.json"):
+        llm.generate(["x", "y"], lora_request=[None, LoRARequest("a", 1, "/nowhere")])
+    assert client_of(llm).submitted == []
+
+
+def test_two_paths_for_one_name_are_refused(llm: LLM) -> None:
+    requests = [LoRARequest("a", 1, "/one"), LoRARequest("a", 2, "/two")]
+    with pytest.raises(ValueError, match="two paths"):
+        llm.generate(["x", "y"], lora_request=requests)
+    assert client_of(llm).loaded == []
+
+
+def test_bar_counts_requests_and_tokens(llm: LLM) -> None:
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            self.total, self.n, self.postfix, self.closed = options["total"], 0, "", False
+            made.append(self)
+
+        def update(self, n: int) -> None:
+            self.n += n
+
+        def close(self) -> None:
+            self.closed = True
+
+    made: list[Bar] = []
+    llm.generate(["x"] * 20, use_tqdm=Bar)
+    (bar,) = made
+    assert (bar.total, bar.n, bar.closed) == (20, 20, True)
+    assert "output:" in bar.postfix
+    assert "toks/s" in bar.postfix
+
+
+def test_calls_from_threads_do_not_mix(llm: LLM) -> None:
+    results: dict[int, list[str]] = {}
+
+    def call(number: int) -> None:
+        results[number] = texts(llm, [f"{number}-{i}" for i in range(20)])
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert results == {n: [f"base:{n}-{i}" for i in range(20)] for n in range(6)}
+
+
+def test_shutdown_is_idempotent_and_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    llm = LLM()
+    engine = FakeEngine.last
+    llm.shutdown()
+    llm.shutdown()
+    assert engine.num_closed == 1
+    with pytest.raises(EngineDeadError, match="shut down"):
+        llm.generate("x")
+
+
+def test_collecting_the_object_closes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    llm = LLM()
+    engine = FakeEngine.last
+    del llm
+    gc.collect()
+    assert engine.num_closed == 1

@@ -1,0 +1,87 @@
+"""LLM's keywords against the configuration's fields."""
+
+import dataclasses
+import os
+import typing
+from typing import Any
+
+import pytest
+
+from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.offline.options import _PARTS, LLMOptions, engine_config_of
+
+OWN_NAMES = {"enable_lora", "max_loras", "tensor_parallel_size"}
+
+
+def test_keywords_are_the_configs_fields() -> None:
+    parts = typing.get_type_hints(EngineConfig)
+    names = {f.name for part in _PARTS for f in dataclasses.fields(parts[part])}
+    assert set(typing.get_type_hints(LLMOptions)) == (names - {"model"}) | OWN_NAMES
+
+
+def test_keywords_have_the_fields_types() -> None:
+    parts = typing.get_type_hints(EngineConfig)
+    options = typing.get_type_hints(LLMOptions)
+    for part in _PARTS:
+        for name, hint in typing.get_type_hints(parts[part]).items():
+            if name in options and name != "adapters":
+                assert options[name] == hint, name
+
+
+def test_values_reach_their_part() -> None:
+    config = engine_config_of(
+        "m",
+        {
+            "dtype": "float32", "max_num_seqs": 4, "num_pages": 99, "lora_backend": "torch",
+            "adapters": {"a": "/x", "b": "rel"}, "seed": 5, "max_loras": 7,
+            "enable_lora": True, "tensor_parallel_size": 1,
+        },
+    )  # fmt: skip
+    assert config.model.model == "m"
+    assert (config.model.dtype, config.model.seed) == ("float32", 5)
+    assert config.scheduler.max_num_seqs == 4
+    assert (config.memory.num_pages, config.memory.max_adapter_slots) == (99, 7)
+    assert config.backend.lora_backend == "torch"
+    assert config.adapter.adapters == (("a", "/x"), ("b", os.path.abspath("rel")))
+    assert config.adapter.adapter_root == "/"
+
+
+def test_defaults_are_the_configs() -> None:
+    config = engine_config_of("", {"adapter_root": ""})
+    assert config == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_model_length", "did you mean 'max_model_len'"),
+        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
+        ("block_size", "use block_tokens"),
+        ("quantization", "leave it out"),
+        ("zzz", "known: adapter_dir"),
+        ("endpoint", "no keyword 'endpoint'"),
+    ],
+)
+def test_unknown_keywords_name_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        engine_config_of("", {name: 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, "dtype must be one of"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"tensor_parallel_size": 2}, "num_workers"),
+        ({"enable_lora": False}, "cannot be switched off"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_config_of("", options)
+
+
+def test_adapters_must_be_a_map() -> None:
+    with pytest.raises(TypeError, match="adapters must map names"):
+        engine_config_of("", {"adapters": ["a"]})

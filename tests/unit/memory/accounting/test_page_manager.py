@@ -1,0 +1,170 @@
+"""Both tenants on one pool, driven at random; the books are checked after every operation."""
+
+from array import array
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from loraplex.memory.accounting.adapter_cache import Residency
+from loraplex.memory.accounting.block_manager import IntegrityError, OutOfPagesError
+from loraplex.memory.accounting.kv_cache import BlockChain
+from loraplex.memory.accounting.page_manager import PageManager
+
+BLOCK, NUM_PAGES, MAX_SLOTS = 2, 20, 3
+
+
+class PoolTraffic(RuleBasedStateMachine):
+    slot_pages = 0  # of a fixed slot; 0: one pool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unloaded: list[int] = []
+        self.memory = PageManager(
+            num_pages=NUM_PAGES,
+            block_tokens=BLOCK,
+            max_adapter_slots=MAX_SLOTS,
+            enable_prefix_caching=True,
+            unload=self.unloaded.append,
+            fixed_slot_pages=self.slot_pages,
+        )
+        self.now = 0.0
+        self.num_requests = 0
+        self.requests: dict[int, array[int]] = {}
+        self.pins: list[str] = []
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
+    def open(self, tokens: list[int]) -> None:
+        memory, kv = self.memory, self.memory.kv
+        token_ids, chain = array("i", tokens), BlockChain(b"r", BLOCK)
+        prefix = kv.find_prefix(chain, token_ids)
+        needed = kv.num_pages_for(len(tokens)) - len(prefix)
+        if memory.num_available - kv.num_idle_among(prefix) < needed:
+            return
+        self.num_requests += 1
+        kv.open(self.num_requests, chain, prefix)
+        memory.make_room(needed)
+        assert len(kv.grow(self.num_requests, len(tokens))) == needed
+        self.requests[self.num_requests] = token_ids
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        token_ids = self.requests[request_id]
+        self.memory.kv.register(request_id, token_ids, data.draw(st.integers(0, len(token_ids))))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        self.memory.kv.release(request_id)
+        del self.requests[request_id]
+
+    @rule(name=st.sampled_from("abcdef"), num_pages=st.integers(1, 6))
+    def load(self, name: str, num_pages: int) -> None:
+        memory = self.memory
+        if memory.adapters.get(name):
+            return
+        if not memory.has_adapter_slot or memory.num_available < memory.charge(num_pages):
+            return
+        if self.slot_pages and num_pages > self.slot_pages:
+            return
+        assert memory.make_adapter_slot()
+        assert memory.make_room(memory.charge(num_pages))
+        memory.adapters.allocate(name, num_pages, self.now)
+
+    @rule()
+    def finish_loads(self) -> None:
+        for adapter in list(self.memory.adapters):
+            if adapter.residency is Residency.LOADING:
+                self.memory.adapters.finish_load(adapter.content_hash, self.now)
+
+    @rule(name=st.sampled_from("abcdef"))
+    def pin(self, name: str) -> None:
+        if self.memory.adapters.get(name):
+            self.memory.adapters.pin(name)
+            self.pins.append(name)
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def unpin(self) -> None:
+        self.memory.adapters.unpin(self.pins.pop(0), self.now)
+
+    @rule(num_pages=st.integers(1, NUM_PAGES))
+    def make_room(self, num_pages: int) -> None:
+        memory, before = self.memory, self.memory.num_owned()
+        if num_pages > memory.num_available:
+            with pytest.raises(OutOfPagesError):
+                memory.make_room(num_pages)
+            assert memory.num_owned() == before
+        else:
+            available = memory.num_available
+            assert memory.make_room(num_pages)
+            assert memory.num_free >= num_pages
+            assert memory.num_available == available
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.now += 1.0
+        self.memory.check_integrity()
+        held = {page for request in self.requests for page in self.memory.kv.page_ids(request)}
+        for name in self.pins:
+            adapter = self.memory.adapters.get(name)
+            assert adapter is not None, "a pinned adapter was evicted"
+            assert held.isdisjoint(adapter.page_ids)
+
+    def teardown(self) -> None:
+        for request_id in self.requests:
+            self.memory.kv.release(request_id)
+        for name in self.pins:
+            self.memory.adapters.unpin(name, self.now)
+        self.finish_loads()
+        num_usable = NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
+        assert self.memory.num_usable == self.memory.num_available == num_usable
+        self.memory.make_room(num_usable)
+        for adapter in list(self.memory.adapters):
+            assert self.slot_pages, "an idle adapter had to go"
+            self.memory.evict_adapter(adapter.content_hash)
+        self.memory.check_integrity()
+        assert self.memory.blocks.num_free == NUM_PAGES - 1
+        assert not len(self.memory.adapters)
+
+
+class FixedSlotTraffic(PoolTraffic):
+    """Adapters have pages of their own, and KV never more than the rest."""
+
+    slot_pages = 4
+
+    @invariant()
+    def kv_leaves_the_slots_alone(self) -> None:
+        owned = self.memory.num_owned()
+        assert owned["kv"] + owned["prefix"] <= NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
+        assert self.memory.num_free + owned["kv"] + owned["prefix"] == self.memory.num_usable
+
+
+def test_fixed_slots_must_leave_pages_for_kv() -> None:
+    with pytest.raises(ValueError, match="3 fixed adapter slots of 7 pages leave no page"):
+        PageManager(
+            num_pages=22,
+            block_tokens=BLOCK,
+            max_adapter_slots=3,
+            enable_prefix_caching=True,
+            unload=lambda slot: None,
+            fixed_slot_pages=7,
+        )
+
+
+def test_adapter_larger_than_its_slot_is_found() -> None:
+    machine = FixedSlotTraffic()
+    machine.memory.adapters.allocate("a", 5, 0.0)
+    with pytest.raises(IntegrityError, match="larger than its slot"):
+        machine.memory.check_integrity()
+
+
+TestPoolTraffic = PoolTraffic.TestCase
+TestFixedSlotTraffic = FixedSlotTraffic.TestCase
+TestPoolTraffic.settings = TestFixedSlotTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)

@@ -1,0 +1,224 @@
+"""Packed adapters in host memory: least recently used out first, within a budget of slabs."""
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from loraplex.memory.host.slab import plain_slab
+from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
+
+UNIT = 1024
+EMPTY = torch.zeros(1, 7, dtype=torch.int32)
+
+
+def reading(name: str, units: int = 1) -> Callable[[Allocate], PackedAdapter]:
+    """A read that fills its memory with the name's first letter."""
+
+    def read(allocate: Allocate) -> PackedAdapter:
+        data = allocate(units * UNIT)
+        assert data.shape == (units * UNIT,) and data.dtype == torch.uint8
+        data.fill_(ord(name[0]))
+        return PackedAdapter(name, 1, data.view(1, -1), EMPTY, EMPTY, EMPTY, EMPTY.float())
+
+    return read
+
+
+def check(store: HostStore, *names: str) -> None:
+    store.check_integrity()
+    assert {name for name in "abcdefg" if name in store} == set(names)
+    for name in names:
+        adapter = store.pin(name)
+        assert adapter is not None and (adapter.data == ord(name)).all()
+        store.unpin(name)
+
+
+def test_least_recently_used_goes_first() -> None:
+    store = HostStore(3 * UNIT)
+    for name in "abc":
+        store.add(reading(name))
+    assert store.pin("a") is not None
+    store.unpin("a")
+    store.add(reading("d"))
+    check(store, "a", "c", "d")
+    first = store.add(reading("a"))
+    assert store.add(reading("a")) is first
+    assert store.num_bytes <= 3 * UNIT
+    check(store, "a", "d")  # reading "a" again took the place of "c" for a while
+    store.add(reading("e"))
+    check(store, "a", "d", "e")
+    assert store.num_bytes == store.num_slab_bytes == 3 * UNIT and len(store) == 3
+
+
+def test_pinned_stay_and_oversized_is_kept_until_the_next() -> None:
+    store = HostStore(2 * UNIT)
+    store.add(reading("a"), pin=True)
+    assert store.pin("a") is not None
+    store.add(reading("b", 5))
+    check(store, "a", "b")
+    assert store.num_slab_bytes == 7 * UNIT
+    store.add(reading("c"))
+    check(store, "a", "c")
+    assert store.num_slab_bytes == 2 * UNIT
+    store.add(reading("d"), pin=True)
+    check(store, "a", "d")
+    store.add(reading("e"), pin=True)  # beyond the budget while all are pinned
+    check(store, "a", "d", "e")
+    assert store.num_slab_bytes == 3 * UNIT
+    store.unpin("e")
+    check(store, "a", "d", "e")
+    store.unpin("a")
+    store.unpin("a")
+    store.add(reading("f"))
+    check(store, "d", "f")
+    assert store.num_slab_bytes == 2 * UNIT
+    assert store.pin("zz") is None
+    store.unpin("d")
+    for name in ("never", "d"):
+        with pytest.raises(ValueError, match="without a pin"):
+            store.unpin(name)
+
+
+def test_slabs_of_other_sizes_make_way() -> None:
+    """An adapter larger than a slab, and small ones after it."""
+    store = HostStore(8 * UNIT, slab_bytes=2 * UNIT)
+    for name in "abcd":
+        store.add(reading(name, 2))
+    store.add(reading("e", 5))
+    store.check_integrity()
+    assert "e" in store and store.num_slab_bytes <= 8 * UNIT
+    for name in "fg":
+        store.add(reading(name, 2))
+        store.check_integrity()
+        assert name in store and store.num_slab_bytes <= 8 * UNIT
+
+
+def test_a_read_that_fails_leaves_nothing() -> None:
+    store = HostStore(4 * UNIT)
+
+    def fail(allocate: Allocate) -> PackedAdapter:
+        allocate(UNIT)
+        raise OSError("the disk is gone")
+
+    for _ in range(10):
+        with pytest.raises(OSError, match="disk is gone"):
+            store.add(fail)
+        store.check_integrity()
+    assert store._space.num_free_bytes == store.num_slab_bytes == 4 * UNIT
+
+
+def test_prepare_takes_a_slab_ahead_within_the_budget() -> None:
+    store = HostStore(5 * UNIT, slab_bytes=2 * UNIT)
+    store.prepare()
+    store.prepare()
+    assert store.num_slab_bytes == 2 * UNIT
+    store.add(reading("a", 2))
+    store.prepare()
+    assert store.num_slab_bytes == 4 * UNIT
+    store.add(reading("b", 2))
+    store.prepare()
+    check(store, "a", "b")
+    assert store.num_slab_bytes == 4 * UNIT
+
+
+def test_prepare_keeps_room_for_two() -> None:
+    """As large as the largest so far; not for more, however often it is called."""
+    store = HostStore(100 * UNIT, slab_bytes=8 * UNIT)
+    sizes = []
+    for name in "abcdef":
+        store.add(reading(name, 2))
+        store.prepare()
+        store.prepare()
+        sizes.append(store.num_slab_bytes // UNIT)
+    assert sizes == [8, 8, 16, 16, 16, 16]
+    store.add(reading("g", 9))
+    for _ in range(5):
+        store.prepare()
+    assert store.num_slab_bytes == (16 + 9 + 9 + 9) * UNIT
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), MemoryError("no space")])
+def test_a_host_that_gives_no_more(error: Exception) -> None:
+    """What is there becomes the budget; only when all of it is pinned does a read fail."""
+    slabs = [plain_slab(2 * UNIT)]
+
+    def make_slab(num_bytes: int) -> torch.Tensor:
+        if not slabs:
+            raise error
+        return slabs.pop()
+
+    store = HostStore(9 * UNIT, slab_bytes=2 * UNIT, make_slab=make_slab)
+    store.add(reading("a", 2), pin=True)
+    with pytest.raises(MemoryError, match="lower adapter_host_bytes"):
+        store.add(reading("b"))
+    store.unpin("a")
+    store.add(reading("b"))
+    check(store, "b")
+
+
+def test_under_threads() -> None:
+    """Readers of random sizes; every pinned adapter keeps its bytes."""
+    store = HostStore(12 * UNIT, slab_bytes=4 * UNIT)
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(150):
+                name = rng.choice("abcdefg")
+                adapter = store.add(reading(name, 1 + "abcdefg".index(name) % 5), pin=True)
+                store.prepare()
+                assert name in store and (adapter.data == ord(name)).all()
+                store.unpin(name)
+                store.check_integrity()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    store.check_integrity()
+    assert store._space.num_free_bytes == store.num_slab_bytes - store.num_bytes
+
+
+def test_dropped_ones_free_their_memory_at_once_or_with_their_last_pin() -> None:
+    store = HostStore(4 * UNIT, slab_bytes=2 * UNIT)
+    for name in "ab":
+        store.add(reading(name, 2))
+    store.drop("a")
+    store.drop("never")
+    check(store, "b")
+    assert store.num_bytes == 2 * UNIT and store.take_evicted() == ["a"]
+    assert store.pin("b") is not None and store.pin("b") is not None
+    store.drop("b")
+    check(store, "b")  # which asks for it, so that it stays
+    store.unpin("b")
+    store.unpin("b")
+    check(store, "b")
+    assert store.pin("b") is not None
+    store.drop("b")
+    store.drop("b")
+    store.unpin("b")
+    check(store)
+    assert store.num_bytes == 0 and store.take_evicted() == ["b"]
+    assert store.num_slab_bytes == 2 * UNIT, "one empty slab is kept"
+    store.add(reading("c"), pin=True)
+    store.drop("c")
+    store.add(reading("c"))  # read again meanwhile: it is wanted
+    store.unpin("c")
+    check(store, "c")
+
+
+def test_what_made_room_is_told_in_order() -> None:
+    store = HostStore(2 * UNIT)
+    for name in "abcd":
+        store.add(reading(name))
+    assert store.take_evicted() == ["a", "b"] and store.take_evicted() == []
+    store.add(reading("e", 2))
+    assert store.take_evicted() == ["c", "d"]
