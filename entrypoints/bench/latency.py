@@ -1,21 +1,26 @@
-"""`loraplex bench latency`: step time by batch and popularity."""
+"""`loraplex bench latency`: time of a step, by batch size and popularity of adapters."""
 
 import argparse
 
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import check_complete, medians, step_times, summarize
 from loraplex.entrypoints.bench.names import BASE
-from loraplex.entrypoints.bench.results import Table
-from loraplex.entrypoints.bench.session import open_session
+from loraplex.entrypoints.bench.results import Results, Table
+from loraplex.entrypoints.bench.session import RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import adapters_of_rows, closed_batch
 
 
-def run(args: argparse.Namespace) -> int:
-    """B requests are sent at once; a step is timed while all B decode."""
-    with open_session(args, _num_adapters(args)) as session:
-        limit = session.config.scheduler.max_num_seqs
-        if max(args.batches) > limit:
-            raise ConfigError(f"--batches: {max(args.batches)} needs --max-num-seqs, now {limit}")
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Send each batch at once, and time a step while all of its requests decode."""
+    limit = config.scheduler.max_num_seqs
+    if max(args.batches) > limit:
+        raise ConfigError(
+            f"--batches: {max(args.batches)} requests exceed --max-num-seqs, which is {limit}"
+        )
+    random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
+    results = Results(args.out)
+    with open_session(config, _num_adapters(args), random=random, results=results) as session:
         table = Table(
             batch=6, popularity=-10, num_adapters=12, step_ms=9, step_ms_mean=12, step_ms_p99=11,
             ttft_ms_p50=11, new_tokens_per_s=16, gpu_idle_share=14,

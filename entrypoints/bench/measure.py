@@ -1,4 +1,4 @@
-"""Sends a trace to an engine and takes the times at which its tokens reach this client."""
+"""Sends a trace to an engine and records when its tokens reach this client."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,35 +24,37 @@ _MAX_WAIT_S = 1.0
 
 @dataclass(slots=True)
 class Timeline:
-    """When one request's tokens came, in seconds from the start of the run."""
+    """Arrival times of one request's tokens, in seconds from the start of the run."""
 
     due_s: float
-    news: list[tuple[float, int]] = field(default_factory=list)  # (time, tokens so far)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)  # (time, tokens so far)
     error: LoraplexError | None = None
 
     @property
     def num_tokens(self) -> int:
-        return self.news[-1][1] if self.news else 0
+        return self.arrivals[-1][1] if self.arrivals else 0
 
     @property
     def ttft_s(self) -> float:
-        return self.news[0][0] - self.due_s
+        return self.arrivals[0][0] - self.due_s
 
     def gaps_s(self, start_s: float = 0.0, end_s: float = float("inf")) -> Iterator[float]:
-        """Seconds between tokens that came within the window; tokens that came in one message
-        share its gap."""
-        for (before, count), (after, grown) in zip(self.news, self.news[1:], strict=False):
+        """Seconds between tokens that arrived within the window.
+
+        The gap before a message is divided equally among the tokens in it.
+        """
+        for (before, count), (after, grown) in zip(self.arrivals, self.arrivals[1:], strict=False):
             if start_s <= before and after <= end_s:
                 yield from [(after - before) / (grown - count)] * (grown - count)
 
 
 class LoadGenerator:
-    """One client that sends requests when they are due and reads the streamed answers."""
+    """Sends requests through one client when they are due, and reads the streamed answers."""
 
     def __init__(
         self, client: Client, adapter_names: Sequence[str], *, detokenize: bool, max_open: int
     ) -> None:
-        """`max_open`: the most unfinished requests that the engine allows to one client."""
+        """`max_open` is the largest number of unfinished requests that the engine accepts."""
         self._client = client
         self._names = adapter_names
         self._detokenize = detokenize
@@ -61,7 +63,7 @@ class LoadGenerator:
     def run(
         self, trace: Sequence[TraceRequest], prompts: Sequence[list[int]], *, title: str
     ) -> list[Timeline]:
-        """Send everything and wait for every end; the timelines stand in the trace's order."""
+        """Send all requests and wait until each has ended; returns timelines in trace order."""
         client = self._client
         timelines = [Timeline(request.arrival_s) for request in trace]
         number_of: dict[str, int] = {}
@@ -82,10 +84,10 @@ class LoadGenerator:
                     wait_s = min(wait_s, max(0.0, trace[num_sent].arrival_s - now))
                 if num_sent == num_ended:  # poll() returns at once when nothing is open
                     time.sleep(wait_s)
-                news = client.poll(wait_s)
+                outputs = client.poll(wait_s)
                 now = time.perf_counter() - start
-                for item in news:
-                    if _note(timelines[number_of[item.request_id]], item, now):
+                for output in outputs:
+                    if _record(timelines[number_of[output.request_id]], output, now):
                         num_ended += 1
                         bar.update(1)
         return timelines
@@ -101,20 +103,23 @@ class LoadGenerator:
         return self._client.submit(prompt, params, adapter=adapter, stream=True)
 
 
-def _note(timeline: Timeline, news: RequestOutput | RequestFailure, now: float) -> bool:
-    """Write the news down; whether the request has ended."""
-    if isinstance(news, RequestFailure):
-        timeline.error = news.error
+def _record(timeline: Timeline, output: RequestOutput | RequestFailure, now: float) -> bool:
+    """Add an output to its timeline; returns whether the request has ended."""
+    if isinstance(output, RequestFailure):
+        timeline.error = output.error
         return True
-    num_tokens = len(news.outputs[0].token_ids)
+    num_tokens = len(output.outputs[0].token_ids)
     if num_tokens > timeline.num_tokens:
-        timeline.news.append((now, num_tokens))
-    return news.finished
+        timeline.arrivals.append((now, num_tokens))
+    return output.finished
 
 
 def check_complete(timelines: Sequence[Timeline], trace: Sequence[TraceRequest]) -> None:
-    """Raise the first request's error, or LoraplexError where tokens are missing: such a run
-    measures nothing."""
+    """Check that every request got all of its tokens.
+
+    Raises:
+        LoraplexError: the error of the first request that failed, or tokens are missing.
+    """
     for number, (timeline, request) in enumerate(zip(timelines, trace, strict=True)):
         if timeline.error is not None:
             raise timeline.error
@@ -125,9 +130,9 @@ def check_complete(timelines: Sequence[Timeline], trace: Sequence[TraceRequest])
 
 
 def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """Rates over the whole run; means and percentiles in milliseconds."""
+    """Rates over the whole run, and latencies in milliseconds; failed requests are left out."""
     done = [t for t in timelines if t.error is None]
-    seconds = max((t.news[-1][0] for t in done), default=0.0)
+    seconds = max((t.arrivals[-1][0] for t in done), default=0.0)
     num_tokens = sum(t.num_tokens for t in done)
     gaps = [gap for t in done for gap in t.gaps_s()]
     return {
@@ -140,10 +145,10 @@ def summarize(timelines: Sequence[Timeline]) -> dict[str, float]:
     }
 
 
-def outcome(timelines: Sequence[Timeline], ttft_objective_s: float) -> dict[str, Any]:
-    """summarize(), what failed, and the share of requests whose first token came in time.
+def summarize_open_loop(timelines: Sequence[Timeline], ttft_objective_s: float) -> dict[str, Any]:
+    """summarize(), the failures, and the share of requests whose first token came in time.
 
-    A request that failed has missed the objective.
+    A failed request counts as late.
     """
     attained = [t.error is None and t.ttft_s <= ttft_objective_s for t in timelines]
     errors = [t.error for t in timelines if t.error is not None]
@@ -156,7 +161,7 @@ def outcome(timelines: Sequence[Timeline], ttft_objective_s: float) -> dict[str,
 
 
 def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median and 99th percentile in milliseconds; nothing where there is no value."""
+    """Mean, median and 99th percentile in milliseconds; empty if there is no value."""
     if not seconds:
         return {}
     p50, p99 = np.percentile(seconds, (50, 99))
@@ -165,12 +170,12 @@ def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def step_times(timelines: Sequence[Timeline]) -> dict[str, float]:
-    """Step time while the batch is full: from the last first token to the first end.
+    """Time of a step while the batch is full, in milliseconds; empty if it never was.
 
-    The median of the gaps between tokens, and the mean over the window, in milliseconds.
+    Takes the gaps between tokens from the last first token to the first end.
     """
-    start = max(t.news[0][0] for t in timelines)
-    end = min(t.news[-1][0] for t in timelines)
+    start = max(t.arrivals[0][0] for t in timelines)
+    end = min(t.arrivals[-1][0] for t in timelines)
     gaps = [gap for t in timelines for gap in t.gaps_s(start, end)]
     if not gaps:
         return {}
@@ -182,6 +187,6 @@ def step_times(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The median over repeated runs of each number that all of them have."""
+    """Median over the runs of each number that all of them have."""
     shared = [key for key in rows[0] if all(key in row for row in rows)]
     return {key: round(float(np.median([row[key] for row in rows])), 4) for key in shared}

@@ -1,8 +1,7 @@
-"""`loraplex bench punica`: Punica's closed batch, in its four popularities."""
+"""Measures Punica's closed batch (arXiv 2310.18547) in its four popularities of adapters."""
 
 import argparse
 from dataclasses import replace
-from functools import partial
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
@@ -10,20 +9,23 @@ from loraplex.entrypoints.bench.measure import check_complete, medians, summariz
 from loraplex.entrypoints.bench.names import BASE, MODELS
 from loraplex.entrypoints.bench.papers import PUNICA, PUNICA_BASE, PUNICA_NOTE
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, adapters_of_rows, punica_trace
 
 IDENTICAL = "identical"
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")
 
 
-def run(args: argparse.Namespace) -> int:
-    """All requests are sent at once; the engine runs at most a batch of them at a time, first
-    come, first served. An engine is started for each batch size."""
-    if not hasattr(args, "model"):
-        args.model = next(iter(MODELS))
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Measure each popularity, with an engine for each batch size.
+
+    All requests are sent at once; the engine runs at most a batch of them at a time, first come,
+    first served.
+    """
+    if not config.model.model:
+        config = replace(config, model=replace(config.model, model=next(iter(MODELS))))
     if hasattr(args, "max_num_seqs"):
-        raise ConfigError("bench punica sets --max-num-seqs itself: name --batches")
+        raise ConfigError("--max-num-seqs is set by this benchmark: give --batches instead")
     names = [name for name in args.popularity if name != BASE]
     num_rows = args.num_requests
     num_adapters = max((max(adapters_of_rows(p, num_rows, num_rows)) + 1 for p in names), default=0)
@@ -33,17 +35,13 @@ def run(args: argparse.Namespace) -> int:
         of_identical=12, paper_tokens_per_s=18, requests_per_s=14, inter_token_ms_p50=18,
         inter_token_ms_p99=18, gpu_idle_share=14, num_adapter_loads=17,
     )  # fmt: skip
+    random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
     for batch in args.batches:
-        with open_session(
-            args, num_adapters, results=results, adjust=partial(_limit, batch)
-        ) as session:
+        config = replace(config, scheduler=replace(config.scheduler, max_num_seqs=batch))
+        with open_session(config, num_adapters, random=random, results=results) as session:
             _run_batch(args, session, table, batch)
     print(PUNICA_NOTE)
     return 0
-
-
-def _limit(batch: int, config: EngineConfig) -> EngineConfig:
-    return replace(config, scheduler=replace(config.scheduler, max_num_seqs=batch))
 
 
 def _run_batch(args: argparse.Namespace, session: BenchSession, table: Table, batch: int) -> None:
@@ -69,8 +67,9 @@ def _run_batch(args: argparse.Namespace, session: BenchSession, table: Table, ba
         if identical_rate:
             row["of_identical"] = round(row["new_tokens_per_s"] / identical_rate, 4)
         published = PUNICA_BASE if popularity == BASE else PUNICA
-        if args.model in published and batch == 32:
-            row |= {"paper_tokens_per_s": published[args.model], "paper": PUNICA_NOTE}
+        model = session.setup["model"]
+        if model in published and batch == 32:
+            row |= {"paper_tokens_per_s": published[model], "paper": PUNICA_NOTE}
         table.add(row)
         session.write(row)
 

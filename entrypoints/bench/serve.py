@@ -1,18 +1,21 @@
-"""`loraplex bench serve`: requests at a rate, whether or not the engine keeps up."""
+"""`loraplex bench serve`: requests that arrive at a given rate."""
 
 import argparse
 import math
 import sys
 
-from loraplex.entrypoints.bench.measure import outcome
-from loraplex.entrypoints.bench.results import Row, Table
-from loraplex.entrypoints.bench.session import open_session
+from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.bench.measure import summarize_open_loop
+from loraplex.entrypoints.bench.results import Results, Row, Table
+from loraplex.entrypoints.bench.session import RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import make_trace
 
 
-def run(args: argparse.Namespace) -> int:
-    """An open loop: a request goes out when it is due, through the ZeroMQ API."""
-    with open_session(args, args.num_adapters) as session:
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Measure each rate in an open loop: requests are sent when due, even if earlier ones wait."""
+    random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
+    results = Results(args.out)
+    with open_session(config, args.num_adapters, random=random, results=results) as session:
         table = Table(
             rate=8, num_requests=12, num_failed=10, requests_per_s=14, new_tokens_per_s=16,
             ttft_ms_p50=11, ttft_ms_p99=11, inter_token_ms_p50=18, inter_token_ms_p99=18,
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             row = {
                 "rate": rate,
                 "num_requests": len(trace),
-                **outcome(timelines, args.ttft_objective),
+                **summarize_open_loop(timelines, args.ttft_objective),
             }
             table.add(row)
             if row["num_failed"]:

@@ -1,10 +1,9 @@
-"""What every benchmark needs: an engine over a real or a dummy model, and adapters."""
+"""The engine of a benchmark, over a real or a dummy model, with its adapters."""
 
-import argparse
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,17 +24,25 @@ from loraplex.entrypoints.bench.traces import (
     make_prompts,
     warm_up_trace,
 )
-from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 
-SLAB_BYTES = 256 << 20  # by which the host store grows
-_MAX_CLIENT_BACKLOG = 1 << 18  # tokens of a whole batch may wait while requests are sent
+SLAB_BYTES = 256 << 20  # unit in which the host store grows
+_MAX_CLIENT_BACKLOG = 1 << 18  # messages; this client reads nothing while it sends a burst
 _DEATH_WAIT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RandomAdapters:
+    """Shapes of the adapters that a benchmark writes where none is named."""
+
+    ranks: Sequence[int]  # dealt to the adapters in turn
+    modules: Sequence[str]  # some of names.MODULES
+    num_weight_files: int  # further adapters link to one of these files
 
 
 @dataclass
 class BenchSession:
-    """A running engine, and what it is."""
+    """A running engine with its client, its adapters and a description of its set-up."""
 
     config: EngineConfig
     engine: LocalEngine
@@ -49,7 +56,7 @@ class BenchSession:
         """Run a trace once, with prompts that no earlier run has sent.
 
         Raises:
-            ConfigError: a request is longer than the context, where its answer would be cut.
+            ConfigError: a request is longer than the context, so its answer would be cut.
             EngineDeadError: a process of the engine ended.
         """
         longest = max(r.num_prompt_tokens + r.num_new_tokens for r in trace)
@@ -71,8 +78,10 @@ class BenchSession:
         return timelines
 
     def warm_up(self, trace: Sequence[TraceRequest]) -> None:
-        """Compile what compiles late, and load every adapter of the trace once: full steps of the
-        longest prompts, then the trace's own prompts beside decoding ones."""
+        """Compile every kernel and load every adapter of the trace before anything is measured.
+
+        Runs full steps of the longest prompts, then the trace's own prompts with short answers.
+        """
         limits = self.config.scheduler
         full = full_steps_trace(
             trace,
@@ -84,58 +93,56 @@ class BenchSession:
             self.measure(requests, title="warm-up")
 
     def counters(self) -> Row:
-        """Numbers that the engine counts since its start."""
+        """Counters of the engine since its start, by name."""
         return {k: v for k, v in self.engine.client.stats().items() if isinstance(v, int | float)}
 
     @staticmethod
     def idle_share(before: Row, after: Row) -> float:
-        """Of the GPU's time between two `counters` while requests were running: how much of it
-        had no step to work on."""
+        """Share of the GPU's time between two `counters` in which requests ran but no step did."""
         idle, busy = (after[name] - before[name] for name in ("idle_us", "busy_us"))
         return round(idle / (idle + busy), 4) if idle + busy else 0.0
 
     def write(self, row: Row) -> None:
-        """Keep a row, with the set-up beside its numbers."""
+        """Add a row to the results, with the set-up beside its numbers."""
         self.results.write({**self.setup, **row})
 
 
 @contextmanager
 def open_session(
-    args: argparse.Namespace,
+    config: EngineConfig,
     num_adapters: int,
     *,
-    results: Results | None = None,
-    adjust: Callable[[EngineConfig], EngineConfig] = lambda config: config,
+    random: RandomAdapters,
+    results: Results,
     hold_all: bool = False,
 ) -> Iterator[BenchSession]:
-    """Start an engine with at least `num_adapters` adapters known.
+    """Start an engine that knows at least `num_adapters` adapters.
 
-    They are those that the flags name; where none is named, random ones of --ranks on
-    --lora-modules, written to a temporary directory, from which the client may load others.
+    If `config` names none, random ones are written to a temporary directory, from which the client
+    may load more. A model named as one of names.MODELS gets random weights.
 
     Args:
-        results: where rows go; --out unless given.
-        adjust: what the benchmark itself must set in the configuration.
-        hold_all: let the host store hold all random adapters, unless a flag gives its size.
+        results: the rows' destination.
+        hold_all: enlarge the host store so that it holds all random adapters.
 
     Raises:
-        ConfigError: the flags name fewer adapters, or the engine cannot start like this.
+        ConfigError: `config` names fewer adapters, or the engine cannot start with it.
     """
-    results = results or Results(args.out)
-    config = adjust(flags.engine_config_of(args))
     model = config.model.model
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         config = _with_dummy_model(config, Path(folder))
         are_random = num_adapters > 0 and not adapters_at_start(config.adapter)
         if are_random:
             config = _with_random_adapters(
-                config, args, num_adapters, Path(folder), hold_all=hold_all
+                config, random, num_adapters, Path(folder), hold_all=hold_all
             )
         server = replace(config.server, max_client_backlog=_MAX_CLIENT_BACKLOG)
         config = replace(config, server=server)
         adapters = adapters_at_start(config.adapter)
         if len(adapters) < num_adapters:
-            raise ConfigError(f"{num_adapters} adapters are needed, and {len(adapters)} were named")
+            raise ConfigError(
+                f"the benchmark needs {num_adapters} adapters, and {len(adapters)} are named"
+            )
         engine = LocalEngine(config, in_process=False)
         try:
             generator = LoadGenerator(
@@ -146,14 +153,14 @@ def open_session(
             )
             setup = {**_machine(), **_engine_row(model, config, engine), "measured": MEASURED}
             if are_random:
-                setup |= {"ranks": args.ranks, "lora_modules": args.lora_modules}
+                setup |= {"ranks": list(random.ranks), "lora_modules": list(random.modules)}
             yield BenchSession(config, engine, generator, adapters, setup, results)
         finally:
             engine.close()
 
 
 def _with_dummy_model(config: EngineConfig, folder: Path) -> EngineConfig:
-    """One of the dummy names becomes a directory; random weights have no tokenizer."""
+    """Replace a dummy model's name by a directory. Random weights have no tokenizer."""
     model = config.model
     if model.model in dummy.MODELS and not Path(model.model).exists():
         path = str(dummy.write_model(folder / model.model, model.model))
@@ -165,7 +172,7 @@ def _with_dummy_model(config: EngineConfig, folder: Path) -> EngineConfig:
 
 def _with_random_adapters(
     config: EngineConfig,
-    args: argparse.Namespace,
+    random: RandomAdapters,
     num_adapters: int,
     folder: Path,
     *,
@@ -173,23 +180,23 @@ def _with_random_adapters(
 ) -> EngineConfig:
     writer = dummy.AdapterWriter(
         dummy.read_config(config.model.model),
-        ranks=args.ranks,
-        modules=args.lora_modules,
-        num_weight_files=args.weight_files,
+        ranks=random.ranks,
+        modules=random.modules,
+        num_weight_files=random.num_weight_files,
     )
     numbers = tqdm(range(num_adapters), desc="writing adapters", disable=None, leave=False)
     pairs = tuple((f"a{i}", str(writer.write(folder / f"a{i}", i))) for i in numbers)
     adapter = replace(config.adapter, adapters=pairs, adapter_root=str(folder))
     memory = config.memory
     num_bytes = sum(map(writer.num_bytes, range(num_adapters)))
-    if hold_all and not hasattr(args, "adapter_host_bytes"):
-        room = num_bytes + num_bytes // 4 + SLAB_BYTES  # an adapter fills its last page in part
+    if hold_all:
+        room = num_bytes + num_bytes // 4 + SLAB_BYTES  # the last page of an adapter is not full
         memory = replace(memory, adapter_host_bytes=max(room, memory.adapter_host_bytes))
     elif num_bytes > memory.adapter_host_bytes:
         print(
-            f"note: the {num_adapters} adapters take {num_bytes:,} bytes and the host store "
-            f"{memory.adapter_host_bytes:,}: some are read from disk again; "
-            "--adapter-host-bytes makes it larger",
+            f"note: the {num_adapters} adapters take {num_bytes:,} bytes, more than the host store "
+            f"({memory.adapter_host_bytes:,}), so some are read from disk again; "
+            "--adapter-host-bytes enlarges it",
             file=sys.stderr,
         )
     return replace(config, adapter=adapter, memory=memory)

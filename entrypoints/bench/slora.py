@@ -1,27 +1,35 @@
-"""`loraplex bench slora`: S-LoRA's settings and traces, saturated or at a rate."""
+"""Measures S-LoRA's settings (arXiv 2311.03285): thousands of adapters, saturated or at a rate."""
 
 import argparse
 import math
+from dataclasses import replace
 
-from loraplex.entrypoints.bench.measure import check_complete, medians, outcome
+from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.bench.measure import check_complete, medians, summarize_open_loop
 from loraplex.entrypoints.bench.names import SETTINGS
 from loraplex.entrypoints.bench.papers import SLORA, SLORA_NOTE
-from loraplex.entrypoints.bench.results import Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.results import Results, Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
 
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Each number of adapters at each rate; the base model goes first, so that others are
-    compared with it."""
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Measure each number of adapters at each rate.
+
+    The base model goes first, because the others are compared with it.
+    """
     model, ranks = SETTINGS[args.setting]
-    if not hasattr(args, "model"):
-        args.model = model
-    args.ranks = args.ranks or list(ranks)
+    if not config.model.model:
+        config = replace(config, model=replace(config.model, model=model))
     counts = sorted(args.num_adapters, key=lambda count: count > 0)
-    with open_session(args, max(*counts, args.num_registered or 0)) as session:
+    with open_session(
+        config,
+        max(*counts, args.num_registered or 0),
+        random=RandomAdapters(args.ranks or list(ranks), args.lora_modules, args.weight_files),
+        results=Results(args.out),
+    ) as session:
         table = Table(
             load=-12, num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14,
             paper_requests_per_s=20, ttft_ms_mean=13, ttft_ms_p50=12, ttft_ms_p99=12,
@@ -59,7 +67,11 @@ def _trace(args: argparse.Namespace, num_adapters: int, rate: float) -> list[Tra
 def _measure(
     session: BenchSession, trace: list[TraceRequest], args: argparse.Namespace, title: str
 ) -> Row:
-    """Medians over the repeated runs, and the rate of each; in a closed run nothing may fail."""
+    """Medians over the repeated runs, and the rate of each run.
+
+    Raises:
+        LoraplexError: a request of a saturated run failed or got too few tokens.
+    """
     rows = []
     for _ in range(args.repeats):
         before = session.counters()
@@ -69,7 +81,8 @@ def _measure(
         after = session.counters()
         counted = {name: after[name] - before[name] for name in _COUNTERS}
         idle = session.idle_share(before, after)
-        rows.append({**outcome(timelines, args.ttft_objective), **counted, "gpu_idle_share": idle})
+        figures = summarize_open_loop(timelines, args.ttft_objective)
+        rows.append({**figures, **counted, "gpu_idle_share": idle})
     failure = next((row.pop("first_failure") for row in rows if row["num_failed"]), None)
     numbers = [{k: v for k, v in row.items() if k != "first_failure"} for row in rows]
     rates = [row["new_tokens_per_s"] for row in rows]
@@ -83,7 +96,7 @@ def _describe(
     rate: float,
     trace: list[TraceRequest],
 ) -> Row:
-    """The case, and what the paper has of it."""
+    """Fields that describe the case, and the paper's figures for it."""
     is_open = math.isfinite(rate)
     row = {
         "bench": "slora",

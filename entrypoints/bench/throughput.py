@@ -2,17 +2,24 @@
 
 import argparse
 
+from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize
-from loraplex.entrypoints.bench.results import Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.results import Results, Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
 
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")
 
 
-def run(args: argparse.Namespace) -> int:
-    """All requests are sent at once; the engine runs at most --max-num-seqs of them at a time."""
-    with open_session(args, max(args.num_adapters)) as session:
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Measure each number of adapters.
+
+    All requests are sent at once; the engine runs at most --max-num-seqs of them at a time.
+    """
+    random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
+    with open_session(
+        config, max(args.num_adapters), random=random, results=Results(args.out)
+    ) as session:
         table = Table(
             num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14, ttft_ms_p50=11,
             ttft_ms_p99=11, inter_token_ms_p50=18, inter_token_ms_p99=18, gpu_idle_share=14,
@@ -39,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(session: BenchSession, trace: list[TraceRequest], repeats: int, title: str) -> Row:
-    """Medians over the repeated runs, and the rate of each run."""
+    """Medians over `repeats` runs, and the rate of each run."""
     rows = []
     for _ in range(repeats):
         before = session.counters()

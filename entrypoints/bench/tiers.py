@@ -1,18 +1,19 @@
-"""`loraplex bench tiers`: what it costs that an adapter is not in pages, while a batch decodes.
+"""Measures what it costs that an adapter is outside the pages, while a batch decodes.
 
-A wave is one trace: a batch of long answers, each with an adapter of its own, and short requests
-("probes") that come while all of the batch decodes. In the first kind of wave probes measure the
-time to a first token, by where their adapter is:
+One wave is one trace. A batch of long answers decodes, each with an adapter of its own. Short
+requests, the probes, arrive while the whole batch decodes.
 
-resident: in pages, as it was used a moment ago.
-host:     in the host store. More adapters take turns than there are slots beside the batch's.
-disk:     registered again before the wave, so that its files (in the page cache) are read, checked
-          and packed first; its hash is known.
-new:      registered at start and never used: as disk, and its content is hashed and checked.
+Waves of the first kind time the probes' first tokens, by where the probe's adapter is:
 
-In the second kind probes come at the rate of --load-rate, and what is measured is the time between
-the batch's tokens: without probes (quiet), with probes for resident adapters (warm), and with
-probes whose adapters are loaded from the host store (loads).
+resident: in pages, because it was used a moment ago.
+host:     in the host store. More adapters take turns than there are free slots.
+disk:     registered again before the wave, so its files are read from the page cache, checked and
+          packed. Its hash is known.
+new:      never used. Its files are read as for `disk`, and its content is hashed too.
+
+Waves of the second kind send probes at --load-rate and time the batch's tokens: without probes
+(quiet), with probes for resident adapters (warm), and with probes whose adapters are loaded from
+the host store (loads).
 """
 
 import argparse
@@ -20,30 +21,29 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import Timeline, check_complete, percentiles
-from loraplex.entrypoints.bench.results import Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.results import Results, Row, Table
+from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest
 
-NUM_WARM = 8  # adapters of warm probes
-NUM_SPARE_SLOTS = 16  # adapter slots beside those of the batch; NUM_WARM stay resident in them
-NUM_TOUR = 3 * NUM_SPARE_SLOTS  # adapters that take turns, so that none is resident at its turn
+NUM_WARM = 8  # adapters of probes that find theirs resident
+NUM_SPARE_SLOTS = 16  # adapter slots besides the batch's; NUM_WARM adapters stay in them
+NUM_TOUR = 3 * NUM_SPARE_SLOTS  # adapters that take turns, so many that each was evicted again
 NUM_DISK = 32
 TIERS = ("resident", "host", "disk", "new")
 CASES = ("quiet", "warm", "loads")
 _PROBE_TOKENS = 4
-_EDGE = 0.15  # of the time in which all of the batch decodes, left alone at either end
+_EDGE = 0.15  # share of a window that is left out at either end
 _MAX_WAVES = 40
 
 
 class Numbers:
-    """Which adapter numbers serve what: the batch, warm, tour, disk, then new ones."""
+    """Ranges of adapter numbers by use: the batch, warm, tour, disk, then new ones."""
 
     def __init__(self, batch: int, num_new: int) -> None:
         bounds = np.cumsum([0, batch, NUM_WARM, NUM_TOUR, NUM_DISK, num_new]).tolist()
@@ -55,7 +55,7 @@ class Numbers:
 
 @dataclass
 class Window:
-    """Seconds of a wave in which all of the batch decodes."""
+    """Part of a wave in which the whole batch decodes, in seconds from the wave's start."""
 
     start_s: float
     end_s: float
@@ -68,7 +68,7 @@ class Window:
 
 @dataclass
 class Wave:
-    """What one wave measured."""
+    """Measurements of one wave."""
 
     batch: Sequence[Timeline]
     probes: Sequence[tuple[TraceRequest, Timeline]]
@@ -77,8 +77,8 @@ class Wave:
     @property
     def window(self) -> Window:
         return Window(
-            max(timeline.news[0][0] for timeline in self.batch),
-            min(timeline.news[-1][0] for timeline in self.batch),
+            max(timeline.arrivals[0][0] for timeline in self.batch),
+            min(timeline.arrivals[-1][0] for timeline in self.batch),
         )
 
     def gaps_s(self, window: Window) -> list[float]:
@@ -87,7 +87,7 @@ class Wave:
 
 @dataclass
 class TiersBench:
-    """The waves of one engine."""
+    """Runs the waves over one engine."""
 
     args: argparse.Namespace
     session: BenchSession
@@ -96,7 +96,7 @@ class TiersBench:
     new_left: list[int] = field(default_factory=list)
 
     def warm_up(self) -> Window:
-        """Compile, read all adapters but the new ones, and find out how long a batch decodes."""
+        """Compile, and load all adapters but the new ones; returns how long a batch decodes."""
         numbers = self.numbers
         read = [*numbers.batch, *numbers.warm, *numbers.tour, *numbers.disk]
         self.new_left = list(numbers.new)
@@ -105,8 +105,10 @@ class TiersBench:
         return self.wave([], "warm-up").window
 
     def wave(self, probes: Sequence[TraceRequest], title: str) -> Wave:
-        """Run the batch with probes beside it; the batch's and the warm adapters are resident when
-        it begins, so that only probes load."""
+        """Run the batch with probes beside it.
+
+        The batch's and the warm adapters are made resident before, so that only probes load.
+        """
         session, numbers, args = self.session, self.numbers, self.args
         resident = [self._probe(number) for number in (*numbers.batch, *numbers.warm)]
         session.measure(resident, title=title)
@@ -120,13 +122,13 @@ class TiersBench:
         return Wave(timelines[: len(batch)], beside, num_loads)
 
     def first_tokens(self, window: Window) -> dict[str, list[float]]:
-        """Seconds to the first token of probes in each tier, while all of the batch decoded."""
+        """Seconds to the first token of probes in each tier, while the whole batch decoded."""
         num_probes = math.floor((window.end_s - window.start_s) * self.args.probe_rate)
         num_probes = min(num_probes, len(TIERS) * NUM_DISK) // len(TIERS) * len(TIERS)
         if num_probes == 0:
             raise ConfigError(
-                f"the batch decodes for {window.end_s - window.start_s:.2f} s: no room for a "
-                "probe in each tier; make --answer-len or --probe-rate larger"
+                f"the batch decodes for {window.end_s - window.start_s:.2f} s, too short for a "
+                "probe in each tier: raise --answer-len or --probe-rate"
             )
         found: dict[str, list[float]] = {tier: [] for tier in TIERS}
         for _ in range(_MAX_WAVES):
@@ -140,12 +142,12 @@ class TiersBench:
             decoding = wave.window
             for probe, timeline in wave.probes:
                 is_inside = decoding.start_s <= probe.arrival_s
-                if is_inside and timeline.news[0][0] <= decoding.end_s:
+                if is_inside and timeline.arrivals[0][0] <= decoding.end_s:
                     found[tier_of[probe.adapter]].append(timeline.ttft_s)
         return found
 
     def case_wave(self, case: str, window: Window) -> tuple[list[float], float]:
-        """Seconds between the batch's tokens while probes came, and loads a second."""
+        """Seconds between the batch's tokens while probes arrive, and loads a second."""
         seconds = window.end_s - window.start_s
         num_probes = 0 if case == "quiet" else max(1, math.floor(seconds * self.args.load_rate))
         warm = [self.numbers.warm[i % NUM_WARM] for i in range(num_probes)]
@@ -160,7 +162,7 @@ class TiersBench:
     def _tier_probes(
         self, window: Window, num_probes: int
     ) -> tuple[dict[int | None, str], list[TraceRequest]]:
-        """Probes of all tiers in turn."""
+        """Tier of each probe's adapter, and the probes, one of each tier in turn."""
         count = num_probes // len(TIERS)
         disk = self.numbers.disk[:count]
         for number in disk:
@@ -191,24 +193,29 @@ class TiersBench:
     def _check_loads(self, wave: Wave, *, num_cold: int) -> None:
         if wave.num_loads != num_cold:
             print(
-                f"note: {wave.num_loads} adapters were loaded where {num_cold} probes should have "
-                "found theirs outside the pages: tiers are mixed in these numbers",
+                f"note: {wave.num_loads} adapters were loaded, but {num_cold} probes name one "
+                "outside the pages: these numbers mix the tiers",
                 file=sys.stderr,
             )
 
 
-def run(args: argparse.Namespace) -> int:
-    """First tokens by tier, then the time between the batch's tokens."""
-    if getattr(args, "adapters", None) or getattr(args, "adapter_dir", None):
-        raise ConfigError("bench tiers writes the adapters it needs: name none")
+def run(args: argparse.Namespace, config: EngineConfig) -> int:
+    """Measure first tokens by tier, then the time between the batch's tokens."""
+    if config.adapter.adapters or config.adapter.adapter_dir:
+        raise ConfigError("this benchmark writes its own adapters: name none")
     if hasattr(args, "max_adapter_slots"):
-        raise ConfigError("bench tiers sets --max-adapter-slots itself")
+        raise ConfigError("--max-adapter-slots is set by this benchmark: leave it out")
+    if config.scheduler.max_num_seqs <= args.batch:
+        raise ConfigError(f"--max-num-seqs must exceed --batch, {args.batch}")
     numbers = Numbers(args.batch, num_new=args.samples + NUM_DISK)
+    memory = replace(config.memory, max_adapter_slots=numbers.num_slots)
     with open_session(
-        args, numbers.num_adapters, adjust=partial(_adjust, numbers), hold_all=True
+        replace(config, memory=memory),
+        numbers.num_adapters,
+        random=RandomAdapters(args.ranks, args.lora_modules, args.weight_files),
+        results=Results(args.out),
+        hold_all=not hasattr(args, "adapter_host_bytes"),
     ) as session:
-        if session.config.scheduler.max_num_seqs <= args.batch:
-            raise ConfigError(f"--max-num-seqs must exceed --batch, {args.batch}")
         table = Table(
             part=-11, case=-8, num_samples=11, ttft_ms_p50=11, ttft_ms_p99=11,
             over_resident_ms=16, loads_per_s=11, inter_token_ms_p50=18, inter_token_ms_p99=18,
@@ -222,11 +229,6 @@ def run(args: argparse.Namespace) -> int:
             table.add(row)
             session.write({**case, **row})
     return 0
-
-
-def _adjust(numbers: Numbers, config: EngineConfig) -> EngineConfig:
-    memory = replace(config.memory, max_adapter_slots=numbers.num_slots)
-    return replace(config, memory=memory)
 
 
 def _tier_rows(bench: TiersBench, window: Window) -> list[Row]:

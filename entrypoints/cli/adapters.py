@@ -1,29 +1,28 @@
-"""`loraplex adapters`: those of a running server, listed, loaded, unloaded, pinned."""
+"""`loraplex adapters`: list, load, unload and pin the adapters of a running server."""
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loraplex.engine.config import ServerConfig
 from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.cli.command import add_log_level
+from loraplex.entrypoints.cli.flag_types import parse_pair
 
 ACTIONS = {
-    "list": "what the server knows: all, or those named",
-    "load": "make NAME=PATH known, PATH being on the server's machine; a known name is replaced",
-    "unload": "forget names; requests that use them go on",
-    "pin": "keep adapters in pages",
-    "unpin": "let pinned adapters be evicted again",
+    "list": "list all adapters of the server, or those named",
+    "load": "load NAME=PATH, a path on the server's machine; replaces an adapter of that name",
+    "unload": "remove adapters by name; requests that use them are finished",
+    "pin": "keep adapters in GPU pages",
+    "unpin": "allow pinned adapters to be evicted again",
 }
 HEADER = ("name", "state", "tier", "pinned", "rank", "pages", "MB", "running", "waiting", "used")
 
 
-def add_adapters(
-    commands: "argparse._SubParsersAction[flags.FlagParser]",
-    add_log_level: Callable[[argparse.ArgumentParser], None],
-) -> None:
-    said = "list, load, unload and pin the adapters of a running server"
-    parser = commands.add_parser("adapters", help=said, description=_sentence(said))
+def add_adapters(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
+    summary = "list, load, unload and pin the adapters of a running server"
+    parser = commands.add_parser("adapters", help=summary, description=_sentence(summary))
     actions = parser.add_subparsers(
         title="actions",
         metavar="ACTION",
@@ -37,11 +36,11 @@ def add_adapters(
         action.add_argument(
             "names",
             nargs="*" if name == "list" else "+",
-            type=flags.parse_pair if is_load else str,
+            type=parse_pair if is_load else str,
             metavar="NAME=PATH" if is_load else "NAME",
             help="PATH may be relative to the server's --adapter-root"
             if is_load
-            else "of adapters",
+            else "names of adapters",
         )
         if is_load:
             action.add_argument(
@@ -57,25 +56,32 @@ def _sentence(text: str) -> str:
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object an adapter")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per adapter")
     parser.add_argument(
         "--endpoint", default=ServerConfig().endpoint, help="the server's address (%(default)s)"
     )
     parser.add_argument(
         "--server-public-key", metavar="KEY",
-        help="of CurveZMQ: 40 characters or a certificate file; switches encryption on",
+        help="the server's CurveZMQ key, 40 characters or a certificate file; turns encryption on",
     )  # fmt: skip
     parser.add_argument(
         "--client-secret-key-file", metavar="PATH",
-        help="this client's certificate, where the server admits known clients only",
+        help="this client's certificate, for a server that admits known clients only",
     )  # fmt: skip
     parser.add_argument(
-        "--timeout-s", type=float, default=30.0, metavar="X", help="for each answer (%(default)s)"
+        "--timeout-s",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="longest wait for an answer (%(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """What fails is raised, and what came before it stays."""
+    """Run one action on the server.
+
+    The names are handled in order. An error ends the command; earlier names keep their effect.
+    """
     from loraplex.entrypoints.client.sync_client import Client
 
     with Client(
@@ -103,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
-    """One line an adapter, and why it failed in a second."""
+    """Lines of the table: a header, then one adapter a line, with its error below."""
     rows: list[Sequence[str]] = [HEADER]
     errors = [""]
     for adapter in adapters:

@@ -1,7 +1,7 @@
-"""Command-line flags, generated from the fields of the configuration dataclasses.
+"""Generates command-line flags from the fields of the configuration dataclasses.
 
-A flag that was not given leaves no trace in the parsed namespace, so every default lives in
-its dataclass and nowhere else.
+A flag that was not given is absent from the parsed namespace, so every default lives in its
+dataclass and nowhere else.
 """
 
 import argparse
@@ -15,6 +15,13 @@ from loraplex.backends import registry
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.cli.flag_types import (
+    format_size,
+    parse_bias,
+    parse_ints,
+    parse_pair,
+    parse_size,
+)
 
 GROUPS = {
     "model": "model",
@@ -26,13 +33,13 @@ GROUPS = {
     "profile": "profiling",
     "server": "server",
 }
-"""Title in --help of each part of EngineConfig. `num_workers` becomes a flag when it may vary."""
+"""Titles in --help, by part of EngineConfig. `num_workers` becomes a flag when it may vary."""
 
 OFFLINE_HIDDEN = ("server", "adapter_root")
-"""Parts and fields that mean nothing where no client but the command itself can connect."""
+"""Parts and fields that matter only where other clients can connect."""
 
 SAMPLING_HIDDEN = ("seed", "detokenize")
-"""`--seed` is the engine's, which seeds every request that names no seed of its own."""
+"""Fields without a flag. `--seed` sets the engine's seed, which requests without one take."""
 
 SAMPLING_DEFAULTS = {"max_tokens": 256}
 
@@ -47,64 +54,19 @@ SAMPLING_HELP = {
     "min_p": "least probability of a token, as a share of the most likely one's",
     "stop": "end the answer at this text; may be repeated",
     "stop_token_ids": "end the answer at any of these tokens, as 1,2,3",
-    "ignore_eos": "go on past the end-of-sequence token",
+    "ignore_eos": "continue past the end-of-sequence token",
     "max_tokens": "longest answer, in tokens",
     "min_tokens": "shortest answer, in tokens",
     "logprobs": "report this many most likely tokens at each position",
-    "prompt_logprobs": "the same for the prompt's positions",
+    "prompt_logprobs": "report this many most likely tokens at each position of the prompt",
     "skip_special_tokens": "leave special tokens out of the text",
     "include_stop_str_in_output": "keep the stop text in the answer",
     "logit_bias": "TOKEN_ID=VALUE added to that token's logit; may be repeated",
 }
 
-_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes from `4096`, `512M` or `2.5GiB` (binary units)."""
-    number = text.lower().removesuffix("b").removesuffix("i")
-    shift = _UNITS.get(number[-1:], 0)
-    try:
-        return int(float(number[:-1] if shift else number) * (1 << shift))
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: write bytes, or a number with K, M, G or T"
-        ) from None
-
-
-def format_size(num_bytes: int) -> str:
-    """The shortest text that parse_size reads as this number."""
-    for unit, shift in reversed(_UNITS.items()):
-        if num_bytes and num_bytes % (1 << shift) == 0:
-            return f"{num_bytes >> shift}{unit.upper()}"
-    return str(num_bytes)
-
-
-def parse_pair(text: str) -> tuple[str, str]:
-    """NAME=VALUE, both present."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} should read NAME=VALUE")
-    return name, value
-
-
-def parse_bias(text: str) -> tuple[int, float]:
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} should read TOKEN_ID=VALUE") from None
-
-
-def parse_ints(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} should read like 1,2,3") from None
-
 
 class FlagParser(argparse.ArgumentParser):
-    """No abbreviations: a later flag must never change what a script's shortened one meant."""
+    """A parser without abbreviations, so that a new flag never changes what a script means."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -123,11 +85,12 @@ def add_flags(
     helps: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """One group of flags for the fields of a dataclass.
+    """Add one group of flags for the fields of a dataclass.
 
     Args:
-        helps: help of fields that carry none in their metadata.
-        defaults: values to show, and to apply in `values_of`, instead of the dataclass's own.
+        hidden: names of fields that get no flag.
+        helps: help texts of fields that carry none in their metadata.
+        defaults: defaults shown in --help instead of the dataclass's own; the caller applies them.
     """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(cls)
@@ -146,7 +109,7 @@ def add_flags(
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, offline: bool) -> None:
-    """A group for each part of EngineConfig; `offline` leaves out what concerns clients."""
+    """Add a group for each part of EngineConfig; `offline` leaves out what concerns clients."""
     hidden = OFFLINE_HIDDEN if offline else ()
     parts = typing.get_type_hints(EngineConfig)
     for name, title in GROUPS.items():
@@ -166,7 +129,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config_of(args: argparse.Namespace) -> EngineConfig:
-    """The configuration that the flags describe.
+    """Build the configuration that the flags describe.
 
     Raises:
         ConfigError: a value is out of range; the message names it.
@@ -181,7 +144,11 @@ def engine_config_of(args: argparse.Namespace) -> EngineConfig:
 
 
 def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
-    """Raises ConfigError like engine_config_of."""
+    """Build the sampling parameters that the flags describe.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+    """
     values = {**SAMPLING_DEFAULTS, **values_of(args, SamplingParams, SAMPLING_HIDDEN)}
     try:
         return SamplingParams(**values)
@@ -190,7 +157,7 @@ def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
 
 
 def values_of(args: argparse.Namespace, cls: type, hidden: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of `cls` whose flags were given."""
+    """Values of the fields of `cls` whose flags were given, by field name."""
     values = {}
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
@@ -203,7 +170,7 @@ def values_of(args: argparse.Namespace, cls: type, hidden: Iterable[str] = ()) -
 
 
 def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
-    """argparse's keywords for a field of this type."""
+    """Keywords of add_argument for a field of this type."""
     hint = _without_none(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}

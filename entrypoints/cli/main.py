@@ -1,21 +1,14 @@
 """The command `loraplex`."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import loraplex
-from loraplex.engine.errors import ConfigError, LoraplexError
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.adapters import add_adapters
 from loraplex.entrypoints.cli.bench import add_bench
-from loraplex.entrypoints.cli.logging_setup import LEVELS, configure_logging
-
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-"""Exit statuses beside 0: failed while running, wrong flags or configuration, Ctrl-C."""
-
-Command = Callable[[argparse.Namespace], int]
+from loraplex.entrypoints.cli.command import add_log_level, run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,33 +23,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_serve(commands)
     _add_generate(commands)
-    add_adapters(commands, _add_log_level)
-    add_bench(commands, _add_log_level)
+    add_adapters(commands)
+    add_bench(commands)
     _add_backends(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    configure_logging(args.log_level)
-    command: Command = args.command
-    try:
-        return command(args)
-    except ConfigError as error:
-        return _fail(error, USAGE)
-    except BrokenPipeError:  # `loraplex ... | head`: nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except (LoraplexError, OSError) as error:
-        return _fail(error, FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"loraplex: error: {error}", file=sys.stderr)
-    return status
+    return run_command(make_parser().parse_args(argv))
 
 
 def _add_serve(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
@@ -66,7 +41,7 @@ def _add_serve(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None
         help="serve clients over ZeroMQ",
         description="Serve clients over ZeroMQ until Ctrl-C or SIGTERM.",
     )
-    _add_log_level(parser)
+    add_log_level(parser)
     flags.add_engine_flags(parser, offline=False)
     parser.set_defaults(command=_serve)
 
@@ -98,7 +73,7 @@ def _add_generate(commands: "argparse._SubParsersAction[flags.FlagParser]") -> N
     parser.add_argument(
         "--in-process", action="store_true", help="run the engine in this process, to debug it"
     )
-    _add_log_level(parser)
+    add_log_level(parser)
     flags.add_sampling_flags(parser)
     flags.add_engine_flags(parser, offline=True)
     parser.set_defaults(command=_generate)
@@ -110,14 +85,8 @@ def _add_backends(commands: "argparse._SubParsersAction[flags.FlagParser]") -> N
         help="list the kernel backends and which of them work here",
         description="List the kernel backends, which of them work here, and why the others do not.",
     )
-    _add_log_level(parser)
+    add_log_level(parser)
     parser.set_defaults(command=_backends)
-
-
-def _add_log_level(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--log-level", choices=LEVELS, help="least severe log record shown (default: warning)"
-    )
 
 
 def _serve(args: argparse.Namespace) -> int:

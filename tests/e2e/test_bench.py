@@ -150,7 +150,7 @@ def test_tiers(tmp_path: Path) -> None:
         (["slora", "--rates", "nan"], "--rates"),
         (["punica", "--max-num-seqs", "8"], "--batches"),
         (["tiers", "--adapter", "a=/nowhere"], "name none"),
-        (["tiers", "--max-adapter-slots", "8"], "sets --max-adapter-slots itself"),
+        (["tiers", "--max-adapter-slots", "8"], "--max-adapter-slots is set by"),
         (["tiers", *TINY, "--batch", "8"], "--max-num-seqs must exceed"),
         (["throughput", "--model", "/nowhere", "--num-adapters", "1"], "config.json"),
     ],

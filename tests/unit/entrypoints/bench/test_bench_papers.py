@@ -150,8 +150,8 @@ def test_no_adapter_of_the_tour_is_resident_at_its_turn() -> None:
 
 def test_gaps_of_a_wave_are_those_of_its_batch() -> None:
     batch = [
-        Timeline(0.0, news=[(1.0, 1), (1.5, 2), (2.5, 3), (3.0, 4)]),
-        Timeline(0.0, news=[(1.2, 1), (2.0, 2), (2.8, 3)]),
+        Timeline(0.0, arrivals=[(1.0, 1), (1.5, 2), (2.5, 3), (3.0, 4)]),
+        Timeline(0.0, arrivals=[(1.2, 1), (2.0, 2), (2.8, 3)]),
     ]
     wave = tiers.Wave(batch, [], num_loads=0)
     assert (wave.window.start_s, wave.window.end_s) == (1.2, 2.8)

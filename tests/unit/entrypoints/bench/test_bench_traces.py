@@ -15,10 +15,10 @@ from loraplex.entrypoints.bench.measure import (
     LoadGenerator,
     Timeline,
     check_complete,
-    outcome,
     percentiles,
     step_times,
     summarize,
+    summarize_open_loop,
 )
 from loraplex.entrypoints.bench.names import MODELS, MODULES
 from loraplex.entrypoints.client.outputs import CompletionOutput, RequestFailure, RequestOutput
@@ -147,8 +147,8 @@ def test_prompts_differ_between_runs() -> None:
 
 
 def test_times_of_a_run() -> None:
-    one = Timeline(0.5, news=[(1.0, 1), (1.2, 2), (1.6, 4), (1.7, 5)])
-    two = Timeline(0.0, news=[(1.2, 1), (1.6, 3), (1.9, 4)])
+    one = Timeline(0.5, arrivals=[(1.0, 1), (1.2, 2), (1.6, 4), (1.7, 5)])
+    two = Timeline(0.0, arrivals=[(1.2, 1), (1.6, 3), (1.9, 4)])
     row = summarize([one, two])
     assert row["new_tokens"] == 9 and row["seconds"] == 1.9
     assert row["ttft_ms_p50"] == row["ttft_ms_mean"] == pytest.approx(850.0)
@@ -180,17 +180,17 @@ class FakeClient:
 
     def poll(self, timeout_s: float) -> list[RequestOutput | RequestFailure]:
         assert timeout_s >= 0
-        news: list[RequestOutput | RequestFailure] = []
+        found: list[RequestOutput | RequestFailure] = []
         for request_id, output in list(self.open.items()):
             output.outputs[0].token_ids.append(7)
             self.left[request_id] -= 1
             output.finished = self.left[request_id] == 0
             refused = request_id in self.refused
             failure = RequestFailure(request_id, QueueFullError("no room"))
-            news.append(failure if refused else output.snapshot())
+            found.append(failure if refused else output.snapshot())
             if refused or output.finished:
                 del self.open[request_id]
-        return news
+        return found
 
 
 def test_the_load_generator_keeps_its_limit_and_the_order() -> None:
@@ -205,9 +205,9 @@ def test_the_load_generator_keeps_its_limit_and_the_order() -> None:
 
 
 def test_a_failed_request_misses_the_objective() -> None:
-    late = Timeline(0.0, news=[(2.0, 1)])
+    late = Timeline(0.0, arrivals=[(2.0, 1)])
     failed = Timeline(0.0, error=QueueFullError("no room"))
-    row = outcome([Timeline(0.5, news=[(1.0, 1)]), late, failed, failed], 1.0)
+    row = summarize_open_loop([Timeline(0.5, arrivals=[(1.0, 1)]), late, failed, failed], 1.0)
     assert (row["num_failed"], row["first_failure"], row["attainment"]) == (2, "no room", 0.25)
     assert row["new_tokens"] == 2
 

@@ -9,7 +9,7 @@ import pytest
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.cli import flag_types, flags
 from loraplex.entrypoints.cli import main as cli
 
 
@@ -83,18 +83,18 @@ def test_bad_sampling_values() -> None:
     [("4096", 4096), ("1k", 1024), ("512M", 512 << 20), ("2.5GiB", 5 << 29), ("1TB", 1 << 40)],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    assert flags.parse_size(text) == num_bytes
+    assert flag_types.parse_size(text) == num_bytes
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 1023, 1024, 3 << 19, 4 << 30, (4 << 30) + 1])
 def test_sizes_are_shown_as_they_are_read(num_bytes: int) -> None:
-    assert flags.parse_size(flags.format_size(num_bytes)) == num_bytes
+    assert flag_types.parse_size(flag_types.format_size(num_bytes)) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "b", "G", "12x", "1..5G", "infG", "nan"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="no size"):
-        flags.parse_size(text)
+        flag_types.parse_size(text)
 
 
 @pytest.mark.parametrize(
