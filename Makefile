@@ -29,6 +29,8 @@ lint: dev
 	$(BIN)/ruff format --check .
 	view=$$(mktemp -d) && trap 'rm -rf "$$view"' EXIT && .ci/view "$$view" \
 	  && MYPYPATH="$$view" $(BIN)/mypy -p loraplex \
+	  && MYPYPATH="$$view:benchmarks/papers:benchmarks/simulation" \
+	    $(BIN)/mypy benchmarks/papers benchmarks/simulation \
 	  && PYTHONPATH="$$view" $(BIN)/lint-imports --no-cache
 
 format: dev

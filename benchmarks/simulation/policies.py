@@ -1,7 +1,7 @@
 """Do the scheduling policies order things as their papers say? Real scheduler, modelled worker.
 
 A SIMULATION: requests, queues, pages and adapters are the scheduler's own, the seconds come from
-the cost model of Llama-2-7B on one H200 in entrypoints/bench/simulate.py. No GPU is used.
+the cost model of Llama-2-7B on one H200 in modelled_worker.py. No GPU is used.
 
     python benchmarks/simulation/policies.py
 
@@ -16,16 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraplex.entrypoints.bench.policy_figures import (
-    attainment,
-    max_service_gap,
-    service_gaps,
-    vtc_bound,
-)
-from loraplex.entrypoints.bench.simulate import CostModel, SimRequest, SimResult, simulate
 from loraplex.entrypoints.bench.svg import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import make_trace
 from loraplex.scheduler.config import SchedulerConfig
+
+from modelled_worker import CostModel
+from policy_figures import attainment, max_service_gap, service_gaps, vtc_bound
+from sim_result import SimRequest, SimResult
+from simulator import simulate
 
 RESULTS = Path(__file__).parents[1] / "results"
 NOTE = "simulation: the real scheduler, a modelled worker (Llama-2-7B on one H200), virtual time"

@@ -1,4 +1,4 @@
-"""What the flags of `loraplex bench` may name. Loads nothing, so that every command may read it."""
+"""Names that the flags of benchmarks accept. Imports nothing, so that every command starts fast."""
 
 BASE = "base"
 POWER = "power"
@@ -15,11 +15,4 @@ MODELS = {
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 5e5),
     "tiny": (64, 128, 2, 4, 2, 256, 1024, 1e4),
 }
-"""Fields of config.json by the names in SIZES."""
-
-SETTINGS = {
-    "S1": ("llama-2-7b", (8,)),
-    "S2": ("llama-2-7b", (64, 32, 16, 8)),
-    "S4": ("llama-2-13b", (64, 32, 16)),
-}
-"""S-LoRA's (arXiv 2311.03285): base model and ranks; adapters are on q, k, v and o."""
+"""Values of the fields in SIZES, by model."""

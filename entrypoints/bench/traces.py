@@ -1,4 +1,7 @@
-"""Requests to measure with: the trace of S-LoRA (arXiv 2311.03285) and Punica's popularities."""
+"""Makes the requests of a benchmark.
+
+The traces are S-LoRA's (arXiv 2311.03285), the popularities Punica's (arXiv 2310.18547).
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +13,6 @@ from loraplex.entrypoints.bench.names import POPULARITIES, POWER
 
 SEED = 42
 SKEW = 1.5
-MAX_PUNICA_PROMPT, MAX_PUNICA_ANSWER = 255, 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +36,15 @@ def make_trace(
     cv: float = 1.0,
     seed: int = SEED,
 ) -> list[TraceRequest]:
-    """A trace in order of arrival; lengths and arrivals do not depend on the adapters.
+    """Make a trace in order of arrival. Lengths and arrivals do not depend on the adapters.
 
     Args:
         num_adapters: 0 is the base model alone.
         popularity: POWER draws each adapter as floor(num_adapters * power(alpha)), uniform at
             alpha 1; one of POPULARITIES deals the adapters and shuffles them.
-        lengths: bounds [low, high) of prompt and answer, drawn apart.
+        lengths: bounds [low, high) of a prompt and of an answer, in tokens, drawn independently.
         rate: requests a second, with Gamma gaps of mean 1/rate and coefficient of variation
-            `cv`; None: all at once (a closed run).
+            `cv`; None sends all at once (a closed run).
     """
     length_rng, adapter_rng, gap_rng = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
@@ -66,7 +68,7 @@ def make_trace(
 def closed_batch(
     num_rows: int, popularity: str | None, *, num_prompt_tokens: int, num_new_tokens: int
 ) -> list[TraceRequest]:
-    """Requests of one length that are sent at once; None is the base model."""
+    """Make requests of one length, sent at once. A popularity of None is the base model."""
     adapters: Sequence[int | None] = [None] * num_rows
     if popularity is not None:
         adapters = adapters_of_rows(popularity, num_rows, num_rows)
@@ -74,7 +76,7 @@ def closed_batch(
 
 
 def adapters_of_rows(popularity: str, num_rows: int, num_adapters: int) -> list[int]:
-    """The adapter of each row; with as many adapters as rows these are Punica's four cases."""
+    """Adapter of each row. With as many adapters as rows these are Punica's four cases."""
     if popularity == "distinct":
         return [row % num_adapters for row in range(num_rows)]
     if popularity == "uniform":
@@ -88,37 +90,13 @@ def adapters_of_rows(popularity: str, num_rows: int, num_adapters: int) -> list[
     raise ValueError(f"popularity must be one of {POPULARITIES}, got {popularity!r}")
 
 
-def punica_trace(num_requests: int, popularity: str | None) -> list[TraceRequest]:
-    """Punica's closed batch (arXiv 2310.18547); None is the base model.
-
-    The paper takes lengths from ShareGPT, which is not ours to ship, and says that 1,000 requests
-    generate about 101k tokens. Stand-in: prompts are log-normal as in the authors' published
-    benchmark (sigma 0.8, scale 18, shifted by -1), answers log-normal with the same sigma and a
-    mean of 101 tokens. Lengths do not depend on the popularity.
-    """
-    length_rng, adapter_rng = (
-        np.random.default_rng(child) for child in np.random.SeedSequence(SEED).spawn(2)
-    )
-    prompts = length_rng.lognormal(math.log(18.0), 0.8, num_requests) - 1
-    answers = length_rng.lognormal(math.log(101.0) - 0.8**2 / 2, 0.8, num_requests)
-    adapters: Sequence[int | None] = [None] * num_requests
-    if popularity is not None:
-        dealt = adapters_of_rows(popularity, num_requests, num_requests)
-        adapters = adapter_rng.permutation(dealt).tolist()
-    columns = zip(
-        adapters,
-        prompts.round().clip(1, MAX_PUNICA_PROMPT).astype(int).tolist(),
-        answers.round().clip(1, MAX_PUNICA_ANSWER).astype(int).tolist(),
-        strict=True,
-    )
-    return [TraceRequest(*fields) for fields in columns]
-
-
 def full_steps_trace(
     trace: Sequence[TraceRequest], *, max_num_seqs: int, max_num_batched_tokens: int
 ) -> list[TraceRequest]:
-    """Prompts as long as the trace's longest, for its first adapters in turn, with answers of one
-    token: two steps of prefill alone, as full as the limits let them be."""
+    """Make two steps of prefill, as full as the limits allow.
+
+    Every prompt is as long as the trace's longest and has an answer of one token.
+    """
     longest = max(request.num_prompt_tokens for request in trace)
     num_rows = 2 * min(max_num_seqs, math.ceil(max_num_batched_tokens / longest))
     return [TraceRequest(trace[i % len(trace)].adapter, longest, 1) for i in range(num_rows)]
@@ -127,9 +105,9 @@ def full_steps_trace(
 def warm_up_trace(
     trace: Sequence[TraceRequest], *, at_least: int, max_new_tokens: int = 16
 ) -> list[TraceRequest]:
-    """The first `at_least` requests and one of each adapter, all at once, with short answers.
+    """Take the first `at_least` requests and one of each adapter, all at once, with short answers.
 
-    The answers differ in length, so that prompts join batches that decode already.
+    The answers differ in length, so that prompts join batches that already decode.
     """
     seen: set[int | None] = set()
     chosen = []
@@ -142,6 +120,6 @@ def warm_up_trace(
 
 
 def make_prompts(trace: Sequence[TraceRequest], vocab_size: int, *, run: int) -> list[list[int]]:
-    """Random token ids; another `run` has others, so that no prefix cache answers for it."""
+    """Random token ids by request. Each `run` has others, so the prefix cache never serves them."""
     rng = np.random.default_rng((SEED, run))
     return [rng.integers(0, vocab_size, r.num_prompt_tokens).tolist() for r in trace]

@@ -71,7 +71,7 @@ def positive(text: str) -> float:
     return float(_number(text, float, lambda value: value > 0, "a number above 0"))
 
 
-def rate(text: str) -> float:
+def parse_rate(text: str) -> float:
     """A number above 0, or infinity from `inf`."""
     return math.inf if text == "inf" else positive(text)
 

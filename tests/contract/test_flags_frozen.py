@@ -62,16 +62,6 @@ FROZEN = {
     "bench serve": [
         *BENCH, *TRACE, "--cv", "--duration", "--num-adapters", "--rates", "--ttft-objective",
     ],
-    "bench slora": [
-        *BENCH, "--alpha", "--cv", "--duration", "--lengths", "--num-adapters",
-        "--num-registered", "--num-requests", "--rates", "--repeats", "--setting",
-        "--ttft-objective",
-    ],
-    "bench punica": [*BENCH, "--batches", "--num-requests", "--popularity", "--repeats"],
-    "bench tiers": [
-        *BENCH, "--answer-len", "--batch", "--load-rate", "--probe-rate", "--prompt-len",
-        "--repeats", "--samples",
-    ],
     "backends": ["--log-level"],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`loraplex bench` over the tiny dummy model on the CPU, as a user runs it."""
+"""`loraplex bench` and benchmarks/papers over the tiny model on the CPU, as a user runs them."""
 
 import json
 import subprocess
@@ -13,16 +13,22 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 280
-COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli.main", "bench"]
+PAPERS = Path(__file__).resolve().parents[2] / "benchmarks" / "papers"
 TINY = ["--model", "tiny", "--device", "cpu", "--num-pages", "400", "--max-num-seqs", "8"]
+
+
+def command(kind: str) -> list[str]:
+    if (script := PAPERS / f"{kind}.py").exists():
+        return [sys.executable, str(script)]
+    return [sys.executable, "-P", "-m", "loraplex.entrypoints.cli.main", "bench", kind]
 
 
 def bench(
     kind: str, out: Path, *arguments: str, engine: Sequence[str] = TINY, num_notes: int = 0
 ) -> list[dict[str, Any]]:
-    """The rows; the table on the screen has as many, and the plot is beside them."""
+    """Rows of a run. The table on the screen has as many, and the plot is an SVG file."""
     run = subprocess.run(
-        [*COMMAND, kind, *engine, "--ranks", "4,8", "--out", str(out), *arguments],
+        [*command(kind), *engine, "--ranks", "4,8", "--out", str(out), *arguments],
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -138,32 +144,9 @@ def test_tiers(tmp_path: Path) -> None:
     assert {"p99_over_quiet", "p99_over_warm"} <= loads.keys()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["throughput", "--lengths", "9,9"], "LOW,HIGH"),
-        (["latency", "--popularity", "odd"], "'odd' is none of"),
-        (["serve", "--rates", "0"], "--rates"),
-        (["throughput", "--out", "/nowhere/x.jsonl"], "/nowhere"),
-        (["throughput", "--out", "x.svg"], "JSON lines"),
-        (["slora", "--setting", "S3"], "'S3' is none of"),
-        (["slora", "--rates", "nan"], "--rates"),
-        (["punica", "--max-num-seqs", "8"], "--batches"),
-        (["tiers", "--adapter", "a=/nowhere"], "name none"),
-        (["tiers", "--max-adapter-slots", "8"], "--max-adapter-slots is set by"),
-        (["tiers", *TINY, "--batch", "8"], "--max-num-seqs must exceed"),
-        (["throughput", "--model", "/nowhere", "--num-adapters", "1"], "config.json"),
-    ],
-)
-def test_bad_flags(arguments: list[str], message: str) -> None:
-    run = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert run.returncode == 2
-    assert message in run.stderr and "Traceback" not in run.stderr
-
-
 def test_requests_beyond_the_context_are_refused() -> None:
     run = subprocess.run(
-        [*COMMAND, "latency", *TINY, "--batches", "1", "--popularity", "base", "--answer-len",
+        [*command("latency"), *TINY, "--batches", "1", "--popularity", "base", "--answer-len",
          "1000"],
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from loraplex.entrypoints.bench.policy_figures import attainment, max_service_gap, vtc_bound
-from loraplex.entrypoints.bench.simulate import CostModel, SimRequest, SimResult, simulate
 from loraplex.entrypoints.bench.traces import make_trace
 from loraplex.scheduler.config import SchedulerConfig
+
+from modelled_worker import CostModel
+from policy_figures import attainment, max_service_gap, vtc_bound
+from sim_result import SimRequest, SimResult
+from simulator import simulate
 
 SEATS = 16
 

@@ -11,9 +11,8 @@ import torch
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.errors import ConfigError
-from loraplex.entrypoints.bench import dummy, papers, tiers
-from loraplex.entrypoints.bench.measure import Timeline
-from loraplex.entrypoints.bench.names import MODELS, MODULES, SETTINGS
+from loraplex.entrypoints.bench import dummy
+from loraplex.entrypoints.bench.names import MODULES
 from loraplex.entrypoints.bench.plots import plot
 from loraplex.entrypoints.bench.results import Results, Table
 from loraplex.memory.adapter_layout import ModuleShape
@@ -64,17 +63,6 @@ def test_ten_thousand_adapters_have_ten_thousand_scales(tmp_path: Path) -> None:
         alpha = json.loads((path / "adapter_config.json").read_text())["lora_alpha"]
         seen.add(torch.tensor(alpha / 8, dtype=torch.float32).item())
     assert len(seen) == 6
-
-
-def test_settings_are_the_papers() -> None:
-    assert SETTINGS.keys() == papers.SLORA.keys()
-    assert all(model in MODELS for model, _ in SETTINGS.values())
-    assert SETTINGS["S4"] == ("llama-2-13b", (64, 32, 16))
-    assert papers.PUNICA.keys() == papers.PUNICA_BASE.keys() <= MODELS.keys()
-    for figures in papers.SLORA.values():
-        rates = [figure.requests_per_s for _, figure in sorted(figures.items())]
-        assert rates[0] == max(rates)
-        assert all(0 < figure.attainment <= 1 for figure in figures.values())
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -138,23 +126,3 @@ def test_table_shows_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None
     table = Table(a=-3, b=8, c=3)
     table.add({"a": "x", "b": 1234.567, "c": None})
     assert capsys.readouterr().out == "a           b    c\nx    1,234.57    -\n"
-
-
-def test_no_adapter_of_the_tour_is_resident_at_its_turn() -> None:
-    numbers = tiers.Numbers(64, num_new=7)
-    spans = (numbers.batch, numbers.warm, numbers.tour, numbers.disk, numbers.new)
-    assert [n for span in spans for n in span] == list(range(numbers.num_adapters))
-    spare = numbers.num_slots - len(numbers.batch)
-    assert len(numbers.warm) + len(tiers.TIERS) <= spare < len(numbers.tour)
-
-
-def test_gaps_of_a_wave_are_those_of_its_batch() -> None:
-    batch = [
-        Timeline(0.0, arrivals=[(1.0, 1), (1.5, 2), (2.5, 3), (3.0, 4)]),
-        Timeline(0.0, arrivals=[(1.2, 1), (2.0, 2), (2.8, 3)]),
-    ]
-    wave = tiers.Wave(batch, [], num_loads=0)
-    assert (wave.window.start_s, wave.window.end_s) == (1.2, 2.8)
-    assert wave.gaps_s(wave.window) == pytest.approx([1.0, 0.8, 0.8])
-    inner = wave.window.inner
-    assert 1.2 < inner.start_s < inner.end_s < 2.8

@@ -116,28 +116,6 @@ def test_warm_up_fills_steps_with_the_longest_prompts() -> None:
     assert {r.adapter for r in full} <= {r.adapter for r in trace}
 
 
-def test_punica_lengths() -> None:
-    trace = traces.punica_trace(20000, "distinct")
-    answers = [r.num_new_tokens for r in trace]
-    assert np.mean(answers) == pytest.approx(101, rel=0.05)  # 1,000 requests: about 101k tokens
-    prompts = [r.num_prompt_tokens for r in trace]
-    assert np.median(prompts) == pytest.approx(17, abs=1)
-    assert min(prompts) >= 1 and min(answers) >= 1
-    assert max(p + a for p, a in zip(prompts, answers, strict=True)) <= 1024
-
-
-@pytest.mark.parametrize(
-    ("popularity", "num_adapters"),
-    [("distinct", 1024), ("uniform", 32), ("identical", 1), (None, 0)],
-)
-def test_punica_popularities(popularity: str | None, num_adapters: int) -> None:
-    trace = traces.punica_trace(1024, popularity)
-    assert len({r.adapter for r in trace} - {None}) == num_adapters
-    lengths = [(r.num_prompt_tokens, r.num_new_tokens) for r in trace]
-    assert lengths == [(r.num_prompt_tokens, r.num_new_tokens)
-                       for r in traces.punica_trace(1024, "skewed")]  # fmt: skip
-
-
 def test_prompts_differ_between_runs() -> None:
     trace = traces.make_trace(20, 0)
     first, second = (traces.make_prompts(trace, 1000, run=run) for run in (1, 2))

@@ -1,16 +1,42 @@
-"""Measures S-LoRA's settings (arXiv 2311.03285): thousands of adapters, saturated or at a rate."""
+"""Measures S-LoRA's settings (arXiv 2311.03285): thousands of adapters, saturated or at a rate.
+
+python benchmarks/papers/slora.py --setting S1 --num-adapters 0,5,100 --rates inf,10
+"""
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize_open_loop
-from loraplex.entrypoints.bench.names import SETTINGS
-from loraplex.entrypoints.bench.papers import SLORA, SLORA_NOTE
 from loraplex.entrypoints.bench.results import Results, Row, Table
 from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
+from loraplex.entrypoints.cli.bench_flags import (
+    adapter_flags,
+    add_flag,
+    cv_flag,
+    lengths_flag,
+    make_script_parser,
+    objective_flag,
+    repeats_flag,
+)
+from loraplex.entrypoints.cli.command import run_command
+from loraplex.entrypoints.cli.flag_types import (
+    list_of,
+    natural,
+    one_of,
+    parse_rate,
+    positive,
+    positive_int,
+)
+
+from published_figures import SETTINGS, SLORA, SLORA_NOTE
+
+DESCRIPTION = "Measure S-LoRA's settings: thousands of adapters, saturated or at a rate."
 
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")
 
@@ -118,3 +144,37 @@ def _describe(
         row |= {f"paper_{name}": value for name, value in figure._asdict().items()}
         row["paper"] = SLORA_NOTE
     return row
+
+
+def _add_flags(group: Any) -> None:
+    settings = (f"{name}: {model}, ranks {','.join(map(str, ranks))}"
+                for name, (model, ranks) in SETTINGS.items())  # fmt: skip
+    add_flag(group, "--setting", one_of(*SETTINGS), "S1", "NAME",
+             f"{'; '.join(settings)}; --model and --ranks replace these")  # fmt: skip
+    adapter_flags(group, ranks=None)
+    add_flag(group, "--num-adapters", list_of(natural), [5, 100, 1000, 2000], "N,..",
+             "numbers of adapters, one run each; 0 is the base model alone")  # fmt: skip
+    add_flag(group, "--num-registered", positive_int, None, "N",
+             "adapters registered with the engine, if more than the trace uses")  # fmt: skip
+    add_flag(group, "--rates", list_of(parse_rate), [math.inf], "X,..",
+             "requests a second, one run each; inf sends all at once (saturated)")  # fmt: skip
+    add_flag(group, "--num-requests", positive_int, 1200, "N", "requests of a saturated run")
+    add_flag(group, "--duration", positive, 120.0, "SECONDS",
+             "time over which the requests of a run at a rate arrive")  # fmt: skip
+    cv_flag(group)
+    add_flag(group, "--alpha", positive, 1.0, "X", "exponent of the popularity; 1 is uniform")
+    lengths_flag(group)
+    objective_flag(group)
+    repeats_flag(group, 1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return make_script_parser(DESCRIPTION, _add_flags, run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,19 +1,20 @@
-"""What is read off a simulated run: attainment, service gaps and their bound."""
+"""Figures of a simulated run: attainment, service gaps and their bound."""
 
 from collections.abc import Mapping, Sequence
 
-from loraplex.entrypoints.bench.simulate import SimRequest, SimResult
 from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
+
+from sim_result import SimRequest, SimResult
 
 
 def attainment(result: SimResult, slo_s: float) -> float:
-    """Share of all requests, those given up included, whose first token came in time."""
+    """Share of requests whose first token came in time. Those given up count as late."""
     in_time = [o.ttft_s is not None and o.ttft_s <= slo_s for o in result.outcomes]
     return sum(in_time) / len(in_time)
 
 
 def service_gaps(result: SimResult, weights: Mapping[str, float]) -> list[tuple[float, float]]:
-    """(seconds, service of the first tenant less that of the second, each by its weight)."""
+    """(seconds, service of the first tenant minus the second's, each over its weight) by moment."""
     first, second = weights
     return [
         (m.time_s, m.service[first] / weights[first] - m.service[second] / weights[second])
@@ -22,8 +23,10 @@ def service_gaps(result: SimResult, weights: Mapping[str, float]) -> list[tuple[
 
 
 def max_service_gap(result: SimResult, weights: Mapping[str, float]) -> tuple[float, float]:
-    """The largest difference of service over any interval in which both tenants had requests
-    waiting throughout, and the seconds of the longest such interval."""
+    """(largest change of the service gap, longest interval in seconds) while both are backlogged.
+
+    Both tenants are backlogged in an interval if they have waiting requests throughout.
+    """
     worst = longest = 0.0
     begin: float | None = None
     low = high = 0.0
@@ -39,8 +42,10 @@ def max_service_gap(result: SimResult, weights: Mapping[str, float]) -> tuple[fl
 
 
 def vtc_bound(trace: Sequence[SimRequest], *, num_seats: int) -> float:
-    """2 * max(w_p * L, w_q * M): L the longest prompt, M what the running requests may generate,
-    which no page pool of their size exceeds."""
+    """VTC's bound on the service gap, 2 * max(w_p * L, w_q * M) (arXiv 2401.00588).
+
+    L is the longest prompt, and M the most tokens that `num_seats` running requests can generate.
+    """
     longest_prompt = max(request.num_prompt_tokens for request in trace)
     most_generated = num_seats * max(request.num_new_tokens for request in trace)
     return 2 * max(PROMPT_WEIGHT * longest_prompt, OUTPUT_WEIGHT * most_generated)

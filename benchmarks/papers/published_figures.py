@@ -1,4 +1,4 @@
-"""What the papers report, to be printed beside our own numbers.
+"""Settings of the papers and the figures that they report, which are printed beside ours.
 
 S-LoRA (arXiv 2311.03285): the result files that its authors publish for the paper's throughput
 table (github.com/S-LoRA/S-LoRA, benchmarks/paper/synthetic/slora/*_a100-80_*_table.jsonl): one
@@ -13,9 +13,16 @@ counts them.
 
 from typing import NamedTuple
 
+SETTINGS = {
+    "S1": ("llama-2-7b", (8,)),
+    "S2": ("llama-2-7b", (64, 32, 16, 8)),
+    "S4": ("llama-2-13b", (64, 32, 16)),
+}
+"""S-LoRA's base models and ranks; adapters are on q, k, v and o."""
+
 
 class SLoraFigure(NamedTuple):
-    """One row of the table; `attainment` is of a first token within 6 s."""
+    """One row of S-LoRA's table. `attainment` is the share of first tokens within 6 s."""
 
     requests_per_s: float
     ttft_s_mean: float
