@@ -28,7 +28,7 @@ from loraplex.backends.lora.contract import (
 )
 from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
-from loraplex.entrypoints.bench.svg import Line, Panel, draw
+from loraplex.entrypoints.bench.plot import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
 
@@ -246,8 +246,8 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     }
 
 
-def draw_rows(rows: list[dict[str, Any]]) -> str:
-    """An SVG of the decode steps of the largest sweep: each popularity, backend and the floor."""
+def draw_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot the decode steps of the largest sweep: each popularity, backend and the floor."""
     sweep = [r for r in rows if r["model"] == "llama-3-8b" and r["num_tokens"] <= 256]
     sweep = [r for r in sweep if r["ranks"] == [16] and not r["num_resident"]]
     panels = []
@@ -269,7 +269,7 @@ def draw_rows(rows: list[dict[str, Any]]) -> str:
         ticks = [(index, str(size)) for size, index in at.items()]
         title = f"{popularity} adapters"
         panels.append(Panel(title, "rows", "us a layer", lines, log_y=True, x_ticks=ticks))
-    return draw(panels, caption=f"Llama-3-8B, rank 16, all projections, {rows[0]['gpu']}")
+    draw(panels, path, caption=f"Llama-3-8B, rank 16, all projections, {rows[0]['gpu']}")
 
 
 def main() -> None:
@@ -278,13 +278,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     parser.add_argument(
-        "--draw", type=Path, help="measure nothing; draw this file's rows beside it"
+        "--draw", type=Path, help="measure nothing; draw this file's rows beside it (matplotlib)"
     )
     parser.add_argument("--only", default="", help="model name, or part of it")
     options = parser.parse_args()
     if options.draw:
         rows = [json.loads(line) for line in options.draw.read_text().splitlines()]
-        options.draw.with_suffix(".svg").write_text(draw_rows(rows))
+        draw_rows(rows, options.draw.with_suffix(".svg"))
         return
     bandwidth = copy_bandwidth()
     machine = {
@@ -311,9 +311,6 @@ def main() -> None:
                 with options.out.open("a") as file:
                     file.write(json.dumps({**machine, **row}) + "\n")
             torch.cuda.empty_cache()
-    if options.out:
-        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
-        options.out.with_suffix(".svg").write_text(draw_rows(rows))
 
 
 if __name__ == "__main__":

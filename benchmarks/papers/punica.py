@@ -28,6 +28,7 @@ from loraplex.entrypoints.cli.bench_flags import (
 from loraplex.entrypoints.cli.command import run_command
 from loraplex.entrypoints.cli.flag_types import list_of, one_of, positive_int
 
+from paper_panels import punica_panels
 from published_figures import PUNICA, PUNICA_BASE, PUNICA_NOTE
 
 DESCRIPTION = "Measure Punica's closed batch in its four popularities of adapters."
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     names = [name for name in args.popularity if name != BASE]
     num_rows = args.num_requests
     num_adapters = max((max(adapters_of_rows(p, num_rows, num_rows)) + 1 for p in names), default=0)
-    results = Results(args.out)
+    results = Results(args.out, args.plot, punica_panels)
     table = Table(
         batch=6, popularity=-10, num_adapters=12, new_tokens_per_s=16, all_tokens_per_s=16,
         of_identical=12, paper_tokens_per_s=18, requests_per_s=14, inter_token_ms_p50=18,

@@ -34,6 +34,7 @@ from loraplex.entrypoints.cli.flag_types import (
     positive_int,
 )
 
+from paper_panels import slora_panels
 from published_figures import SETTINGS, SLORA, SLORA_NOTE
 
 DESCRIPTION = "Measure S-LoRA's settings: thousands of adapters, saturated or at a rate."
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         config,
         max(*counts, args.num_registered or 0),
         random=RandomAdapters(args.ranks or list(ranks), args.lora_modules, args.weight_files),
-        results=Results(args.out),
+        results=Results(args.out, args.plot, slora_panels),
     ) as session:
         table = Table(
             load=-12, num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14,

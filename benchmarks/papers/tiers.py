@@ -36,6 +36,7 @@ from loraplex.entrypoints.cli.bench_flags import adapter_flags, add_flag, make_s
 from loraplex.entrypoints.cli.command import run_command
 from loraplex.entrypoints.cli.flag_types import positive, positive_int
 
+from paper_panels import tiers_panels
 from tier_waves import CASES, NUM_DISK, Numbers, TierWaves, Window
 
 DESCRIPTION = "Measure first tokens by the tier of the adapter, and what loads cost other requests."
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         replace(config, memory=memory),
         numbers.num_adapters,
         random=RandomAdapters(args.ranks, args.lora_modules, args.weight_files),
-        results=Results(args.out),
+        results=Results(args.out, args.plot, tiers_panels),
         hold_all=not hasattr(args, "adapter_host_bytes"),
     ) as session:
         table = Table(

@@ -1,11 +1,11 @@
-"""Do the scheduling policies order things as their papers say? Real scheduler, modelled worker.
+"""Simulates the scheduling policies: do they order requests as their papers say?
 
-A SIMULATION: requests, queues, pages and adapters are the scheduler's own, the seconds come from
-the cost model of Llama-2-7B on one H200 in modelled_worker.py. No GPU is used.
+The scheduler, its queues, pages and adapters are real. The seconds come from the cost model of
+Llama-2-7B on one H200 in modelled_worker.py. No GPU is used.
 
-    python benchmarks/simulation/policies.py
+    python benchmarks/simulation/policies.py --plot policies.svg
 
-writes benchmarks/results/policies_sim.jsonl and .svg, in about two minutes.
+writes benchmarks/results/policies_sim.jsonl, in about two minutes.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraplex.entrypoints.bench.svg import Line, Panel, draw
+from loraplex.engine.errors import ConfigError
+from loraplex.entrypoints.bench.plot import Line, Panel, check_plot, draw
 from loraplex.entrypoints.bench.traces import make_trace
 from loraplex.scheduler.config import SchedulerConfig
 
@@ -39,7 +40,7 @@ POLICY_OPTIONS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One run. Tenants are (name, requests a second); adapters are drawn by power(alpha)."""
+    """One run. Tenants are (name, requests a second). Adapters are drawn by power(alpha)."""
 
     question: str
     policy: dict[str, Any]
@@ -143,7 +144,7 @@ def _weights(case: Case) -> dict[str, float]:
 
 
 def _ttfts(result: SimResult, tenant: str | None = None) -> list[float]:
-    """Seconds to the first token of all that had one, in order."""
+    """Seconds to first tokens, in ascending order, of the requests that got one."""
     return sorted(
         o.ttft_s
         for o in result.outcomes
@@ -156,7 +157,7 @@ def _percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """The set-up, as it stands beside the numbers."""
+    """Set-up of a case, which is written beside its numbers."""
     options = asdict(case.config)
     return {
         "benchmark": "benchmarks/simulation/policies.py",
@@ -195,8 +196,10 @@ def show(case: Case, row: dict[str, Any]) -> None:
     )
 
 
-def plot(rows: Sequence[tuple[Case, dict[str, Any]]], runs: dict[str, SimResult]) -> str:
-    """Attainment by rate, the service gap over time, and first-token latency by percentile."""
+def make_panels(
+    rows: Sequence[tuple[Case, dict[str, Any]]], runs: dict[str, SimResult]
+) -> list[Panel]:
+    """Panels of attainment by rate, service gap over time, and first-token time by percentile."""
     aborts = [
         Line(
             f"{name}, cv {cv:g}",
@@ -222,23 +225,31 @@ def plot(rows: Sequence[tuple[Case, dict[str, Any]]], runs: dict[str, SimResult]
         ttfts = _ttfts(runs[f"clustering {label}"])
         points = [(float(p), _percentile(ttfts, p)) for p in range(0, 100)]
         latencies.append(Line(label, points))
-    return draw(
-        [
-            Panel("Early abort: first token within 6 s", "requests/s", "% of requests", aborts),
-            Panel("VTC: service gap, 100/s against 25/s", "s", "tokens, weighted", gaps, True),
-            Panel(
-                f"Clustering: n=1000, {SMALL_POOL} pages, alpha 0.3", "percentile",
-                "time to first token, s", latencies,
-            ),
-        ],
-        caption=NOTE,
-    )  # fmt: skip
+    return [
+        Panel("Early abort: first token within 6 s", "requests/s", "% of requests", aborts),
+        Panel("VTC: service gap, 100/s against 25/s", "s", "tokens, weighted", gaps, log_y=True),
+        Panel(
+            f"Clustering: n=1000, {SMALL_POOL} pages, alpha 0.3", "percentile",
+            "time to first token, s", latencies,
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "policies_sim.jsonl")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "policies_sim.jsonl",
+        help="write JSON lines to this file (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", type=Path, help="plot the results to this .svg or .png file; needs matplotlib"
+    )
     options = parser.parse_args()
+    if options.plot:
+        try:
+            check_plot(options.plot)
+        except ConfigError as error:
+            parser.error(str(error))
     print(NOTE)
     rows: list[tuple[Case, dict[str, Any]]] = []
     runs: dict[str, SimResult] = {}
@@ -248,9 +259,9 @@ def main() -> None:
         show(case, row)
         rows.append((case, row))
         runs[f"{case.question} {case.label}"] = result
-    lines = [json.dumps(describe(case) | row) + "\n" for case, row in rows]
-    options.out.write_text("".join(lines))
-    options.out.with_suffix(".svg").write_text(plot(rows, runs))
+    options.out.write_text("".join(json.dumps(describe(case) | row) + "\n" for case, row in rows))
+    if options.plot:
+        draw(make_panels(rows, runs), options.plot, caption=NOTE)
 
 
 if __name__ == "__main__":

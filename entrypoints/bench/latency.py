@@ -6,6 +6,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import check_complete, medians, step_times, summarize
 from loraplex.entrypoints.bench.names import BASE
+from loraplex.entrypoints.bench.panels import latency_panels
 from loraplex.entrypoints.bench.results import Results, Table
 from loraplex.entrypoints.bench.session import RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import adapters_of_rows, closed_batch
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             f"--batches: {max(args.batches)} requests exceed --max-num-seqs, which is {limit}"
         )
     random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
-    results = Results(args.out)
+    results = Results(args.out, args.plot, latency_panels)
     with open_session(config, _num_adapters(args), random=random, results=results) as session:
         table = Table(
             batch=6, popularity=-10, num_adapters=12, step_ms=9, step_ms_mean=12, step_ms_p99=11,

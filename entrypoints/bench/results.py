@@ -1,47 +1,58 @@
-"""Where a benchmark's numbers go: a table on the screen, JSON lines, and a plot beside them."""
+"""Destinations of a benchmark's rows: a table on the screen, JSON lines and a plot."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraplex.engine.errors import ConfigError
-from loraplex.entrypoints.bench.plots import plot
+from loraplex.entrypoints.bench.plot import SUFFIXES, Panel, check_plot, draw
 
 Row = dict[str, Any]
+MakePanels = Callable[[Sequence[Row]], list[Panel]]
+_CAPTION = ("model", "device", "lora_backend", "attention_backend")
 
 
 class Results:
-    """Appends JSON lines to `out`, and draws this run's rows to the .svg of the same name after
-    each; does nothing where `out` is None.
+    """Appends rows to a file of JSON lines and plots the rows of this run.
 
-    Raises:
-        ConfigError: `out` is in no directory, or is itself the plot's name.
+    The plot is drawn again after each row, so that an interrupted run leaves one.
     """
 
-    def __init__(self, out: Path | None) -> None:
+    def __init__(self, out: Path | None, plot: Path | None, make_panels: MakePanels) -> None:
+        """Check the paths before anything is measured. A path of None writes nothing.
+
+        Raises:
+            ConfigError: a path cannot be written, or `plot` is given without matplotlib.
+        """
+        if out is not None and out.suffix in SUFFIXES:
+            raise ConfigError("--out takes JSON lines: give the name of the plot with --plot")
         if out is not None and not out.parent.is_dir():
             raise ConfigError(f"--out: there is no directory {out.parent}")
-        if out is not None and out.suffix == ".svg":
-            raise ConfigError("--out takes JSON lines; the plot goes beside it, to a .svg")
+        if plot is not None:
+            check_plot(plot)
         self._out = out
+        self._plot = plot
+        self._make_panels = make_panels
         self._rows: list[Row] = []
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
-        if self._out is None:
-            return
-        with self._out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        drawing = plot(self._rows)
-        if drawing:
-            self._out.with_suffix(".svg").write_text(drawing, encoding="utf-8")
+        if self._out is not None:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._plot is not None:
+            panels = [panel for panel in self._make_panels(self._rows) if panel.lines]
+            if panels:
+                caption = ", ".join(str(row[key]) for key in _CAPTION if row.get(key))
+                draw(panels, self._plot, caption=caption)
 
 
 class Table:
-    """Rows printed as they come, under one head."""
+    """Prints a header, then each row as it is measured."""
 
     def __init__(self, **widths: int) -> None:
-        """Column names and widths; a negative width is left-aligned."""
+        """Print the header. `widths` are characters by column; a negative width aligns left."""
         self._widths = widths
         print("  ".join(f"{k:{_align(w)}}" for k, w in widths.items()), flush=True)
 

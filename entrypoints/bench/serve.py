@@ -6,6 +6,7 @@ import sys
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import summarize_open_loop
+from loraplex.entrypoints.bench.panels import serve_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
 from loraplex.entrypoints.bench.session import RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import make_trace
@@ -14,7 +15,7 @@ from loraplex.entrypoints.bench.traces import make_trace
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     """Measure each rate in an open loop: requests are sent when due, even if earlier ones wait."""
     random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
-    results = Results(args.out)
+    results = Results(args.out, args.plot, serve_panels)
     with open_session(config, args.num_adapters, random=random, results=results) as session:
         table = Table(
             rate=8, num_requests=12, num_failed=10, requests_per_s=14, new_tokens_per_s=16,

@@ -4,6 +4,7 @@ import argparse
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize
+from loraplex.entrypoints.bench.panels import throughput_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
 from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
@@ -17,9 +18,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     All requests are sent at once; the engine runs at most --max-num-seqs of them at a time.
     """
     random = RandomAdapters(args.ranks, args.lora_modules, args.weight_files)
-    with open_session(
-        config, max(args.num_adapters), random=random, results=Results(args.out)
-    ) as session:
+    results = Results(args.out, args.plot, throughput_panels)
+    with open_session(config, max(args.num_adapters), random=random, results=results) as session:
         table = Table(
             num_adapters=12, new_tokens_per_s=16, of_base=8, requests_per_s=14, ttft_ms_p50=11,
             ttft_ms_p99=11, inter_token_ms_p50=18, inter_token_ms_p99=18, gpu_idle_share=14,

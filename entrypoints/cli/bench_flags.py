@@ -92,8 +92,9 @@ def repeats_flag(group: Any, default: int) -> None:
 
 
 def _output_flags(group: Any) -> None:
-    add_flag(group, "--out", Path, None, "PATH",
-             "append JSON lines to this file, and draw the .svg of the same name")  # fmt: skip
+    add_flag(group, "--out", Path, None, "PATH", "append JSON lines to this file")
+    add_flag(group, "--plot", Path, None, "PATH",
+             "plot the results to this .svg or .png file; needs matplotlib")  # fmt: skip
 
 
 def _modules(text: str) -> list[str]:

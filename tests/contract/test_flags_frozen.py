@@ -36,7 +36,7 @@ CLIENT = [
     "--client-secret-key-file", "--endpoint", "--json", "--log-level", "--server-public-key",
     "--timeout-s",
 ]  # fmt: skip
-BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--ranks", "--weight-files"]
+BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--plot", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
     "serve": [

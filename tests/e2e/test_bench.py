@@ -27,15 +27,17 @@ def bench(
     kind: str, out: Path, *arguments: str, engine: Sequence[str] = TINY, num_notes: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of a run. The table on the screen has as many, and the plot is an SVG file."""
+    plot = out.with_suffix(".svg")
     run = subprocess.run(
-        [*command(kind), *engine, "--ranks", "4,8", "--out", str(out), *arguments],
+        [*command(kind), *engine, "--ranks", "4,8", "--out", str(out), "--plot", str(plot),
+         *arguments],
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(run.stdout.splitlines()) == len(rows) + 1 + num_notes, run.stdout
     assert "note:" not in run.stderr
-    ElementTree.parse(out.with_suffix(".svg"))
+    ElementTree.parse(plot)
     for row in rows:
         assert row["bench"] == kind
         assert (row["model"], row["device"], row["ranks"]) == ("tiny", "cpu", [4, 8])

@@ -20,6 +20,7 @@ SHARED = {
     "--log-level",
     "--lora-modules",
     "--out",
+    "--plot",
     "--ranks",
     "--repeats",
     "--weight-files",

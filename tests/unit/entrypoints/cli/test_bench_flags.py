@@ -33,6 +33,7 @@ def status_of(kind: str, arguments: list[str]) -> int:
         ("serve", ["--rates", "0"], "'0' is not a number above 0"),
         ("throughput", ["--out", "/nowhere/x.jsonl"], "/nowhere"),
         ("throughput", ["--out", "x.svg"], "JSON lines"),
+        ("serve", ["--plot", "x.jpg"], "ends in .svg or .png"),
         ("slora", ["--setting", "S3"], "'S3' is none of"),
         ("slora", ["--rates", "nan"], "--rates"),
         ("punica", ["--max-num-seqs", "8"], "--batches"),
