@@ -1,4 +1,4 @@
-"""Configurations of known models, and adapters of random weights at a model's true shapes."""
+"""Configurations of known models, and adapters with random weights of their true shapes."""
 
 import json
 from collections.abc import Sequence
@@ -21,40 +21,40 @@ _WEIGHT_STD = 0.02
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """The config.json of one of MODELS."""
+    """Contents of the config.json of one of MODELS."""
     return {**_LLAMA, **dict(zip(SIZES, MODELS[name], strict=True))}
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """A model directory without weights, for `--load-format dummy`."""
+    """Write a model directory without weights, for `--load-format dummy`; returns `folder`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model_config(name)))
     return folder
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The config.json of a model directory.
+    """Contents of the config.json of a model directory.
 
     Raises:
-        ConfigError: there is none (a GGUF file, the packaged model).
+        ConfigError: there is none, as for a GGUF file or the packaged model.
     """
     path = Path(model).expanduser() / "config.json"
     if not model or not path.is_file():
         raise ConfigError(
-            f"random adapters take their shapes from a model directory's config.json, and "
-            f"{model or 'the packaged model'} has none: name such a directory, one of "
-            f"{', '.join(MODELS)}, or adapters of your own"
+            f"random adapters need the config.json of a model directory, and "
+            f"{model or 'the packaged model'} has none: give --model such a directory or one of "
+            f"{', '.join(MODELS)}, or name adapters with --adapter"
         )
     return dict(json.loads(path.read_text()))
 
 
 class AdapterWriter:
-    """Writes PEFT directories; the adapters differ in content.
+    """Writes PEFT directories of random adapters that differ in content.
 
-    One buffer of random bf16 numbers serves all: each file of weights is that buffer, turned by
-    another offset, so that writing costs little more than the disk. There are at most
-    `num_weight_files` of them: further adapters link to one and have another `lora_alpha`. The
-    scale is part of an adapter's content hash, so they share neither pages nor host memory.
+    Every file of weights is one buffer of random bf16 numbers, rotated by its own offset, so
+    writing costs little more than the disk. At most about `num_weight_files` files are written.
+    Further adapters link to one of them and have another `lora_alpha`. The scale is part of an
+    adapter's content hash, so they share neither pages nor host memory.
     """
 
     def __init__(
@@ -65,11 +65,12 @@ class AdapterWriter:
         modules: Sequence[str],
         num_weight_files: int = 64,
     ) -> None:
-        """`ranks` are dealt to the adapters in turn; `modules` are some of names.MODULES."""
+        """Prepare the buffer. `ranks` are dealt to the adapters in turn; see names.MODULES."""
         self._ranks = tuple(ranks)
         self._modules = tuple(modules)
-        self._cycle = -(-num_weight_files // len(ranks)) * len(ranks)  # a file serves one rank
-        self._files: dict[int, Path] = {}  # by index modulo the cycle
+        # A file has one rank, so the number of files is rounded up to a multiple of len(ranks).
+        self._num_files = -(-num_weight_files // len(ranks)) * len(ranks)
+        self._files: dict[int, Path] = {}  # by adapter index modulo _num_files
         self._shapes = _shapes(config)
         self._num_layers = int(config["num_hidden_layers"])
         self._headers = {rank: self._header(rank) for rank in set(ranks)}
@@ -79,22 +80,23 @@ class AdapterWriter:
         self._buffer = (values.view(np.uint32) >> 16).astype("<u2")  # the upper half is bf16
 
     def num_bytes(self, index: int) -> int:
-        """Of an adapter's weights."""
+        """Size of an adapter's weights in bytes."""
         return 2 * self._num_values(self._rank(index))
 
     def write(self, folder: Path, index: int) -> Path:
-        """Adapter number `index`, which decides its rank and its content."""
+        """Write the adapter of this number, which decides rank and content; returns `folder`."""
         folder.mkdir(parents=True)
         weights = folder.absolute() / "adapter_model.safetensors"
-        turn, source = divmod(index, self._cycle)
+        round_, source = divmod(index, self._num_files)
         if source in self._files:
             weights.symlink_to(self._files[source])
         else:
             self._write_weights(weights, source)
             self._files[source] = weights
         rank = self._rank(index)
+        alpha = rank * (1 + round_ / 4096)
         settings = {
-            "peft_type": "LORA", "r": rank, "lora_alpha": rank * (1 + turn / 4096), "bias": "none",
+            "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
             "target_modules": [f"{module}_proj" for module in self._modules],
         }  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -103,12 +105,12 @@ class AdapterWriter:
     def _write_weights(self, path: Path, source: int) -> None:
         rank = self._rank(source)
         data = self._buffer[: self._num_values(rank)]
-        turn = (source * 1009) % len(data)
+        offset = (source * 1009) % len(data)
         header = self._headers[rank]
         with path.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.write(data[turn:].data)
-            file.write(data[:turn].data)
+            file.write(data[offset:].data)
+            file.write(data[:offset].data)
 
     def _rank(self, index: int) -> int:
         return self._ranks[index % len(self._ranks)]
@@ -117,7 +119,7 @@ class AdapterWriter:
         return self._num_layers * rank * sum(sum(self._shapes[m]) for m in self._modules)
 
     def _header(self, rank: int) -> bytes:
-        """Of a safetensors file: JSON, padded with spaces to a multiple of 8 bytes."""
+        """Header of a safetensors file: JSON, padded with spaces to a multiple of 8 bytes."""
         tensors = {}
         end = 0
         for layer in range(self._num_layers):
@@ -135,7 +137,7 @@ class AdapterWriter:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each of names.MODULES."""
+    """(in_features, out_features) by name in names.MODULES."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // num_heads

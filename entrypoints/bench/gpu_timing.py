@@ -1,4 +1,4 @@
-"""Times of GPU work in a CUDA graph, and the bandwidth that they are held against."""
+"""Times GPU work in a CUDA graph, and the copy bandwidth to compare it with."""
 
 import statistics
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """What `run` launches, which is run once before."""
+    """Capture the launches of `run` in a graph, after one run that warms it up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -20,7 +20,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def time_graph(run: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds of each replay of what `run` launches."""
+    """Microseconds of each of `repeats` replays of the launches of `run`."""
     graph = capture(run)
     for _ in range(3):
         graph.replay()
@@ -34,7 +34,7 @@ def time_graph(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large device-to-device copy."""
+    """Bytes read plus bytes written, a second, by a large device-to-device copy."""
     source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     times = time_graph(lambda: torch.mul(source, 1.0, out=target), 15)

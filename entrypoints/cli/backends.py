@@ -1,4 +1,4 @@
-"""`loraplex backends`: what there is for each op, and whether it can run here."""
+"""`loraplex backends`: list the kernel backends and whether each can run here."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def run() -> int:
 
 
 def table(backends: Sequence[registry.Backend]) -> list[str]:
-    """One line a backend, the preferred ones of an op first; `auto` takes the first usable."""
+    """Lines of the table: a header, then one backend a line, in the order in which `auto` tries."""
     rows: list[tuple[str, ...]] = [HEADER]
     taken: set[str] = set()
     for backend in backends:

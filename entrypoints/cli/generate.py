@@ -1,4 +1,4 @@
-"""`loraplex generate`: prompts in, answers out, side by side where several models answer."""
+"""`loraplex generate`: answer prompts, by several adapters side by side if asked."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.offline.llm import LLM
 
 BASE = "base"
-"""The base model's name among those who answer."""
+"""Name of the base model in --use and in the output."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     params = flags.sampling_params_of(args)
     prompts = read_prompts(args.prompts, args.file)
     registered = [name for name, _ in adapters_at_start(config.adapter)]
-    names = who_answers(args.use, args.compare, registered)
+    names = answering_models(args.use, args.compare, registered)
     with LLM.from_config(config, in_process=args.in_process) as llm:
         as_chat = _has_chat_template(llm) if args.chat is None else args.chat
         if args.system is not None and not as_chat:
@@ -45,10 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
-    """The arguments, then the file's lines; standard input's lines where neither is given.
+    """Collect the prompts: the arguments, then the lines of the file.
+
+    Without either, the lines of standard input are the prompts.
 
     Raises:
-        ConfigError: there is no prompt at all.
+        ConfigError: there is no prompt.
     """
     prompts = list(arguments)
     if file is not None and file != "-":
@@ -62,8 +64,8 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
     return prompts
 
 
-def who_answers(use: str | None, compare: bool, registered: Sequence[str]) -> list[str]:
-    """Names in the order of the print-out.
+def answering_models(use: str | None, compare: bool, registered: Sequence[str]) -> list[str]:
+    """Names of the models that answer, in the order of the output.
 
     Raises:
         ConfigError: a name in `use` is no registered adapter; the message lists those that are.
@@ -73,7 +75,7 @@ def who_answers(use: str | None, compare: bool, registered: Sequence[str]) -> li
     else:
         names = [name.strip() for name in use.split(",") if name.strip()]
         if not names:
-            raise ConfigError("--use names nobody: write --use a,b or leave it out")
+            raise ConfigError("--use names no model: write --use a,b or leave it out")
     for name in names:
         if name != BASE and name not in registered:
             known = ", ".join([BASE, *registered])
@@ -84,7 +86,7 @@ def who_answers(use: str | None, compare: bool, registered: Sequence[str]) -> li
 
 
 def make_input(prompt: str, as_chat: bool, system: str | None = None) -> dict[str, Any]:
-    """A prompt as the engine's client takes it."""
+    """Input of the client's generate(): a prompt, or the messages of a chat."""
     if not as_chat:
         return {"prompt": prompt}
     messages = [{"role": "system", "content": system}] if system is not None else []
@@ -92,7 +94,7 @@ def make_input(prompt: str, as_chat: bool, system: str | None = None) -> dict[st
 
 
 def stream(llm: LLM, prompt: dict[str, Any], name: str, params: SamplingParams) -> None:
-    """Print one answer as it grows."""
+    """Print one answer while it is generated."""
     printed = 0
     adapter = None if name == BASE else name
     for output in llm.client.generate(prompt, params, adapter=adapter):
@@ -105,7 +107,7 @@ def stream(llm: LLM, prompt: dict[str, Any], name: str, params: SamplingParams) 
 def answer_all(
     llm: LLM, inputs: Sequence[dict[str, Any]], names: Sequence[str], params: SamplingParams
 ) -> list[list[RequestOutput]]:
-    """Answer every prompt by everybody in one batch; the outputs of one prompt stand together."""
+    """Answer every prompt by every model in one batch; returns the outputs of each prompt."""
     adapters = [None if name == BASE else LoRARequest(name) for _ in inputs for name in names]
     repeated = [given for given in inputs for _ in names]
     bar = sys.stderr.isatty()
@@ -118,7 +120,7 @@ def answer_all(
 
 
 def print_json(prompt: str, names: Sequence[str], outputs: Sequence[RequestOutput]) -> None:
-    """One line an answer."""
+    """Print one JSON object per answer."""
     for name, output in zip(names, outputs, strict=True):
         for line in json_lines(prompt, name, output):
             print(json.dumps(line, ensure_ascii=False))
@@ -126,7 +128,7 @@ def print_json(prompt: str, names: Sequence[str], outputs: Sequence[RequestOutpu
 
 
 def json_lines(prompt: str, name: str, output: RequestOutput) -> Iterable[dict[str, Any]]:
-    """One object an answer."""
+    """Yield one object per answer."""
     for answer in output.outputs:
         line: dict[str, Any] = {
             "prompt": prompt,
@@ -153,7 +155,7 @@ def json_lines(prompt: str, name: str, output: RequestOutput) -> Iterable[dict[s
 
 
 def print_answers(prompt: str, names: Sequence[str], outputs: Sequence[RequestOutput]) -> None:
-    """A prompt, and under it each answer beside the name of who gave it."""
+    """Print a prompt, and below it each answer beside the name of its model."""
     margin = max(len(name) for name in names) + 4
     width = max(shutil.get_terminal_size((100, 24)).columns, margin + 30)
     print(prompt)

@@ -1,4 +1,4 @@
-"""The log handler of the user's own process; the engine's processes make theirs at their start."""
+"""Sets up the log of the command. The processes of the engine set up their own."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ LEVEL_VARIABLE = "LORAPLEX_LOG_LEVEL"
 
 
 def configure_logging(level: str | None) -> None:
-    """Send `loraplex` records of this process and of those it starts to stderr.
+    """Send log records of `loraplex` to stderr, in this process and in those that it starts.
 
     Args:
-        level: one of LEVELS; None keeps the environment's, "warning" where that is unset.
+        level: one of LEVELS. None keeps the level of the environment, or "warning" if it has none.
     """
     if level is not None:
         os.environ[LEVEL_VARIABLE] = level

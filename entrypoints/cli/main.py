@@ -54,24 +54,29 @@ def _add_generate(commands: "argparse._SubParsersAction[flags.FlagParser]") -> N
         description="Answer prompts in one batch, by the base model and by adapters.",
         epilog='example: loraplex generate --adapter pirate=./pirate --compare "Hello there!"',
     )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: stdin's lines")
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="a prompt (default: the lines of standard input)",
+    )
     parser.add_argument("--file", metavar="PATH", help="a file with one prompt a line; - is stdin")
     parser.add_argument(
         "--use",
         metavar="NAMES",
-        help="who answers each prompt, as a,b; `base` is the base model "
-        "(default: every adapter, or the base model where there is none)",
+        help="adapters that answer each prompt, as a,b; `base` is the base model "
+        "(default: every adapter, or the base model if there is none)",
     )
     parser.add_argument("--compare", action="store_true", help="let the base model answer too")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="send prompts through the chat template (default: where the model has one)",
+        help="apply the chat template to prompts (default: yes if the model has one)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of every chat")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
     parser.add_argument(
-        "--in-process", action="store_true", help="run the engine in this process, to debug it"
+        "--in-process", action="store_true", help="run the engine in this process, for debugging"
     )
     add_log_level(parser)
     flags.add_sampling_flags(parser)

@@ -1,4 +1,4 @@
-"""`loraplex serve`: an engine on an endpoint until it is told to stop."""
+"""`loraplex serve`: run an engine on an endpoint until Ctrl-C or SIGTERM."""
 
 import sys
 
@@ -11,7 +11,7 @@ from loraplex.entrypoints.offline.progress import ProgressLine
 
 
 def run(config: EngineConfig) -> int:
-    """Serve until SIGINT or SIGTERM; returns 0 then, 1 when a process died."""
+    """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if a process died."""
     progress = ProgressLine()
     adapters = adapters_at_start(config.adapter)
 
@@ -31,10 +31,10 @@ def run(config: EngineConfig) -> int:
 
 
 def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters: int) -> list[str]:
-    """What is served where, and how much of it fits: the lines printed once it is ready."""
+    """Lines that are printed when the server is ready: model, device, pool and endpoint."""
     worker = info.workers[0]
     page_bytes = worker.page_bytes * worker.num_layers
-    num_usable = info.num_pages - 1  # page 0 is nobody's
+    num_usable = info.num_pages - 1  # page 0 is the null page
     pool = (
         f"{num_usable:,} pages of {page_bytes / 2**20:.2f} MiB, for adapters and up to "
         f"{num_usable * info.block_tokens:,} tokens of KV cache"

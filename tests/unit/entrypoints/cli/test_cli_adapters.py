@@ -74,8 +74,8 @@ def test_lazy_and_what_fails_later(client: Client, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["list", "nobody"], "nobody"),
-        (["unload", "nobody"], "nobody"),
+        (["list", "unknown"], "unknown"),
+        (["unload", "unknown"], "unknown"),
         (["load", "a=../elsewhere"], "adapter_root"),
     ],
 )
@@ -95,7 +95,7 @@ def test_failures(
     ("arguments", "text"),
     [
         ([], "ACTION"),
-        (["nobody"], "invalid choice: 'nobody'"),
+        (["unknown"], "invalid choice: 'unknown'"),
         (["pin"], "required: NAME"),
         (["load", "a"], "'a' should read NAME=VALUE"),
         (["load", "a=a", "b="], "'b=' should read NAME=VALUE"),
@@ -107,7 +107,7 @@ def test_wrong_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixt
     assert exit_.value.code == 2 and text in capsys.readouterr().err
 
 
-def test_nobody_answers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_endpoint_without_a_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/none"
     assert cli.main(["adapters", "list", "--endpoint", endpoint, "--timeout-s", "0.2"]) == 1
     assert endpoint in capsys.readouterr().err

@@ -73,22 +73,24 @@ class TestReadPrompts:
             cli_generate.read_prompts([], "/nowhere/p.txt")
 
 
-class TestWhoAnswers:
+class TestAnsweringModels:
     def test_the_base_model_where_there_is_no_adapter(self) -> None:
-        assert cli_generate.who_answers(None, False, []) == ["base"]
+        assert cli_generate.answering_models(None, False, []) == ["base"]
 
     def test_adapters_are_never_left_out_silently(self) -> None:
-        assert cli_generate.who_answers(None, False, ["a", "b"]) == ["a", "b"]
-        assert cli_generate.who_answers(None, True, ["a", "b"]) == ["base", "a", "b"]
+        assert cli_generate.answering_models(None, False, ["a", "b"]) == ["a", "b"]
+        assert cli_generate.answering_models(None, True, ["a", "b"]) == ["base", "a", "b"]
 
     def test_chosen_names(self) -> None:
-        assert cli_generate.who_answers("b, base,b", False, ["a", "b"]) == ["b", "base"]
-        assert cli_generate.who_answers("b", True, ["a", "b"]) == ["base", "b"]
+        assert cli_generate.answering_models("b, base,b", False, ["a", "b"]) == ["b", "base"]
+        assert cli_generate.answering_models("b", True, ["a", "b"]) == ["base", "b"]
 
-    @pytest.mark.parametrize(("use", "message"), [("c", "there are base, a"), (",", "nobody")])
+    @pytest.mark.parametrize(
+        ("use", "message"), [("c", "there are base, a"), (",", "names no model")]
+    )
     def test_unknown_names(self, use: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            cli_generate.who_answers(use, False, ["a"])
+            cli_generate.answering_models(use, False, ["a"])
 
 
 def test_inputs() -> None:
@@ -109,7 +111,7 @@ def test_answers_are_aligned_and_wrapped(capsys: Capture, monkeypatch: pytest.Mo
     assert "          matey" in lines
 
 
-def test_an_empty_answer_is_said_to_be_one(capsys: Capture) -> None:
+def test_an_empty_answer_is_marked(capsys: Capture) -> None:
     cli_generate.print_answers("Why?", ["base"], [output("")])
     assert "(no text)" in capsys.readouterr().out
 
@@ -220,7 +222,7 @@ def test_progress_lines_elsewhere_than_on_a_terminal(capsys: Capture) -> None:
     assert capsys.readouterr().err.splitlines() == ["loading 0"]
 
 
-def test_progress_is_silent_where_nobody_looks(capsys: Capture) -> None:
+def test_progress_is_silent_without_a_terminal(capsys: Capture) -> None:
     line = ProgressLine(terminal_only=True)
     line("loading")
     assert capsys.readouterr().err == ""
