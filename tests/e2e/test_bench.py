@@ -46,7 +46,7 @@ def bench(
 
 
 def check_gaps(median_ms: float, p99_ms: float) -> None:
-    """On busy cores a client reads several messages at once: most gaps may be zero, not all."""
+    """A busy client reads several messages at once, so most gaps may be zero, but not all."""
     assert 0 <= median_ms <= p99_ms
     assert p99_ms > 0
 
@@ -68,6 +68,7 @@ def test_throughput(tmp_path: Path) -> None:
         check_gaps(row["inter_token_ms_p50"], row["inter_token_ms_p99"])
 
 
+@pytest.mark.long
 def test_latency(tmp_path: Path) -> None:
     rows = bench(
         "latency", tmp_path / "out.jsonl", "--batches", "1,4", "--popularity", "base,distinct",
@@ -80,6 +81,7 @@ def test_latency(tmp_path: Path) -> None:
         assert len(row["step_ms_of_runs"]) == 2
 
 
+@pytest.mark.long
 def test_serve(tmp_path: Path) -> None:
     (row,) = bench(
         "serve", tmp_path / "out.jsonl", "--rates", "15", "--duration", "1", "--num-adapters", "3",
@@ -110,6 +112,7 @@ def test_slora(tmp_path: Path) -> None:
     assert rows[0]["new_tokens"] == rows[2]["new_tokens"]
 
 
+@pytest.mark.long
 def test_punica(tmp_path: Path) -> None:
     rows = bench(
         "punica", tmp_path / "out.jsonl", "--popularity", "distinct,base,identical",
@@ -127,6 +130,7 @@ def test_punica(tmp_path: Path) -> None:
         assert row["all_tokens_per_s"] == pytest.approx(tokens / row["seconds"], rel=0.01)
 
 
+@pytest.mark.long
 def test_tiers(tmp_path: Path) -> None:
     rows = bench(
         "tiers", tmp_path / "out.jsonl", "--batch", "3", "--prompt-len", "8", "--answer-len",
@@ -144,13 +148,3 @@ def test_tiers(tmp_path: Path) -> None:
     assert quiet["loads_per_s"] == warm["loads_per_s"] == 0
     assert 4 < loads["loads_per_s"] <= 20
     assert {"p99_over_quiet", "p99_over_warm"} <= loads.keys()
-
-
-def test_requests_beyond_the_context_are_refused() -> None:
-    run = subprocess.run(
-        [*command("latency"), *TINY, "--batches", "1", "--popularity", "base", "--answer-len",
-         "1000"],
-        capture_output=True, text=True, timeout=TIMEOUT_S,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert "1128 tokens exceeds the engine's context of 1024" in run.stderr

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.e2e
 TESTS = Path(__file__).resolve().parents[1]
 ADAPTERS = TESTS.parent / "examples" / "adapters"
 COMMAND = [sys.executable, "-P", "-m", "loraplex.entrypoints.cli.main"]
-FAKE_COMMAND = [sys.executable, "-P", str(TESTS / "helpers" / "fake_cli.py")]
+FAKE_COMMAND = [sys.executable, "-P", str(TESTS / "helpers" / "fakes" / "fake_cli.py")]
 FAKE = ["--model", "fake", "--skip-tokenizer-init", "--max-num-batched-tokens", "512"]
 SMALL = ["--num-pages", "300", "--max-num-seqs", "16", "--max-model-len", "1024"]
 QUESTION = "What is the capital of France?"
@@ -70,25 +69,30 @@ def test_generate_in_process_without_a_template() -> None:
         (["generate", "--model", "/nowhere", "hi"], "/nowhere"),
         (["generate", "--adapter", "a=/nowhere", "hi"], "/nowhere"),
         (["generate", "--temperature", "-1", "hi"], "temperature must lie in"),
-        (["generate", *SMALL, "--use", "nobody", "hi"], "nobody"),
+        (["generate", *SMALL, "--use", "unknown", "hi"], "unknown"),
         (["generate", *SMALL, "--lora-backend", "nope", "hi"], "invalid choice: 'nope'"),
         (["serve", "--endpoint", "tcp://0.0.0.0:5599"], "--insecure"),
         (["serve", "--gpu-memory-utilization", "7"], "gpu_memory_utilization"),
     ],
 )
-def test_configuration_errors(arguments: list[str], message: str) -> None:
-    run = loraplex(*arguments)
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
-    assert run.stdout == ""
+def test_configuration_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main.main(arguments)
+    except SystemExit as error:  # argparse
+        status = int(error.code or 0)
+    assert status == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
 
 
 @contextmanager
 def server(
     tmp_path: Path, *arguments: str, command: Sequence[str] = COMMAND
 ) -> Iterator["tuple[subprocess.Popen[str], str, str]"]:
-    """A server, its endpoint and what it said once ready; killed at the end if it still runs."""
+    """A server, its endpoint and its output until it was ready. It is killed at the end."""
     endpoint = f"ipc://{tmp_path}/s"
     process = subprocess.Popen(
         [*command, "serve", *SMALL, "--endpoint", endpoint, *arguments],
@@ -113,7 +117,7 @@ def children_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def assert_gone(children: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -128,14 +132,14 @@ def test_serve_answers_and_stops_on_ctrl_c(
             params = SamplingParams(temperature=0.0, max_tokens=10)
             outputs = list(client.chat(messages, params))
             assert outputs[-1].outputs[0].text == ANSWER
-            assert len(outputs) > 3, "the answer came in one piece"
+            assert len(outputs) > 3, "the answer was not streamed"
             (last,) = client.chat(messages, params, adapter="pirate", stream=False)
             assert last.outputs[0].text != ANSWER
         assert main.main(["adapters", "list", "--endpoint", endpoint, "--json", "pirate"]) == 0
         pirate = json.loads(capsys.readouterr().out)
         assert (pirate["tier"], pirate["usage"]["num_ended"]) == ("pages", 1)
-        assert main.main(["adapters", "unload", "nobody", "--endpoint", endpoint]) == 1
-        assert "nobody" in capsys.readouterr().err
+        assert main.main(["adapters", "unload", "unknown", "--endpoint", endpoint]) == 1
+        assert "unknown" in capsys.readouterr().err
         stop(process, signal.SIGINT, children)
         assert not os.path.exists(endpoint.removeprefix("ipc://"))
 
@@ -153,7 +157,7 @@ def test_serve_stops_on_sigterm_with_a_client(tmp_path: Path) -> None:
 
 def stop(process: "subprocess.Popen[str]", number: int, children: list[psutil.Process]) -> None:
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert_gone(children)
 
@@ -162,10 +166,8 @@ def test_serve_fails_with_a_dead_worker(tmp_path: Path) -> None:
     with server(tmp_path, *FAKE, command=FAKE_COMMAND) as (process, _, _):
         children = children_of(process)
         (worker,) = [c for c in children if "fake_worker_proc" in " ".join(c.cmdline())]
-        started = time.monotonic()
         worker.kill()
-        _, err = process.communicate(timeout=20)
-        assert time.monotonic() - started < 10
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "worker 0" in err
         assert "SIGKILL" in err
