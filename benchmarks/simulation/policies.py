@@ -235,8 +235,8 @@ def make_panels(
     ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Simulate the scheduling policies.")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "policies_sim.jsonl",
         help="write JSON lines to this file (default: %(default)s)",
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, help="plot the results to this .svg or .png file; needs matplotlib"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.plot:
         try:
             check_plot(options.plot)
