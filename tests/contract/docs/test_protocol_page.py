@@ -1,4 +1,4 @@
-"""docs/protocol.md names everything that the code takes and gives."""
+"""docs/reference/protocol.md names every message, key and code of the protocol."""
 
 import re
 from dataclasses import fields
@@ -9,8 +9,8 @@ import pytest
 from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.sampling_params import SamplingParams
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "reference" / "protocol.md").read_text(encoding="utf-8")
 QUOTED = set(re.findall(r"`([a-z_]+)`", PAGE))
 
 
