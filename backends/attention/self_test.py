@@ -1,4 +1,4 @@
-"""A tiny batch that every attention backend must get right before it is called usable."""
+"""A tiny batch that an attention backend must answer correctly before it is called usable."""
 
 from dataclasses import replace
 
@@ -15,15 +15,19 @@ from loraplex.backends.attention.contract import (
 NUM_PAGES = 8
 
 
-def trial_spec(spec: AttentionSpec) -> AttentionSpec:
-    """`spec` with the limits that `try_out` needs, so that a trial costs little memory."""
+def self_test_spec(spec: AttentionSpec) -> AttentionSpec:
+    """Returns `spec` with the smallest limits that `self_test` needs, so that it takes little
+    memory."""
     return replace(spec, max_num_seqs=4, max_num_tokens=16, max_pages=4)
 
 
-def try_out(op: AttentionOp, spec: AttentionSpec) -> str | None:
-    """What is wrong with the op's answers, or None.
+def self_test(op: AttentionOp, spec: AttentionSpec) -> str | None:
+    """Returns what is wrong with the op's answers, or None.
 
-    V is all ones, so every answer is, too. `op` must be made with `trial_spec`.
+    V is all ones, so every answer must be one.
+
+    Args:
+        op: made with `self_test_spec(spec)`.
     """
     block, device = spec.block_tokens, spec.device
     shape = (NUM_PAGES, 2, block, spec.num_kv_heads, spec.head_dim)
@@ -43,7 +47,7 @@ def try_out(op: AttentionOp, spec: AttentionSpec) -> str | None:
         )  # fmt: skip
         op.plan_graph(decodes, 4)
         is_right = is_right and _gives_ones(op, spec, kv, 4)
-    return None if is_right else "a trial run gave wrong results"
+    return None if is_right else "its self-test gave wrong results"
 
 
 def _page_table(longest: int, block_tokens: int) -> Int32Array:

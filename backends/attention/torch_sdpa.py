@@ -16,7 +16,7 @@ from loraplex.backends.attention.contract import (
     GraphsUnsupportedError,
     Int32Array,
 )
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 
 MAX_GATHER_ELEMS = 1 << 25
 """Bounds the K (and the V) gathered for one call of SDPA; a longer sequence goes alone."""
@@ -47,7 +47,7 @@ class TorchAttention:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._decodes: list[_DecodePart] = []
         self._prefills: list[_Prefill] = []
 
@@ -57,7 +57,7 @@ class TorchAttention:
 
     def plan(self, batch: AttentionBatch) -> None:
         parts = self._split_decodes(batch)
-        device_arrays = self._staging.upload(
+        device_arrays = self._uploader.upload(
             {
                 "page_table": np.ascontiguousarray(batch.page_table),
                 "kv_lens": np.ascontiguousarray(batch.kv_lens),

@@ -25,8 +25,8 @@ from loraplex.backends.attention.contract import (
     AttentionSpec,
     GraphsUnsupportedError,
 )
-from loraplex.backends.attention.self_test import trial_spec, try_out
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.attention.self_test import self_test, self_test_spec
+from loraplex.backends.launch.upload import Uploader
 
 SPARE_TOKENS = 512
 """FlashAttention 3 fetches a tile's page numbers past a sequence's end: so many tokens of valid
@@ -57,7 +57,7 @@ class XFormersAttention:
 
         self._fmha: Any = fmha
         self._spec = spec
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._parts: list[_Part] = []
         has_flash3 = _flash3_reason(spec) is None
         self._prefill_operator = fmha.flash3.FwOp if has_flash3 else None
@@ -76,9 +76,9 @@ class XFormersAttention:
         if spec.head_dim % 8 or spec.head_dim > 256:
             return f"head_dim {spec.head_dim} must be a multiple of 8 and at most 256"
         try:
-            return try_out(cls(trial_spec(spec)), spec)
+            return self_test(cls(self_test_spec(spec)), spec)
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            return f"a trial run failed: {str(error).strip()[:500]}"
+            return f"its self-test failed: {str(error).strip()[:500]}"
 
     def plan(self, batch: AttentionBatch) -> None:
         decodes, total = batch.num_decodes, len(batch.query_lens)
@@ -136,7 +136,7 @@ class XFormersAttention:
         bias = bias_class.from_seqlens(
             q_seqlen=batch.query_lens[start:end].tolist(),
             kv_seqlen=kv_lens.tolist(),
-            block_tables=self._staging.upload({"table": table})["table"],
+            block_tables=self._uploader.upload({"table": table})["table"],
             page_size=block,
             device=self._spec.device,
         )
@@ -173,7 +173,7 @@ class XFormersAttention:
         position = np.arange(len(sequence)) - (lens.cumsum() - lens)[sequence]
         pages = batch.page_table[start:stop][sequence, position // block].astype(np.int64)
         rows = pages * (2 * block) + position % block
-        return self._staging.upload({"rows": rows})["rows"]
+        return self._uploader.upload({"rows": rows})["rows"]
 
 
 def _library_reason() -> str | None:

@@ -1,4 +1,4 @@
-"""Many small arrays to the GPU in one copy, from pinned memory and without a sync."""
+"""Uploads of many small arrays to the GPU in one copy, from page-locked memory, without a sync."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,16 +8,16 @@ import numpy.typing as npt
 import torch
 
 ALIGN = 16
-"""Bytes at whose multiples each array starts."""
+"""Bytes. Each array starts at a multiple of it."""
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 class PinnedRing:
-    """Page-locked buffers, handed out in turn; ordinary memory for a CPU.
+    """`depth` page-locked buffers, used in turn; ordinary memory when the device is a CPU.
 
-    A buffer is handed out again only once the copy queued from it is done, which with `depth` of
-    them is a wait in the rarest case: for a step that is `depth` steps old.
+    A buffer is used again only after the copy queued from it is done. `take` waits for that copy,
+    which is `depth` takes old, so in practice it does not wait.
     """
 
     def __init__(self, device: torch.device, depth: int = 4) -> None:
@@ -27,7 +27,7 @@ class PinnedRing:
         self._next = 0
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """The next buffer, uint8 [num_bytes] or more."""
+        """Returns the next buffer, uint8 [at least num_bytes]."""
         copied = self._copied[self._next]
         if copied is not None:
             copied.synchronize()
@@ -39,7 +39,7 @@ class PinnedRing:
         return self._buffers[self._next]
 
     def mark_copied(self) -> None:
-        """To be called once the copy from the buffer last taken is queued."""
+        """Call this after the copy from the last taken buffer is queued."""
         if self._is_cuda:
             event = self._copied[self._next] or torch.cuda.Event()
             event.record()
@@ -47,8 +47,9 @@ class PinnedRing:
         self._next = (self._next + 1) % len(self._buffers)
 
 
-class Staging:
-    """Uploads from a PinnedRing. On a CPU the arrays themselves become the tensors."""
+class Uploader:
+    """Uploads through a PinnedRing. On a CPU the returned tensors share memory with the arrays,
+    unless `out` is given."""
 
     def __init__(self, device: torch.device, depth: int = 4) -> None:
         self._device = device
@@ -57,12 +58,12 @@ class Staging:
     def upload(
         self, arrays: Mapping[str, npt.NDArray[Any]], out: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The arrays on the device, by name, as views of one tensor.
+        """Returns the arrays on the device, by name, as views of one tensor.
 
         Args:
-            arrays: C-contiguous int32, int64 or float32.
-            out: uint8, the tensor to fill from its start, array after array, each at the next
-                multiple of ALIGN bytes; None: a new one.
+            arrays: C-contiguous int32, int64 or float32, any shape.
+            out: uint8 [bytes], filled from its start, one array after another, each at the next
+                multiple of ALIGN. None allocates a new tensor.
 
         Raises:
             ValueError: `out` is too small.

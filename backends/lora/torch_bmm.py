@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
 
 MAX_BUCKET_SEGMENTS = 32
@@ -59,7 +59,7 @@ class TorchLoRA:
     max_graph_rows = 0
 
     def __init__(self, spec: LoRASpec) -> None:
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._x = torch.empty(0)
         self._layers: list[list[_Bucket]] = []
 
@@ -109,7 +109,7 @@ class TorchLoRA:
             for index, bucket in enumerate(buckets)
             for name, array in bucket.arrays.items()
         }
-        tensors = self._staging.upload(arrays)
+        tensors = self._uploader.upload(arrays)
         made = iter(
             _Bucket(
                 layout=bucket.layout,

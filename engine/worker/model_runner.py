@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.backends.attention.contract import AttentionBatch
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
 from loraplex.engine.adapters.table import AdapterTable, group_rows
 from loraplex.engine.config import GraphConfig
@@ -55,7 +55,7 @@ class ModelRunner:
         self._attention = backends.attention
         self._fused = backends.fused
         self._device = model.device
-        self._staging = Staging(model.device)
+        self._uploader = Uploader(model.device)
         self._decode_graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         self._last_step: PendingStep | None = None
@@ -126,7 +126,7 @@ class ModelRunner:
         step = self._last_step = PendingStep(plan.step_id, self._device, self._last_step)
         deltas, rows, output = self.states.apply(plan), make_rows(plan), StepOutput()
         sampling = self._collect_sampling(rows)
-        tensors = self._staging.upload({**deltas, **sampling})
+        tensors = self._uploader.upload({**deltas, **sampling})
         self.states.write(tensors)
         if len(rows.slots):
             self._run(step, rows, {name: tensors[name] for name in sampling}, output)
@@ -194,7 +194,7 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Launch operator by operator; hidden states [T, hidden_size]."""
         has_lora = not lora_batch.is_empty
-        tensors = self._staging.upload(
+        tensors = self._uploader.upload(
             {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
         )
         self._attention.plan(attention_batch)
@@ -253,7 +253,7 @@ class ModelRunner:
         num_best: int,
     ) -> Logprobs:
         if len(wanted) < len(chosen):
-            index = self._staging.upload({"wanted": wanted})["wanted"]
+            index = self._uploader.upload({"wanted": wanted})["wanted"]
             logits, chosen = logits.index_select(0, index), chosen.index_select(0, index)
         return score(logits, chosen, num_best)
 

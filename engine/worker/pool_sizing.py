@@ -70,14 +70,14 @@ def _activation_bytes(
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     for count, tokens in ((num_seqs, length), (max_num_seqs, 1)):
-        runner.launch(_trial_plan(count, tokens, shape.block_tokens)).result()
+        runner.launch(_largest_plan(count, tokens, shape.block_tokens)).result()
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner
     gc.collect()
     return peak
 
 
-def _trial_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan:
+def _largest_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan:
     """`num_seqs` new requests that all sample, with the parameters that cost most memory."""
     pages_each = -(-num_tokens // block_tokens)
     sampling: dict[str, Any] = {

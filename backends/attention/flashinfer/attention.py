@@ -23,8 +23,8 @@ from loraplex.backends.attention.flashinfer.modules import (
     make_module,
 )
 from loraplex.backends.attention.paged_rows import PagedRows, paged_rows
-from loraplex.backends.attention.self_test import trial_spec, try_out
-from loraplex.backends.launch.upload import ALIGN, Staging
+from loraplex.backends.attention.self_test import self_test, self_test_spec
+from loraplex.backends.launch.upload import ALIGN, Uploader
 
 logger = logging.getLogger("loraplex")
 
@@ -68,7 +68,7 @@ class FlashInferAttention:
         floats = torch.zeros(num_floats, dtype=torch.uint8, device=spec.device)
         self._decode_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_seqs))
         self._prefill_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_tokens))
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._graph_rows = torch.zeros(_row_bytes(spec), dtype=torch.uint8, device=spec.device)
         self._graph_plans: dict[int, tuple[int, ...]] = {}
         self._launches: list[_Launch] = []
@@ -82,9 +82,9 @@ class FlashInferAttention:
         if reason is not None or spec is None:
             return reason
         try:
-            return _spec_reason(spec) or try_out(cls(trial_spec(spec)), spec)
+            return _spec_reason(spec) or self_test(cls(self_test_spec(spec)), spec)
         except LIBRARY_ERRORS as error:
-            return f"a trial run failed: {str(error).strip()[:500]}"
+            return f"its self-test failed: {str(error).strip()[:500]}"
 
     @property
     def workspace_bytes(self) -> int:
@@ -149,7 +149,7 @@ class FlashInferAttention:
         # page_ids come last: all else then lies at places that depend on the number of rows alone.
         arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
         tokens = slice(first_token, first_token + int(rows.query_starts[-1]))
-        on_device = self._staging.upload(arrays, out=out)
+        on_device = self._uploader.upload(arrays, out=out)
         self._launches.append(_Launch(module, memory, plan_info, tokens, on_device))
 
 

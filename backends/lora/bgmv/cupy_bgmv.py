@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from loraplex.backends.launch.cuda import Launch, current_stream
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import (
     Int32Array,
     LoRABatch,
@@ -123,7 +123,7 @@ class CupyBGMV:
         num_bytes = 16 * (1 + len(spec.groups))
         num_bytes += self._capacity * (16 * self._items_per_row + 16 + 4)
         self._plan = torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._kind = "shared"
         self._capacity_planned = ctypes.c_int32(0)  # shared by all launches
         self._device_index = self._plan.get_device()
@@ -141,7 +141,7 @@ class CupyBGMV:
         self._kind = kind or self.kind_of(table=table, batch=batch)
         is_small = batch.num_tokens <= GRAPH_ROWS
         self._capacity_planned.value = GRAPH_ROWS if is_small else self._capacity
-        self._staging.upload(self._plan_arrays(table, batch), out=self._plan)
+        self._uploader.upload(self._plan_arrays(table, batch), out=self._plan)
 
     def shrink(
         self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from triton import knobs
 
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import Int32Array, LoRABatch, LoRAGroup, LoRASpec, LoRATable
 from loraplex.backends.lora.sgmv.blocks import (
     RANK_CLASSES,
@@ -65,7 +65,7 @@ class TritonSGMV:
         if tuned is None:  # the table is measured with 16-bit weights
             tuned = tuned_for(None if spec.dtype == torch.float32 else capability)
         self._tuned = tuned
-        self._staging = Staging(spec.device)
+        self._uploader = Uploader(spec.device)
         self._order_at = HEADER_INTS * len(spec.groups)
         self._blocks = {
             regime: [self._group_blocks(i, regime) for i in range(len(spec.groups))]
@@ -98,7 +98,7 @@ class TritonSGMV:
             lists = self._plan_groups(batch, ranks)
         self._eager = self._eager_launches()
         meta = np.concatenate([self._headers.ravel(), batch.token_order, *lists])
-        self._staging.upload(
+        self._uploader.upload(
             {"meta": meta.astype(np.int32, copy=False)}, out=self._meta.view(torch.uint8)
         )
 

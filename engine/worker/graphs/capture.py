@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.worker.step_rows import TokenInputs
@@ -50,7 +50,7 @@ class StaticInputs:
     """TokenInputs at addresses that stay. Padded rows feed position 0 of page 0, the null page."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._staging = Staging(device)
+        self._uploader = Uploader(device)
         even = max_rows + max_rows % 2  # each of the three starts at 16 bytes
         self._inputs = torch.zeros(3, even, dtype=torch.int64, device=device)
 
@@ -61,7 +61,7 @@ class StaticInputs:
         host = np.zeros(tuple(self._inputs.shape), dtype=np.int64)
         for row, values in enumerate((inputs.places, inputs.positions, inputs.kv_rows)):
             host[row, : len(values)] = values
-        self._staging.upload({"inputs": host}, out=self._inputs.view(-1).view(torch.uint8))
+        self._uploader.upload({"inputs": host}, out=self._inputs.view(-1).view(torch.uint8))
 
     def clear(self) -> None:
         """Make all rows padded ones."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.backends.launch.upload import Staging
+from loraplex.backends.launch.upload import Uploader
 from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.table import AdapterTable, group_rows
 from loraplex.engine.worker.request_states import RequestStates
@@ -98,10 +98,10 @@ def test_states_follow_the_plans(device: str) -> None:
     states = RequestStates(
         max_num_seqs=4, max_model_len=20, block_tokens=4, vocab_size=50, device=torch.device(device)
     )
-    staging = Staging(torch.device(device))
+    uploader = Uploader(torch.device(device))
 
     def apply(*args: Any) -> None:
-        states.write(staging.upload(states.apply(make_plan(*args))))
+        states.write(uploader.upload(states.apply(make_plan(*args))))
 
     apply([make_request(2, 5, [7, 3]), make_request(0, 2, [9])], [], [])
     apply([], [], [(2, 11), (0, 4), (2, 12), (0, 5)])
@@ -122,23 +122,23 @@ def test_states_follow_the_plans(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_staging_fills_a_given_tensor(device: str) -> None:
-    staging = Staging(torch.device(device))
+def test_upload_fills_a_given_tensor(device: str) -> None:
+    uploader = Uploader(torch.device(device))
     out = torch.zeros(64, dtype=torch.uint8, device=device)
     arrays = {"a": np.arange(5, dtype=np.int32), "b": np.arange(3.0, dtype=np.float32)}
     for _ in range(6):
         arrays["a"] = arrays["a"] + 7
-        tensors = staging.upload(arrays, out=out)
+        tensors = uploader.upload(arrays, out=out)
         assert tensors["a"].tolist() == arrays["a"].tolist() and tensors["b"].tolist() == [0, 1, 2]
     assert tensors["a"].data_ptr() == out.data_ptr()
     assert tensors["b"].data_ptr() == out.data_ptr() + 32
     with pytest.raises(ValueError, match="80 bytes"):
-        staging.upload({"long": np.arange(20, dtype=np.int32)}, out=out)
+        uploader.upload({"long": np.arange(20, dtype=np.int32)}, out=out)
 
 
 @pytest.mark.gpu
-def test_staging_reuses_buffers_safely() -> None:
-    staging, rng = Staging(torch.device("cuda"), depth=2), np.random.default_rng(0)
+def test_upload_reuses_buffers_safely() -> None:
+    uploader, rng = Uploader(torch.device("cuda"), depth=2), np.random.default_rng(0)
     kept = []
     for step in range(50):
         arrays = {
@@ -146,7 +146,7 @@ def test_staging_reuses_buffers_safely() -> None:
             "longs": rng.integers(0, 99, size=(step, 2)),
             "floats": rng.random(5 * step % 11).astype(np.float32),
         }
-        kept.append((arrays, staging.upload(arrays)))
+        kept.append((arrays, uploader.upload(arrays)))
     for arrays, tensors in kept:
         for name, array in arrays.items():
             assert np.array_equal(tensors[name].cpu().numpy(), array)
