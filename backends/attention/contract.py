@@ -11,7 +11,7 @@ Semantics: query token i (0-based) of sequence b stands at position
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ Int32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Static sizes, on one worker; the last three are what persistent buffers are sized by."""
+    """Static sizes of one worker. Backends size their buffers by the last three."""
 
     num_heads: int
     num_kv_heads: int
@@ -38,21 +38,35 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """The sequences of a step, B of them; built once a step, on the CPU."""
+    """The B sequences of a step. Built once a step, on the CPU."""
 
     query_lens: Int32Array  # [B]
     kv_lens: Int32Array  # [B], context length once this step's K and V are written, at least 1
     num_decodes: int  # the first rows, each with one query token
     page_table: Int32Array
-    """[B, >= pages of the longest]. Entries beyond a sequence's pages may be stale: no backend may
-    let its library read through them."""
+    """[B, >= pages of the longest]. Entries beyond a sequence's pages may be stale. A backend must
+    not let its library read through them."""
 
 
-class AttentionOp(Protocol):
+class AttentionPlan(Protocol):
+    """A batch prepared by one op. Only that op reads what it holds."""
+
+
+Plan = TypeVar("Plan")
+
+
+class AttentionOp(Protocol[Plan]):
     """One backend, made once a worker with an AttentionSpec.
 
-    Plans upload what they need without a sync, into memory that later plans overwrite in stream
-    order: plan, run and replay on one stream.
+    The op keeps nothing of a batch: a plan holds it. Plans upload without a sync. Plans, runs and
+    replays of graphs are on one stream.
+
+    Lifetime of plans:
+
+    - A plan of `plan` owns its device memory until it is dropped. Any number may be alive, and
+      they may run in any order.
+    - A plan of `plan_graph` refers to static buffers of the op, which its graphs read. The next
+      `plan_graph` overwrites them in stream order, so one graph plan is alive at a time.
 
     Attributes:
         supports_graphs: whether `plan_graph` may be called.
@@ -61,27 +75,28 @@ class AttentionOp(Protocol):
     name: str
     supports_graphs: bool
 
-    def plan(self, batch: AttentionBatch) -> None:
+    def plan(self, batch: AttentionBatch) -> Plan:
         """Prepare what all layers of an eager step share: decodes, prefills or both."""
         ...
 
-    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
-        """Prepare a step of decodes alone, padded by the op to `num_rows` rows.
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> Plan:
+        """Prepare a step of decodes alone, which the op pads to `num_rows` rows.
 
-        After it `run` may be captured in a CUDA graph, once for each `num_rows`, and that graph
-        replayed after each later call with the same `num_rows`. Padded rows read page 0 at most;
-        what they leave in `out` is unspecified but finite if page 0 is.
+        `run` of this plan may be captured in a CUDA graph, once for each `num_rows`. That graph
+        may be replayed after each later call with the same `num_rows`. Padded rows read page 0 at
+        most. What they leave in `out` is unspecified, but finite if page 0 is.
 
         Raises:
             ValueError: more sequences than rows, more rows than max_num_seqs, or a prefill.
+            GraphsUnsupportedError: `supports_graphs` is False.
         """
         ...
 
-    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, plan: Plan, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
         """Attend for one layer of the planned batch.
 
         Args:
-            q: [T, num_heads, head_dim], T the step's tokens, or num_rows after `plan_graph`;
+            q: [T, num_heads, head_dim], T the batch's tokens, or num_rows of a graph plan;
                 rows may be strided.
             kv: [num_pages, 2, block_tokens, num_kv_heads, head_dim], this layer of the pool.
             out: [T, num_heads, head_dim], contiguous; written.
@@ -90,7 +105,7 @@ class AttentionOp(Protocol):
 
 
 class GraphsUnsupportedError(ValueError):
-    """`plan_graph` of a backend whose kernels' launches depend on the batch."""
+    """Raised by `plan_graph` of a backend whose launches depend on the batch."""
 
     def __init__(self, name: str) -> None:
         super().__init__(

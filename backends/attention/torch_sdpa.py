@@ -1,7 +1,7 @@
 """Backend ``torch`` of op ``attention``: SDPA over K and V gathered from the pages. Runs anywhere.
 
 Query heads that share a KV head are folded into the query axis, so K and V are never repeated.
-A padded position points at the sequence's last row, never at memory that nobody has written.
+A padded position points at the sequence's last row, so unwritten memory is never read.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from loraplex.backends.attention.contract import (
 from loraplex.backends.launch.upload import Uploader
 
 MAX_GATHER_ELEMS = 1 << 25
-"""Bounds the K (and the V) gathered for one call of SDPA; a longer sequence goes alone."""
+"""Bounds the K, and the V, gathered for one call of SDPA. A longer sequence gets its own call."""
 QUERY_CHUNK = 256
-"""Queries of a prefill that share one mask and one range of keys."""
+"""Queries of a prefill in one call, with one mask and one range of keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodePart:
-    """Sequences that decode together, padded to the longest, n of length L."""
+    """n sequences that decode in one call, padded to the longest, L."""
 
     sequences: torch.Tensor  # int64 [n], which rows of q and out
     kv_rows: torch.Tensor  # int64 [n * L]
@@ -41,6 +41,12 @@ class _Prefill:
     kv_rows: torch.Tensor  # int64 [kv_len]
 
 
+@dataclass(frozen=True, slots=True)
+class TorchAttentionPlan:
+    decodes: list[_DecodePart]
+    prefills: list[_Prefill]
+
+
 class TorchAttention:
     name = "torch"
     supports_graphs = False
@@ -48,14 +54,12 @@ class TorchAttention:
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._uploader = Uploader(spec.device)
-        self._decodes: list[_DecodePart] = []
-        self._prefills: list[_Prefill] = []
 
     @classmethod
     def probe(cls, spec: AttentionSpec | None = None) -> str | None:
         return None
 
-    def plan(self, batch: AttentionBatch) -> None:
+    def plan(self, batch: AttentionBatch) -> TorchAttentionPlan:
         parts = self._split_decodes(batch)
         device_arrays = self._uploader.upload(
             {
@@ -65,35 +69,38 @@ class TorchAttention:
             }
         )
         page_table, kv_lens = device_arrays["page_table"], device_arrays["kv_lens"]
-        self._decodes = [
+        decodes = [
             self._plan_decode(batch.kv_lens[part], device_arrays[f"part{i}"], page_table, kv_lens)
             for i, part in enumerate(parts)
         ]
-        self._prefills = []
+        prefills = []
         start = batch.num_decodes
         for index in range(batch.num_decodes, len(batch.query_lens)):
             query_len, kv_len = int(batch.query_lens[index]), int(batch.kv_lens[index])
             positions = torch.arange(kv_len, device=self._spec.device)[None]
             rows = self._rows_of(page_table[index : index + 1], positions)
-            self._prefills.append(_Prefill(start, query_len, kv_len, rows))
+            prefills.append(_Prefill(start, query_len, kv_len, rows))
             start += query_len
+        return TorchAttentionPlan(decodes, prefills)
 
-    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> TorchAttentionPlan:
         raise GraphsUnsupportedError(self.name)
 
-    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+    def run(
+        self, plan: TorchAttentionPlan, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor
+    ) -> None:
         k_rows = kv.view(-1, *kv.shape[3:])
         v_rows = k_rows[self._spec.block_tokens :]
-        for part in self._decodes:
+        for part in plan.decodes:
             self._run_decode(part, q, k_rows, v_rows, out)
-        for prefill in self._prefills:
+        for prefill in plan.prefills:
             self._run_prefill(prefill, q, k_rows, v_rows, out)
 
     def _split_decodes(self, batch: AttentionBatch) -> list[list[int]]:
-        """Sequences of similar length together, as many as MAX_GATHER_ELEMS allows."""
+        """Group sequences of similar length, as many a call as MAX_GATHER_ELEMS allows."""
         per_token = self._spec.num_kv_heads * self._spec.head_dim
         parts: list[list[int]] = []
-        # Longest first: the first sequence of a part is what the others are padded to.
+        # Longest first: the others of a part are padded to its first sequence.
         for index in np.argsort(-batch.kv_lens[: batch.num_decodes], kind="stable").tolist():
             if parts:
                 longest = int(batch.kv_lens[parts[-1][0]])
@@ -110,7 +117,7 @@ class TorchAttention:
         page_table: torch.Tensor,
         kv_lens: torch.Tensor,
     ) -> _DecodePart:
-        """`host_lens` are the lengths of `sequences` on the CPU, the longest first."""
+        """Plan one call. `host_lens` are the lengths of `sequences` on the CPU, longest first."""
         longest, shortest = int(host_lens[0]), int(host_lens[-1])
         column = torch.arange(longest, device=self._spec.device)[None]
         lens = kv_lens.index_select(0, sequences).long()[:, None]
@@ -120,7 +127,12 @@ class TorchAttention:
         return _DecodePart(sequences, rows, mask)
 
     def _rows_of(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where K lies in the layer seen as rows: [n, pages] and [n, L] to int64 [n * L]."""
+        """Returns the rows of K in a layer seen as rows, int64 [n * L].
+
+        Args:
+            page_table: int32 [n, pages].
+            positions: int64 [n, L].
+        """
         block = self._spec.block_tokens
         pages = page_table.long().gather(1, positions // block)
         return (pages * (2 * block) + positions % block).view(-1)

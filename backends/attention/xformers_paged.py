@@ -1,16 +1,16 @@
 """Backend ``xformers`` of op ``attention``: xformers.ops.fmha over the page pool.
 
-What xformers 0.0.35 offers, and what this file picks:
+It picks these operators of xformers 0.0.35:
 
-- ``flash3`` (once the module flash_attn_3 is importable): decode and prefill, over pages.
+- ``flash3``, if the module flash_attn_3 can be imported: decode and prefill, over pages.
 - ``triton_splitk``: decode over pages of a multiple of 64 tokens. It refuses causal queries
-  longer than 16 or of mixed lengths, so prefill never goes there.
-- Whatever remains (prefill without flash3, decode over smaller pages, fp32): K and V are gathered
-  to contiguous rows and xformers' own dispatch picks a kernel for a block-diagonal causal mask.
+  longer than 16 or of mixed lengths, so prefill never uses it.
+- Otherwise (prefill without flash3, decode over smaller pages, fp32) K and V are gathered to
+  contiguous rows, and xformers' own dispatch picks a kernel for a block-diagonal causal mask.
 
-The paged operators want one uniform token stride. A page holds `block_tokens` rows of K, then as
-many of V, so seen as pages of `block_tokens` rows page p's K is number 2 p, and V is the same
-buffer starting `block_tokens` rows later.
+The paged operators need one uniform token stride. A page holds `block_tokens` rows of K, then as
+many of V. Seen as pages of `block_tokens` rows, page p's K is number 2 p, and V is the same buffer
+starting `block_tokens` rows later.
 """
 
 import importlib.util
@@ -29,10 +29,10 @@ from loraplex.backends.attention.self_test import self_test, self_test_spec
 from loraplex.backends.launch.upload import Uploader
 
 SPARE_TOKENS = 512
-"""FlashAttention 3 fetches a tile's page numbers past a sequence's end: so many tokens of valid
-pages lie behind each row of the table."""
+"""FlashAttention 3 fetches a tile's page numbers past a sequence's end, so each row of the table
+ends with valid pages for this many tokens."""
 MAX_GATHER_TOKENS = 1 << 17
-"""Bounds the K and V that one call gathers; a longer sequence goes alone."""
+"""Bounds the K and V that one call gathers. A longer sequence gets its own call."""
 SPLITK_PAGE_TOKENS = 64
 SPLITK_HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -48,6 +48,11 @@ class _Part:
     kv_rows: torch.Tensor | None  # int64, the rows to gather; None: read over pages
 
 
+@dataclass(frozen=True, slots=True)
+class XFormersPlan:
+    parts: list[_Part]
+
+
 class XFormersAttention:
     name = "xformers"
     supports_graphs = False
@@ -58,7 +63,6 @@ class XFormersAttention:
         self._fmha: Any = fmha
         self._spec = spec
         self._uploader = Uploader(spec.device)
-        self._parts: list[_Part] = []
         has_flash3 = _flash3_reason(spec) is None
         self._prefill_operator = fmha.flash3.FwOp if has_flash3 else None
         self._decode_operator = fmha.flash3.FwOp_KVSplit if has_flash3 else None
@@ -80,9 +84,9 @@ class XFormersAttention:
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
             return f"its self-test failed: {str(error).strip()[:500]}"
 
-    def plan(self, batch: AttentionBatch) -> None:
+    def plan(self, batch: AttentionBatch) -> XFormersPlan:
         decodes, total = batch.num_decodes, len(batch.query_lens)
-        self._parts = []
+        parts: list[_Part] = []
         for start, end, operator in (
             (0, decodes, self._decode_operator),
             (decodes, total, self._prefill_operator),
@@ -90,18 +94,21 @@ class XFormersAttention:
             if start == end:
                 continue
             if operator is not None:
-                self._parts.append(self._plan_paged(batch, start, end, operator))
+                parts.append(self._plan_paged(batch, start, end, operator))
             else:
-                self._parts += self._plan_gathered(batch, start, end)
+                parts += self._plan_gathered(batch, start, end)
+        return XFormersPlan(parts)
 
-    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> XFormersPlan:
         raise GraphsUnsupportedError(self.name)
 
-    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+    def run(
+        self, plan: XFormersPlan, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor
+    ) -> None:
         block, group = self._spec.block_tokens, self._spec.num_heads // self._spec.num_kv_heads
         rows = kv.view(-1, *kv.shape[3:])
         num_shared = rows.shape[0] - block
-        for part in self._parts:
+        for part in plan.parts:
             if part.kv_rows is None:
                 k, v = rows[:num_shared], rows[block:]
             else:
@@ -127,7 +134,7 @@ class XFormersAttention:
         num_pages = int(counts.max())
         pages = batch.page_table[start:end, :num_pages]
         table = np.zeros((end - start, num_pages + -(-SPARE_TOKENS // block)), dtype=np.int32)
-        # Past a sequence's end the operators still fetch pages: page 0, never a stale number.
+        # The operators fetch pages past a sequence's end: give them page 0, never a stale number.
         table[:, :num_pages] = np.where(np.arange(num_pages) < counts[:, None], 2 * pages, 0)
         biases = self._fmha.attn_bias
         bias_class = biases.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
@@ -166,7 +173,8 @@ class XFormersAttention:
         return parts
 
     def _rows_of(self, batch: AttentionBatch, start: int, stop: int) -> torch.Tensor:
-        """int64: where each position's K lies in the layer seen as rows, sequence by sequence."""
+        """Returns the row of each position's K in a layer seen as rows, sequence by sequence, int64
+        [sum of kv_lens]."""
         block = self._spec.block_tokens
         lens = batch.kv_lens[start:stop].astype(np.int64)
         sequence = np.repeat(np.arange(stop - start), lens)

@@ -7,11 +7,11 @@ rank[layer, m, s] > 0::
 
 with A[s] of shape [rank, in_features] and B[s] of shape [out_features, rank], read in place
 from the pool. The product x A is accumulated in fp32 and y is rounded once. All other rows
-of y are left as they are, bit for bit.
+of y keep every bit.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ ROW_ALIGN = 64
 
 
 def row_stride(num_features: int) -> int:
-    """Elements from one row of weights to the next."""
+    """Returns the elements from one row of weights to the next."""
     return -(-num_features // ROW_ALIGN) * ROW_ALIGN
 
 
@@ -40,27 +40,27 @@ class LoRAGroup:
 
 @dataclass(frozen=True, slots=True)
 class LoRASpec:
-    """Static sizes of one worker, by which a backend sizes its scratch and compiles its kernels."""
+    """Static sizes of one worker. Backends size their buffers and compile their kernels by them."""
 
     max_num_tokens: int  # rows of the largest step
     max_rank: int
     dtype: torch.dtype
     device: torch.device
     page_elems: int
-    groups: tuple[LoRAGroup, ...]  # every group that `apply` will be called with
+    groups: tuple[LoRAGroup, ...]  # every group that shrink and expand will be called with
 
 
 @dataclass(frozen=True, slots=True)
 class LoRATable:
-    """The resident adapters, L layers, M modules, S adapter slots; filled by loads, in place.
+    """The resident adapters: L layers, M modules, S adapter slots. Loads fill it in place.
 
     An adapter's weights of one layer are one virtual array over its pages (see
     memory/adapter_layout.py): element e is pool[layer, page_table[s, e // page_elems],
-    e % page_elems]. Row i of A starts at a_start + i * stride(in_features), row i of B
-    transposed at b_start + i * stride(out_features), the stride rounded up to ROW_ALIGN.
+    e % page_elems]. Row i of A starts at a_start + i * stride(in_features). Row i of B
+    transposed starts at b_start + i * stride(out_features). The stride is rounded up to ROW_ALIGN.
 
-    The fields [L, M, S] on the device have the same strides, whatever these are; best, an
-    adapter's modules lie side by side, so that one read brings a layer's.
+    The fields [L, M, S] on the device have equal strides, and any strides are allowed. The fastest
+    layout keeps an adapter's modules side by side, so that one read fetches a whole layer's.
     """
 
     page_table: torch.Tensor  # int32 [S, max pages of an adapter]
@@ -77,7 +77,7 @@ class LoRATable:
 
 @dataclass(frozen=True, slots=True)
 class LoRABatch:
-    """Which adapter each row of a step uses: built once a step, on the CPU.
+    """The adapter of each row of a step. Built once a step, on the CPU.
 
     Rows are grouped by adapter: segment i is `token_order[starts[i] : starts[i + 1]]`, all of
     adapter slot `segment_slots[i]`, rows in ascending order. Base rows are in no segment.
@@ -93,51 +93,90 @@ class LoRABatch:
         return not len(self.segment_slots)
 
 
-class LoRAOp(Protocol):
-    """One backend, made once a worker with a LoRASpec. Shrink and expand neither allocate nor sync.
-
-    `plan` uploads what it needs of the batch from pinned memory, without a sync, into memory that
-    later plans overwrite in stream order.
-
-    A batch has a kind. What is launched depends on the planned kind and on the number of rows of x
-    and y alone, as long as that is at most `max_graph_rows`: what was captured after a plan of one
-    kind may be replayed after any later plan of that kind, of no more rows. Rows of y that the
-    batch does not name are left alone.
+class LoRAPlan(Protocol):
+    """A batch prepared by one op, for one table. Only that op reads what else it holds.
 
     Attributes:
-        graph_kinds: all there are; none: nothing must be captured.
-        family: the kernels of the last plan, for the stats: "bgmv", "sgmv" or "bmm".
+        kind: the batch's kind, see `LoRAOp.kind_of`; of a graph plan the kind it was made for.
+        family: the kernels it launches, for the stats: "bgmv", "sgmv" or "bmm".
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+
+Plan = TypeVar("Plan", bound=LoRAPlan)
+
+
+class LoRAOp(Protocol[Plan]):
+    """One backend, made once a worker with a LoRASpec.
+
+    The op keeps nothing of a batch: a plan holds it. Plans, shrink, expand and replays of graphs
+    run on one stream, or on streams that wait for each other. Shrink and expand neither allocate
+    device memory nor sync, but in backend ``torch``.
+
+    Lifetime of plans:
+
+    - A plan of `plan` owns its device memory until it is dropped. Any number may be alive, and
+      they may run in any order.
+    - A plan of `plan_graph` refers to static buffers of the op, one set for each kind, which the
+      graphs of that kind read. The next `plan_graph` of the kind overwrites them in stream order,
+      so one graph plan of each kind is alive at a time.
+    - The product x A between shrink and expand lies in scratch memory of the op. The expand of a
+      shrink comes before the op's next shrink, of whatever plan.
+
+    Graphs. What shrink and expand of a graph plan launch depends on its kind and on the number of
+    rows of x and y alone, as long as that number is at most `max_graph_rows`. So a graph captured
+    with one plan of a kind may be replayed after any later `plan_graph` of that kind, for a batch
+    of no more rows. Rows of y that the batch does not name keep every bit.
+
+    Attributes:
+        graph_kinds: all kinds that `plan_graph` takes; empty if nothing may be captured.
     """
 
     name: str
     graph_kinds: tuple[str, ...]
     max_graph_rows: int
 
-    @property
-    def family(self) -> str: ...
-
     def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
-        """The kind that suits a batch best; where nothing must be captured, none of them."""
+        """Returns the kind that runs a batch fastest. It is one of `graph_kinds`, if there are any.
+
+        The choice of a graph needs it before anything is planned. It reads the CPU's fields alone.
+        """
         ...
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
-        """Prepare what all layers of the step share. Called before them, once a step.
+    def plan(self, *, table: LoRATable, batch: LoRABatch) -> Plan:
+        """Prepare what all layers of an eager step share. Call it once a step, before the layers.
 
-        Args:
-            kind: None for an eager step. Before a capture the kind to capture, with an empty
-                batch; before a replay the kind of the graph, `kind_of`.
+        It uploads from page-locked memory, without a sync.
+        """
+        ...
+
+    def plan_graph(self, *, table: LoRATable, batch: LoRABatch, kind: str) -> Plan:
+        """Prepare a step for the graphs of `kind`, in the static buffers of that kind.
+
+        Before a capture the batch is empty. Before a replay `kind` is `kind_of` the batch.
+
+        Raises:
+            GraphKindError: `kind` is none of `graph_kinds`.
+            ValueError: the batch has more than `max_graph_rows` rows.
         """
         ...
 
     def shrink(
-        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+        self, plan: Plan, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
     ) -> None:
-        """Of the planned batch, what depends on x alone. It may run before the base model's
-        product, or beside it on a second stream that expand then waits for.
+        """Compute x A for the planned batch.
+
+        It needs x alone, so it may run before the base model's product, or beside it on a second
+        stream that expand then waits for.
 
         Args:
             x: [T, in_features], of the spec's dtype, rows contiguous. T is at least the batch's
-                num_tokens. Kept as it is until expand of the same group has run.
+                num_tokens. Must not change until expand of the same group has run.
             pool: [L, num_pages, page_elems], the whole page pool, x's dtype.
             layer: index into the first axis of pool and table.
             group: one of the spec's.
@@ -145,9 +184,9 @@ class LoRAOp(Protocol):
         ...
 
     def expand(
-        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+        self, plan: Plan, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
     ) -> None:
-        """Add the adapters' part to y, in place; follows shrink of the same layer and group.
+        """Add the adapters' part to y, in place, after shrink of the same plan, layer and group.
 
         Args:
             y: [T, sum of out_features], the base model's output, rows contiguous; mutated.
@@ -156,15 +195,36 @@ class LoRAOp(Protocol):
 
 
 def apply_lora(
-    op: LoRAOp,
+    op: LoRAOp[Any],
+    plan: LoRAPlan,
     *,
     y: torch.Tensor,
     x: torch.Tensor,
     pool: torch.Tensor,
     layer: int,
     group: LoRAGroup,
-    table: LoRATable,
 ) -> None:
-    """Both halves, one after the other."""
-    op.shrink(x=x, pool=pool, layer=layer, group=group, table=table)
-    op.expand(y=y, pool=pool, layer=layer, group=group, table=table)
+    """Shrink, then expand."""
+    op.shrink(plan, x=x, pool=pool, layer=layer, group=group)
+    op.expand(plan, y=y, pool=pool, layer=layer, group=group)
+
+
+class GraphKindError(ValueError):
+    """Raised by `plan_graph` for a kind that the op has no graphs of."""
+
+    def __init__(self, name: str, kind: str, kinds: tuple[str, ...]) -> None:
+        super().__init__(
+            f"lora backend {name!r} has no graphs of kind {kind!r}; "
+            f"it has {', '.join(kinds) or 'none'}"
+        )
+
+
+def check_graph_batch(op: LoRAOp[Any], batch: LoRABatch, kind: str) -> None:
+    """Raises the errors of `LoRAOp.plan_graph`."""
+    if kind not in op.graph_kinds:
+        raise GraphKindError(op.name, kind, op.graph_kinds)
+    if batch.num_tokens > op.max_graph_rows:
+        raise ValueError(
+            f"a batch of {batch.num_tokens} rows does not fit the graphs of lora backend "
+            f"{op.name!r}, which take {op.max_graph_rows}"
+        )

@@ -1,22 +1,29 @@
 """Backend ``torch`` of op ``lora``: torch.bmm over weights gathered from the pages. Runs anywhere.
 
-Segments whose adapters have the same ranks in a layer, and so the same layout, form a bucket:
-their weights are gathered from the pages once and multiplied in one batch. All arithmetic is
+Segments whose adapters have the same ranks in a layer have the same layout and form a bucket.
+A bucket's weights are gathered from the pages once and multiplied in one batch. All arithmetic is
 fp32. Scratch memory comes from torch's caching allocator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from loraplex.backends.launch.upload import Uploader
-from loraplex.backends.lora.contract import LoRABatch, LoRAGroup, LoRASpec, LoRATable, row_stride
+from loraplex.backends.lora.contract import (
+    GraphKindError,
+    LoRABatch,
+    LoRAGroup,
+    LoRASpec,
+    LoRATable,
+    row_stride,
+)
 
 MAX_BUCKET_SEGMENTS = 32
-"""Bounds the gathered weights."""
+"""Bounds the memory of the gathered weights."""
 MAX_PADDED_ROWS = 16
-"""Longer segments get a bucket of their own, so that nothing long is padded or pads others."""
+"""A longer segment gets a bucket of its own: it is not padded and does not pad others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,7 @@ class _Layout:
 
 @dataclass(frozen=True, slots=True)
 class _HostBucket:
-    """n segments of one layout, padded to m rows each; what is uploaded of them."""
+    """n segments of one layout, padded to m rows each, before the upload."""
 
     layout: _Layout
     arrays: dict[str, np.ndarray]  # slots, padded_rows, rows and, with padding, valid
@@ -49,28 +56,43 @@ class _Bucket:
     rows: torch.Tensor  # int64 [rows that are no padding]
     valid: torch.Tensor | None  # int32, where `rows` lie in the padded ones; None: no padding
     first_page: int  # where the only segment's consecutive pages begin
-    num_consecutive: int  # so many pages from there are the adapter's first ones; 0 if n > 1
+    num_consecutive: int  # pages from there that are the adapter's first ones; 0 if n > 1
+
+
+KIND = "bmm"
+
+
+@dataclass(slots=True)
+class TorchLoRAPlan:
+    """A LoRAPlan."""
+
+    layers: list[list[_Bucket]]  # empty: no row has an adapter
+    x: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the last shrink
+    kind: str = KIND
+
+    @property
+    def family(self) -> str:
+        return "bmm"
 
 
 class TorchLoRA:
     name = "torch"
-    family = "bmm"
     graph_kinds: tuple[str, ...] = ()
     max_graph_rows = 0
 
     def __init__(self, spec: LoRASpec) -> None:
         self._uploader = Uploader(spec.device)
-        self._x = torch.empty(0)
-        self._layers: list[list[_Bucket]] = []
 
     @classmethod
     def probe(cls, spec: LoRASpec | None = None) -> str | None:
         return None
 
-    def plan(self, *, table: LoRATable, batch: LoRABatch, kind: str | None = None) -> None:
-        self._layers = []
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
+        return KIND
+
+    def plan(self, *, table: LoRATable, batch: LoRABatch) -> TorchLoRAPlan:
         if batch.is_empty:
-            return
+            return TorchLoRAPlan([])
         fields = (table.host_rank, table.host_a_start, table.host_b_start)
         places = np.stack(
             [field.numpy()[:, :, batch.segment_slots] for field in fields], axis=1
@@ -81,28 +103,40 @@ class TorchLoRA:
             for key, of_layer in dict(zip(keys, places, strict=True)).items()
         }
         uploaded = self._upload(planned, table)
-        self._layers = [uploaded[key] for key in keys]
+        return TorchLoRAPlan([uploaded[key] for key in keys])
 
-    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
-        return self.family
+    def plan_graph(self, *, table: LoRATable, batch: LoRABatch, kind: str) -> TorchLoRAPlan:
+        raise GraphKindError(self.name, kind, self.graph_kinds)
 
     def shrink(
-        self, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+        self,
+        plan: TorchLoRAPlan,
+        *,
+        x: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        group: LoRAGroup,
     ) -> None:
-        """Left to expand, which needs no more than x of it."""
-        self._x = x
+        """Keep x for expand, which does all the work."""
+        plan.x = x
 
     def expand(
-        self, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup, table: LoRATable
+        self,
+        plan: TorchLoRAPlan,
+        *,
+        y: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        group: LoRAGroup,
     ) -> None:
-        for bucket in self._layers[layer] if self._layers else ():
+        for bucket in plan.layers[layer] if plan.layers else ():
             if any(bucket.layout.rank[module] for module in group.modules):
-                _apply_bucket(y, self._x, pool[layer], layer, group, bucket)
+                _apply_bucket(y, plan.x, pool[layer], layer, group, bucket)
 
     def _upload(
         self, planned: dict[bytes, list[_HostBucket]], table: LoRATable
     ) -> dict[bytes, list[_Bucket]]:
-        """All buckets' arrays in one copy."""
+        """Upload all buckets' arrays in one copy."""
         buckets = [bucket for of_layer in planned.values() for bucket in of_layer]
         arrays = {
             f"{name} {index}": array
@@ -127,7 +161,7 @@ class TorchLoRA:
 
 
 def _plan_layer(places: np.ndarray, table: LoRATable, batch: LoRABatch) -> list[_HostBucket]:
-    """Buckets of one layer; `places` is [rank | a_start | b_start, modules, segments]."""
+    """Returns the buckets of a layer; `places` is [rank | a_start | b_start, modules, segments]."""
     members: dict[tuple[bytes, int], list[int]] = {}
     lengths = np.diff(batch.segment_starts)
     for segment, length in enumerate(lengths.tolist()):
@@ -205,7 +239,8 @@ def _apply_bucket(
 def _gather_weights(
     pool_layer: torch.Tensor, group: LoRAGroup, bucket: _Bucket
 ) -> tuple[torch.Tensor, int]:
-    """[n, elements] of the pages that hold the group, and the virtual array's first element."""
+    """Returns the elements [n, E] of the pages that hold the group, and the place of the first of
+    them in the virtual array."""
     layout = bucket.layout
     used = [
         (layout.a_start[module], layout.b_start[module] + layout.rank[module] * row_stride(width))
@@ -226,7 +261,7 @@ def _gather_weights(
 
 
 def _matrix(weights: torch.Tensor, start: int, rank: int, features: int) -> torch.Tensor:
-    """float32 [n, rank, features]; a view of fp32 weights."""
+    """Returns float32 [n, rank, features], a view if the weights are float32."""
     stride = row_stride(features)
     rows = weights[:, start : start + rank * stride].unflatten(1, (rank, stride))
     return rows[:, :, :features].float()

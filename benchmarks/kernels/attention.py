@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionSpec
+from loraplex.backends.attention.contract import (
+    AttentionBatch,
+    AttentionOp,
+    AttentionPlan,
+    AttentionSpec,
+)
 from loraplex.backends.attention.flashinfer.attention import FlashInferAttention
 from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
@@ -114,9 +119,9 @@ class Setup:
             page_table=pages.reshape(case.num_seqs, pages_each),
         )
 
-    def run(self, op: AttentionOp) -> None:
+    def run(self, op: AttentionOp, plan: AttentionPlan) -> None:
         for q, kv, out in zip(self.q, self.kv, self.out, strict=True):
-            op.run(q=q, kv=kv, out=out)
+            op.run(plan, q=q, kv=kv, out=out)
 
     def check(self) -> float:
         """The largest error of some rows against fp32, over the largest value expected.
@@ -170,13 +175,10 @@ def measure(case: Case, name: str, options: argparse.Namespace, peak: float) -> 
     setup = Setup(case, options.block_tokens, getattr(torch, options.dtype))
     op = make_op(name, setup.spec)
     for_any = case.is_decode and op.supports_graphs
-    if for_any:
-        op.plan_graph(setup.batch, case.num_seqs)
-    else:
-        op.plan(setup.batch)
-    setup.run(op)
+    plan = op.plan_graph(setup.batch, case.num_seqs) if for_any else op.plan(setup.batch)
+    setup.run(op, plan)
     error = setup.check()
-    times = [us / setup.num_layers for us in time_graph(lambda: setup.run(op), NUM_REPEATS)]
+    times = [us / setup.num_layers for us in time_graph(lambda: setup.run(op, plan), NUM_REPEATS)]
     us = statistics.median(times)
     rate = (case.kv_bytes if case.is_decode else case.flops) / us * 1e6
     return {

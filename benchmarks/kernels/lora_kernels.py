@@ -22,6 +22,7 @@ from loraplex.backends.lora.contract import (
     LoRABatch,
     LoRAGroup,
     LoRAOp,
+    LoRAPlan,
     LoRASpec,
     LoRATable,
     apply_lora,
@@ -192,9 +193,9 @@ class Setup:
         rows = sum(t.numel() for t in self.x) + 2 * sum(t.numel() for t in self.y)
         return (sum(self.used_ranks) * per_rank + rows) * self.pool.element_size()
 
-    def run_layer(self, op: LoRAOp, layer: int) -> None:
+    def run_layer(self, op: LoRAOp, plan: LoRAPlan, layer: int) -> None:
         for group, x, y in zip(self.groups, self.x, self.y, strict=True):
-            apply_lora(op, y=y, x=x, pool=self.pool, layer=layer, group=group, table=self.table)
+            apply_lora(op, plan, y=y, x=x, pool=self.pool, layer=layer, group=group)
 
     def spec(self) -> LoRASpec:
         """What a worker of this case's largest step would make its op with."""
@@ -224,13 +225,15 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     device = torch.device("cuda", 0)
     setup = Setup(case, dtype, device)
     op = resolve("lora", op_name).make(setup.spec())
-    is_graph = case.num_tokens <= op.max_graph_rows  # longer steps are captured here alone
-    kind = op.kind_of(table=setup.table, batch=setup.batch) if is_graph else None
-    op.plan(table=setup.table, batch=setup.batch, kind=kind)
+    batch: dict[str, Any] = {"table": setup.table, "batch": setup.batch}
+    if case.num_tokens <= op.max_graph_rows:
+        plan = op.plan_graph(**batch, kind=op.kind_of(**batch))
+    else:
+        plan = op.plan(**batch)  # the engine runs longer steps eagerly
 
     def run() -> None:
         for layer in range(case.num_layers):
-            setup.run_layer(op, layer)
+            setup.run_layer(op, plan, layer)
 
     times = [t / case.num_layers for t in time_graph(run, 30)]
     floor = setup.num_bytes / bandwidth * 1e6

@@ -38,6 +38,7 @@ from loraplex.backends.lora.sgmv.blocks import (
     expand_blocks,
     shrink_blocks,
 )
+from loraplex.backends.lora.sgmv.launch import SGMVPlan
 from loraplex.backends.lora.sgmv.triton_sgmv import TritonSGMV
 from loraplex.backends.lora.sgmv.tuned import TUNED
 
@@ -124,6 +125,9 @@ def studies() -> list[Study]:
     ]  # fmt: skip
 
 
+Planned = tuple[TritonSGMV, SGMVPlan]
+
+
 class Bench:
     """The setup of one case, with inputs and outputs of their own for every layer."""
 
@@ -133,45 +137,46 @@ class Bench:
         self.x = [[x.clone() for _ in copies] for x in self.setup.x]
         self.y = [[y.clone() for _ in copies] for y in self.setup.y]
 
-    def make_op(
+    def plan_with(
         self, study: Study, shrinks: Mapping[int, ShrinkBlocks], expand: ExpandBlocks | None = None
-    ) -> TritonSGMV:
-        """`shrinks` by input features."""
+    ) -> Planned:
+        """Returns an op with these blocks and its plan; `shrinks` are by input features."""
         tuned = Tuned()
         for features, shrink in shrinks.items():
             tuned.shrink[study.regime, study.rank_class, features] = shrink
         if expand is not None:
             tuned.expand[study.regime, study.rank_class, 1] = expand
-        op = TritonSGMV(self.setup.spec(), tuned)
-        op.plan(table=self.setup.table, batch=self.setup.batch)
-        return op
+        return self.plan(tuned)
 
-    def run(self, op: TritonSGMV, index: int, layer: int) -> None:
+    def plan(self, tuned: Tuned) -> Planned:
+        op = TritonSGMV(self.setup.spec(), tuned)
+        return op, op.plan(table=self.setup.table, batch=self.setup.batch)
+
+    def run(self, planned: Planned, index: int, layer: int) -> None:
         apply_lora(
-            op, y=self.y[index][layer], x=self.x[index][layer], pool=self.setup.pool, layer=layer,
-            group=self.setup.groups[index], table=self.setup.table,
+            *planned, y=self.y[index][layer], x=self.x[index][layer], pool=self.setup.pool,
+            layer=layer, group=self.setup.groups[index],
         )  # fmt: skip
 
     def time_layer(self, tuned: Tuned) -> float:
         """Microseconds of all groups, one after the other."""
-        op = TritonSGMV(self.setup.spec(), tuned)
-        op.plan(table=self.setup.table, batch=self.setup.batch)
+        planned = self.plan(tuned)
         layers = self.setup.case.num_layers
 
         def run() -> None:
             for layer in range(layers):
                 for index in range(len(self.setup.groups)):
-                    self.run(op, index, layer)
+                    self.run(planned, index, layer)
 
         return statistics.median(time_graph(run, NUM_REPEATS)) / layers
 
-    def time(self, op: TritonSGMV, index: int) -> float:
+    def time(self, planned: Planned, index: int) -> float:
         """Microseconds of one group's shrink and expand."""
         layers = self.setup.case.num_layers
 
         def run() -> None:
             for layer in range(layers):
-                self.run(op, index, layer)
+                self.run(planned, index, layer)
 
         return statistics.median(time_graph(run, NUM_REPEATS)) / layers
 
@@ -196,11 +201,11 @@ def compile_candidate(study: Study, candidate: ShrinkBlocks | ExpandBlocks) -> N
     """Run once, in a process of its own, so that the kernels are in Triton's cache on disk."""
     bench = small_bench(study.cases[0])
     if isinstance(candidate, ShrinkBlocks):
-        op = bench.make_op(study, {1: candidate})
+        planned = bench.plan_with(study, {1: candidate})
     else:
-        op = bench.make_op(study, {}, candidate)
+        planned = bench.plan_with(study, {}, candidate)
     for index in range(len(bench.setup.groups)):
-        bench.run(op, index, 0)
+        bench.run(planned, index, 0)
     torch.cuda.synchronize()
 
 
@@ -231,13 +236,13 @@ def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
             try:
                 for bench in benches:
                     if isinstance(candidate, ShrinkBlocks):
-                        op = bench.make_op(study, {1: candidate})
+                        planned = bench.plan_with(study, {1: candidate})
                     else:
-                        op = bench.make_op(study, best, candidate)
+                        planned = bench.plan_with(study, best, candidate)
                     for index, group in enumerate(groups):
                         is_shrink = kernel == "shrink"
                         size = group.in_features if is_shrink else sum(group.out_features)
-                        us = bench.time(op, index)
+                        us = bench.time(planned, index)
                         scores[size][candidate] = scores[size].get(candidate, 0) + math.log(us)
             except Exception as error:  # too much shared memory, too many registers
                 for of_size in scores.values():

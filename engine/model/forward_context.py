@@ -4,23 +4,23 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.backends.attention.contract import AttentionOp
+from loraplex.backends.attention.contract import AttentionOp, AttentionPlan
 from loraplex.backends.fused.contract import FusedOps
-from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, LoRATable
+from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, LoRAPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What a forward step carries past the attention op, from each layer's first half to its
-    second and on; all else that layers make is gone by then."""
+    """Everything that a forward step carries across the attention op, from the first half of each
+    layer to the second half and on to the next layer."""
 
     residual: torch.Tensor  # [T, hidden_size]; each layer adds to it
     cos_sin: torch.Tensor  # float32 [T, head_dim], see FusedOps.rope_store_kv
-    q: torch.Tensor  # [T, num_heads, head_dim], contiguous, of one layer after the other
-    attended: torch.Tensor  # the same, what attention makes of it
+    q: torch.Tensor  # [T, num_heads, head_dim], contiguous; each layer overwrites it
+    attended: torch.Tensor  # the same, the attention op's output
 
     def first(self, num_tokens: int) -> "Activations":
-        """Of the first tokens: the same memory."""
+        """Returns views of the first tokens."""
         return Activations(
             self.residual[:num_tokens],
             self.cos_sin[:num_tokens],
@@ -29,7 +29,7 @@ class Activations:
         )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ForwardContext:
     """Made once a step by the model runner and passed to every layer."""
 
@@ -38,21 +38,24 @@ class ForwardContext:
     """int64 [T]: where each token's K goes in a layer of the pool seen as [num_pages * 2 *
     block_tokens, num_kv_heads, head_dim]; its V goes block_tokens rows later."""
     pool: torch.Tensor  # [num_layers, num_pages, page_elems]
-    kv: (
-        torch.Tensor
-    )  # the same memory, [num_layers, num_pages, 2, block_tokens, kv_heads, head_dim]
-    attention: AttentionOp  # already planned for this step
+    kv: torch.Tensor
+    """The same memory: [num_layers, num_pages, 2, block_tokens, kv_heads, head_dim]."""
+    attention: AttentionOp
+    attention_plan: AttentionPlan | None  # None: the step's attention runs elsewhere
     fused: FusedOps
-    lora: LoRAOp  # likewise
-    lora_table: LoRATable
-    has_lora: bool  # False: no row of the step has an adapter, and nothing is launched
+    lora: LoRAOp
+    lora_plan: LoRAPlan | None  # None: no row has an adapter, and nothing is launched
+
+    def attend(self, q: torch.Tensor, layer: int, out: torch.Tensor) -> None:
+        """Run the attention op on one layer; see AttentionOp.run."""
+        self.attention.run(self.attention_plan, q=q, kv=self.kv[layer], out=out)
 
     def shrink(self, x: torch.Tensor, layer: int, group: LoRAGroup) -> None:
         """Begin the adapters' part of one group of projections of x."""
-        if self.has_lora:
-            self.lora.shrink(x=x, pool=self.pool, layer=layer, group=group, table=self.lora_table)
+        if self.lora_plan is not None:
+            self.lora.shrink(self.lora_plan, x=x, pool=self.pool, layer=layer, group=group)
 
     def expand(self, y: torch.Tensor, layer: int, group: LoRAGroup) -> None:
-        """Add it to y, in place."""
-        if self.has_lora:
-            self.lora.expand(y=y, pool=self.pool, layer=layer, group=group, table=self.lora_table)
+        """Add the adapters' part to y, in place."""
+        if self.lora_plan is not None:
+            self.lora.expand(self.lora_plan, y=y, pool=self.pool, layer=layer, group=group)

@@ -1,4 +1,4 @@
-"""Runs the steps that the scheduler plans. Nothing in `launch` waits for the GPU."""
+"""Runs the steps that the scheduler plans. `launch` never waits for the GPU."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch
+from loraplex.backends.attention.contract import AttentionBatch, AttentionPlan
 from loraplex.backends.launch.upload import Uploader
-from loraplex.backends.lora.contract import LoRABatch, LoRATable, apply_lora
+from loraplex.backends.lora.contract import LoRABatch, LoRAPlan, LoRATable, apply_lora
 from loraplex.engine.adapters.table import AdapterTable, group_rows
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.model.decoder import Decoder
@@ -25,14 +25,18 @@ from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import StepPlan
 
 PROMPT_SCORE_ROWS = 256
-"""Prompt positions whose logits exist at one time."""
+"""Prompt positions whose logits are in memory at one time."""
 
 
 class ModelRunner:
-    """Once `capture_graphs` was called, steps of decode rows alone replay a CUDA graph and other
-    small ones the pieces of one; the others, and all on a CPU, launch operator by operator.
+    """Runs steps on one device.
 
-    Attributes: pool; states, what is remembered of each request.
+    After `capture_graphs`, a step of decode rows alone replays a CUDA graph, and another small step
+    replays the pieces of one. Other steps, and all steps on a CPU, launch operator by operator.
+
+    Attributes:
+        pool: the page pool.
+        states: the state of each running request.
 
     Args:
         backends: made for the model's sizes and device.
@@ -65,10 +69,10 @@ class ModelRunner:
         """Capture the decode steps, then the pieces of mixed ones, within the configured bounds.
 
         Args:
-            max_num_tokens: of the largest step.
+            max_num_tokens: tokens of the largest step.
 
         Returns:
-            One line on what was captured, or on why nothing was.
+            A line that says what was captured, or why nothing was.
         """
         if config.enforce_eager:
             return "no CUDA graphs: enforce_eager is set"
@@ -100,8 +104,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, rows: int, rank: int) -> None:
-        """Launch the LoRA kernels of a prefill of so many rows of one adapter, before there is
-        any: some are compiled on first use. Backends without kernels of their own need none."""
+        """Launch the LoRA kernels of a prefill, so that those compiled on first use are ready.
+
+        It needs no adapter. A backend without kernels of its own needs no warm-up.
+
+        Args:
+            rows: rows of the prefill, all of one adapter.
+            rank: that adapter's rank.
+        """
         if not self._lora.graph_kinds:
             return
         order = np.arange(rows, dtype=np.int32)
@@ -109,20 +119,17 @@ class ModelRunner:
             rows, order, np.array([0, rows], dtype=np.int32), np.zeros(1, dtype=np.int32)
         )
         host_rank = self._lora_table.host_rank
-        host_rank[..., 0] = rank  # on the device it is 0 still: nothing is read or added
-        self._lora.plan(table=self._lora_table, batch=batch)
+        host_rank[..., 0] = rank  # on the device it stays 0, so nothing is read or added
+        plan = self._lora.plan(table=self._lora_table, batch=batch)
         host_rank[..., 0] = 0
         for group in self._model.groups:
             x = torch.zeros(rows, group.in_features, dtype=self._model.dtype, device=self._device)
             y = x.new_zeros(rows, sum(group.out_features))
-            apply_lora(
-                self._lora, y=y, x=x, pool=self.pool.pages, layer=0, group=group,
-                table=self._lora_table,
-            )  # fmt: skip
+            apply_lora(self._lora, plan, y=y, x=x, pool=self.pool.pages, layer=0, group=group)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Enqueue a step; on a CPU, compute it. The result comes from the PendingStep."""
+        """Enqueue a step, or compute it on a CPU. The PendingStep gives the result."""
         step = self._last_step = PendingStep(plan.step_id, self._device, self._last_step)
         deltas, rows, output = self.states.apply(plan), make_rows(plan), StepOutput()
         sampling = self._collect_sampling(rows)
@@ -168,16 +175,16 @@ class ModelRunner:
         )
         kind, decode = kind_of(self._lora, self._lora_table, lora_batch), self._decode_graphs
         if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
-            decode.plan(size, kind, inputs, attention_batch, lora_batch)
-            step.start(self._describe("graph", lora_batch))
-            logits = decode.replay(size, kind)[: len(rows.slots)]
+            planned = decode.plan(size, kind, inputs, attention_batch, lora_batch)
+            step.start(_describe("graph", planned.lora_plan))
+            logits = decode.replay(planned)[: len(rows.slots)]
             self._sample(rows, logits, sampling, output)
             return
         num_tokens, mixed = len(inputs.places), self._mixed_graphs
         if mixed and (size := mixed.fit(num_tokens, kind)):
-            mixed.plan(kind, inputs, attention_batch, lora_batch)
-            step.start(self._describe("pieces", lora_batch))
-            hidden = mixed.replay(size, kind, num_tokens)
+            planned = mixed.plan(size, kind, inputs, attention_batch, lora_batch)
+            step.start(_describe("pieces", planned.lora_plan))
+            hidden = mixed.replay(planned, num_tokens)
         else:
             hidden = self._run_eagerly(step, inputs, attention_batch, lora_batch)
         if len(rows.sampling):
@@ -192,39 +199,50 @@ class ModelRunner:
         attention_batch: AttentionBatch,
         lora_batch: LoRABatch,
     ) -> torch.Tensor:
-        """Launch operator by operator; hidden states [T, hidden_size]."""
-        has_lora = not lora_batch.is_empty
+        """Launch operator by operator. Returns hidden states [T, hidden_size]."""
         tensors = self._uploader.upload(
             {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
         )
-        self._attention.plan(attention_batch)
-        if has_lora:
-            self._lora.plan(table=self._lora_table, batch=lora_batch)
-        step.start(self._describe("eager", lora_batch))
-        return self._forward(DeviceInputs(**tensors), has_lora)
+        attention_plan = self._attention.plan(attention_batch)
+        lora_plan = None
+        if not lora_batch.is_empty:
+            lora_plan = self._lora.plan(table=self._lora_table, batch=lora_batch)
+        step.start(_describe("eager", lora_plan))
+        return self._forward(DeviceInputs(**tensors), attention_plan, lora_plan)
 
-    def _describe(self, how: str, lora_batch: LoRABatch) -> str:
-        return how if lora_batch.is_empty else f"{how}+{self._lora.family}"
-
-    def _make_context(self, inputs: DeviceInputs, has_lora: bool) -> ForwardContext:
+    def _make_context(
+        self,
+        inputs: DeviceInputs,
+        attention_plan: AttentionPlan | None,
+        lora_plan: LoRAPlan | None,
+    ) -> ForwardContext:
         return ForwardContext(
             positions=inputs.positions,
             kv_rows=inputs.kv_rows,
             pool=self.pool.pages,
             kv=self.pool.kv,
             attention=self._attention,
-            lora=self._lora,
-            lora_table=self._lora_table,
-            has_lora=has_lora,
+            attention_plan=attention_plan,
             fused=self._fused,
+            lora=self._lora,
+            lora_plan=lora_plan,
         )
 
-    def _forward(self, inputs: DeviceInputs, has_lora: bool) -> torch.Tensor:
+    def _forward(
+        self, inputs: DeviceInputs, attention_plan: AttentionPlan, lora_plan: LoRAPlan | None
+    ) -> torch.Tensor:
         token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
-        return self._model.forward(token_ids, self._make_context(inputs, has_lora))
+        ctx = self._make_context(inputs, attention_plan, lora_plan)
+        return self._model.forward(token_ids, ctx)
 
-    def _forward_decode(self, inputs: DeviceInputs, has_lora: bool, logits: torch.Tensor) -> None:
-        self._model.logits(self._forward(inputs, has_lora), out=logits)
+    def _forward_decode(
+        self,
+        inputs: DeviceInputs,
+        attention_plan: AttentionPlan,
+        lora_plan: LoRAPlan | None,
+        logits: torch.Tensor,
+    ) -> None:
+        self._model.logits(self._forward(inputs, attention_plan, lora_plan), out=logits)
 
     def _sample(
         self,
@@ -258,7 +276,7 @@ class ModelRunner:
         return score(logits, chosen, num_best)
 
     def _score_prompts(self, rows: StepRows, hidden: torch.Tensor, output: StepOutput) -> None:
-        """Log-probabilities of the prompt tokens that follow the fed ones, where asked for."""
+        """Score the prompt tokens that follow the fed ones, for requests that ask for it."""
         sampling = self.states.sampling
         for row in np.flatnonzero(sampling.num_prompt_logprobs[rows.slots] >= 0).tolist():
             slot, first = int(rows.slots[row]), int(rows.positions[row]) + 1
@@ -271,3 +289,8 @@ class ModelRunner:
                 targets = self.states.token_ids[slot, at:stop].long()
                 scores = score(logits, targets, num_best)
                 output.prompts.append(ScoredPrompt(slot, at, num_best, scores))
+
+
+def _describe(how: str, lora_plan: LoRAPlan | None) -> str:
+    """Returns StepResult.kernels."""
+    return how if lora_plan is None else f"{how}+{lora_plan.family}"

@@ -56,10 +56,10 @@ def _check(name: str, spec: AttentionSpec, *batches: Sequences, spare_columns: i
         q = torch.randn(shape, generator=generator).to(spec.dtype).to(spec.device)
         out = torch.full_like(q, float("nan"))
         before = kv.clone()
-        op.plan(batch)
-        op.run(q=q, kv=kv, out=out)
+        plan = op.plan(batch)
+        op.run(plan, q=q, kv=kv, out=out)
         again = torch.full_like(q, float("nan"))
-        op.run(q=q, kv=kv, out=again)
+        op.run(plan, q=q, kv=kv, out=again)
         want = attention_oracle(q, kv, spec, batch)
         error = (out.float().cpu() - want).abs().max()
         assert error < TOLERANCE[spec.dtype] * max(1.0, float(want.abs().max()))
@@ -105,6 +105,34 @@ def test_long_prefill_in_pieces(name: str) -> None:
     _check(name, spec, [(1, 300), (520, 530), (258, 258)])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_plans_are_independent(name: str, device: str) -> None:
+    """Two eager plans are alive at one time and run in turn; a third is made between."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    spec = make_spec(dtype, device, (4, 2), head_dim=64, block_tokens=16)
+    op = _make_op(name, spec)
+    steps = []
+    for seed, sequences in enumerate(("mixed", "decode", "prefill-cached")):
+        batch, num_pages = make_batch(BATCHES[sequences], spec)
+        kv = make_kv(batch, num_pages, spec, TAIL.get(name, OTHERS_TAIL))
+        shape = (int(batch.query_lens.sum()), spec.num_heads, spec.head_dim)
+        q = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        q = q.to(dtype).to(device)
+        steps.append((batch, kv, q, attention_oracle(q, kv, spec, batch)))
+    plans = [op.plan(batch) for batch, *_ in steps[:2]]
+    for index in (0, 1, 0, 2, 1, 0):
+        batch, kv, q, want = steps[index]
+        if index == len(plans):
+            plans.append(op.plan(batch))
+            if op.supports_graphs:
+                op.plan_graph(random_decodes(np.random.default_rng(1), spec, 3, 20), 4)
+        out = torch.full_like(q, float("nan"))
+        op.run(plans[index], q=q, kv=kv, out=out)
+        error = (out.float().cpu() - want).abs().max()
+        assert error < TOLERANCE[dtype] * max(1.0, float(want.abs().max()))
+
+
 def test_decodes_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from loraplex.backends.attention import torch_sdpa
 
@@ -132,8 +160,8 @@ def test_full_size_decode(
     kv = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     q = torch.randn(num_sequences, heads[0], 128, dtype=torch.bfloat16, device="cuda")
     out = torch.full_like(q, float("nan"))
-    op.plan(batch)
-    op.run(q=q, kv=kv, out=out)
+    plan = op.plan(batch)
+    op.run(plan, q=q, kv=kv, out=out)
     torch.cuda.synchronize()
     for b, length in enumerate(lengths):
         pages = torch.from_numpy(batch.page_table[b, : -(-length // block_tokens)]).long().cuda()
@@ -156,8 +184,8 @@ def test_strided_queries(name: str) -> None:
     fused = torch.randn(num_tokens, 12 * 128, device="cuda").to(spec.dtype)
     q = fused[:, : 8 * 128].view(num_tokens, 8, 128)
     out = torch.empty(num_tokens, 8, 128, dtype=spec.dtype, device="cuda")
-    op.plan(batch)
-    op.run(q=q, kv=kv, out=out)
+    plan = op.plan(batch)
+    op.run(plan, q=q, kv=kv, out=out)
     want = attention_oracle(q, kv, spec, batch)
     assert (out.float().cpu() - want).abs().max() < TOLERANCE[spec.dtype]
 
@@ -195,9 +223,9 @@ def test_graph_replays(name: str, block_tokens: int, heads: tuple[int, int]) -> 
         batch = random_decodes(rng, spec, num_seqs, runner.num_pages)
         got = runner.replay(batch, num_rows)
         _check_rows(got, runner, batch)
-        op.plan(batch)
+        plan = op.plan(batch)
         eager = torch.zeros_like(got)
-        op.run(q=runner.q[:num_seqs], kv=runner.kv, out=eager[:num_seqs])
+        op.run(plan, q=runner.q[:num_seqs], kv=runner.kv, out=eager[:num_seqs])
         _check_rows(eager, runner, batch)
 
 
@@ -243,15 +271,15 @@ def test_plans_do_not_wait_for_the_gpu(name: str, heads: tuple[int, int]) -> Non
     out = torch.empty_like(q)
     for _ in range(5):  # every pinned buffer has grown
         runner.replay(decodes, 16)
-        op.plan(mixed)
-        op.run(q=q, kv=kv, out=out)
+        plan = op.plan(mixed)
+        op.run(plan, q=q, kv=kv, out=out)
     torch.cuda.synchronize()
     done = torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)  # cycles, about a second
     done.record()
     runner.replay(decodes, 16)
-    op.plan(mixed)
-    op.run(q=q, kv=kv, out=out)
+    plan = op.plan(mixed)
+    op.run(plan, q=q, kv=kv, out=out)
     assert not done.query()
     want = attention_oracle(q, kv, spec, mixed)
     assert (out.float().cpu() - want).abs().max() < TOLERANCE[spec.dtype]

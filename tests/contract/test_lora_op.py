@@ -1,4 +1,4 @@
-"""Every backend of op ``lora`` against the fp32 loop; helpers/lora_checks.py judges."""
+"""Every backend of op ``lora`` against the fp32 loop of helpers/kernels/lora_checks.py."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraplex.backends import registry
-from loraplex.backends.lora.contract import apply_lora
+from loraplex.backends.lora.contract import GraphKindError, apply_lora
 
 from helpers.kernels.lora_cases import (
     POPULARITIES,
@@ -17,7 +17,15 @@ from helpers.kernels.lora_cases import (
     make_shapes,
     make_spec,
 )
-from helpers.kernels.lora_checks import TOLERANCE, apply, as_bits, check, compare, make_inputs
+from helpers.kernels.lora_checks import (
+    TOLERANCE,
+    apply,
+    as_bits,
+    check,
+    check_group,
+    compare,
+    make_inputs,
+)
 
 NAMES = [backend.name for backend in registry.list_backends("lora")]
 GPU = pytest.mark.gpu
@@ -129,7 +137,43 @@ def test_replanning_forgets_the_last_step(name: str, device: str) -> None:
     op = _make_op(name, case)
     for seed, popularity in enumerate(("distinct", "base", "identical", "skewed")):
         check(op, case, draw_slots(popularity, 5, case.num_adapters, seed))
-    assert op.family in ("bgmv", "sgmv", "bmm")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_are_independent(name: str, device: str) -> None:
+    """Two eager plans are alive at one time and run in turn; more are made and dropped between."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    case = make_case(RANK_MIXES["subsets"], SHAPES["odd"], dtype=dtype, device=device)
+    op = _make_op(name, case)
+    steps = [draw_slots("uniform", 7, case.num_adapters), draw_slots("half-base", 33, 5, seed=1)]
+    if device == "cuda":
+        steps.append([1] * 600)  # more rows than a graph takes
+    batches = [make_batch(slots) for slots in steps]
+    plans = [op.plan(table=case.table, batch=batch) for batch in batches]
+    for layer in range(case.pool.shape[0]):
+        for group in case.groups:
+            for plan, slots in zip(plans, steps, strict=True):
+                check_group(op, plan, case, slots, layer, group)
+            op.plan(table=case.table, batch=batches[1 - layer])
+            for kind in op.graph_kinds:
+                op.plan_graph(table=case.table, batch=make_batch([3]), kind=kind)
+    for plan, batch in zip(plans, batches, strict=True):
+        assert plan.kind == op.kind_of(table=case.table, batch=batch)
+        assert plan.family in ("bgmv", "sgmv", "bmm")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_graphs_cannot_hold(name: str, device: str) -> None:
+    case = make_case(RANK_MIXES["8"], SHAPES["odd"], dtype=torch.float16, device=device)
+    op = _make_op(name, case)
+    with pytest.raises(GraphKindError, match="no graphs of kind 'absent'"):
+        op.plan_graph(table=case.table, batch=make_batch([1]), kind="absent")
+    if op.graph_kinds:
+        batch = make_batch([1] * (op.max_graph_rows + 1))
+        with pytest.raises(ValueError, match=f"batch of {batch.num_tokens} rows does not fit"):
+            op.plan_graph(table=case.table, batch=batch, kind=op.graph_kinds[0])
 
 
 @pytest.mark.gpu
@@ -177,23 +221,21 @@ def test_graph_replays_any_batch(name: str, shape: str, num_rows: int) -> None:
         pytest.skip(f"{name} does not support graphs")
     places = [make_inputs(case, group, [], num_rows, seed=0) for group in case.groups]
 
-    def run() -> None:
+    def run(plan: Any) -> None:
         for group, (x, buffer) in zip(case.groups, places, strict=True):
-            apply_lora(
-                op, y=buffer[:-2, :-8], x=x, pool=case.pool, layer=0, group=group, table=case.table
-            )
+            apply_lora(op, plan, y=buffer[:-2, :-8], x=x, pool=case.pool, layer=0, group=group)
 
     graphs = {}
     for kind in op.graph_kinds:
-        op.plan(table=case.table, batch=make_batch([-1] * num_rows), kind=kind)
+        plan = op.plan_graph(table=case.table, batch=make_batch([-1] * num_rows), kind=kind)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()
+            run(plan)
         torch.cuda.current_stream().wait_stream(stream)
         graphs[kind] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[kind]):
-            run()
+            run(plan)
     for seed, popularity in enumerate((*POPULARITIES, "distinct")):
         count = num_rows if seed % 2 == 0 else max(1, num_rows - 1 - seed)
         slots = draw_slots(popularity, count, case.num_adapters, seed)
@@ -202,10 +244,11 @@ def test_graph_replays_any_batch(name: str, shape: str, num_rows: int) -> None:
             for destination, source in zip(old, new, strict=True):
                 destination.copy_(source)
         kind = op.kind_of(table=case.table, batch=make_batch(slots))
-        op.plan(table=case.table, batch=make_batch(slots), kind=kind)
+        plan = op.plan_graph(table=case.table, batch=make_batch(slots), kind=kind)
+        assert plan.kind == kind
         graphs[kind].replay()
-        eager.plan(table=case.table, batch=make_batch(slots), kind=kind)
+        eager_plan = eager.plan(table=case.table, batch=make_batch(slots))
         for group, (x, buffer), (_, replayed) in zip(case.groups, inputs, places, strict=True):
-            want = apply(eager, case, 0, group, x, buffer)
+            want = apply(eager, eager_plan, case, 0, group, x, buffer)
             compare(replayed, buffer, x, case, slots, 0, group)
             assert torch.equal(as_bits(replayed), as_bits(want)), "a replay differs from eager"

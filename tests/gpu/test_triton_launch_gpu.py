@@ -123,7 +123,7 @@ def test_fused_gives_the_same_bits(
 
 def sgmv_call(op: TritonSGMV, case: LoRACase, num_rows: int) -> Call:
     slots = draw_slots("uniform", num_rows, case.num_adapters, num_rows)
-    op.plan(table=case.table, batch=make_batch(sorted(slots)))
+    plan = op.plan(table=case.table, batch=make_batch(sorted(slots)))
     inputs = [random(num_rows, g.in_features, dtype=case.pool.dtype, seed=1) for g in case.groups]
     bases = [
         random(num_rows, sum(g.out_features) + 8, dtype=case.pool.dtype, seed=2)
@@ -135,7 +135,7 @@ def sgmv_call(op: TritonSGMV, case: LoRACase, num_rows: int) -> Call:
         for layer in range(3):
             for group, x, base in zip(case.groups, inputs, bases, strict=True):
                 y = base.clone()[:, :-8]
-                apply_lora(op, y=y, x=x, pool=case.pool, layer=layer, group=group, table=case.table)
+                apply_lora(op, plan, y=y, x=x, pool=case.pool, layer=layer, group=group)
                 results.append(y)
         return results
 
@@ -231,20 +231,20 @@ def test_a_launch_costs_little_cpu() -> None:
     case = make_case(RANKS, make_shapes(576, 576, 192, 1536), dtype=BF16, device="cuda",
                      page_elems=8192)  # fmt: skip
     lora = TritonSGMV(make_spec(case, 2048, 64))
-    lora.plan(table=case.table, batch=make_batch([1] * 64))
+    plan = lora.plan(table=case.table, batch=make_batch([1] * 64))
     x, weight, group = random(64, 576), random(576), case.groups[0]
     y = random(64, sum(group.out_features))
     qkv, cos_sin = random(64, 15 * 64), random(64, 64, dtype=torch.float32)
     kv, kv_rows, q = random(5, 2, 16, 3, 64), torch.arange(64, device="cuda"), random(64, 9, 64)
-    rest: dict[str, Any] = {"pool": case.pool, "layer": 1, "group": group, "table": case.table}
+    rest: dict[str, Any] = {"pool": case.pool, "layer": 1, "group": group}
     costs = {
         "rms_norm": median_us(lambda: op.rms_norm(x, weight, 1e-5)),
         "rope": median_us(
             lambda: op.rope_store_kv(qkv=qkv, cos_sin=cos_sin, kv=kv, kv_rows=kv_rows, out=q)
         ),
         "silu_mul": median_us(lambda: op.silu_mul(x)),
-        "shrink": median_us(lambda: lora.shrink(x=x, **rest)),
-        "expand": median_us(lambda: lora.expand(y=y, **rest)),
+        "shrink": median_us(lambda: lora.shrink(plan, x=x, **rest)),
+        "expand": median_us(lambda: lora.expand(plan, y=y, **rest)),
     }
     print({name: round(cost, 1) for name, cost in costs.items()})
     assert max(costs.values()) < MAX_LAUNCH_US, costs

@@ -1,11 +1,11 @@
-"""Backend ``flashinfer`` of op ``attention``: flashinfer's kernels over the page pool in place.
+"""Backend ``flashinfer`` of op ``attention``: flashinfer's kernels over the page pool, in place.
 
-Decode rows and prefill rows are two launches: decode splits long sequences over the GPU, prefill
+Decode rows and prefill rows are two launches. Decode splits long sequences over the GPU. Prefill
 takes tiles of queries (fa3 on Hopper, fa2 elsewhere).
 
-A CUDA graph of decode is captured once a number of rows. The library then plans for the largest
-grid that number can need, and kernels read lengths, splits and pages from memory that each plan
-rewrites, at the same places for the same number of rows.
+A CUDA graph of decode is captured once for each number of rows. The library then plans for the
+largest grid that number can need. The kernels read lengths, splits and pages from static buffers,
+where each graph plan of as many rows writes them at the same places.
 """
 
 import logging
@@ -18,12 +18,13 @@ from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
 from loraplex.backends.attention.flashinfer.jit import library_reason, missing_reason
 from loraplex.backends.attention.flashinfer.modules import (
     Module,
-    PlanMemory,
+    Workspace,
     decode_kind,
     make_module,
 )
 from loraplex.backends.attention.paged_rows import PagedRows, paged_rows
 from loraplex.backends.attention.self_test import self_test, self_test_spec
+from loraplex.backends.launch.buffers import BufferPool
 from loraplex.backends.launch.upload import ALIGN, Uploader
 
 logger = logging.getLogger("loraplex")
@@ -34,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_BLOCKS_PER_SM = 32
 MIN_QUERY_TILE, MAX_QUERY_TILE = 16, 128
 INT_SLACK_BYTES = 1 << 18
-"""Beyond the arrays counted below: alignment, scalars and arrays as long as the GPU is wide."""
+"""For what `_int_bytes` does not count: alignment, scalars, arrays with an entry an SM."""
 
 LIBRARY_ERRORS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError)
 
@@ -44,14 +45,20 @@ class _Launch:
     """Consecutive sequences that one module serves."""
 
     module: Module
-    memory: PlanMemory
+    workspace: Workspace
     plan_info: Any
     tokens: slice  # rows of q and out
     rows: dict[str, torch.Tensor]  # the fields of PagedRows on the device
 
 
+@dataclass(frozen=True, slots=True)
+class FlashInferPlan:
+    launches: list[_Launch]
+
+
 class FlashInferAttention:
-    """Attributes: prefill_kind, "fa2" or "fa3"; workspace_bytes, device memory it keeps.
+    """Attributes:
+        prefill_kind: "fa2" or "fa3".
 
     Args:
         prefill_kind: None takes the best that can be loaded or built.
@@ -65,13 +72,15 @@ class FlashInferAttention:
         self._decode = make_module(spec, decode_kind(spec), causal=False)
         self.prefill_kind, self._prefill = _make_prefill(spec, prefill_kind)
         num_floats = max(_decode_float_bytes(spec), _prefill_float_bytes(spec))
-        floats = torch.zeros(num_floats, dtype=torch.uint8, device=spec.device)
-        self._decode_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_seqs))
-        self._prefill_memory = PlanMemory(floats, _int_bytes(spec, spec.max_num_tokens))
+        self._floats = _bytes(spec, num_floats)
+        self._decode_ints = BufferPool(spec.device, _int_bytes(spec, spec.max_num_seqs))
+        self._prefill_ints = BufferPool(spec.device, _int_bytes(spec, spec.max_num_tokens))
         self._uploader = Uploader(spec.device)
-        self._graph_rows = torch.zeros(_row_bytes(spec), dtype=torch.uint8, device=spec.device)
-        self._graph_plans: dict[int, tuple[int, ...]] = {}
-        self._launches: list[_Launch] = []
+        self._graph_workspace = Workspace(
+            self._floats, _bytes(spec, self._decode_ints.num_bytes), None
+        )
+        self._graph_rows = _bytes(spec, _row_bytes(spec))
+        self._graph_infos: dict[int, tuple[int, ...]] = {}  # by number of rows
 
     @classmethod
     def probe(cls, spec: AttentionSpec | None = None) -> str | None:
@@ -88,24 +97,23 @@ class FlashInferAttention:
 
     @property
     def workspace_bytes(self) -> int:
-        memories = (self._decode_memory, self._prefill_memory)
-        ints = sum(memory.ints.numel() for memory in memories)
-        return self._decode_memory.floats.numel() + ints + self._graph_rows.numel()
+        """Device memory that the op keeps."""
+        ints = self._decode_ints.total_bytes + self._prefill_ints.total_bytes
+        static = self._graph_workspace.ints.numel() + self._graph_rows.numel()
+        return self._floats.numel() + ints + static
 
-    def plan(self, batch: AttentionBatch) -> None:
+    def plan(self, batch: AttentionBatch) -> FlashInferPlan:
         decodes, total = batch.num_decodes, len(batch.query_lens)
-        block = self._spec.block_tokens
-        self._launches = []
+        launches = []
         if decodes:
-            rows = paged_rows(batch, 0, decodes, block)
-            info = self._decode.plan(self._decode_memory, rows, for_graph=False)
-            self._launch(self._decode, self._decode_memory, info, rows, 0)
+            launches.append(self._plan_eager(self._decode, self._decode_ints, batch, 0, decodes))
         if decodes < total:
-            rows = paged_rows(batch, decodes, total, block)
-            info = self._prefill.plan(self._prefill_memory, rows, for_graph=False)
-            self._launch(self._prefill, self._prefill_memory, info, rows, decodes)
+            launches.append(
+                self._plan_eager(self._prefill, self._prefill_ints, batch, decodes, total)
+            )
+        return FlashInferPlan(launches)
 
-    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> None:
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> FlashInferPlan:
         num_seqs = len(batch.query_lens)
         if batch.num_decodes != num_seqs:
             raise ValueError(
@@ -116,41 +124,60 @@ class FlashInferAttention:
                 f"{num_seqs} sequences do not fit {num_rows} rows, or those pass max_num_seqs "
                 f"({self._spec.max_num_seqs})"
             )
-        block = self._spec.block_tokens
+        block, workspace = self._spec.block_tokens, self._graph_workspace
         rows = paged_rows(batch, 0, num_seqs, block, num_padding=num_rows - num_seqs)
-        info = self._decode.plan(self._decode_memory, rows, for_graph=True)
-        if self._graph_plans.setdefault(num_rows, tuple(info)) != tuple(info):
+        info = self._decode.plan(workspace, rows, for_graph=True)
+        if self._graph_infos.setdefault(num_rows, tuple(info)) != tuple(info):
             raise RuntimeError(
                 f"flashinfer plans {num_rows} rows otherwise than when their graph was captured: "
                 "this version cannot be replayed"
             )
-        self._launches = []
-        self._launch(self._decode, self._decode_memory, info, rows, 0, out=self._graph_rows)
+        launch = self._make_launch(self._decode, workspace, info, rows, 0, out=self._graph_rows)
+        return FlashInferPlan([launch])
 
-    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
-        k, v = kv[:, 0], kv[:, 1]  # not kept: the pool that sizes are tried on is to go
-        launches = self._launches
+    def run(
+        self, plan: FlashInferPlan, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        # Views, made anew each time: a kept one would keep the pool on which sizes are measured.
+        k, v = kv[:, 0], kv[:, 1]
+        launches = plan.launches
         for launch in launches:
             if len(launches) == 1:  # of all tokens
                 some_q, some_out = q, out
             else:
                 some_q, some_out = q[launch.tokens], out[launch.tokens]
-            launch.module.run(launch.memory, launch.plan_info, launch.rows, some_q, k, v, some_out)
+            launch.module.run(
+                launch.workspace, launch.plan_info, launch.rows, some_q, k, v, some_out
+            )
 
-    def _launch(
+    def _plan_eager(
+        self, module: Module, ints: BufferPool, batch: AttentionBatch, start: int, end: int
+    ) -> _Launch:
+        rows = paged_rows(batch, start, end, self._spec.block_tokens)
+        buffer = ints.take()
+        workspace = Workspace(self._floats, buffer.tensor, buffer)
+        info = module.plan(workspace, rows, for_graph=False)
+        # Sequences before `start` are decodes of one token each.
+        return self._make_launch(module, workspace, info, rows, start)
+
+    def _make_launch(
         self,
         module: Module,
-        memory: PlanMemory,
+        workspace: Workspace,
         plan_info: Any,
         rows: PagedRows,
         first_token: int,
         out: torch.Tensor | None = None,
-    ) -> None:
+    ) -> _Launch:
         # page_ids come last: all else then lies at places that depend on the number of rows alone.
         arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
         tokens = slice(first_token, first_token + int(rows.query_starts[-1]))
         on_device = self._uploader.upload(arrays, out=out)
-        self._launches.append(_Launch(module, memory, plan_info, tokens, on_device))
+        return _Launch(module, workspace, plan_info, tokens, on_device)
+
+
+def _bytes(spec: AttentionSpec, num_bytes: int) -> torch.Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=spec.device)
 
 
 def _make_prefill(spec: AttentionSpec, kind: str | None) -> tuple[str, Module]:
@@ -178,7 +205,7 @@ def _spec_reason(spec: AttentionSpec) -> str | None:
         return f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} KV heads evenly"
     reason = missing_reason(spec, decode_kind(spec))
     if reason is None and missing_reason(spec, "fa2") is not None:
-        # fa2 is what prefill falls back to: one of them must be there.
+        # Prefill falls back to fa2, so fa2 or fa3 must be there.
         is_hopper = torch.cuda.get_device_capability(spec.device)[0] == 9
         reason = missing_reason(spec, "fa3" if is_hopper else "fa2")
     return reason
@@ -189,12 +216,13 @@ def _num_multiprocessors(spec: AttentionSpec) -> int:
 
 
 def _partial_bytes(spec: AttentionSpec, num_tiles: int, tile: int) -> int:
-    """fp32 outputs and their log-sum-exps of tiles of queries, each for all heads."""
+    """Returns the bytes of tiles' fp32 outputs and log-sum-exps, each for all heads."""
     return spec.num_heads * num_tiles * tile * (spec.head_dim + 1) * 4 + 2 * ALIGN
 
 
 def _decode_float_bytes(spec: AttentionSpec) -> int:
-    """What all splits of a decode step leave: as many as the GPU takes at once, or one a row."""
+    """Returns the scratch of a decode step: its splits are as many as the GPU takes at once, or one
+    a row."""
     num_sms, group = _num_multiprocessors(spec), spec.num_heads // spec.num_kv_heads
     if decode_kind(spec) == "cuda-cores":
         return _partial_bytes(spec, -(-MAX_BLOCKS_PER_SM * num_sms // spec.num_kv_heads), 1)
@@ -206,14 +234,14 @@ def _decode_float_bytes(spec: AttentionSpec) -> int:
 
 
 def _prefill_float_bytes(spec: AttentionSpec) -> int:
-    """Prefill splits sequences only while two tiles for each multiprocessor are not exceeded."""
+    """Returns the scratch of a prefill: it splits sequences into at most two tiles an SM."""
     num_tiles = 2 * _num_multiprocessors(spec) // spec.num_kv_heads
     return _partial_bytes(spec, num_tiles, MAX_QUERY_TILE)
 
 
 def _int_bytes(spec: AttentionSpec, max_num_rows: int) -> int:
-    """A plan of at most so many query rows: fa2 keeps 13 bytes a tile, 4 a row and 4 a sequence;
-    fa3 28 for each tile and head."""
+    """Returns the bytes of a plan of at most so many query rows. fa2 keeps 13 a tile, 4 a row and 4
+    a sequence; fa3 keeps 28 for each tile and head."""
     group = spec.num_heads // spec.num_kv_heads
     fa2_tiles = -(-max_num_rows * group // MIN_QUERY_TILE) + spec.max_num_seqs
     fa2_bytes = 13 * fa2_tiles + 4 * (max_num_rows + spec.max_num_seqs)
@@ -222,7 +250,7 @@ def _int_bytes(spec: AttentionSpec, max_num_rows: int) -> int:
 
 
 def _row_bytes(spec: AttentionSpec) -> int:
-    """The fields of PagedRows for as many decodes as there may be, each of the longest length."""
+    """Returns the bytes of PagedRows' fields for the most decodes, each of the longest length."""
     num_seqs = spec.max_num_seqs
     sizes = (num_seqs + 1, num_seqs, num_seqs + 1, num_seqs, num_seqs * spec.max_pages)
     return sum(-(-4 * size // ALIGN) * ALIGN for size in sizes)

@@ -1,12 +1,16 @@
 """The compiled modules of flashinfer 0.6: their plan and their run.
 
-The library's wrapper classes stay unused: their plan copies from pageable memory and looks for the
-longest sequence by a Python loop over a tensor, each of them keeps 16 MB, and one that is replayed
-in CUDA graphs is needed for each batch size. Here plans of all sizes share one workspace, which is
-right because one stream orders the copies into it and the kernels that read it.
+The library's wrapper classes are not used. Their plan copies from pageable memory and finds the
+longest sequence by a Python loop over a tensor. Each wrapper keeps 16 MB, and CUDA graphs need one
+for each batch size. Here plans of all sizes share their scratch memory. That is safe because one
+stream orders the kernels that use it.
+
+The modules and the arguments of their plan and run are private to the library (0.6.13 was read):
+pyproject.toml bounds its version.
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,51 +18,40 @@ import torch
 from loraplex.backends.attention.contract import AttentionSpec
 from loraplex.backends.attention.flashinfer.jit import build_errors, jit_spec, module_key
 from loraplex.backends.attention.paged_rows import PagedRows
+from loraplex.backends.launch.buffers import PooledBuffer
 from loraplex.backends.launch.upload import PinnedRing
 
 logger = logging.getLogger("loraplex")
 
 NO_WINDOW, NO_SOFT_CAP, NO_FIXED_SPLIT = -1, 0.0, -1
 CUDA_CORE_GROUPS = (1, 2, 3)
-"""Query heads a KV head for which decode has kernels on CUDA cores and uses them: from 4 on, tensor
-cores were measured to be faster."""
+"""Query heads a KV head for which decode runs on CUDA cores. From 4 on, tensor cores were measured
+to be faster."""
 
 
-class PlanMemory:
-    """What a module's plans write and its kernels read, besides the rows themselves.
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Device memory of one plan of a module, besides the rows themselves."""
 
-    The library fills a page-locked buffer on the CPU and queues a copy to the device from it.
-
-    Attributes:
-        floats: scratch of split sequences; may be shared by all modules of one stream.
-        ints: the plan on the device, overwritten in stream order.
-        pinned: the buffers on the CPU.
-    """
-
-    def __init__(self, floats: torch.Tensor, num_int_bytes: int) -> None:
-        self.floats = floats
-        self.ints = torch.zeros(num_int_bytes, dtype=torch.uint8, device=floats.device)
-        self.pinned = PinnedRing(floats.device)
-
-    def take(self) -> torch.Tensor:
-        """The buffer for the next plan, as long as `ints`; then `pinned.mark_copied()`."""
-        return self.pinned.take(self.ints.numel())[: self.ints.numel()]
+    floats: torch.Tensor  # uint8, scratch of one run for split sequences; shared by all plans
+    ints: torch.Tensor  # uint8, the plan, which the kernels read
+    buffer: PooledBuffer | None  # owns `ints`; None: they are static
 
 
 class Module(Protocol):
     """One family of kernels, for one AttentionSpec."""
 
-    def plan(self, memory: PlanMemory, rows: PagedRows, *, for_graph: bool) -> Any:
-        """Queue the plan's copy into `memory`; returns what `run` takes as `plan_info`.
+    def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> Any:
+        """Queue a copy of the plan into `workspace.ints`. Returns what `run` takes as `plan_info`.
 
-        With `for_graph` it holds the same for every plan of as many rows: grid sizes and offsets
+        With `for_graph` the result is equal for all plans of as many rows: grid sizes and offsets
         are upper bounds.
         """
         ...
 
     def run(
         self,
-        memory: PlanMemory,
+        workspace: Workspace,
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
@@ -66,8 +59,13 @@ class Module(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """`rows`: the fields of PagedRows on the device; k and v: [num_pages, block_tokens,
-        num_kv_heads, head_dim], any stride of pages."""
+        """Attend for one layer; writes `out`.
+
+        Args:
+            rows: the fields of PagedRows, on the device.
+            q: [T, num_heads, head_dim]; out alike.
+            k, v: [num_pages, block_tokens, num_kv_heads, head_dim], any stride of pages.
+        """
         ...
 
 
@@ -75,7 +73,7 @@ class PrefillModule:
     """Kernels with tiles of queries: "fa2" or "fa3" (Hopper).
 
     With one query a sequence fa2 decodes on tensor cores: the query heads that share a KV head
-    are a tile's rows. It then must not be told of causality: the only query sees all keys.
+    are a tile's rows. `causal` must then be False: the only query sees all keys.
     """
 
     def __init__(self, spec: AttentionSpec, kind: str, *, causal: bool) -> None:
@@ -89,8 +87,9 @@ class PrefillModule:
         self._mask_mode = (MaskMode.CAUSAL if causal else MaskMode.NON_CAUSAL).value
         self._layout = TensorLayout["NHD"].value
         self._enable_pdl = device_support_pdl(spec.device)
+        self._pinned = PinnedRing(spec.device)
 
-    def plan(self, memory: PlanMemory, rows: PagedRows, *, for_graph: bool) -> Any:
+    def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> Any:
         spec = self._spec
         starts = [torch.from_numpy(x) for x in (rows.query_starts, rows.page_starts, rows.kv_lens)]
         # The total and the number of sequences, as the library's own wrappers pass them.
@@ -99,16 +98,16 @@ class PrefillModule:
         arguments = [for_graph, spec.head_dim, spec.head_dim, self._causal, NO_WINDOW]
         if self._kind == "fa2":
             arguments += [NO_FIXED_SPLIT, False, 0]  # split long sequences; no colocated kernels
-        pinned = memory.take()
+        pinned = _take(self._pinned, workspace)
         info = self._module.plan(
-            memory.floats, memory.ints, pinned, *starts, *sizes, *heads, *arguments
+            workspace.floats, workspace.ints, pinned, *starts, *sizes, *heads, *arguments
         )
-        memory.pinned.mark_copied()
+        self._pinned.mark_copied()
         return info
 
     def run(
         self,
-        memory: PlanMemory,
+        workspace: Workspace,
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
@@ -117,8 +116,8 @@ class PrefillModule:
         out: torch.Tensor,
     ) -> None:
         self._module.paged_run(
-            float_workspace_buffer=memory.floats,
-            int_workspace_buffer=memory.ints,
+            float_workspace_buffer=workspace.floats,
+            int_workspace_buffer=workspace.ints,
             plan_info_vec=plan_info,
             q=q,
             paged_k_cache=k,
@@ -147,7 +146,7 @@ class PrefillModule:
             rope_scale=1.0,
             rope_theta=1e4,
             token_pos_in_items_len=0,
-            workspace_size=memory.floats.numel(),
+            workspace_size=workspace.floats.numel(),
         )
 
 
@@ -162,14 +161,15 @@ class DecodeModule:
         self._spec = spec
         self._layout = TensorLayout["NHD"].value
         self._enable_pdl = device_support_pdl(spec.device)
-        self._empty = torch.empty(0, dtype=spec.dtype)  # says the type of q and of the cache
+        self._empty = torch.empty(0, dtype=spec.dtype)  # gives the type of q and of the cache
+        self._pinned = PinnedRing(spec.device)
 
-    def plan(self, memory: PlanMemory, rows: PagedRows, *, for_graph: bool) -> Any:
+    def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> Any:
         spec = self._spec
-        pinned = memory.take()
+        pinned = _take(self._pinned, workspace)
         info = self._module.plan(
-            memory.floats,
-            memory.ints,
+            workspace.floats,
+            workspace.ints,
             pinned,
             torch.from_numpy(rows.page_starts),
             len(rows.kv_lens),
@@ -184,12 +184,12 @@ class DecodeModule:
             self._empty,
             self._empty,
         )
-        memory.pinned.mark_copied()
+        self._pinned.mark_copied()
         return info
 
     def run(
         self,
-        memory: PlanMemory,
+        workspace: Workspace,
         plan_info: Any,
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
@@ -198,8 +198,8 @@ class DecodeModule:
         out: torch.Tensor,
     ) -> None:
         self._module.run(
-            float_workspace_buffer=memory.floats,
-            int_workspace_buffer=memory.ints,
+            float_workspace_buffer=workspace.floats,
+            int_workspace_buffer=workspace.ints,
             plan_info_vec=plan_info,
             q=q,
             paged_k_cache=k,
@@ -220,14 +220,21 @@ class DecodeModule:
         )
 
 
+def _take(ring: PinnedRing, workspace: Workspace) -> torch.Tensor:
+    """Returns page-locked memory as long as `workspace.ints`. The library lays out a plan in it and
+    queues the copy."""
+    num_bytes = workspace.ints.numel()
+    return ring.take(num_bytes)[:num_bytes]
+
+
 def decode_kind(spec: AttentionSpec) -> str:
-    """Which kernels decode: "cuda-cores" or "fa2"."""
+    """Returns the kind of kernels that decode: "cuda-cores" or "fa2"."""
     group = spec.num_heads // spec.num_kv_heads
     return "cuda-cores" if group in CUDA_CORE_GROUPS else "fa2"
 
 
 def make_module(spec: AttentionSpec, kind: str, *, causal: bool) -> Module:
-    """Load the kernels, and first build them if they are not prebuilt."""
+    """Load the kernels. Builds them first if they are not prebuilt."""
     found = jit_spec(spec, kind)
     if not found.is_compiled:
         logger.info("building attention kernels %s, once; up to a few minutes", found.name)

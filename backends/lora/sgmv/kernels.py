@@ -1,13 +1,12 @@
 """Triton device code of SGMV: shrink (x A, split over K) and expand (v B, added to y).
 
-Both take their work from `meta`, an int32 array that the host writes once a step, so that what is
-launched does not depend on the batch: a grid of any size covers the units of work in turn. Of each
-group of projections meta holds, from HEADER on, the fields numbered below; the positions of lists
-are counted from meta's start.
+Both take their work from `meta`, the int32 array of a plan. A launch therefore does not depend on
+the batch: a grid of any size covers the units of work in turn. For each group of projections meta
+holds, from HEADER on, the fields numbered below. Positions of lists count from meta's start.
 
-Weights are read in place through the adapter's page table. A row of weights starts at a
-multiple of 64 elements and a page holds a multiple of 64, so a chunk of 64 aligned elements never
-straddles a page: pointers are built per chunk, and the loads inside one stay 16 bytes wide.
+Weights are read in place through the adapter's page table. A row of weights starts at a multiple
+of 64 elements and a page holds a multiple of 64, so a chunk of 64 aligned elements never straddles
+a page. Pointers are built per chunk, and the loads inside a chunk stay 16 bytes wide.
 
 Shape legend: M rows of a tile, K input features, R ranks, N output columns, C chunks of 64.
 """
@@ -29,7 +28,7 @@ NUM_ROWS = tl.constexpr(8)  # rows with an adapter
 
 @triton.jit(do_not_specialize=["layer", "pages_stride", "table_stride", "slot_stride"])
 def shrink_kernel(
-    x, v, pool, meta, page_table, rank, a_start,
+    x, meta, v, pool, page_table, rank, a_start,
     layer, x_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
     HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr,
@@ -37,8 +36,8 @@ def shrink_kernel(
 ):  # fmt: skip
     """v[split, p, m, r] = x[order[p], split of K] @ A[slot, m, r, split of K], fp32.
 
-    A unit is a split of an item: BLOCK_M rows of one adapter, and BLOCK_R of the ranks of all
-    modules in a row (q's, then k's, then v's), so that x is read once for all modules.
+    A unit is a split of an item. An item is BLOCK_M rows of one adapter and BLOCK_R of the ranks of
+    all modules, one module after another (q, k, v), so that x is read once for all modules.
     """
     K_ROW: tl.constexpr = (K + 63) // 64 * 64
     header = meta + HEADER
@@ -82,8 +81,8 @@ def shrink_kernel(
         x_MK = x + token_M[:, None] * x_stride + lane[None, :]
         pages = page_table + slot.to(tl.int64) * pages_stride
         begin = split * split_k
-        # The page of the next chunk is looked up one chunk ahead: a lookup in the same
-        # iteration would halve the depth of the compiler's pipeline.
+        # The page of the next chunk is looked up one chunk ahead. A lookup in the same iteration
+        # would halve the depth of the compiler's pipeline.
         page_R = tl.load(pages + (start_R + begin) // PAGE, mask=mask_R, other=0)
         if PDL:
             gdc_wait()
@@ -105,7 +104,7 @@ def shrink_kernel(
         row_M = (split * num_rows + first + row_M) * (NUM_MODULES * v_module_stride)
         v_MR = v + row_M[:, None] + v_column_R[None, :]
         tl.store(v_MR, acc_MR, mask=mask_M[:, None] & mask_R[None, :])
-    if PDL:  # of programs without work, too: what follows must not overtake what went before
+    if PDL:  # programs without work wait too: the next kernel must not overtake the previous one
         gdc_wait()
 
 
@@ -113,7 +112,7 @@ def shrink_kernel(
 def _load_weights(
     pool, pages, start_R, mask_R, first, limit, PAGE: tl.constexpr, R: tl.constexpr, W: tl.constexpr
 ):
-    """Elements first .. first + W of R weight rows, each starting at start_R; zero past limit."""
+    """Elements first .. first + W of R weight rows that start at start_R; zero past limit."""
     C: tl.constexpr = W // 64
     chunk_C = first + tl.arange(0, C) * 64
     element_RC = start_R[:, None] + chunk_C[None, :]
@@ -131,12 +130,12 @@ def _load_shrunk(
     v, row_M, mask_M, rank_R, limit, num_splits, split_stride, row_stride,
     MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the splits in their order, so that two runs agree bit for bit."""
-    # Up to a multiple of 16 ranks, for wide loads; what lies beyond the limit is no number.
+    """Sum of the splits, in their order, so that two runs agree bit for bit."""
+    # Loads go up to a multiple of 16 ranks, to be wide. Beyond the limit memory may hold NaN.
     wide_R = rank_R // 16 * 16
     pointer_MR = v + row_M[:, None] * row_stride + rank_R[None, :]
     sum_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for split in tl.static_range(MAX_SPLITS):  # unrolled, so that the loads go out together
+    for split in tl.static_range(MAX_SPLITS):  # unrolled, so that all loads are in flight
         mask_R = wide_R < tl.where(num_splits > split, limit, 0)
         mask_MR = mask_M[:, None] & mask_R[None, :]
         sum_MR += tl.load(pointer_MR + split * split_stride, mask=mask_MR, other=0.0)
@@ -145,7 +144,7 @@ def _load_shrunk(
 
 @triton.jit(do_not_specialize=["layer", "pages_stride", "table_stride", "slot_stride"])
 def expand_kernel(
-    y, v, pool, meta, page_table, rank, b_start, scale,
+    y, meta, v, pool, page_table, rank, b_start, scale,
     layer, y_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
     HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, OUT_0: tl.constexpr,
@@ -155,8 +154,8 @@ def expand_kernel(
 ):  # fmt: skip
     """y[order[p], out_m] += scale * sum over splits of v[:, p, m] @ B[slot, m], in place.
 
-    A unit is a tile and a panel: some blocks of columns of one module, one after the other, each
-    fetched while the one before is computed. An element of y belongs to one unit.
+    A unit is a tile and a panel. A panel is some blocks of columns of one module; each is fetched
+    while the one before is computed. An element of y belongs to one unit.
     """
     BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
     BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
@@ -205,7 +204,7 @@ def expand_kernel(
                 pool, pages, start + rank_R * width_row, mask_R, begin, width, PAGE,
                 BLOCK_R, BLOCK_N,
             )  # fmt: skip
-            if PDL:  # weights and y do not depend on the shrink before: only v does
+            if PDL:  # weights and y do not depend on shrink, only v does
                 gdc_wait()
                 gdc_launch_dependents()
             shrunk = v + module * v_module_stride

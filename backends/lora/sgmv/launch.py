@@ -1,17 +1,19 @@
-"""What TritonSGMV launches: its two kernels, prepared once a group, layer, regime and strides."""
+"""Launches of the two SGMV kernels, prepared once for each group, layer, regime and strides."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from loraplex.backends.launch.buffers import PooledBuffer
 from loraplex.backends.launch.triton import TritonLaunch
 from loraplex.backends.lora.contract import LoRAGroup, LoRATable
 from loraplex.backends.lora.sgmv.blocks import ExpandBlocks, Regime, ShrinkBlocks
 from loraplex.backends.lora.sgmv.kernels import expand_kernel, shrink_kernel
 
 HEADER_INTS = 16
-"""A group's fields in the metadata; kernels/sgmv.py numbers them."""
+"""A group's fields in the metadata; kernels.py numbers them."""
+KIND = "sgmv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +29,43 @@ class GroupBlocks:
     max_rank: int
     max_splits: int
     num_blocks: int  # of columns, over all modules
-    # What a launch has at most, whatever the batch.
+    # Upper bounds of a launch, whatever the batch.
     row_items: int  # of shrink, for each row
     shrink_programs: int
     expand_programs: int
 
 
+@dataclass(frozen=True, slots=True)
+class SGMVPlan:
+    """A LoRAPlan."""
+
+    table: LoRATable
+    meta: torch.Tensor  # int32 on the device, read by kernels.py
+    launches: dict[int, tuple[GroupBlocks, int, int]]
+    """For more than max_graph_rows rows: by a group's first module its blocks and the programs of
+    shrink and expand, 0 for a group without work. Empty in a plan for graphs."""
+    buffer: PooledBuffer | None  # owns `meta`; None: it is static
+
+    @property
+    def kind(self) -> str:
+        return KIND
+
+    @property
+    def family(self) -> str:
+        return "sgmv"
+
+
 class SGMVLaunches:
-    """Adds what does not change to the arguments of shrink and expand.
+    """Launches shrink and expand, keeping the arguments that stay between calls.
 
     Args:
         v: float32 scratch, written by shrink and read by expand.
-        meta: int32, what `TritonSGMV.plan` uploads.
-        order_at: where the order of tokens starts in it.
-        pdl: programmatic dependent launch, of Hopper and later.
+        order_at: where the order of tokens starts in a plan's metadata.
+        pdl: programmatic dependent launch, which Hopper and later GPUs have.
     """
 
-    def __init__(
-        self, *, v: torch.Tensor, meta: torch.Tensor, order_at: int, page_elems: int, pdl: bool
-    ) -> None:
+    def __init__(self, *, v: torch.Tensor, order_at: int, page_elems: int, pdl: bool) -> None:
         self._v = v
-        self._meta = meta
         self._common: dict[str, Any] = {"ORDER_AT": order_at, "PAGE": page_elems, "PDL": pdl}
         if pdl:
             self._common["launch_pdl"] = True
@@ -60,40 +78,42 @@ class SGMVLaunches:
         self,
         num_programs: int,
         blocks: GroupBlocks,
+        plan: SGMVPlan,
         *,
         x: torch.Tensor,
         pool: torch.Tensor,
         layer: int,
-        table: LoRATable,
     ) -> None:
+        table = plan.table
         if table is not self._table or pool is not self._pool:
-            self._take(pool, table)
+            self._forget(pool, table)
         key = (blocks.regime, blocks.index, layer, x.stride()[0])
         launch = self._shrinks.get(key)
         if launch is None:
             launch = self._shrinks[key] = self._prepare_shrink(blocks, layer, x, pool, table)
-        launch(num_programs, x)
+        launch(num_programs, x, plan.meta)
 
     def expand(
         self,
         num_programs: int,
         blocks: GroupBlocks,
+        plan: SGMVPlan,
         *,
         y: torch.Tensor,
         pool: torch.Tensor,
         layer: int,
-        table: LoRATable,
     ) -> None:
+        table = plan.table
         if table is not self._table or pool is not self._pool:
-            self._take(pool, table)
+            self._forget(pool, table)
         key = (blocks.regime, blocks.index, layer, y.stride()[0])
         launch = self._expands.get(key)
         if launch is None:
             launch = self._expands[key] = self._prepare_expand(blocks, layer, y, pool, table)
-        launch(num_programs, y)
+        launch(num_programs, y, plan.meta)
 
-    def _take(self, pool: torch.Tensor, table: LoRATable) -> None:
-        """Launches keep the addresses and strides of one table and one pool."""
+    def _forget(self, pool: torch.Tensor, table: LoRATable) -> None:
+        """Drop all launches: they keep the addresses and strides of one table and one pool."""
         self._shrinks.clear()
         self._expands.clear()
         self._table, self._pool = table, pool
@@ -110,7 +130,7 @@ class SGMVLaunches:
         return TritonLaunch(
             shrink_kernel,
             (layer, x.stride(0), pool.stride(0), *_strides(table)),
-            (self._v, pool, self._meta, table.page_table, table.rank, table.a_start),
+            (self._v, pool, table.page_table, table.rank, table.a_start),
             HEADER=HEADER_INTS * blocks.index, FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), K=group.in_features,
             BLOCK_M=blocks.shrink.rows, BLOCK_R=blocks.item_ranks,
@@ -131,7 +151,7 @@ class SGMVLaunches:
         return TritonLaunch(
             expand_kernel,
             (layer, y.stride(0), pool.stride(0), *_strides(table)),
-            (self._v, pool, self._meta, table.page_table, table.rank, table.b_start, table.scale),
+            (self._v, pool, table.page_table, table.rank, table.b_start, table.scale),
             HEADER=HEADER_INTS * blocks.index, FIRST_MODULE=group.modules[0],
             NUM_MODULES=len(group.modules), OUT_0=outs[0], OUT_1=outs[1], OUT_2=outs[2],
             START_1=starts[1], START_2=starts[2], MAX_SPLITS=blocks.max_splits,
@@ -143,6 +163,6 @@ class SGMVLaunches:
 
 
 def _strides(table: LoRATable) -> tuple[int, int, int, int]:
-    """Of the page table, and from one layer, slot and module to the next in rank and its like."""
+    """Returns the page table's row stride, then rank's strides of layer, slot and module."""
     rank = table.rank
     return table.page_table.stride(0), rank.stride(0), rank.stride(2), rank.stride(1)

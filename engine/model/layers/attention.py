@@ -8,8 +8,10 @@ from loraplex.engine.model.layers.norm import RMSNorm
 
 
 class Attention:
-    """`project`, then `attend`, then `finish`: nothing but `activations` goes from one to the next,
-    so that the first and the last may be captured in CUDA graphs without the middle one.
+    """Runs as `project`, then `attend`, then `finish`.
+
+    Only `activations` go from one to the next, so CUDA graphs may hold the first and the last
+    while the middle one runs eagerly.
 
     Attributes:
         q_norm, k_norm: RMSNorm over head_dim, or None.
@@ -28,8 +30,11 @@ class Attention:
         self.k_norm = k_norm
 
     def project(self, x: torch.Tensor, activations: Activations, ctx: ForwardContext) -> None:
-        """q of x [T, hidden_size], its heads normed if they are to be, and turned by RoPE; K and V
-        go to the tokens' pages."""
+        """Write q to `activations` and K and V to the tokens' pages, normed and rotated by RoPE.
+
+        Args:
+            x: [T, hidden_size].
+        """
         ctx.fused.rope_store_kv(
             qkv=self.qkv(x, ctx),
             cos_sin=activations.cos_sin,
@@ -42,9 +47,9 @@ class Attention:
         )
 
     def attend(self, activations: Activations, ctx: ForwardContext) -> None:
-        """The attention op, on the tokens that it was planned for: all of `activations`."""
-        ctx.attention.run(q=activations.q, kv=ctx.kv[self.qkv.layer], out=activations.attended)
+        """Run the attention op. `activations` are of exactly the planned tokens."""
+        ctx.attend(activations.q, self.qkv.layer, out=activations.attended)
 
     def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
-        """The output projection, [T, hidden_size]."""
+        """Returns the output projection, [T, hidden_size]."""
         return self.output(activations.attended.flatten(1), ctx)

@@ -1,4 +1,4 @@
-"""What the graphs of decode steps and the pieces of mixed steps have in common."""
+"""Parts shared by the graphs of decode steps and the pieces of mixed steps."""
 
 import gc
 import time
@@ -10,31 +10,45 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from loraplex.backends.attention.contract import AttentionPlan
 from loraplex.backends.launch.upload import Uploader
-from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
+from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATable
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.worker.step_rows import TokenInputs
 
 Kind = str | None
-"""Of a graph: one of the LoRA op's, or BASE."""
+"""The kind of a graph: one of the LoRA op's, or BASE."""
 
 BASE: Kind = None
-"""Of a step without adapters. It equals no kind that an op may name: a step with adapters that was
-given this graph would be answered by the base model."""
+"""The kind of steps without adapters. No op's kind may equal it: this graph would answer a step
+with adapters by the base model."""
 
 Replay = Callable[[], None]
 """Runs what was recorded, on torch's current stream."""
 
 
 def kind_of(lora: LoRAOp, table: LoRATable, batch: LoRABatch) -> Kind:
-    """The kind of graph that a step needs."""
+    """Returns the kind of graph that a step needs."""
     return BASE if batch.is_empty else lora.kind_of(table=table, batch=batch)
 
 
 def empty_batch(num_tokens: int) -> LoRABatch:
-    """Without adapters: what a kind is planned with before its capture."""
+    """Returns a batch without adapters, with which a kind is planned before its capture."""
     none = np.zeros(0, dtype=np.int32)
     return LoRABatch(num_tokens, none, np.zeros(1, dtype=np.int32), none)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphStep:
+    """A step that is planned for a graph, or for pieces of one."""
+
+    size: int  # rows or tokens that were captured
+    attention_plan: AttentionPlan
+    lora_plan: LoRAPlan | None  # None: no row has an adapter
+
+    @property
+    def kind(self) -> Kind:
+        return BASE if self.lora_plan is None else self.lora_plan.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class DeviceInputs:
 
 
 class StaticInputs:
-    """TokenInputs at addresses that stay. Padded rows feed position 0 of page 0, the null page."""
+    """TokenInputs at fixed addresses. Padded rows feed position 0 of page 0, the null page."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._uploader = Uploader(device)
@@ -64,20 +78,20 @@ class StaticInputs:
         self._uploader.upload({"inputs": host}, out=self._inputs.view(-1).view(torch.uint8))
 
     def clear(self) -> None:
-        """Make all rows padded ones."""
+        """Turn all rows into padding."""
         self._inputs.zero_()
 
 
 class GraphRecorder:
-    """Records CUDA graphs on one stream and in one private memory pool, shared by all of them.
+    """Records CUDA graphs on one stream, in one private memory pool that all of them share.
 
-    A graph's allocations that are free by its end serve the graphs recorded after it. So any two
-    graphs may use the same memory, and nothing allocated in one may be read after another of them
-    has been replayed. Those to be replayed lie on one stream, one after the other.
+    Memory that a graph allocates and frees serves the graphs recorded after it. So any two graphs
+    may use the same memory. Nothing allocated in one may be read after another has been replayed,
+    and replays must follow each other on one stream.
     """
 
     def __init__(self, device: torch.device, config: GraphConfig) -> None:
-        gc.collect()  # what dies during a capture may do what no capture allows
+        gc.collect()  # a finalizer that runs during a capture may do what no capture allows
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         self._device = device
@@ -90,7 +104,7 @@ class GraphRecorder:
 
     @property
     def is_full(self) -> bool:
-        """Whether the time is up or the memory full. Waits for the GPU."""
+        """Returns whether the time is up or the memory full. Waits for the GPU."""
         if not self._why:
             torch.cuda.synchronize(self._device)
             if time.perf_counter() - self._started_at > self._config.graph_seconds:
@@ -103,12 +117,12 @@ class GraphRecorder:
         """Record what `run` launches.
 
         Args:
-            warm_up: run it first: kernels are compiled and libraries set up on first use.
+            warm_up: run it once before, so that kernels are compiled and libraries set up.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph, which synchronizes and empties the allocator's cache each time.
+        # torch.cuda.graph would synchronize and empty the allocator's cache each time.
         with torch.cuda.stream(self._stream):
             if warm_up:
                 run()
@@ -122,7 +136,7 @@ class GraphRecorder:
         return replay
 
     def finish(self) -> str:
-        """Give back what warming up has left; returns what was spent, and the bound reached."""
+        """Free what warming up has left. Returns what was spent, and the bound that was reached."""
         torch.cuda.empty_cache()
         seconds = time.perf_counter() - self._started_at
         return f"in {seconds:.1f} s and {self._used_bytes() >> 20} MiB{self._why}"
@@ -135,7 +149,7 @@ Captured = TypeVar("Captured")
 
 
 class GraphLadder(Generic[Captured]):
-    """What was captured, by number of rows and kind."""
+    """The captured graphs, by number of rows and kind."""
 
     def __init__(self, lora: LoRAOp) -> None:
         self._lora = lora
@@ -143,7 +157,7 @@ class GraphLadder(Generic[Captured]):
         self._graphs: dict[tuple[int, Kind], Captured] = {}
 
     def describe(self, unit: str) -> str:
-        """The range of sizes, to be appended to a sentence."""
+        """Returns the range of sizes, to be appended to a sentence."""
         return f" of {self._sizes[0]} to {self._sizes[-1]} {unit}" if self._sizes else ""
 
     def __len__(self) -> int:
@@ -168,7 +182,7 @@ class GraphLadder(Generic[Captured]):
             insort(self._sizes, size)
 
     def fit(self, num_rows: int, kind: Kind) -> int:
-        """The smallest size that takes so many rows; 0: none does, or not with this kind."""
+        """Returns the smallest size that takes `num_rows`; 0 if there is none of this kind."""
         index = bisect_left(self._sizes, num_rows)
         if index == len(self._sizes):
             return 0

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionOp
-from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
+from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionPlan
+from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATable
 from loraplex.engine.worker.graphs.capture import (
     BASE,
     DeviceInputs,
     GraphLadder,
     GraphRecorder,
+    GraphStep,
     Kind,
     Replay,
     StaticInputs,
@@ -20,21 +21,22 @@ from loraplex.engine.worker.graphs.capture import (
 from loraplex.engine.worker.step_rows import TokenInputs
 
 MAX_GRAPH_ROWS = 512
-"""Larger steps keep the GPU busy for longer than the CPU takes to launch them one by one."""
+"""The GPU takes longer for larger steps than the CPU takes to launch them operator by operator."""
 
-Forward = Callable[[DeviceInputs, bool, torch.Tensor], None]
-"""(inputs, has_lora, logits): a decode step whose logits go to `logits` [rows, vocabulary]."""
+Forward = Callable[[DeviceInputs, AttentionPlan, LoRAPlan | None, torch.Tensor], None]
+"""(inputs, attention plan, LoRA plan, logits): runs a decode step and writes its logits to `logits`
+[rows, vocabulary]."""
 
 
 def decode_ladder(max_rows: int) -> list[int]:
-    """Numbers of rows that are captured; a step of fewer is padded to the next."""
+    """Returns the numbers of rows that are captured. Other steps are padded to the next one."""
     last = min(max_rows, MAX_GRAPH_ROWS)
     steps = (1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, last, 32))
     return [*(rows for rows in steps if rows < last), last]
 
 
 class DecodeGraphs:
-    """Captures once, then replays over buffers whose addresses stay.
+    """Captures once, then replays over buffers with fixed addresses.
 
     Padded rows feed position 0 of page 0, the null page, and have no adapter.
 
@@ -72,7 +74,7 @@ class DecodeGraphs:
         return f"{len(self._graphs)} CUDA graphs of decode steps{self._graphs.describe('rows')}"
 
     def fit(self, num_rows: int, kind: Kind) -> int:
-        """The rows of the smallest graph that takes a step of `num_rows`; 0: none does."""
+        """Returns the rows of the smallest graph that takes a step of `num_rows`, or 0."""
         return self._graphs.fit(num_rows, kind)
 
     def plan(
@@ -82,26 +84,35 @@ class DecodeGraphs:
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
         lora_batch: LoRABatch,
-    ) -> None:
-        """Hand a decode step to a graph, whose size comes from `fit` and whose kind from
-        `kind_of`."""
+    ) -> GraphStep:
+        """Prepare a decode step. Its size comes from `fit`, its kind from `kind_of`."""
         self._inputs.upload(inputs)
-        self._attention.plan_graph(attention_batch, size)
-        if kind is not BASE:
-            self._lora.plan(table=self._lora_table, batch=lora_batch, kind=kind)
+        return self._plan(size, kind, attention_batch, lora_batch)
 
-    def replay(self, size: int, kind: Kind) -> torch.Tensor:
-        """Run the planned step; logits [size, vocabulary], valid until the next."""
-        self._graphs[size, kind]()
-        return self.logits[:size]
+    def replay(self, step: GraphStep) -> torch.Tensor:
+        """Run a planned step. Returns logits [step.size, vocabulary], valid until the next replay.
+
+        No other step may be planned between.
+        """
+        self._graphs[step.size, step.kind]()
+        return self.logits[: step.size]
+
+    def _plan(
+        self, size: int, kind: Kind, attention_batch: AttentionBatch, lora_batch: LoRABatch
+    ) -> GraphStep:
+        attention_plan = self._attention.plan_graph(attention_batch, size)
+        if kind is BASE:
+            return GraphStep(size, attention_plan, None)
+        lora_plan = self._lora.plan_graph(table=self._lora_table, batch=lora_batch, kind=kind)
+        return GraphStep(size, attention_plan, lora_plan)
 
     def _capture_one(self, rows: int, kind: Kind, recorder: GraphRecorder) -> Replay:
         ones, page_table = np.ones(rows, dtype=np.int32), np.zeros((rows, 1), dtype=np.int32)
         self._inputs.clear()
-        self._attention.plan_graph(AttentionBatch(ones, ones, rows, page_table), rows)
-        if kind is not BASE:
-            self._lora.plan(table=self._lora_table, batch=empty_batch(rows), kind=kind)
+        batch = AttentionBatch(ones, ones, rows, page_table)
+        step = self._plan(rows, kind, batch, empty_batch(rows))
         inputs, logits = self._inputs.first(rows), self.logits[:rows]
         return recorder.record(
-            lambda: self._forward(inputs, kind is not BASE, logits), warm_up=True
+            lambda: self._forward(inputs, step.attention_plan, step.lora_plan, logits),
+            warm_up=True,
         )

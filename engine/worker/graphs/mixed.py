@@ -1,7 +1,8 @@
 """CUDA graphs of small steps of any kind, in pieces between which attention runs eagerly.
 
-Steps that hold a prompt beside decoding rows cannot be one graph: what attention launches depends
-on the lengths of the prompts. All else depends on the number of tokens and the LoRA op's kind.
+A step with a prompt beside decoding rows cannot be one graph: the launches of attention depend on
+the lengths of the prompts. All other launches depend on the number of tokens and the LoRA op's
+kind.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from functools import partial
 
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionOp
-from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRATable
+from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionPlan
+from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATable
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.forward_context import ForwardContext
 from loraplex.engine.worker.graphs.capture import (
@@ -18,6 +19,7 @@ from loraplex.engine.worker.graphs.capture import (
     DeviceInputs,
     GraphLadder,
     GraphRecorder,
+    GraphStep,
     Kind,
     Replay,
     StaticInputs,
@@ -26,40 +28,42 @@ from loraplex.engine.worker.graphs.capture import (
 from loraplex.engine.worker.step_rows import TokenInputs
 
 MAX_PIECES_TOKENS = 512
-"""Of larger steps the GPU takes about as long as the CPU does to launch them one by one."""
+"""The GPU takes about as long for larger steps as the CPU takes to launch them eagerly."""
 
-MakeContext = Callable[[DeviceInputs, bool], ForwardContext]
-"""(inputs, has_lora)."""
+MakeContext = Callable[[DeviceInputs, AttentionPlan | None, LoRAPlan | None], ForwardContext]
+"""(inputs, attention plan, LoRA plan)."""
 
 
 def mixed_ladder(max_tokens: int) -> list[int]:
-    """Numbers of tokens that are captured, in the order of capture: the largest, then ever finer
-    steps, so that the bounds of memory and time leave out the finest."""
+    """Returns the numbers of tokens that are captured, in the order of capture.
+
+    The largest comes first, then ever finer steps between. So if memory or time runs out, the
+    finest steps are missing.
+    """
     last = min(max_tokens, MAX_PIECES_TOKENS)
     sizes = [size for size in (8, 16, *range(32, last, 32)) if size < last]
     return [last, *sorted(sizes, key=lambda size: (size & -size, size), reverse=True)]
 
 
 class MixedGraphs:
-    """Captures once, then replays over buffers whose addresses stay.
+    """Captures once, then replays over buffers with fixed addresses.
 
-    A step of L layers is L + 1 pieces: piece 0 gathers the token ids and ends before the first
-    layer's attention, piece i goes from there to before the next layer's, piece L ends with the
+    A step of L layers is L + 1 pieces. Piece 0 gathers the token ids and ends before the first
+    layer's attention. Piece i goes from there to before the next layer's. Piece L ends with the
     last norm. Padded rows feed position 0 of page 0, the null page, have no adapter, and get zeros
     from attention.
 
-    Memory. What a later piece or eager attention reads (the residual stream, the angles, q,
-    attention's output, the last hidden states) lies in buffers of this object, allocated outside
-    the graphs and shared by all of them; K and V lie in the page pool. Whatever a piece allocates
-    itself is dead by its end. So all pieces of all sizes and kinds can share one memory pool,
-    which comes to hold what the largest piece needs: a replay finds nothing in it that it reads,
-    and leaves nothing in it that is read later. The shared buffers belong to one step at a time:
-    steps follow each other on one stream, and what a step leaves in them (the hidden states) is
-    consumed on that stream before the next one's first piece.
+    Memory. This object owns the buffers that a later piece or eager attention reads: the residual
+    stream, the angles, q, attention's output and the last hidden states. They are allocated outside
+    the graphs and shared by all of them. K and V lie in the page pool. What a piece itself
+    allocates is freed by its end. So the pieces of all sizes and kinds share one memory pool, which
+    grows to what the largest piece needs: no replay reads what another left in it. The shared
+    buffers belong to one step at a time: steps follow each other on one stream, and the hidden
+    states of a step are read on that stream before the next step's first piece.
 
     Args:
         token_ids: int32, RequestStates.token_ids seen flat.
-        max_tokens: of the largest step there may be.
+        max_tokens: tokens of the largest step.
     """
 
     def __init__(
@@ -82,9 +86,9 @@ class MixedGraphs:
         self._ladder = mixed_ladder(max_tokens)
         largest = self._ladder[0]
         self._inputs = StaticInputs(largest, model.device)
+        self._all_inputs = self._inputs.first(largest)
         self._activations = model.make_activations(largest)
         self._hidden = torch.empty_like(self._activations.residual)
-        self._eager_context = make_context(self._inputs.first(largest), False)
         self._graphs: GraphLadder[list[Replay]] = GraphLadder(lora)
 
     def capture(self, recorder: GraphRecorder) -> str:
@@ -101,48 +105,58 @@ class MixedGraphs:
         return f"{num_pieces} pieces of mixed steps{self._graphs.describe('tokens')}"
 
     def fit(self, num_tokens: int, kind: Kind) -> int:
-        """The tokens of the smallest pieces that take a step of `num_tokens`; 0: none do."""
+        """Returns the tokens of the smallest pieces that take a step of `num_tokens`, or 0."""
         return self._graphs.fit(num_tokens, kind)
 
     def plan(
         self,
+        size: int,
         kind: Kind,
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
         lora_batch: LoRABatch,
-    ) -> None:
-        """Prepare a step that `fit`; its kind comes from `kind_of`."""
+    ) -> GraphStep:
+        """Prepare a step. Its size comes from `fit`, its kind from `kind_of`."""
         self._inputs.upload(inputs)
-        self._attention.plan(attention_batch)
-        if kind is not BASE:
-            self._lora.plan(table=self._lora_table, batch=lora_batch, kind=kind)
+        attention_plan = self._attention.plan(attention_batch)
+        return GraphStep(size, attention_plan, self._plan_lora(kind, lora_batch))
 
-    def replay(self, size: int, kind: Kind, num_tokens: int) -> torch.Tensor:
-        """Run the planned step; hidden states [num_tokens, hidden_size], valid until the next.
+    def replay(self, step: GraphStep, num_tokens: int) -> torch.Tensor:
+        """Run a planned step. No other step may be planned between.
 
         Args:
-            size: from `fit`.
             num_tokens: without padding, which attention never sees.
+
+        Returns:
+            Hidden states [num_tokens, hidden_size], valid until the next replay.
         """
-        *pieces, last_piece = self._graphs[size, kind]
-        if num_tokens < size:
-            # What a larger step left there would do no harm but to be other in each run.
-            self._activations.attended[num_tokens:size].zero_()
+        *pieces, last_piece = self._graphs[step.size, step.kind]
+        if num_tokens < step.size:
+            # A larger step may have left values there: without zeros, runs would differ in padding.
+            self._activations.attended[num_tokens : step.size].zero_()
         activations = self._activations.first(num_tokens)
+        ctx = self._make_context(self._all_inputs, step.attention_plan, None)
         for piece, layer in zip(pieces, self._model.layers, strict=True):
             piece()
-            layer.attend(activations, self._eager_context)
+            layer.attend(activations, ctx)
         last_piece()
         return self._hidden[:num_tokens]
 
+    def _plan_lora(self, kind: Kind, batch: LoRABatch) -> LoRAPlan | None:
+        if kind is BASE:
+            return None
+        return self._lora.plan_graph(table=self._lora_table, batch=batch, kind=kind)
+
     def _capture_one(self, size: int, kind: Kind, recorder: GraphRecorder) -> list[Replay]:
-        """The pieces but the first two and the last launch the kernels of the second, on other
-        layers: they need no warm-up of their own."""
+        """Record one size and kind.
+
+        Only the first two pieces and the last are warmed up: the others launch the kernels of the
+        second on other layers.
+        """
         self._inputs.clear()
-        if kind is not BASE:
-            self._lora.plan(table=self._lora_table, batch=empty_batch(size), kind=kind)
+        lora_plan = self._plan_lora(kind, empty_batch(size))
         inputs, activations = self._inputs.first(size), self._activations.first(size)
-        ctx = self._make_context(inputs, kind is not BASE)
+        ctx = self._make_context(inputs, None, lora_plan)
         hidden, model = self._hidden[:size], self._model
 
         def start() -> None:

@@ -1,6 +1,7 @@
-"""CUDA graphs without CUDA: what is recorded is run again, and its own memory spoiled after it."""
+"""CUDA graphs without CUDA: a replay runs the recorded callable again, then spoils its memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraplex.backends.attention.contract import AttentionBatch
+from loraplex.backends.attention import torch_sdpa
+from loraplex.backends.attention.contract import AttentionBatch, AttentionSpec
 from loraplex.backends.attention.torch_sdpa import TorchAttention
-from loraplex.backends.lora.contract import LoRABatch
-from loraplex.backends.lora.torch_bmm import TorchLoRA
+from loraplex.backends.lora import torch_bmm
+from loraplex.backends.lora.contract import LoRABatch, LoRASpec, LoRATable
+from loraplex.backends.lora.torch_bmm import TorchLoRA, TorchLoRAPlan
 from loraplex.engine.worker import model_runner
 
 
@@ -37,8 +40,11 @@ class _NewTensors(TorchDispatchMode):
 
 
 class FakeRecorder:
-    """Full after `capacity` graphs. A replay runs the recorded callable, then fills with NaN what
-    that allocated: another graph of the same memory pool may do as much."""
+    """Stands in for GraphRecorder; full after `capacity` graphs.
+
+    A replay runs the recorded callable, then fills with NaN what it allocated, as another graph of
+    the same memory pool may do.
+    """
 
     def __init__(self, capacity: int = 1 << 30) -> None:
         self.capacity = capacity
@@ -69,50 +75,71 @@ class FakeRecorder:
         return "for nothing"
 
 
-def allow_graphs(monkeypatch: pytest.MonkeyPatch, recorder: FakeRecorder) -> None:
-    """Make the CPU's backends such as graphs may be made of; LoRA has the kinds one and several,
-    by the number of adapters in a step, and asserts that it is planned as it said; attention, that
-    it is given the tokens that it planned for."""
+@dataclass
+class CountedPlan:
+    """TorchAttention's plan and the tokens that it is for."""
 
-    num_planned = [0]
+    decodes: list[Any] = field(default_factory=list)
+    prefills: list[Any] = field(default_factory=list)
+    num_tokens: int = 0
 
-    def plan_graph(self: TorchAttention, batch: AttentionBatch, num_rows: int) -> None:
+
+class GraphedAttention(TorchAttention):
+    """TorchAttention with graph plans: each overwrites the one object that recorded runs hold.
+
+    It asserts that it runs on as many tokens as it planned for.
+    """
+
+    supports_graphs = True
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self._static = CountedPlan()
+
+    def plan(self, batch: AttentionBatch) -> CountedPlan:  # type: ignore[override]
+        plan = super().plan(batch)
+        return CountedPlan(plan.decodes, plan.prefills, int(batch.query_lens.sum()))
+
+    def plan_graph(self, batch: AttentionBatch, num_rows: int) -> CountedPlan:  # type: ignore[override]
         padding = num_rows - len(batch.query_lens)
         ones = np.ones(padding, dtype=np.int32)
-        self.plan(
-            AttentionBatch(
-                np.concatenate((batch.query_lens, ones)), np.concatenate((batch.kv_lens, ones)),
-                num_rows, np.pad(batch.page_table, ((0, padding), (0, 0))),
-            )
+        padded = AttentionBatch(
+            np.concatenate((batch.query_lens, ones)), np.concatenate((batch.kv_lens, ones)),
+            num_rows, np.pad(batch.page_table, ((0, padding), (0, 0))),
         )  # fmt: skip
+        self._static.__dict__.update(self.plan(padded).__dict__)
+        return self._static
 
-    def kind_of(self: TorchLoRA, *, table: Any, batch: LoRABatch) -> str:
+    def run(self, plan: Any, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+        assert len(q) == len(out) == plan.num_tokens
+        super().run(plan, q=q, kv=kv, out=out)
+
+
+class GraphedLoRA(TorchLoRA):
+    """TorchLoRA with the kinds one and several, by the number of adapters in a step.
+
+    Each graph plan overwrites the one object of its kind that recorded runs hold. It asserts that
+    a batch is planned with the kind that the op names.
+    """
+
+    graph_kinds = ("one", "several")
+    max_graph_rows = 512
+
+    def __init__(self, spec: LoRASpec) -> None:
+        super().__init__(spec)
+        self._static = {kind: TorchLoRAPlan([], kind=kind) for kind in self.graph_kinds}
+
+    def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         return "one" if len(batch.segment_slots) == 1 else "several"
 
-    plan_lora, plan_attention, attend = TorchLoRA.plan, TorchAttention.plan, TorchAttention.run
+    def plan_graph(self, *, table: LoRATable, batch: LoRABatch, kind: str) -> TorchLoRAPlan:
+        assert batch.is_empty or kind == self.kind_of(table=table, batch=batch)
+        self._static[kind].layers = self.plan(table=table, batch=batch).layers
+        return self._static[kind]
 
-    def checked_plan(
-        self: TorchLoRA, *, table: Any, batch: LoRABatch, kind: str | None = None
-    ) -> None:
-        assert batch.is_empty or kind in (None, self.kind_of(table=table, batch=batch))
-        plan_lora(self, table=table, batch=batch, kind=kind)
 
-    def counting_plan(self: TorchAttention, batch: AttentionBatch) -> None:
-        num_planned[0] = int(batch.query_lens.sum())
-        plan_attention(self, batch)
-
-    def checked_run(
-        self: TorchAttention, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        assert len(q) == len(out) == num_planned[0]
-        attend(self, q=q, kv=kv, out=out)
-
-    monkeypatch.setattr(TorchAttention, "supports_graphs", True)
-    monkeypatch.setattr(TorchAttention, "plan_graph", plan_graph)
-    monkeypatch.setattr(TorchLoRA, "graph_kinds", ("one", "several"))
-    monkeypatch.setattr(TorchLoRA, "max_graph_rows", 512)
-    monkeypatch.setattr(TorchLoRA, "kind_of", kind_of)
-    monkeypatch.setattr(TorchLoRA, "plan", checked_plan)
-    monkeypatch.setattr(TorchAttention, "plan", counting_plan)
-    monkeypatch.setattr(TorchAttention, "run", checked_run)
+def allow_graphs(monkeypatch: pytest.MonkeyPatch, recorder: FakeRecorder) -> None:
+    """Let the CPU's backends be captured, by `recorder`."""
+    monkeypatch.setattr(torch_sdpa, "TorchAttention", GraphedAttention)
+    monkeypatch.setattr(torch_bmm, "TorchLoRA", GraphedLoRA)
     monkeypatch.setattr(model_runner, "GraphRecorder", lambda device, config: recorder)

@@ -46,9 +46,9 @@ def make_spec(
 def make_batch(
     sequences: Sequences, spec: AttentionSpec, *, spare_columns: int = 2
 ) -> tuple[AttentionBatch, int]:
-    """Shuffled pages, none shared, page 0 unused; and the number of pages of the pool.
+    """Returns a batch over shuffled pages, none shared, page 0 unused; and the pool's pages.
 
-    Entries beyond a sequence's pages name a page that nobody owns.
+    Entries beyond a sequence's pages name a page that no sequence owns.
     """
     counts = [-(-kv_len // spec.block_tokens) for _, kv_len in sequences]
     num_pages = sum(counts) + 4
@@ -70,7 +70,7 @@ def make_batch(
 def make_kv(
     batch: AttentionBatch, num_pages: int, spec: AttentionSpec, tail: float
 ) -> torch.Tensor:
-    """Pages nobody owns are NaN, rows beyond a sequence's end are `tail`."""
+    """Returns a layer: pages without an owner are NaN, rows beyond a sequence's end are `tail`."""
     shape = (num_pages, 2, spec.block_tokens, spec.num_kv_heads, spec.head_dim)
     kv = torch.full(shape, float("nan"))
     generator = torch.Generator().manual_seed(4)
@@ -87,7 +87,8 @@ def make_kv(
 def random_decodes(
     rng: np.random.Generator, spec: AttentionSpec, num_seqs: int, num_pages: int
 ) -> AttentionBatch:
-    """Decodes of any lengths over pages 1 to num_pages - 2; stale entries name the last page."""
+    """Returns decodes of random lengths over pages 1 to num_pages - 2. Stale entries name the last
+    page."""
     block = spec.block_tokens
     longest = spec.max_pages * block
     awkward = [1, block, block + 1, 2 * block - 1, longest]
@@ -105,7 +106,7 @@ def random_decodes(
 
 
 class GraphRunner:
-    """An op's `run` captured once for each number of rows, over one q, one out and one pool.
+    """Captures an op's `run` once for each number of rows, over one q, one out and one pool.
 
     The pool's last page is NaN, every other page random.
     """
@@ -124,19 +125,19 @@ class GraphRunner:
 
     def _capture(self, num_rows: int) -> torch.cuda.CUDAGraph:
         rng = np.random.default_rng(0)
-        self.op.plan_graph(random_decodes(rng, self.spec, 1, self.num_pages), num_rows)
-        self._run(num_rows)
+        plan = self.op.plan_graph(random_decodes(rng, self.spec, 1, self.num_pages), num_rows)
+        self._run(plan, num_rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(num_rows)
+            self._run(plan, num_rows)
         return graph
 
-    def _run(self, num_rows: int) -> None:
-        self.op.run(q=self.q[:num_rows], kv=self.kv, out=self.out[:num_rows])
+    def _run(self, plan: Any, num_rows: int) -> None:
+        self.op.run(plan, q=self.q[:num_rows], kv=self.kv, out=self.out[:num_rows])
 
     def replay(self, batch: AttentionBatch, num_rows: int) -> torch.Tensor:
-        """A copy of out [num_rows, ...]; nothing waits for the GPU."""
+        """Returns a copy of out [num_rows, ...]. Nothing waits for the GPU."""
         self.op.plan_graph(batch, num_rows)
         self._graphs[num_rows].replay()
         return self.out[:num_rows].clone()

@@ -1,7 +1,7 @@
-"""Judges an op ``lora`` by the fp32 loop.
+"""Compares an op ``lora`` with the fp32 loop.
 
-What is not to be touched is poisoned with NaN: rows of no adapter and rows beyond the batch, in x
-and in y, and all of the pool that is no weight.
+NaN poisons what must not be read: rows without an adapter and rows beyond the batch, in x and y,
+and all of the pool that is no weight.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 def make_inputs(
     case: LoRACase, group: Any, slots: list[int], num_rows: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, and a buffer whose [:-2, :-8] is y: what lies beside y must stay as it is."""
+    """Returns x, and a buffer whose [:-2, :-8] is y. What lies beside y must not change."""
     device, dtype = case.pool.device, case.pool.dtype
     generator = torch.Generator(device).manual_seed(seed)
     width = sum(group.out_features)
@@ -39,24 +39,38 @@ def make_inputs(
     return x, buffer
 
 
-def apply(op: Any, case: LoRACase, layer: int, group: Any, x: Any, buffer: Any) -> Any:
+def apply(op: Any, plan: Any, case: LoRACase, layer: int, group: Any, x: Any, buffer: Any) -> Any:
+    """Returns a copy of `buffer` to whose y the op has added."""
     target = buffer.clone()
-    apply_lora(
-        op, y=target[:-2, :-8], x=x, pool=case.pool, layer=layer, group=group, table=case.table
-    )
+    apply_lora(op, plan, y=target[:-2, :-8], x=x, pool=case.pool, layer=layer, group=group)
     return target
 
 
-def check(op: Any, case: LoRACase, slots: list[int], num_padded: int = NUM_PADDED) -> None:
-    op.plan(table=case.table, batch=make_batch(slots))
+def check(
+    op: Any, case: LoRACase, slots: list[int], num_padded: int = NUM_PADDED, plan: Any = None
+) -> None:
+    """Plan a batch, unless `plan` is one of it, and check every layer and group."""
+    plan = plan or op.plan(table=case.table, batch=make_batch(slots))
     pool_before = case.pool.clone()
     for layer in range(case.pool.shape[0]):
         for group in case.groups:
-            x, buffer = make_inputs(case, group, slots, len(slots) + num_padded, seed=layer)
-            first, second = (apply(op, case, layer, group, x, buffer) for _ in range(2))
-            assert torch.equal(as_bits(first), as_bits(second)), "two runs differ"
-            compare(first, buffer, x, case, slots, layer, group)
+            check_group(op, plan, case, slots, layer, group, num_padded)
     assert torch.equal(as_bits(case.pool), as_bits(pool_before))
+
+
+def check_group(
+    op: Any,
+    plan: Any,
+    case: LoRACase,
+    slots: list[int],
+    layer: int,
+    group: Any,
+    num_padded: int = NUM_PADDED,
+) -> None:
+    x, buffer = make_inputs(case, group, slots, len(slots) + num_padded, seed=layer)
+    first, second = (apply(op, plan, case, layer, group, x, buffer) for _ in range(2))
+    assert torch.equal(as_bits(first), as_bits(second)), "two runs differ"
+    compare(first, buffer, x, case, slots, layer, group)
 
 
 def compare(

@@ -1,4 +1,6 @@
-"""A paged attention op made of plain loops, and a forward context around it, for decoder tests."""
+"""A paged attention op of plain loops, and a forward context with it, for decoder tests."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -6,7 +8,7 @@ import torch
 from loraplex.backends.attention.contract import AttentionBatch
 from loraplex.backends.fused.contract import FusedSpec
 from loraplex.backends.fused.torch_ops import TorchFused
-from loraplex.backends.lora.contract import LoRAGroup, LoRATable
+from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import ForwardContext
 from loraplex.engine.model.spec import ModelSpec
 
@@ -19,11 +21,13 @@ class NaiveAttention:
     def __init__(self, head_dim: int) -> None:
         self.scale = head_dim**-0.5
 
-    def plan(self, batch: AttentionBatch) -> None:
-        self.batch = batch
+    def plan(self, batch: AttentionBatch) -> AttentionBatch:
+        return batch
 
-    def run(self, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
-        batch, block = self.batch, kv.shape[2]
+    def run(
+        self, plan: AttentionBatch, *, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        batch, block = plan, kv.shape[2]
         group = q.shape[1] // kv.shape[3]
         token = 0
         for row, (query_len, kv_len) in enumerate(
@@ -41,25 +45,37 @@ class NaiveAttention:
                 token += 1
 
 
+@dataclass
+class RecordedPlan:
+    kind: str = "recorded"
+    family: str = "none"
+    x: torch.Tensor | None = None  # of the last shrink
+
+
 class RecordingLoRA:
-    """LoRAOp that adds nothing and remembers which groups it was asked for."""
+    """LoRAOp that adds nothing and records the groups that it is called for."""
 
     name = "recording"
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, LoRAGroup, tuple[int, ...], tuple[int, ...]]] = []
 
-    def shrink(self, *, x: torch.Tensor, layer: int, group: LoRAGroup, **unused: object) -> None:
-        self._x = x
+    def shrink(
+        self, plan: RecordedPlan, *, x: torch.Tensor, layer: int, group: LoRAGroup, **unused: object
+    ) -> None:
+        plan.x = x
 
-    def expand(self, *, y: torch.Tensor, layer: int, group: LoRAGroup, **unused: object) -> None:
-        self.calls.append((layer, group, tuple(self._x.shape), tuple(y.shape)))
+    def expand(
+        self, plan: RecordedPlan, *, y: torch.Tensor, layer: int, group: LoRAGroup, **unused: object
+    ) -> None:
+        assert plan.x is not None
+        self.calls.append((layer, group, tuple(plan.x.shape), tuple(y.shape)))
 
 
 class PagedSequences:
-    """A small pool and the page tables of some sequences; makes the context of each step.
+    """A small pool and the page tables of some sequences. Makes the context of each step.
 
-    Pages are dealt out in a shuffled order, so that nothing works by luck.
+    Pages are in shuffled order, so that no test passes by luck.
     """
 
     def __init__(
@@ -91,13 +107,11 @@ class PagedSequences:
                 rows.append(page * 2 * self.block + p % self.block)
         kv_rows = torch.tensor(rows, dtype=torch.int64)
         kv_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        self.attention.plan(
-            AttentionBatch(
-                query_lens=np.array(query_lens, dtype=np.int32),
-                kv_lens=np.array(kv_lens, dtype=np.int32),
-                num_decodes=0,
-                page_table=self.page_table.numpy(),
-            )
+        batch = AttentionBatch(
+            query_lens=np.array(query_lens, dtype=np.int32),
+            kv_lens=np.array(kv_lens, dtype=np.int32),
+            num_decodes=0,
+            page_table=self.page_table.numpy(),
         )
         return ForwardContext(
             positions=torch.tensor(positions, dtype=torch.int64),
@@ -105,13 +119,8 @@ class PagedSequences:
             pool=self.pool,
             kv=self.kv,
             attention=self.attention,
+            attention_plan=self.attention.plan(batch),
             fused=self.fused,
             lora=self.lora,
-            lora_table=_empty_table(),
-            has_lora=with_lora,
+            lora_plan=RecordedPlan() if with_lora else None,
         )
-
-
-def _empty_table() -> LoRATable:
-    none = torch.empty(0)
-    return LoRATable(*([none] * 10))

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.config import EngineConfig, GraphConfig
+from loraplex.engine.worker.graphs.capture import GraphStep
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.worker import Worker
 from loraplex.scheduler.worker_protocol import int_array
@@ -75,9 +76,9 @@ class StepRunner:
         if self.mixed is not None:
             replay = self.mixed.replay
 
-            def watched(size: int, kind: str | None, num_tokens: int) -> torch.Tensor:
-                self.used.append((size, kind, num_tokens))
-                return self._remember(replay(size, kind, num_tokens))
+            def watched(step: GraphStep, num_tokens: int) -> torch.Tensor:
+                self.used.append((step.size, step.kind, num_tokens))
+                return self._remember(replay(step, num_tokens))
 
             self.mixed.replay = watched
 

@@ -12,7 +12,7 @@ from loraplex.backends.attention.flashinfer import attention as flashinfer_paged
 from loraplex.backends.attention.flashinfer import jit as flashinfer_jit
 from loraplex.backends.attention.flashinfer import modules as flashinfer_modules
 from loraplex.backends.attention.flashinfer.attention import FlashInferAttention
-from loraplex.backends.attention.flashinfer.modules import PlanMemory
+from loraplex.backends.attention.flashinfer.modules import Workspace
 from loraplex.backends.attention.paged_rows import PagedRows, paged_rows
 
 from helpers.kernels.attention_cases import BATCHES, make_batch, make_kv, make_spec, random_decodes
@@ -27,19 +27,24 @@ class LoopModule:
     def __init__(self, spec: AttentionSpec, kind: str, causal: bool) -> None:
         self.spec, self.kind, self.causal = spec, kind, causal
         self.addresses: dict[int, tuple[int, ...]] = {}
-        self.for_graph = False
+        self.num_plans = 0
+        self.static = 0
         self.num_splits = 1
 
-    def plan(self, memory: PlanMemory, rows: PagedRows, *, for_graph: bool) -> list[int]:
-        pinned = memory.take()
-        assert pinned.numel() == memory.ints.numel()
-        memory.pinned.mark_copied()
+    def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> list[int]:
         if not self.causal:
-            self._check_decode_scratch(memory, rows)
-        self.for_graph = for_graph
-        return [len(rows.kv_lens), self.num_splits]
+            self._check_decode_scratch(workspace, rows)
+        # As the library does: the plan lies in `ints`, and a graph keeps their address.
+        self.num_plans += 1
+        workspace.ints[:4].view(torch.int32)[0] = self.num_plans
+        if for_graph:
+            assert self.static in (0, workspace.ints.data_ptr())
+            self.static = workspace.ints.data_ptr()
+        else:
+            assert workspace.ints.data_ptr() != self.static
+        return [len(rows.kv_lens), self.num_splits, 0 if for_graph else self.num_plans]
 
-    def _check_decode_scratch(self, memory: PlanMemory, rows: PagedRows) -> None:
+    def _check_decode_scratch(self, workspace: Workspace, rows: PagedRows) -> None:
         """The sizes that the library's planner takes in a graph on a GPU of 132 multiprocessors."""
         spec, num_rows = self.spec, len(rows.kv_lens)
         group = spec.num_heads // spec.num_kv_heads
@@ -51,12 +56,12 @@ class LoopModule:
                 2 * NUM_SMS // spec.num_kv_heads, -(-num_rows * group // tile) + num_rows - 1
             )
         floats = spec.num_heads * tiles * tile * (spec.head_dim + 1) * 4
-        assert memory.floats.numel() >= floats
-        assert memory.ints.numel() >= 13 * tiles + 8 * (num_rows + 2) + 256
+        assert workspace.floats.numel() >= floats
+        assert workspace.ints.numel() >= 13 * tiles + 8 * (num_rows + 2) + 256
 
     def run(
         self,
-        memory: PlanMemory,
+        workspace: Workspace,
         plan_info: list[int],
         rows: dict[str, torch.Tensor],
         q: torch.Tensor,
@@ -65,9 +70,11 @@ class LoopModule:
         out: torch.Tensor,
     ) -> None:
         starts, page_starts = rows["query_starts"].tolist(), rows["page_starts"].tolist()
-        num_rows = plan_info[0]
+        num_rows, _, number = plan_info
         assert num_rows == len(rows["last_page_lens"]) and starts[-1] == q.shape[0]
-        if self.for_graph:
+        if number:
+            assert workspace.ints[:4].view(torch.int32).item() == number, "another plan lies there"
+        else:  # of a graph
             now = tuple(tensor.data_ptr() for tensor in rows.values())
             assert self.addresses.setdefault(num_rows, now) == now
         for b, last_page_len in enumerate(rows["last_page_lens"].tolist()):
@@ -114,8 +121,8 @@ def test_eager_steps(made: Any, heads: tuple[int, int], block_tokens: int) -> No
         kv = make_kv(batch, num_pages, spec, float("nan"))
         q = _queries(int(batch.query_lens.sum()), spec)
         out = torch.full_like(q, float("nan"))
-        op.plan(batch)
-        op.run(q=q, kv=kv, out=out)
+        plan = op.plan(batch)
+        op.run(plan, q=q, kv=kv, out=out)
         assert torch.allclose(out, attention_oracle(q, kv, spec, batch), atol=2e-5)
 
 
@@ -123,15 +130,38 @@ def test_layers_and_pools_are_told_apart(made: Any) -> None:
     spec = make_spec(torch.float32, "cpu", (4, 2), head_dim=16)
     op = FlashInferAttention(spec, "fa2")
     batch, num_pages = make_batch(BATCHES["mixed"], spec)
-    op.plan(batch)
+    plan = op.plan(batch)
     q = _queries(int(batch.query_lens.sum()), spec)
     for _ in range(3):
         pool = torch.randn(3, num_pages, 2, 16, 2, 16)
         for layer in (0, 2, 1, 0, 2):
             pool[layer] += 1
             out = torch.full_like(q, float("nan"))
-            op.run(q=q, kv=pool[layer], out=out)
+            op.run(plan, q=q, kv=pool[layer], out=out)
             assert torch.allclose(out, attention_oracle(q, pool[layer], spec, batch), atol=2e-5)
+
+
+def test_plans_keep_their_own_memory(made: Any) -> None:
+    """Eager plans run in turn, beside a graph's, and their buffers are used again once dropped."""
+    spec = make_spec(torch.float32, "cpu", (8, 2), head_dim=16)
+    op = FlashInferAttention(spec, "fa2")
+    steps = []
+    for sequences in ("mixed", "decode", "prefill"):
+        batch, num_pages = make_batch(BATCHES[sequences], spec)
+        kv = make_kv(batch, num_pages, spec, float("nan"))
+        steps.append((op.plan(batch), batch, kv, _queries(int(batch.query_lens.sum()), spec)))
+    op.plan_graph(random_decodes(np.random.default_rng(1), spec, 3, 30), 4)
+    for index in (0, 1, 2, 1, 0):
+        plan, batch, kv, q = steps[index]
+        out = torch.full_like(q, float("nan"))
+        op.run(plan, q=q, kv=kv, out=out)
+        assert torch.allclose(out, attention_oracle(q, kv, spec, batch), atol=2e-5)
+    del plan
+    num_bytes = op.workspace_bytes
+    steps = [(None, batch, kv, q) for _, batch, kv, q in steps]
+    for _, batch, _, _ in steps * 2:
+        op.plan(batch)
+    assert op.workspace_bytes == num_bytes
 
 
 def test_graph_steps_keep_their_places(made: Any) -> None:
@@ -144,8 +174,8 @@ def test_graph_steps_keep_their_places(made: Any) -> None:
         batch = random_decodes(rng, spec, num_seqs, 30)
         q = _queries(num_rows, spec)
         out = torch.full_like(q, float("nan"))
-        op.plan_graph(batch, num_rows)
-        op.run(q=q, kv=kv, out=out)
+        plan = op.plan_graph(batch, num_rows)
+        op.run(plan, q=q, kv=kv, out=out)
         want = attention_oracle(q[:num_seqs], kv, spec, batch)
         assert torch.allclose(out[:num_seqs], want, atol=2e-5)
         assert torch.allclose(out[num_seqs:], kv[0, 1, 0].repeat_interleave(4, 0), atol=2e-5)

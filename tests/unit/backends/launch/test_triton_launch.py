@@ -45,7 +45,7 @@ EXPAND = SGMV | {
 ROPE = {"NUM_HEADS": 4, "NUM_KV_HEADS": 2, "HEAD_DIM": 64, "BLOCK_TOKENS": 16, "HEADS": 8,
         "BLOCK_D": 32, "PDL": True}  # fmt: skip
 NORM = {"SIZE": 576, "BLOCK": 1024, "ADD": True, "PDL": True}
-POOL = [BF16, F32, BF16, I32, I32, I32, I32]
+POOL = [BF16, I32, F32, BF16, I32, I32, I32]
 # Kernel, dtypes of its tensors, scalars, which of these stay parameters, constants.
 CASES: dict[str, tuple[Any, list[torch.dtype], tuple[int | float, ...], str, dict[str, Any]]] = {
     "norm": (rms_norm_kernel, [BF16] * 4, (576, 600, 1e-5), "yyy", NORM),
@@ -205,11 +205,11 @@ def test_sgmv_launches_by_layer_and_table(cuda: FakeCuda) -> None:
     group = cases[0].groups[0]
     for case in (*cases, cases[0]):
         table = case.table
-        op.plan(table=table, batch=make_batch([1, 3, 1]))
+        plan = op.plan(table=table, batch=make_batch([1, 3, 1]))
         for layer in (0, 1):
             x = torch.zeros(3, group.in_features, dtype=torch.float16)
             y = torch.zeros(3, sum(group.out_features), dtype=torch.float16)
-            apply_lora(op, y=y, x=x, pool=case.pool, layer=layer, group=group, table=table)
+            apply_lora(op, plan, y=y, x=x, pool=case.pool, layer=layer, group=group)
             strides = [
                 case.pool.stride(0), table.page_table.stride(0),
                 *(table.rank.stride(i) for i in (0, 2)), table.rank.stride(1),
@@ -217,11 +217,11 @@ def test_sgmv_launches_by_layer_and_table(cuda: FakeCuda) -> None:
             if strides[-1] == 1:
                 strides.pop()
             shrink, expand = cuda.launches[-2:]
-            common = [case.pool, op._meta, table.page_table, table.rank]
+            common = [plan.meta, op.scratch, case.pool, table.page_table, table.rank]
             for seen, first, last in (
                 (shrink, x, [table.a_start]), (expand, y, [table.b_start, table.scale]),
             ):  # fmt: skip
-                pointers = [t.data_ptr() for t in (first, op._v, *common, *last)]
+                pointers = [t.data_ptr() for t in (first, *common, *last)]
                 scalars = [layer, first.stride(0), *strides]
                 assert seen.arguments == [*pointers, *scalars, 0, 0]
     assert not cuda.ordinary and len(cuda.launches) == 12

@@ -14,7 +14,7 @@ from helpers.kernels.lora_cases import (
     make_shapes,
     make_spec,
 )
-from helpers.kernels.lora_checks import check
+from helpers.kernels.lora_checks import check, check_group
 
 ODD = make_shapes(96, 120, 40, 200)
 WIDE = make_shapes(576, 192, 64, 1160)  # blocks of columns that are full, and one that is not
@@ -37,7 +37,7 @@ def bgmv(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_rank_mixes(bgmv: Any, ranks: str, dtype: torch.dtype) -> None:
     case = make_case(RANKS[ranks], ODD, dtype=dtype)
     op = bgmv(make_spec(case, 40, max_rank=40))
-    op._v.fill_(float("nan"))
+    op.scratch.fill_(float("nan"))
     check(op, case, draw_slots("uniform", 21, len(RANKS[ranks])))
 
 
@@ -45,19 +45,37 @@ def test_rank_mixes(bgmv: Any, ranks: str, dtype: torch.dtype) -> None:
 def test_popularities(bgmv: Any, popularity: str) -> None:
     case = make_case([[{m: 16 for m in range(7)}]] * 9, WIDE, dtype=torch.bfloat16)
     op = bgmv(make_spec(case, 40, max_rank=16))
-    op._v.fill_(float("nan"))
+    op.scratch.fill_(float("nan"))
     check(op, case, draw_slots(popularity, 35, 9))
 
 
-def test_every_kind_serves_every_batch(bgmv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_serves_every_batch(bgmv: Any) -> None:
     """As a graph of that kind may: the kinds differ in speed alone."""
     case = make_case([[{m: r for m in range(7)}] for r in (8, 16, 24)], ODD, dtype=torch.float16)
     op = bgmv(make_spec(case, 600, max_rank=24))
     for kind in op.graph_kinds:
-        monkeypatch.setattr(op, "kind_of", lambda kind=kind, **_: kind)
         for slots in ([2], [0, 1, 2, -1], [1] * 19 + [0] * 3):
             if kind != "distinct" or len(set(slots)) == len(slots):
-                check(op, case, slots)
+                plan = op.plan_graph(table=case.table, batch=make_batch(slots), kind=kind)
+                check(op, case, slots, plan=plan)
+
+
+def test_plans_are_independent(bgmv: Any) -> None:
+    """Of eager plans any number may be alive; of graph plans one of each kind."""
+    case = make_case([[{m: r for m in range(7)}] for r in (8, 17)], ODD, dtype=torch.float16)
+    op = bgmv(make_spec(case, 600, max_rank=24))
+    steps = [[1, 3], [3] * 7 + [-1], [1] * 5 + [3]]
+    batches = [make_batch(slots) for slots in steps]
+    plans = [op.plan(table=case.table, batch=batch) for batch in batches]
+    graph_plans = [
+        op.plan_graph(table=case.table, batch=batch, kind=kind)
+        for batch, kind in zip(batches, ("distinct", "many", "shared"), strict=True)
+    ]
+    for group in case.groups:
+        for plan, graph_plan, slots in zip(plans, graph_plans, steps, strict=True):
+            check_group(op, plan, case, slots, 0, group)
+            check_group(op, graph_plan, case, slots, 0, group)
+        op.plan(table=case.table, batch=batches[0])
 
 
 @pytest.mark.parametrize("num_processors", [132, 188])
@@ -66,7 +84,7 @@ def test_more_items_than_rows(monkeypatch: pytest.MonkeyPatch, num_processors: i
     bgmv = emulate_bgmv(monkeypatch, num_processors)
     case = make_case([[{3: 256}]] * 36, ODD, dtype=torch.float16)
     op = bgmv(make_spec(case, 36, max_rank=256))
-    op._v.fill_(float("nan"))
+    op.scratch.fill_(float("nan"))
     check(op, case, [2 * row + 1 for row in range(36)])
 
 

@@ -1,5 +1,6 @@
-"""Which of its two kernel families `hybrid` takes. The families are stand-ins that remember."""
+"""Which of its two halves `hybrid` takes. Fakes that record stand in for the halves."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,32 +15,49 @@ from loraplex.backends.lora.hybrid import (
     HybridLoRA,
 )
 
-from helpers.kernels.lora_cases import make_batch
+from helpers.kernels.lora_cases import make_batch, make_case, make_shapes, make_spec
 
-SMALL_RANK = 16
+F16, SMALL_RANK = torch.float16, 16
+
+
+@dataclass
+class Planned:
+    family: str
+    kind: str
+    num_tokens: int
+    is_graph: bool = False
 
 
 class Family:
     def __init__(self, family: str, *kinds: str) -> None:
-        self.family = family
+        self.name = self.family = family
         self.graph_kinds = kinds
         self.max_graph_rows = 512
-        self.planned: list[tuple[int, str | None]] = []
+        self.run: list[Planned] = []
 
     def kind_of(self, *, table: Any, batch: LoRABatch) -> str:
         return self.graph_kinds[0]
 
-    def plan(self, *, table: Any, batch: LoRABatch, kind: str | None = None) -> None:
-        self.planned.append((batch.num_tokens, kind))
+    def plan(self, *, table: Any, batch: LoRABatch) -> Planned:
+        return Planned(self.family, self.graph_kinds[0], batch.num_tokens)
+
+    def plan_graph(self, *, table: Any, batch: LoRABatch, kind: str) -> Planned:
+        return Planned(self.family, kind, batch.num_tokens, is_graph=True)
+
+    def shrink(self, plan: Planned, **unused: Any) -> None:
+        self.run.append(plan)
+
+    expand = shrink
 
 
 @pytest.fixture
-def op() -> Any:
-    op: Any = object.__new__(HybridLoRA)
-    op._few, op._many = Family("bgmv", "distinct", "shared"), Family("sgmv", "sgmv")
-    op._op = op._few
-    op.max_graph_rows = 512
-    return op
+def halves() -> tuple[Family, Family]:
+    return Family("bgmv", "distinct", "shared"), Family("sgmv", "sgmv")
+
+
+@pytest.fixture
+def op(halves: Any) -> Any:
+    return HybridLoRA(make_spec(make_case([], make_shapes(64, 64, 64, 64), dtype=F16), 8), halves)
 
 
 def make_table(rank: int, large: tuple[int, ...] = ()) -> Any:
@@ -70,10 +88,8 @@ def test_graphs_go_by_rows_an_adapter(op: Any, slots: Any, family: str) -> None:
     batch = make_batch(list(slots))
     table = make_table(SMALL_RANK, large=(150,))  # not in the batch
     kind = op.kind_of(table=table, batch=batch)
-    op.plan(table=table, batch=batch, kind=kind)
-    assert op.family == family
-    chosen = op._few if family == "bgmv" else op._many
-    assert kind in chosen.graph_kinds and chosen.planned == [(len(slots), kind)]
+    plan = op.plan_graph(table=table, batch=batch, kind=kind)
+    assert plan == Planned(family, "distinct" if family == "bgmv" else "sgmv", len(slots), True)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +103,8 @@ def test_graphs_go_by_rows_an_adapter(op: Any, slots: Any, family: str) -> None:
 )
 def test_eager_steps_do_alike(op: Any, num_rows: int, num_adapters: int, family: str) -> None:
     batch = make_batch([row % num_adapters for row in range(num_rows)])
-    op.plan(table=make_table(SMALL_RANK), batch=batch)
-    assert op.family == family
+    plan = op.plan(table=make_table(SMALL_RANK), batch=batch)
+    assert plan.family == family and not plan.is_graph
 
 
 @pytest.mark.parametrize(
@@ -108,11 +124,19 @@ def test_a_large_rank_keeps_bgmv_in_all_but_long_steps(
     batch = make_batch([row % num_adapters for row in range(num_rows)] + [-1] * num_base)
     table = make_table(8, large=(0,))
     assert op.kind_of(table=table, batch=batch) == ("sgmv" if family == "sgmv" else "distinct")
-    op.plan(table=table, batch=batch)
-    assert op.family == family
+    assert op.plan(table=table, batch=batch).family == family
 
 
 @pytest.mark.parametrize("kind", ["distinct", "shared", "sgmv"])
 def test_a_kind_is_kept_for_a_capture(op: Any, kind: str) -> None:
-    op.plan(table=None, batch=make_batch([-1] * 8), kind=kind)
-    assert op.family == ("sgmv" if kind == "sgmv" else "bgmv")
+    plan = op.plan_graph(table=None, batch=make_batch([-1] * 8), kind=kind)
+    assert (plan.family, plan.kind) == ("sgmv" if kind == "sgmv" else "bgmv", kind)
+
+
+def test_a_plan_runs_in_the_half_that_made_it(op: Any, halves: Any) -> None:
+    table = make_table(SMALL_RANK)
+    few, many = (op.plan(table=table, batch=make_batch([3] * n)) for n in (2, 200))
+    for plan in (few, many, few):
+        op.shrink(plan, x=None, pool=None, layer=0, group=None)
+        op.expand(plan, y=None, pool=None, layer=0, group=None)
+    assert [half.run for half in halves] == [[few] * 4, [many] * 2]

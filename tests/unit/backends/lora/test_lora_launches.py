@@ -1,4 +1,4 @@
-"""What shrink and expand launch, over steps of all kinds, tables and pools: grids from the
+"""The launches of shrink and expand, for steps of all kinds, tables and pools: grids from the
 documented formulas, pointers and scalars from the tensors. No GPU."""
 
 import importlib
@@ -36,7 +36,7 @@ for _case in CASES:
 
 @dataclass(frozen=True)
 class Step:
-    """Rows of x and y may be more than those of the batch."""
+    """A step to plan; for graphs if it has a kind. x and y may have more rows than the batch."""
 
     case: LoRACase
     slots: list[int]
@@ -100,13 +100,12 @@ def ceil(a: int, b: int) -> int:
 
 
 def launches_of(
-    op: LoRAOp, cuda: FakeCuda, step: Step, layer: int, group: LoRAGroup
+    op: LoRAOp, plan: Any, cuda: FakeCuda, step: Step, layer: int, group: LoRAGroup
 ) -> tuple[torch.Tensor, torch.Tensor, list[Seen]]:
     x = torch.zeros(step.num_rows, group.in_features + 8, dtype=F16)[:, : group.in_features]
     y = torch.zeros(step.num_rows, sum(group.out_features), dtype=F16)
     cuda.launches.clear()
-    case = step.case
-    apply_lora(op, y=y, x=x, pool=case.pool, layer=layer, group=group, table=case.table)
+    apply_lora(op, plan, y=y, x=x, pool=step.case.pool, layer=layer, group=group)
     return x, y, list(cuda.launches)
 
 
@@ -149,20 +148,25 @@ def ceil_power(n: int) -> int:
 def test_sgmv(cuda: FakeCuda) -> None:
     op = triton_sgmv.TritonSGMV(make_spec(CASES[0], MAX_TOKENS, MAX_RANK), Tuned())
     for step in (*FEW, *MANY, Step(CASES[0], [], 7, "sgmv"), *FEW[::-1], *MANY[:2]):
-        check_sgmv(op, cuda, step)
+        check_sgmv(op, cuda, step, op.scratch)
 
 
-def check_sgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None:
-    """`op`: which half of `planned`, a hybrid, must run."""
-    op, case, table = op or planned, step.case, step.case.table
-    planned.plan(table=table, batch=make_batch(step.slots), kind=step.kind)
+def plan_step(op: Any, step: Step) -> Any:
+    batch, table = make_batch(step.slots), step.case.table
+    if step.kind is None:
+        return op.plan(table=table, batch=batch)
+    return op.plan_graph(table=table, batch=batch, kind=step.kind)
+
+
+def check_sgmv(op: Any, cuda: FakeCuda, step: Step, scratch: torch.Tensor) -> str:
+    case, table, plan = step.case, step.case.table, plan_step(op, step)
     strides = [case.pool.stride(0), table.page_table.stride(0),
                *(table.rank.stride(i) for i in (0, 2, 1))]  # fmt: skip
-    common = [op._v, case.pool, op._meta, table.page_table, table.rank]
+    common = [plan.meta, scratch, case.pool, table.page_table, table.rank]
     for layer in (1, 0):
         for index, group in enumerate(case.groups):
-            header = op._meta[16 * index :][:16].tolist()
-            x, y, seen = launches_of(planned, cuda, step, layer, group)
+            header = plan.meta[16 * index :][:16].tolist()
+            x, y, seen = launches_of(op, plan, cuda, step, layer, group)
             grids = sgmv_grids(step, group, header)
             assert [one.grid for one in seen] == [(grid, 1, 1) for grid in grids]
             lasts = ([table.a_start], [table.b_start, table.scale])
@@ -172,21 +176,19 @@ def check_sgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None
                 kept = [stride for stride in (first.stride(0), *strides) if stride != 1]
                 assert one.arguments == [*pointers, layer, *kept, 0, 0]
                 assert one.stream == STREAM
+    return plan.family
 
 
-def check_bgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None:
-    op, case, table = op or planned, step.case, step.case.table
-    batch = make_batch(step.slots)
-    kind = step.kind or op.kind_of(table=table, batch=batch)
-    planned.plan(table=table, batch=batch, kind=step.kind)
-    fill, most = {"distinct": (3, 16), "shared": (2, 3), "many": (2, 4)}[kind]
-    tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[kind]
-    num_tiles = ceil(step.num_rows, 4) if kind == "many" else step.num_rows
+def check_bgmv(op: Any, cuda: FakeCuda, step: Step, scratch: torch.Tensor) -> str:
+    case, table, plan = step.case, step.case.table, plan_step(op, step)
+    fill, most = {"distinct": (3, 16), "shared": (2, 3), "many": (2, 4)}[plan.kind]
+    tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[plan.kind]
+    num_tiles = ceil(step.num_rows, 4) if plan.kind == "many" else step.num_rows
     scalars = [table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1),
-               512 if batch.num_tokens <= 512 else MAX_TOKENS, 3 * MAX_RANK, MAX_RANK]  # fmt: skip
+               512 if len(step.slots) <= 512 else MAX_TOKENS, 3 * MAX_RANK, MAX_RANK]  # fmt: skip
     for layer in (1, 0):
         for group in case.groups:
-            x, y, seen = launches_of(planned, cuda, step, layer, group)
+            x, y, seen = launches_of(op, plan, cuda, step, layer, group)
             columns = sum(ceil(out, width) for out in group.out_features)
             assert [one.grid[0] for one in seen] == [
                 max(fill * PROCESSORS, step.num_rows * len(group.modules)),
@@ -194,48 +196,67 @@ def check_bgmv(planned: Any, cuda: FakeCuda, step: Step, op: Any = None) -> None
             ]
             fields = ([table.a_start], [table.b_start, table.scale])
             for one, first, last in zip(seen, (x, y), fields, strict=True):
-                of_layer = (field[layer, group.modules[0]] for field in (table.rank, *last))
-                tensors = (first, op._v, case.pool[layer], op._plan, table.page_table, *of_layer)
-                pointers = [tensor.data_ptr() for tensor in tensors]
+                of_layer = [field[layer, group.modules[0]] for field in (table.rank, *last)]
+                pool = case.pool[layer].data_ptr()
+                pointers = [first.data_ptr(), scratch.data_ptr(), pool, plan.address]
+                pointers += [tensor.data_ptr() for tensor in (table.page_table, *of_layer)]
                 assert one.arguments == [*pointers, first.stride(0), *scalars]
                 macros = one.name.split()
                 assert f"-DGROUP={case.groups.index(group)}" in macros
                 assert f"-DROWS={tile_rows}" in macros
                 assert one.stream == STREAM and one.is_pdl
+    return plan.family
 
 
 def test_bgmv(cuda: FakeCuda, bgmv: Any) -> None:
     op = bgmv.CupyBGMV(make_spec(CASES[0], MAX_TOKENS, MAX_RANK))
     captures = [Step(CASES[0], [], 7, kind) for kind in ("distinct", "shared", "many")]
     for step in (*FEW, *MANY, *captures, *FEW[::-1], *MANY[:2]):
-        check_bgmv(op, cuda, step)
+        check_bgmv(op, cuda, step, op.scratch)
 
 
 def test_hybrid_launches_what_its_halves_do(cuda: FakeCuda, bgmv: Any) -> None:
-    op = HybridLoRA(make_spec(CASES[0], MAX_TOKENS, MAX_RANK))
+    spec = make_spec(CASES[0], MAX_TOKENS, MAX_RANK)
+    halves = bgmv.CupyBGMV(spec), triton_sgmv.TritonSGMV(spec)
+    op = HybridLoRA(spec, halves)
     captures = [Step(CASES[0], [], 7, kind) for kind in ("distinct", "sgmv", "shared")]
     families: set[str] = set()
     few = [False] * 4 + [True, False]
     expected = [*few, True, False, True, False, False, True, False, *few]
     for step, many in zip((*FEW, *MANY, *captures, *FEW), expected, strict=True):
-        check, half = (check_sgmv, op._many) if many else (check_bgmv, op._few)
-        check(op, cuda, step, half)
-        families.add(op.family)
+        check = check_sgmv if many else check_bgmv
+        families.add(check(op, cuda, step, halves[many].scratch))
     assert families == {"bgmv", "sgmv"}
 
 
-def test_a_pool_keeps_its_launches_and_another_pool_does_not(cuda: FakeCuda, bgmv: Any) -> None:
+def test_plans_lie_apart(cuda: FakeCuda, bgmv: Any) -> None:
+    """Launches read their own plan's memory. A dropped plan's is used again, a graph's is fixed."""
+    spec, case = make_spec(CASES[0], MAX_TOKENS, MAX_RANK), CASES[0]
+    step = Step(case, [1, 3], 2)
+    for op, place in ((triton_sgmv.TritonSGMV(spec, Tuned()), 1), (bgmv.CupyBGMV(spec), 3)):
+
+        def address_of(plan: Any, op: Any = op, place: int = place) -> int:
+            *_, seen = launches_of(op, plan, cuda, step, 0, case.groups[0])
+            (address,) = {one.arguments[place] for one in seen}
+            return address
+
+        plans = [plan_step(op, step) for _ in range(3)]
+        addresses = [address_of(plan) for plan in plans]
+        assert len(set(addresses)) == 3 and address_of(plans[0]) == addresses[0]
+        for kind in op.graph_kinds:
+            graph_step = Step(case, [1, 3], 2, kind)
+            static = {address_of(plan_step(op, graph_step)) for _ in range(3)}
+            assert len(static) == 1 and not static & set(addresses)
+        del plans[1]
+        assert address_of(plan_step(op, step)) == addresses[1]
+
+
+def test_launches_follow_the_pool(cuda: FakeCuda, bgmv: Any) -> None:
     spec, case = make_spec(CASES[0], MAX_TOKENS, MAX_RANK), CASES[0]
     other = case.pool.clone()
-    for op, kept in (
-        (triton_sgmv.TritonSGMV(spec, Tuned()), lambda op: op._launches._shrinks),
-        (bgmv.CupyBGMV(spec), lambda op: op._launches),
-    ):
-        op.plan(table=case.table, batch=make_batch([1]))
-        made = []
+    for op, place in ((triton_sgmv.TritonSGMV(spec, Tuned()), 3), (bgmv.CupyBGMV(spec), 2)):
+        plan = op.plan(table=case.table, batch=make_batch([1]))
         for pool in (case.pool, case.pool, other, case.pool):
             step = Step(LoRACase(pool, case.table, SHAPES, case.groups, 2), [1], 1)
-            *_, seen = launches_of(op, cuda, step, 0, case.groups[0])
-            assert all(one.arguments[2] == pool.data_ptr() for one in seen)
-            made.append(next(iter(kept(op).values())))
-        assert made[0] is made[1] and made[1] is not made[2] and len(kept(op)) == 1
+            *_, seen = launches_of(op, plan, cuda, step, 0, case.groups[0])
+            assert all(one.arguments[place] == pool.data_ptr() for one in seen)

@@ -1,4 +1,4 @@
-"""What TritonSGMV launches for few rows depends on their number alone, and its plans add up."""
+"""Launches of TritonSGMV for few rows depend on their number alone, and its plans add up."""
 
 from typing import Any
 
@@ -56,19 +56,14 @@ def test_launches_depend_on_rows_alone(recorder: Recorder, num_rows: int) -> Non
     seen = []
     for seed, popularity in enumerate(POPULARITIES):
         slots = draw_slots(popularity, max(1, num_rows - seed), CASE.num_adapters, seed)
-        op.plan(table=CASE.table, batch=make_batch(slots))
+        plan = op.plan_graph(table=CASE.table, batch=make_batch(slots), kind="sgmv")
         recorder.launches.clear()
         for group in CASE.groups:
             y = torch.empty(1).as_strided((num_rows, sum(group.out_features)), (0, 0))
             apply_lora(
-                op,
-                y=y[:, :],
-                x=x[:, : group.in_features],
-                pool=CASE.pool,
-                layer=0,
+                op, plan, y=y[:, :], x=x[:, : group.in_features], pool=CASE.pool, layer=0,
                 group=group,
-                table=CASE.table,
-            )
+            )  # fmt: skip
         seen.append(
             [
                 (grid, [p for i, p in enumerate(pointers) if i > 0], options)
@@ -83,13 +78,13 @@ def test_units_cover_rows_ranks_and_features_once(lengths: tuple[int, ...]) -> N
     op = TritonSGMV(make_spec(CASE, 2048))
     slots = [2 * i + 1 for i, length in enumerate(lengths) for _ in range(length)]
     batch = make_batch(slots)
-    op.plan(table=CASE.table, batch=batch)
-    meta = op._meta.numpy()
-    assert (meta[op._order_at :][: len(slots)] == batch.token_order).all()
+    plan = op.plan(table=CASE.table, batch=batch)
+    meta = plan.meta.numpy()
+    assert (meta[HEADER_INTS * len(CASE.groups) :][: len(slots)] == batch.token_order).all()
     for index, group in enumerate(CASE.groups):
         header = meta[index * HEADER_INTS :][:HEADER_INTS]
         items_at, tiles_at, splits, chunks = header[1], header[3], header[4], header[5]
-        blocks = op._blocks[op._regime][index]
+        blocks = plan.launches[group.modules[0]][0]
         assert splits * chunks * 64 >= group.in_features > (splits - 1) * chunks * 64
         items = meta[items_at:][: 4 * header[0]].reshape(-1, 4)
         tiles = meta[tiles_at:][: 4 * header[2]].reshape(-1, 4)
@@ -107,7 +102,7 @@ def test_units_cover_rows_ranks_and_features_once(lengths: tuple[int, ...]) -> N
             once[first : first + rows] += 1
         assert (once == 1).all()
         needed = int(splits) * len(slots) * len(group.modules) * int(header[7])
-        assert needed <= op._v.numel(), "the splits do not fit into scratch memory"
+        assert needed <= op.scratch.numel(), "the splits do not fit into scratch memory"
 
 
 def test_every_row_another_adapter_of_the_largest_rank_fits() -> None:
@@ -120,8 +115,8 @@ def test_every_row_another_adapter_of_the_largest_rank_fits() -> None:
 def test_an_empty_plan_leaves_no_work() -> None:
     op = TritonSGMV(make_spec(CASE, 64))
     op.plan(table=CASE.table, batch=make_batch([1, 3]))
-    op.plan(table=CASE.table, batch=make_batch([-1, -1]))
-    headers = op._meta.numpy()[: op._order_at].reshape(-1, HEADER_INTS)
+    plan = op.plan(table=CASE.table, batch=make_batch([-1, -1]))
+    headers = plan.meta.numpy()[: HEADER_INTS * len(CASE.groups)].reshape(-1, HEADER_INTS)
     assert not headers[:, [0, 2]].any()
 
 

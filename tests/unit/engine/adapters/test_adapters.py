@@ -103,7 +103,8 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
     }
     spec = LoRASpec(64, 64, torch.float32, torch.device("cpu"), PAGE_ELEMS, tuple(groups.values()))
     op = TorchLoRA(spec)
-    op.plan(table=table.table, batch=group_rows(np.array([2], np.int32), np.array([5], np.int32)))
+    batch = group_rows(np.array([2], np.int32), np.array([5], np.int32))
+    plan = op.plan(table=table.table, batch=batch)
     peft_model = PeftModel.from_pretrained(hf_model, folder)
     num_adapted = 0
     try:
@@ -116,10 +117,8 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
                     want = linear(x)
                     base = getattr(linear, "base_layer", linear)(x)
                 got = base.clone()
-                apply_lora(
-                    op, y=got, x=x, pool=pool.pages, layer=layer, group=groups[module],
-                    table=table.table,
-                )  # fmt: skip
+                group = groups[module]
+                apply_lora(op, plan, y=got, x=x, pool=pool.pages, layer=layer, group=group)
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
                 is_adapted = hasattr(linear, "base_layer")
                 assert (int(packed.rank[layer, module]) > 0) == is_adapted
