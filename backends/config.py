@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """Which implementation runs each op; ``auto`` takes the best that can run here."""
+    """The implementation of each op. ``auto`` takes the best that can run here."""
 
     lora_backend: str = field(
         default="auto", metadata={"help": "kernels of the LoRA op (`loraplex backends` lists them)"}

@@ -1,6 +1,7 @@
-"""Which backends there are. Importing this file imports neither torch nor any kernel.
+"""The list of backends. Importing this file imports neither torch nor any kernel.
 
-To add a backend: one file with a class that takes the op's spec and has `probe`, one line below.
+To add a backend, write one file with a class that takes the op's spec and has `probe`, and add one
+line below.
 """
 
 import importlib
@@ -18,16 +19,16 @@ Spec: TypeAlias = "AttentionSpec | FusedSpec | LoRASpec"
 
 
 class BackendError(ValueError):
-    """The backend asked for does not exist or cannot run here; the text lists those that can."""
+    """The requested backend does not exist or cannot run here. The text lists those that can."""
 
 
 class BackendClass(Protocol):
-    """What a backend's file offers: made with the op's spec, and asked first whether it can."""
+    """A backend's class. Call `probe` before it is made with the op's spec."""
 
     def __call__(self, spec: Any) -> Any: ...
 
     def probe(self, spec: Any = None) -> str | None:
-        """None when usable, else the reason: for `spec`, or on this machine at all."""
+        """Returns None when usable for `spec` (None: on this machine at all), else the reason."""
         ...
 
 
@@ -44,7 +45,7 @@ class Backend:
         return getattr(importlib.import_module(self.module), self.class_name)
 
     def probe(self, spec: "Spec | None" = None) -> str | None:
-        """None when it can run here (for `spec`, if given), else the reason in plain words."""
+        """Returns None when it can run here (for `spec`, if given), else the reason."""
         try:
             backend_class = self.load()
         except (ImportError, OSError, RuntimeError) as error:
@@ -52,11 +53,11 @@ class Backend:
         return backend_class.probe(spec)
 
     def make(self, spec: "Spec") -> Any:
-        """The op itself. Call `probe` first."""
+        """Returns the op. Call `probe` first."""
         return self.load()(spec)
 
 
-# Of each op the fastest first: `auto` takes the first one that can run.
+# The fastest of each op comes first: `auto` takes the first one that can run.
 _BACKENDS: tuple[Backend, ...] = (
     Backend("lora", "hybrid", "loraplex.backends.lora.hybrid", "HybridLoRA"),
     Backend("lora", "triton", "loraplex.backends.lora.sgmv.triton_sgmv", "TritonSGMV"),
@@ -80,12 +81,12 @@ OPS = tuple(dict.fromkeys(backend.op for backend in _BACKENDS))
 
 
 def list_backends(op: str | None = None) -> tuple[Backend, ...]:
-    """All backends, or those of one op, the preferred one first."""
+    """Returns all backends, or those of one op, the preferred one first."""
     return tuple(backend for backend in _BACKENDS if op in (None, backend.op))
 
 
 def resolve(op: str, name: str = AUTO, spec: "Spec | None" = None) -> Backend:
-    """The backend of `op` called `name`, or the best that can run if that is "auto".
+    """Returns the backend of `op` called `name`, or the best that can run if `name` is "auto".
 
     Raises:
         BackendError: unknown op or name, or unusable (for `spec`, if given).

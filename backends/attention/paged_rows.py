@@ -1,4 +1,4 @@
-"""Sequences over pages in compressed rows: lists of pages, one after the other."""
+"""Sequences over pages in compressed rows: one list of pages after another."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,9 @@ class PagedRows:
 def paged_rows(
     batch: AttentionBatch, start: int, end: int, block_tokens: int, num_padding: int = 0
 ) -> PagedRows:
-    """Sequences `start` to `end` of the batch, then padding: one token in page 0 each.
+    """Returns sequences `start` to `end` of the batch, then padding of one token in page 0 each.
 
-    Only pages that a sequence owns are listed, so nothing can be read through a stale entry.
+    Only pages that a sequence owns are listed, so no library reads through a stale entry.
 
     Raises:
         ValueError: the page table is too narrow for the longest sequence.

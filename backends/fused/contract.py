@@ -1,11 +1,11 @@
 """The contract of op ``fused``: the small operators of a decode step, each one launch.
 
 Arithmetic is float32 and rounds to the tensors' dtype where Hugging Face's models round. Rows are
-contiguous; the stride between rows is free where an argument says so. Nothing syncs or allocates
-but the result, and the same input gives the same bits, so every operator may be captured in a
-CUDA graph.
+contiguous. The stride between rows is free where an argument says so. Operators allocate only the
+result and never sync, and the same input gives the same bits. So every operator may be captured in
+a CUDA graph.
 
-Noise of `draw`. Token id i of a row with keys (k0, k1) has, in arithmetic modulo 2^32::
+The noise of `draw`: token id i of a row with keys (k0, k1) has, in arithmetic modulo 2^32::
 
     mix(x):  x = (x ^ x >> 16) * 0x45D9F3B, twice; then x ^ x >> 16
     bits   = mix(mix(i * 0x61C88647 + k0) ^ k1)
@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class FusedSpec:
-    """What one worker's calls have in common."""
+    """Values that all calls of one worker share."""
 
     dtype: torch.dtype  # of activations and weights
     device: torch.device
@@ -34,7 +34,7 @@ class FusedOps(Protocol):
     name: str
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """weight * x / sqrt(mean(x^2) + eps), rounded before the weight is applied.
+        """Returns weight * x / sqrt(mean(x^2) + eps), rounded before the weight is applied.
 
         Args:
             x: [T, size], any row stride.
@@ -48,10 +48,14 @@ class FusedOps(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """residual += x, in place and rounded; then rms_norm(residual).
+        """Add x to the residual, in place and rounded, and return rms_norm(residual).
 
         Args:
-            x: [T, size], any row stride; residual alike, mutated.
+            x: [T, size], any row stride.
+            residual: the same; mutated.
+
+        Returns:
+            [T, size], contiguous.
         """
         ...
 
@@ -67,8 +71,8 @@ class FusedOps(Protocol):
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """Norm of each head of q and k, where there are weights for it; RoPE; q to `out`, K and V
-        to pages.
+        """Norm the heads of q and k if there are weights for it, rotate them by RoPE, and write q
+        to `out` and K and V to pages.
 
         Args:
             qkv: [T, (num_heads + 2 * kv_heads) * head_dim], q | k | v, any row stride.
@@ -76,15 +80,15 @@ class FusedOps(Protocol):
                 head turns with element i + head_dim / 2.
             kv: [num_pages, 2, block_tokens, kv_heads, head_dim], one layer of the pool,
                 contiguous; mutated.
-            kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's
-                lies block_tokens later. Where tokens share a row, one of them is left in it.
+            kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's is
+                block_tokens rows later. If tokens share a row, it keeps one of them.
             out: [T, num_heads, head_dim], contiguous; mutated.
             q_norm: [head_dim] or None; k_norm alike, and both or neither.
         """
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up; silu's result is rounded before the product.
+        """Returns silu(gate) * up. The result of silu is rounded before the product.
 
         Args:
             gate_up: [T, 2 * size], gate | up, any row stride.
@@ -97,8 +101,10 @@ class FusedOps(Protocol):
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
-        """The greatest element of each row of logits / temperature + noise (see above), or of
-        the logits where the temperature is 0; the lowest token id among equals.
+        """Returns the index of the greatest element of each row.
+
+        The row is logits / temperature + noise (see above), or the logits where the temperature is
+        0. Among equals the lowest token id wins.
 
         Args:
             logits: [N, vocabulary], the model's dtype or float32, any row stride, no NaN.

@@ -6,7 +6,7 @@ from torch.nn import functional
 from loraplex.backends.fused.contract import FusedSpec
 
 CHUNK_ELEMS = 1 << 24
-"""Rows are drawn in chunks of about so many logits, which bounds the scratch memory."""
+"""Logits that are drawn from in one chunk, about; bounds the scratch memory."""
 
 _MASK_32 = 0xFFFFFFFF
 
@@ -64,7 +64,7 @@ class TorchFused:
     ) -> torch.Tensor:
         chosen = logits.argmax(dim=-1)
         rows = torch.arange(len(chosen), device=logits.device)
-        if logits.device.type == "cpu":  # elsewhere, to know the random rows would be a sync
+        if logits.device.type == "cpu":  # on a GPU, finding the random rows would sync
             rows = temperature.nonzero()[:, 0]
         for part in rows.split(max(1, CHUNK_ELEMS // logits.shape[1])):
             heat = temperature.index_select(0, part)
@@ -76,8 +76,13 @@ class TorchFused:
 
 
 def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The contract's noise, float32 [R, vocab_size], of keys [R, 2]; the same on every device up
-    to the rounding of log. Products of the hash stay below 2^63."""
+    """Returns the contract's noise, float32 [R, vocab_size].
+
+    It is equal on every device up to the rounding of log. Products of the hash stay below 2^63.
+
+    Args:
+        keys: int64 [R, 2].
+    """
     ids = torch.arange(vocab_size, device=keys.device)
     bits = _mix32((ids * 0x61C88647 + keys[:, :1]) & _MASK_32)
     bits = _mix32(bits ^ keys[:, 1:])
@@ -92,6 +97,6 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, head_dim], turned by its tokens' angles in float32; contiguous."""
+    """Returns x [T, heads, head_dim], rotated in float32 by its tokens' angles; contiguous."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,7 +1,7 @@
 """Backend ``triton`` of op ``fused``: one launch an operator, two for `draw`.
 
-In decode every operator is a matter of latency, so a program takes so little that each of its
-threads makes one 16-byte access; many tokens bring as many programs.
+In decode every operator is bound by latency. So a program is small: each thread makes one 16-byte
+access. Many tokens take many programs.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ HEADS_PER_PROGRAM = 8
 DRAW_BLOCK = 1024
 MAX_SPLITS = 256
 PROGRAMS_PER_PROCESSOR = 8
-"""Of `draw`: as many as the registers of a multiprocessor hold at one time."""
+"""Programs of `draw` that the registers of an SM hold at one time."""
 
 
 class TritonFused:
@@ -32,7 +32,7 @@ class TritonFused:
 
     @staticmethod
     def probe(spec: FusedSpec | None = None) -> str | None:
-        """None when usable, else the reason."""
+        """Returns None when usable, else the reason."""
         interpreted = knobs.runtime.interpret
         if not interpreted and not torch.cuda.is_available():
             return "it needs a CUDA device"
@@ -50,7 +50,7 @@ class TritonFused:
     def __init__(self, spec: FusedSpec) -> None:
         self._head_dim = spec.head_dim
         is_cuda = spec.device.type == "cuda"
-        # Programmatic dependent launch, of Hopper and later.
+        # Programmatic dependent launch: Hopper and later have it.
         pdl = is_cuda and torch.cuda.get_device_capability(spec.device)[0] >= 9
         self._options: dict[str, Any] = {"PDL": pdl}
         if pdl:
@@ -141,7 +141,7 @@ class TritonFused:
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         num_rows, vocab_size = logits.shape
-        # Never more splits than blocks, and none of them empty.
+        # No more splits than blocks, and no empty split.
         most = max(1, min(MAX_SPLITS, self._draw_programs // num_rows))
         blocks_per_split = -(-vocab_size // (DRAW_BLOCK * most))
         num_splits = -(-vocab_size // (DRAW_BLOCK * blocks_per_split))
@@ -168,7 +168,7 @@ class TritonFused:
 
 
 def _num_warps(num_elems: int) -> int:
-    """One access of 8 elements a thread, within the limits of a program."""
+    """Returns the warps with which a thread accesses 8 elements, within a program's limits."""
     return min(16, max(1, num_elems // (8 * 32)))
 
 

@@ -1,7 +1,7 @@
-"""Launches of CUDA kernels through the driver, their arguments laid out once.
+"""Launches of CUDA kernels through the driver, with arguments that are laid out once.
 
-CuPy's own launch cannot ask for programmatic dependent launch, and it and Triton's pack and check
-all arguments every time.
+CuPy's launch cannot ask for programmatic dependent launch. CuPy's and Triton's launches pack and
+check all arguments every time.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ class _Config(ctypes.Structure):
 
 
 class Launch:
-    """One kernel with its arguments: pointers first, then integers of 32 bits, then the rest.
+    """A kernel and its arguments: pointers first, then 32-bit integers, then the rest.
 
     The driver copies the arguments at each launch, into a graph too.
 
@@ -50,9 +50,9 @@ class Launch:
 
     Args:
         function: the driver's handle, of the context that is current at each launch.
-        pdl: may start while the kernel before it still runs.
-        rest: arguments after the integers; several launches may share one, and read its value.
-        shared_bytes: dynamic shared memory; for more than 48 KiB the function must allow it.
+        pdl: the kernel may start while the previous one still runs.
+        rest: arguments after the integers.
+        shared_bytes: dynamic shared memory. The function must allow more than 48 KiB.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class Launch:
 
 
 def current_stream(device_index: int) -> int:
-    """The raw handle of torch's current stream."""
+    """Returns the raw handle of torch's current stream."""
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 def parameter_layout(function: int) -> list[tuple[int, int]]:
-    """(offset, size) in bytes of each parameter of a kernel, as the driver knows them.
+    """Returns (offset, size) in bytes of each parameter of a kernel, from the driver.
 
-    Raises AttributeError for drivers before CUDA 12.4, which do not tell.
+    Raises AttributeError if the driver is older than CUDA 12.4 and has no such call.
     """
     get_info = _driver().cuFuncGetParamInfo
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()

@@ -1,12 +1,13 @@
 """Launches of Triton kernels through the driver, for a fraction of the CPU time.
 
 Triton's own launch binds, types and specialises every argument every time. Here Triton compiles
-the kernel (the very binary that its own launch takes), and arguments that stay are laid out once.
+the kernel to the binary that its own launch would use, and arguments that stay are laid out once.
 
-The parameters of a compiled kernel are the arguments that are neither constexpr nor, as an integer
-of value 1, made a constant by Triton, in the order of the signature; behind them come two pointers
-to scratch memory, null where the kernel needs none (Triton 3.6 to 3.9). The driver is asked
-whether it sees the same before a kernel is first launched so.
+The parameters of a compiled kernel are its arguments in the order of the signature, without
+constexprs and without integers of value 1, which Triton makes constants. Two pointers to scratch
+memory follow, null if the kernel needs none. This layout and the compiled kernel's fields are
+private to Triton (3.6 to 3.9 were read): pyproject.toml bounds its version. Before a kernel's first
+launch the driver's view of its parameters is compared.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ from loraplex.backends.launch.cuda import Launch, Scalar, current_stream, parame
 
 NUM_SCRATCH_POINTERS = 2
 ALIGNMENT = 16
-"""Bytes; what Triton specialises pointers on."""
+"""Bytes. Triton specialises on pointers that are multiples of it."""
 _SCALARS: dict[str, Callable[[Any], Scalar]] = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
@@ -33,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 
 class UnknownLayout(Exception):
-    """Why a kernel cannot be launched through the driver."""
+    """A kernel cannot be launched through the driver. The text says why."""
 
 
 class TritonLaunch:
-    """A Triton kernel all of whose arguments stay, but for the first tensors.
+    """A Triton kernel of which only the first tensors change between calls.
 
     The tensors of all calls have the dtypes of the first call's and lie on its device, whose
-    context is current; their contents and addresses may change. What the driver cannot launch
-    (Triton's interpreter, a tensor that does not start at 16 bytes, a layout that does not add up)
-    goes through Triton's own launch. Triton's launch hooks see only that.
+    context is current. Their contents and addresses may change. If the driver cannot launch the
+    kernel (Triton's interpreter, a tensor that does not start at 16 bytes, an unknown parameter
+    layout), Triton's own launch does. Triton's launch hooks see only such launches.
 
     Args:
         kernel: made by triton.jit.
@@ -69,7 +70,7 @@ class TritonLaunch:
         self._compiled: Any = None  # unloads the kernel when it is collected
 
     def __call__(self, num_blocks: int, *tensors: torch.Tensor) -> None:
-        """Enqueue on torch's current stream; no blocks: nothing."""
+        """Enqueue on torch's current stream. Does nothing for 0 blocks."""
         if not num_blocks:
             return
         launch = self._launch or self._prepare(tensors)
@@ -79,7 +80,7 @@ class TritonLaunch:
             launch.enqueue(num_blocks, current_stream(self._device_index))
 
     def _prepare(self, tensors: tuple[torch.Tensor, ...]) -> Launch | None:
-        """Compile for aligned tensors and lay out the arguments; None where that cannot be."""
+        """Compile for aligned tensors and lay out the arguments. Returns None if it cannot."""
         if not self._may_prepare:
             return None
         everything = (*tensors, *self._kept)
@@ -97,7 +98,7 @@ class TritonLaunch:
 
 
 def _set_pointers(launch: Launch, tensors: tuple[torch.Tensor, ...]) -> bool:
-    """The first of them; False if one is not aligned."""
+    """Set the first pointers. Returns False if a tensor is not aligned."""
     pointers = launch.pointers
     for i, tensor in enumerate(tensors):
         address = tensor.data_ptr()
@@ -108,9 +109,9 @@ def _set_pointers(launch: Launch, tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def lay_out(compiled: Any, scalars: Sequence[int | float]) -> Launch:
-    """The launch of a compiled kernel, its tensors null.
+    """Returns the launch of a compiled kernel, with null tensors.
 
-    Raises UnknownLayout, naming the cause, if the kernel needs what a Launch does not give.
+    Raises UnknownLayout, naming the cause, if the kernel needs what a Launch does not offer.
     """
     metadata = compiled.metadata
     if metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
@@ -133,7 +134,7 @@ def lay_out(compiled: Any, scalars: Sequence[int | float]) -> Launch:
 def arguments_of(
     compiled: Any, scalars: Sequence[int | float]
 ) -> tuple[int, list[Scalar | ctypes.c_void_p]]:
-    """The number of tensors, and the arguments that follow them, without Triton's constants.
+    """Returns the number of tensors and the arguments after them, without Triton's constants.
 
     Raises UnknownLayout for types other than pointers, then int32, int64 and fp32.
     """

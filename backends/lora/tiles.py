@@ -7,7 +7,7 @@ Int32Array = npt.NDArray[np.int32]
 
 
 def make_tiles(starts: Int32Array, slots: Int32Array, block_rows: int) -> Int32Array:
-    """Tiles of at most `block_rows` rows: int32 [num_tiles, 4] of (slot, first, rows, 0).
+    """Returns tiles of at most `block_rows` rows, int32 [num_tiles, 4]: (slot, first, rows, 0).
 
     `starts` [num_segments + 1] and `slots` [num_segments] are LoRABatch's. Tiles of one segment
     are adjacent and no tile mixes adapters.
@@ -24,10 +24,9 @@ def make_tiles(starts: Int32Array, slots: Int32Array, block_rows: int) -> Int32A
 
 
 def largest_ranks(rank: npt.NDArray[np.int32], slots: Int32Array) -> Int32Array:
-    """int32 [num_slots]: of each slot in `slots` the largest rank, over layers and modules.
+    """Returns the largest rank of each slot in `slots`, over layers and modules, int32 [num_slots].
 
-    `rank` [num_layers, num_modules, num_slots] is LoRATable's. Other slots, however many there
-    are, cost nothing and read 0.
+    `rank` [num_layers, num_modules, num_slots] is LoRATable's. Other slots are 0 and cost no time.
     """
     largest = np.zeros(rank.shape[2], dtype=np.int32)
     largest[slots] = rank[:, :, slots].max(axis=(0, 1))
@@ -37,7 +36,7 @@ def largest_ranks(rank: npt.NDArray[np.int32], slots: Int32Array) -> Int32Array:
 def split_ranks(tiles: Int32Array, slot_ranks: Int32Array, block_ranks: int) -> Int32Array:
     """Repeat each tile once for every `block_ranks` ranks of its adapter; column 3 is the first.
 
-    `slot_ranks` [num_slots] holds each adapter's largest rank, so a step costs its true ranks.
+    `slot_ranks` [num_slots] holds each adapter's largest rank, so work is in true ranks.
     """
     counts = -(-slot_ranks[tiles[:, 0]] // block_ranks)
     items = np.repeat(tiles, counts, axis=0)

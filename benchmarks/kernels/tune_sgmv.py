@@ -274,9 +274,9 @@ def is_faster(rows: list[tuple[Any, ...]], benches: list[Bench]) -> bool:
 
 def write_table(path: Path, table: dict[tuple[int, int], tuple[tuple[Any, ...], ...]]) -> None:
     lines = [
-        '"""Written by benchmarks/kernels/tune_sgmv.py: block sizes that measured best.',
+        '"""Written by benchmarks/kernels/tune_sgmv.py: the fastest measured block sizes.',
         "",
-        "By compute capability: (kernel, regime, rank class, features, sizes of sgmv_blocks.py).",
+        "By compute capability: (kernel, regime, rank class, features, sizes of blocks.py).",
         '"""',
         "",
         "from typing import Any",

@@ -1,4 +1,4 @@
-"""What one forward step hands down to the layers."""
+"""The context of one forward step, which every layer gets."""
 
 from dataclasses import dataclass
 

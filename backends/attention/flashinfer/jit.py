@@ -1,7 +1,7 @@
-"""Whether flashinfer and its compiled modules can be had here.
+"""Finds out whether flashinfer and its compiled modules are available.
 
-A module is a shared object: prebuilt (flashinfer/data/aot/NAME/NAME.so), or built by nvcc and ninja
-at first use and kept in the user's cache.
+A module is a shared object. It is prebuilt (flashinfer/data/aot/NAME/NAME.so), or nvcc and ninja
+build it at first use and the user's cache keeps it.
 """
 
 import importlib.util
@@ -15,11 +15,11 @@ import torch
 from loraplex.backends.attention.contract import AttentionSpec
 
 build_errors: dict[str, str] = {}
-"""Of builds that failed, by the module's name: none is tried twice."""
+"""Errors of failed builds, by the module's name. A failed build is not tried again."""
 
 
 def missing_reason(spec: AttentionSpec, kind: str) -> str | None:
-    """Why a module can neither be loaded nor built, or None."""
+    """Returns why a module can neither be loaded nor built, or None."""
     found = jit_spec(spec, kind)
     if found.name in build_errors:
         return f"the kernels {found.name} do not build: {build_errors[found.name]}"
@@ -40,7 +40,7 @@ def missing_reason(spec: AttentionSpec, kind: str) -> str | None:
 
 
 def library_reason() -> str | None:
-    """Why the library cannot be used at all, or None."""
+    """Returns why the library cannot be used at all, or None."""
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed (pip install flashinfer-python)"
     try:
@@ -52,7 +52,7 @@ def library_reason() -> str | None:
 
 
 def jit_spec(spec: AttentionSpec, kind: str) -> Any:
-    """The library's JitSpec of a kind of kernels: "cuda-cores" (decode), "fa2" or "fa3"."""
+    """Returns the library's JitSpec of kernels "cuda-cores" (decode), "fa2" or "fa3"."""
     from flashinfer.jit.attention.modules import gen_batch_decode_module, gen_batch_prefill_module
 
     if kind == "cuda-cores":
@@ -61,6 +61,7 @@ def jit_spec(spec: AttentionSpec, kind: str) -> Any:
 
 
 def module_key(spec: AttentionSpec) -> tuple[Any, ...]:
-    """Types of q, cache, output and indices, head sizes, no rotation, no window, no soft cap."""
+    """Returns a module's parameters: types of q, cache, output and indices, head sizes, and no
+    rotation, window or soft cap."""
     types = (spec.dtype, spec.dtype, spec.dtype, torch.int32)
     return (*types, spec.head_dim, spec.head_dim, 0, False, False)

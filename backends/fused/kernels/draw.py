@@ -1,8 +1,8 @@
 """Triton device code of `draw`: the best of each split of a row, then the best of the splits.
 
-A candidate is one int64: the bits of its value, in an order that integers share, above
-2^31 - 1 - token id. So the greatest is the best, and among equal values the lowest token id,
-whatever the order in which candidates are compared.
+A candidate is one int64. Its high half holds the value's bits, mapped so that integers order like
+the values. Its low half is 2^31 - 1 - token id. So the greatest candidate is the best, and the
+lowest token id among equal values, in whatever order candidates are compared.
 """
 
 import triton
@@ -19,7 +19,7 @@ def _mix32(x):
 
 @triton.jit
 def _gumbel(id_C, key_0, key_1):
-    """The contract's noise; tl.log is libdevice's, exact to an ulp near 1 too."""
+    """The contract's noise. tl.log is libdevice's, which is exact to an ulp near 1 too."""
     bits_C = _mix32(_mix32(id_C.to(tl.uint32) * 0x61C88647 + key_0) ^ key_1)
     uniform_C = ((bits_C >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     return -tl.log(-tl.log(uniform_C))
@@ -30,7 +30,7 @@ def draw_split_kernel(
     logits, temperature, keys, candidates, logits_stride, num_splits, split_size,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best of `split_size` (a multiple of BLOCK) logits of one row a program."""
+    """Each program finds the best of `split_size` logits of one row (a multiple of BLOCK)."""
     row = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
     lane_C = tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def draw_split_kernel(
     for start in range(begin, end, BLOCK):
         value_C = raw_C.to(tl.float32)
         id_C = start + lane_C
-        next_C = id_C + BLOCK  # on its way while this block is compared
+        next_C = id_C + BLOCK  # loaded while this block is compared
         is_last = start + BLOCK >= end
         mask_C = (next_C < VOCAB) & (not is_last)
         raw_C = tl.load(logits + next_C, mask=mask_C, other=float("-inf"))
@@ -59,7 +59,7 @@ def draw_split_kernel(
         better_C = value_C > best_C
         best_C = tl.where(better_C, value_C, best_C)
         best_id_C = tl.where(better_C, id_C, best_id_C)
-    best_C = tl.where(best_C == 0, 0.0, best_C)  # -0 and 0 are equals
+    best_C = tl.where(best_C == 0, 0.0, best_C)  # -0 equals 0
     bits_C = best_C.to(tl.int32, bitcast=True)
     ordered_C = (bits_C ^ ((bits_C >> 31) & 0x7FFFFFFF)).to(tl.int64)
     candidate_C = (ordered_C << 32) | (0x7FFFFFFF - best_id_C).to(tl.int64)
@@ -68,7 +68,7 @@ def draw_split_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def draw_merge_kernel(candidates, chosen, num_splits, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """The token id of the best of a row's splits."""
+    """Each program writes the token id of the best of one row's splits."""
     row = tl.program_id(0)
     split = tl.arange(0, MAX_SPLITS)
     mask = split < num_splits

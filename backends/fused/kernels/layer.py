@@ -1,7 +1,7 @@
-"""Triton device code of a decoder layer's small operators; see the contract for what they compute.
+"""Triton device code of a decoder layer's small operators. The contract says what they compute.
 
-Shape legend: C columns of a row, H heads of a block, D half a head. Where PDL is set, a kernel
-starts while the one before still runs, and reads weights alone until that has ended.
+Shape legend: C columns of a row, H heads of a block, D half a head. If PDL is set, a kernel starts
+while the previous one still runs, and reads only weights until that one has ended.
 """
 
 import triton
@@ -14,7 +14,7 @@ def rms_norm_kernel(
     x, residual, weight, y, x_stride, residual_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. With ADD, x is first added to the residual, which is then normed."""
+    """Each program norms one row. With ADD it first adds x to the residual and norms that."""
     row = tl.program_id(0).to(tl.int64)
     column_C = tl.arange(0, BLOCK)
     mask_C = column_C < SIZE
@@ -39,7 +39,7 @@ def rms_norm_kernel(
 def silu_mul_kernel(
     gate_up, y, gate_up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """BLOCK columns of one row a program."""
+    """Each program computes BLOCK columns of one row."""
     NUM_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     column_C = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -61,10 +61,10 @@ def _move_heads(
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
     NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Heads first .. first + HEADS below limit from source to target, normed and rotated."""
+    """Copy heads first .. first + HEADS below limit to target, normed and rotated."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head_H = first + tl.arange(0, HEADS)
-    # Angles and weights are read once a head, from L1: in the layout in which they are used.
+    # Angles and weights are read once for each head, from L1, in the layout in which they are used.
     column_HD = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (HEADS, BLOCK_D))
     mask_HD = (head_H < limit)[:, None] & (column_HD < HALF)
     place_HD = head_H[:, None] * HEAD_DIM + column_HD
@@ -95,7 +95,7 @@ def rope_store_kv_kernel(
     BLOCK_TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
     NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of q, of k or of v of one token a program."""
+    """Each program handles HEADS heads of q, k or v of one token."""
     Q_BLOCKS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     NUM_BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS

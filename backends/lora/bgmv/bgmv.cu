@@ -1,32 +1,32 @@
-// CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter,
-// reading weights in place from the page pool. Both are bound by the bytes of the weights.
+// CUDA device code of BGMV (Punica, arXiv 2310.18547): shrink and expand for few rows an adapter.
+// They read weights in place from the page pool and are bound by the bytes of the weights.
 //
-// Compiled once for each kind of batch and group of projections, with these macros:
+// Compiled once for each kind of batch and each group of projections, with these macros:
 //   BF16          1 for bfloat16, 0 for float16
 //   PDL           1 where programmatic dependent launch exists (sm_90 on)
 //   PAGE          elements of a page in one layer, a multiple of 64
 //   NUM_MODULES   projections of the group, 1 to 3
 //   K, K_ROW      input features; the same rounded up to 64
-//   GROUP, NUM_GROUPS   which of the groups this is
-//   MAX_SPLITS    of K
+//   GROUP, NUM_GROUPS   index of the group, and how many groups there are
+//   MAX_SPLITS    most splits of K
 //   NT            tiles of 8 rows in an item of shrink
-//   WARPS         of a block of shrink
+//   WARPS         warps of a block of shrink
 //   OUT_0, OUT_1, OUT_2, START_1, START_2   columns of the modules in y, and where they start
 //   ROWS          rows of a tile of expand: few, or 16 for the matrix unit
-//   MAX_RANK      of any adapter
-//   THREADS       of a block of expand
+//   MAX_RANK      largest rank of any adapter
+//   THREADS       threads of a block of expand
 //
-// Both kernels loop over the work that the step's plan describes, with a grid that depends on the
-// number of rows and the kind alone, so that a captured launch serves every later plan, of
-// `capacity` rows:
+// Both kernels loop over the work of a plan. Their grid depends on the number of rows and the kind
+// alone, so a captured launch serves every later plan of that kind. A plan has room for `capacity`
+// rows:
 //   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
 //   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
 //                 binary logarithm of splits rounded up to a power of two, unused)
 //   then          capacity tiles: int4 (slot, first row, rows, unused)
 //   then          order: the token of each of capacity rows
-//   then          items: int4 (slot, first row, rows, first rank); room for one of each row and 16
-//                 ranks
-// Each part has its place whatever the numbers are, so that reading them delays nothing.
+//   then          items: int4 (slot, first row, rows, first rank); room for one for each row and
+//                 16 ranks
+// The place of each part depends on `capacity` alone, so no load waits for another part.
 
 #ifndef EMULATED  // else tests/helpers/kernels/cuda_emulator.h has these
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
@@ -55,9 +55,9 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 }
 #endif
 
-// Programmatic dependent launch: what stands before the wait may run beside the kernel before, and
-// beside those before it, since each kernel releases the next at once: it may read weights and what
-// the step has planned, but neither x nor v nor y. Whoever has waited sees all that went before.
+// Programmatic dependent launch. Each kernel releases the next at once, so code before the wait may
+// run beside several earlier kernels. It may read weights and the plan, but not x, v or y. After the
+// wait all writes of earlier kernels are visible.
 __device__ __forceinline__ void wait_for_previous() {
 #if PDL
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -69,7 +69,7 @@ __device__ __forceinline__ void release_next() {
 #endif
 }
 
-// Not through the read-only path (.nc), whose loads ptxas moves behind wait_for_previous().
+// Not the read-only path (.nc): ptxas moves its loads behind wait_for_previous().
 __device__ __forceinline__ uint4 load_weights(const T* pointer) {
   uint4 w;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -77,7 +77,7 @@ __device__ __forceinline__ uint4 load_weights(const T* pointer) {
   return w;
 }
 
-// Volatile, so that the compiler cannot move it before wait_for_previous().
+// Volatile, so that the compiler does not move it before wait_for_previous().
 __device__ __forceinline__ uint4 load_input(const T* pointer) {
   uint4 w;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -93,7 +93,7 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Keeps a pointer in registers: it is not derived again, at each use, from what it came from.
+// Keeps a pointer in registers, so that it is not computed again at each use.
 template <typename P>
 __device__ __forceinline__ const P* hold(const P* pointer) {
   asm volatile("" : "+l"(pointer));
@@ -101,7 +101,7 @@ __device__ __forceinline__ const P* hold(const P* pointer) {
 }
 #endif  // EMULATED
 
-// Blocks of few warps spend much of their time on addresses, hence unsigned and by multiply-add.
+// Blocks of few warps spend much of their time on addresses: hence unsigned and multiply-add.
 typedef unsigned long long U64;
 __device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
   return __ldg(pages + element / (unsigned)PAGE);
@@ -138,7 +138,8 @@ __device__ __forceinline__ const int* order_of(const int* plan, int capacity) {
 __device__ __forceinline__ const int4* items_of(const int* plan, int capacity) {
   return reinterpret_cast<const int4*>(plan + 4 + 4 * NUM_GROUPS + 5 * capacity);
 }
-// Of a block's first work. How K is split is still on its way: fetches what each split would need.
+// Returns the item of a block's first work. The number of splits is still being loaded, so this loads
+// the item for each possible number.
 __device__ __forceinline__ int4 first_item(const int4* items, int capacity, Split split) {
   const int num_places = capacity * ((MAX_RANK + 15) / 16);
   int4 item = make_int4(0, 0, 0, 0);
@@ -153,10 +154,10 @@ __device__ __forceinline__ int4 first_item(const int4* items, int capacity, Spli
 
 // v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
 //
-// A block takes 16 ranks and up to 8 * NT rows of one adapter; its warps take units in turn and
-// add up in shared memory. Ranks are the 16 rows of the matrix unit's A operand, tokens the 8
-// columns of its B operand. Both hold the same permutation of K (a lane reads 8 elements in a
-// row), which a sum over K does not see: no shared memory and no transpose stand in between.
+// A block takes 16 ranks and up to 8 * NT rows of one adapter. Its warps take units in turn and add
+// up in shared memory. Ranks are the 16 rows of the matrix unit's A operand, tokens the 8 columns of
+// its B operand. Both operands hold the same permutation of K (a lane reads 8 consecutive elements).
+// A sum over K does not depend on the order, so neither shared memory nor a transpose is needed.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
        const int* __restrict__ plan, const int* __restrict__ page_table,
@@ -235,7 +236,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
         }
     }
 
-    __syncthreads();  // the work before may still be read
+    __syncthreads();  // other warps may still read the previous work's sums
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -263,7 +264,7 @@ const int BLOCKS = BLOCKS_0 + BLOCKS_1 + (OUT_2 + WIDTH - 1) / WIDTH;
 const bool EXACT = OUT_0 % WIDTH == 0 && OUT_1 % WIDTH == 0 && OUT_2 % WIDTH == 0;
 
 struct Panel {
-  int block, module, width, column;  // the block of the module; its columns, and where in y
+  int block, module, width, column;  // block of the module; the module's columns, its start in y
 };
 template <class Work>
 __device__ __forceinline__ Panel panel_of(Work work) {
@@ -282,8 +283,8 @@ __device__ __forceinline__ int4 first_tile(const int* plan, int capacity) {
 #if ROWS < 16
 // y[order[p], out_m] += scale * (sum over splits of v[:, p, m]) . B[slot, m], in place.
 //
-// A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module; a thread
-// takes 8 columns and, of 16 ranks at a time, one vector each, all in flight together.
+// A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module. A thread takes
+// 8 columns. It loads one vector for each of 16 ranks at a time, all in flight together.
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
 expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
@@ -317,14 +318,14 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     auto fetch = [&](int first) {
       const unsigned element = start + first * width_row + n;
       const T* weights = hold(pool);
-      unsigned page[16];  // all page numbers first: each is a load that the weights wait for
+      unsigned page[16];  // loads all page numbers first: the loads of weights wait for them
       if (in && first + 16 <= limit) {
 #pragma unroll
         for (int r = 0; r < 16; ++r) page[r] = page_of(pages, element + r * width_row);
 #pragma unroll
         for (int r = 0; r < 16; ++r)
           b[r] = load_weights(address(weights, page[r], element + r * width_row));
-      } else {  // looks up the last row again instead of none, so that no lookup is conditional
+      } else {  // past the limit it looks up the last row again, so that no lookup is conditional
         const unsigned column = start + (in ? n : 0);
 #pragma unroll
         for (int r = 0; r < 16; ++r)
@@ -355,7 +356,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 
     float acc[ROWS][8] = {};
     for (int first = 0; first < limit; first += 16) {
-      __syncthreads();  // what was shrunk before may still be read
+      __syncthreads();  // other threads may still read the previous ranks
       if (first) fetch(first);
       for (int i = threadIdx.x; i < ROWS * 16; i += THREADS) {
         const int row = i / 16, r = first + i % 16;
@@ -410,10 +411,10 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 
 // The same for many rows an adapter: a tile of 16 rows is the matrix unit's A operand.
 //
-// A warp takes 64 columns of one module: lane (g, q) of its 8 x 4 fetches 8 columns from g * 8 on of
-// the ranks 2q, 2q + 1, 2q + 8 and 2q + 9 of 16, so that the j-th of its columns are an operand of
-// one product, whose 8 columns are j, 8 + j, 16 + j and so on. Of the 8 products together a lane
-// gets 16 columns in a row, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
+// A warp takes 64 columns of one module. Lane (g, q) of its 8 x 4 fetches 8 columns, from g * 8 on, of
+// the ranks 2q, 2q + 1, 2q + 8 and 2q + 9 of 16. The j-th columns of all lanes are an operand of one
+// product, whose 8 columns are j, 8 + j, 16 + j and so on. From the 8 products a lane gets 16
+// consecutive columns, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
 #if ROWS == 16
 extern "C" __global__ void __launch_bounds__(THREADS)
 expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
@@ -450,7 +451,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     uint4 b[4];
     auto fetch = [&](int first, uint4(&into)[4]) {
       unsigned page[4];
-      // Looks up the last row again instead of none, so that no lookup is conditional.
+      // Past the limit it looks up the last row again, so that no lookup is conditional.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = min(first + 2 * q + (i & 1) + (i >> 1) * 8, limit - 1);
@@ -463,7 +464,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
                                   : zero;
       }
     };
-    // Of rows g and g + 8: 16 columns in a row.
+    // 16 consecutive columns of rows g and g + 8.
     T* y_row[2];
     bool has[2][2];
     fetch(0, b);
@@ -486,7 +487,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 #pragma unroll
       for (int i = 0; i < 2; ++i) old[h][i] = has[h][i] ? load_input(y_row[h] + i * 8) : zero;
 
-    __syncthreads();  // what was shrunk before may still be read
+    __syncthreads();  // other threads may still read the previous tile
     const long long stride = (long long)step.num_rows * v_row_stride;
     for (int i = threadIdx.x; i < (limit + 15) / 16 * 128; i += THREADS) {
       const int row = i % 128 / 8, r = i / 128 * 16 + i % 8 * 2;
@@ -504,7 +505,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 #pragma unroll
           for (int s = 0; s < 8; ++s) low += share[s].x, high += share[s].y;
         }
-        if (r + 1 == limit) high = 0;  // what lies there is no number
+        if (r + 1 == limit) high = 0;  // beyond the limit memory may hold NaN
       }
       shrunk[row][r / 2] = pack(low * factor, high * factor);
     }

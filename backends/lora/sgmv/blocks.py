@@ -1,6 +1,6 @@
-"""Block sizes of the Triton SGMV kernels: measured ones where there are, else sensible ones.
+"""Block sizes of the Triton SGMV kernels: measured ones if there are any, else defaults.
 
-`benchmarks/kernels/tune_sgmv.py` measures candidates on a GPU and writes sgmv_tuned.py.
+`benchmarks/kernels/tune_sgmv.py` measures candidates on a GPU and writes tuned.py.
 """
 
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from loraplex.backends.lora.sgmv.tuned import TUNED
 Regime = Literal["decode", "prefill"]
 
 RANK_CLASSES = (16, 32, 64, 256)
-"""A prefill takes the first class that its largest rank does not pass; a decode step the first,
-whatever its ranks, since its kernels may not depend on the batch."""
+"""A prefill takes the first class that its largest rank does not pass. A decode step always takes
+the first class, since its kernels may not depend on the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkBlocks:
     rows: int  # of a tile
-    max_ranks: int  # of an item; fewer where all modules of the group have fewer together
+    max_ranks: int  # of an item; fewer if the group's modules have fewer ranks together
     warps: int
     stages: int  # of the pipeline over chunks of 64 input features
     waves: int  # programs wanted for each multiprocessor
@@ -38,10 +38,10 @@ class ExpandBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What measured best for one regime, rank class and size of group.
+    """The fastest measured blocks, by regime, rank class and features.
 
-    `features` is the group's in_features for shrink, its columns for expand; groups in between
-    take the nearest.
+    `features` are the group's in_features for shrink, its columns for expand. A group that was not
+    measured takes the nearest.
     """
 
     shrink: dict[tuple[Regime, int, int], ShrinkBlocks] = field(default_factory=dict)
@@ -49,19 +49,19 @@ class Tuned:
 
 
 def rank_class(regime: Regime, largest_rank: int) -> int:
-    """The class that a step of this regime belongs to."""
+    """Returns the class of RANK_CLASSES of a step in this regime."""
     if regime == "decode":
         return RANK_CLASSES[0]
     return next(size for size in RANK_CLASSES if largest_rank <= size)
 
 
 def tuned_for(capability: tuple[int, int] | None) -> Tuned:
-    """The measurements of this compute capability; empty for one that was not measured."""
+    """Returns the measurements of this compute capability; empty if there are none."""
     return as_tuned(TUNED.get(capability, ()) if capability is not None else ())
 
 
 def as_tuned(rows: Iterable[tuple[Any, ...]]) -> Tuned:
-    """Rows as sgmv_tuned.py has them."""
+    """Returns rows of tuned.py by their keys."""
     tuned = Tuned()
     for kernel, regime, ranks, features, sizes in rows:
         if kernel == "shrink":
@@ -72,7 +72,7 @@ def as_tuned(rows: Iterable[tuple[Any, ...]]) -> Tuned:
 
 
 def shrink_blocks(tuned: Tuned, regime: Regime, ranks: int, features: int) -> ShrinkBlocks:
-    """Measured for the nearest size, else the default. `ranks` is a rank class."""
+    """Returns the blocks measured for the nearest size, else defaults. `ranks` is a rank class."""
     key = _nearest(list(tuned.shrink), regime, ranks, features)
     if key is not None:
         return tuned.shrink[key]
@@ -84,7 +84,7 @@ def shrink_blocks(tuned: Tuned, regime: Regime, ranks: int, features: int) -> Sh
 
 
 def expand_blocks(tuned: Tuned, regime: Regime, ranks: int, features: int) -> ExpandBlocks:
-    """Measured for the nearest size, else the default. `ranks` is a rank class."""
+    """Returns the blocks measured for the nearest size, else defaults. `ranks` is a rank class."""
     key = _nearest(list(tuned.expand), regime, ranks, features)
     if key is not None:
         return tuned.expand[key]
@@ -106,7 +106,8 @@ def expand_blocks(tuned: Tuned, regime: Regime, ranks: int, features: int) -> Ex
 def _nearest(
     keys: list[tuple[Regime, int, int]], regime: Regime, ranks: int, features: int
 ) -> tuple[Regime, int, int] | None:
-    """The measured key of this regime and rank class whose features are nearest, as a ratio."""
+    """Returns the measured key of this regime and rank class whose features are nearest, as a
+    ratio."""
     fitting = [key for key in keys if key[:2] == (regime, ranks)]
 
     def distance(key: tuple[Regime, int, int]) -> float:

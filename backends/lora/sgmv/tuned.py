@@ -1,6 +1,6 @@
-"""Written by benchmarks/kernels/tune_sgmv.py: block sizes that measured best.
+"""Written by benchmarks/kernels/tune_sgmv.py: the fastest measured block sizes.
 
-By compute capability: (kernel, regime, rank class, features, sizes of sgmv_blocks.py).
+By compute capability: (kernel, regime, rank class, features, sizes of blocks.py).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The lists of work of one step for the Triton SGMV kernels. Host side, numpy."""
+"""The work lists of one plan for the Triton SGMV kernels. Host side, numpy."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from loraplex.backends.lora.tiles import make_tiles, split_ranks
 
 
 class WorkLists:
-    """Items and tiles, made once for all groups that need the same, one list after the other.
+    """The lists of items and tiles of a plan. Groups that need equal lists share one.
 
-    Each method returns the number of entries and where they start in the step's metadata.
+    `items` and `tiles` return the number of entries and where they start in the plan's metadata.
     """
 
     def __init__(self, batch: LoRABatch, at: int) -> None:
