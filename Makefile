@@ -30,7 +30,7 @@ lint: dev
 	view=$$(mktemp -d) && trap 'rm -rf "$$view"' EXIT && .ci/view "$$view" \
 	  && MYPYPATH="$$view" $(BIN)/mypy -p loraplex \
 	  && MYPYPATH="$$view:benchmarks/papers:benchmarks/simulation" \
-	    $(BIN)/mypy benchmarks/papers benchmarks/simulation \
+	    $(BIN)/mypy benchmarks/papers benchmarks/simulation docs/generate_configuration.py \
 	  && PYTHONPATH="$$view" $(BIN)/lint-imports --no-cache
 
 format: dev

@@ -65,5 +65,5 @@ PUNICA_BASE = {"llama-2-7b": 1140.0, "llama-2-13b": 789.0}
 PUNICA_NOTE = (
     "paper: Punica on one A100 80GB, 1,000 requests of ShareGPT's lengths, batch 32, the same "
     "figure for every popularity; base is the paper's vLLM without adapters. Lengths here are a "
-    "stand-in (see docs/benchmarks.md) and the hardware differs: compare Distinct with Identical."
+    "stand-in (see docs/results.md) and the hardware differs: compare Distinct with Identical."
 )
