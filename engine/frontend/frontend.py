@@ -98,17 +98,17 @@ class Frontend:
                 self._reply(client, {"type": "pong"})
             case protocol.Bye():
                 self._clients.forget(client)
-            case protocol.Cancel():
+            case protocol.CancelRequest():
                 self._requests.cancel(client, message.request_id)
-            case protocol.Health():
+            case protocol.HealthRequest():
                 self._reply(client, self._health(message.request_id))
             case _ if self._dead_reason:
                 text = protocol.error_reply(message.request_id, "engine_dead", self._dead_reason)
                 self._reply(client, text)
-            case protocol.Generate():
+            case protocol.GenerateRequest():
                 self._clients.watch(client)
                 self._requests.add(client, message)
-            case protocol.Stats():
+            case protocol.StatsRequest():
                 query_id = self._new_query(client, message.request_id, "stats")
                 self._scheduler.send(StatsQuery(query_id))
             case _:
@@ -116,17 +116,17 @@ class Frontend:
 
     def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
         match message:
-            case protocol.LoadAdapter():
+            case protocol.LoadAdapterRequest():
                 path = check_under_root(message.path, self._config.adapter.adapter_root)
                 op = "register" if message.lazy else "load"
                 self._adapter_command(client, message.request_id, op, message.name, path)
-            case protocol.UnloadAdapter():
+            case protocol.UnloadAdapterRequest():
                 self._adapter_command(client, message.request_id, "unload", message.name)
-            case protocol.PinAdapter():
+            case protocol.PinAdapterRequest():
                 self._adapter_command(client, message.request_id, "pin", message.name)
-            case protocol.UnpinAdapter():
+            case protocol.UnpinAdapterRequest():
                 self._adapter_command(client, message.request_id, "unpin", message.name)
-            case protocol.ListAdapters():
+            case protocol.ListAdaptersRequest():
                 self._adapter_command(client, message.request_id, "list", message.name)
 
     def _adapter_command(

@@ -8,7 +8,7 @@ from pathlib import Path
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, ConfigError, client_error
-from loraplex.engine.frontend.protocol import Generate
+from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages import EngineInfo
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
@@ -60,7 +60,7 @@ class InputProcessor:
         if codec is not None:
             self._eos_token_ids.update(codec.tokenizer.eos_token_ids)
 
-    def tokenize(self, message: Generate) -> "array[int]":
+    def tokenize(self, message: GenerateRequest) -> "array[int]":
         """The prompt's token ids, int32 and checked. ClientError says what is wrong with it."""
         token_ids = message.prompt_token_ids
         if token_ids is None:
@@ -82,7 +82,7 @@ class InputProcessor:
             )
         return token_ids
 
-    def _encode(self, message: Generate) -> list[int]:
+    def _encode(self, message: GenerateRequest) -> list[int]:
         if self._codec is None:
             raise ClientError(
                 "this server runs without a tokenizer (skip_tokenizer_init): "

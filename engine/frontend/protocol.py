@@ -1,19 +1,18 @@
-"""The messages between clients and a frontend: MessagePack maps, described in docs/protocol.md.
+"""Messages between clients and a frontend: MessagePack maps, described in docs/protocol.md.
 
-Shared by both sides, so that names and checks exist once. What a client sends is parsed into
-one of the classes of CLIENT_MESSAGES; every wrong byte ends in a ClientError with a code.
+The frontend parses each message into one of the classes of CLIENT_MESSAGES. Input that does not
+fit raises a ClientError with an error code.
 """
 
 from array import array
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import msgpack
 
 from loraplex.engine import errors
-from loraplex.engine.adapters.paths import ADAPTER_NAME
 from loraplex.engine.errors import ClientError, LoraplexError, client_error
+from loraplex.engine.frontend import field_checks
 from loraplex.engine.frontend.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 1
@@ -21,100 +20,34 @@ MAX_ID_CHARS = 256
 MAX_ERROR_CHARS = 1000
 MAX_MAP_ENTRIES = 1 << 18
 
-Check = Callable[[Any], Any]
-
-
-def _text(max_chars: int, *, empty: bool = True) -> Check:
-    def check(value: Any) -> str:
-        if not isinstance(value, str):
-            raise TypeError(f"must be a string, got {_kind(value)}")
-        if len(value) > max_chars or (not empty and not value):
-            raise ValueError(f"must have {0 if empty else 1} to {max_chars} characters")
-        return value
-
-    return check
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"must be a bool, got {_kind(value)}")
-    return value
-
-
-def _int32(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"must be an integer, got {_kind(value)}")
-    if not -(2**31) <= value < 2**31:
-        raise ValueError("must fit 32 bits")
-    return value
-
-
-def _token_ids(value: Any) -> "array[int]":
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        raise TypeError("must be a list of integers")
-    try:
-        return array("i", value)
-    except OverflowError:
-        raise ValueError("holds a token id that does not fit 32 bits") from None
-
-
-def _conversation(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise TypeError("must be a list of one or more maps")
-    for turn in value:
-        if not isinstance(turn, dict) or not all(isinstance(key, str) for key in turn):
-            raise TypeError("each message must be a map with string keys")
-        if not isinstance(turn.get("role"), str):
-            raise TypeError('each message needs a string "role"')
-        if not isinstance(turn.get("content"), str | list | None):
-            raise TypeError('the "content" of a message must be a string or a list of parts')
-    return value
-
-
-def _sampling(value: Any) -> SamplingParams:
-    return SamplingParams.from_wire(value)
-
-
-def _adapter_name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"must be a string, got {_kind(value)}")
-    if not ADAPTER_NAME.fullmatch(value):
-        raise ValueError(
-            f"{value[:40]!r} is no adapter name: letters, digits and . _ : / @ + - only, "
-            "at most 200, a letter or digit first"
-        )
-    return value
-
-
-def _optional_adapter(value: Any) -> str:
-    return "" if value is None or value == "" else _adapter_name(value)
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-_ID = {"check": _text(MAX_ID_CHARS, empty=False)}
-_FLAG = {"check": _bool}
-_ANY_TEXT = {"check": _text(1 << 30)}
+_ID = {"check": field_checks.text(MAX_ID_CHARS, empty=False)}
+_FLAG = {"check": field_checks.boolean}
+_ANY_TEXT = {"check": field_checks.text(1 << 30)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Exactly one of `prompt`, `prompt_token_ids` and `messages` is given."""
+class GenerateRequest:
+    """Asks for completions of one prompt.
+
+    Exactly one of `prompt`, `prompt_token_ids` and `messages` is set.
+    """
 
     request_id: str = field(metadata=_ID)
     prompt: str | None = field(default=None, metadata=_ANY_TEXT)
-    prompt_token_ids: "array[int] | None" = field(default=None, metadata={"check": _token_ids})
-    messages: list[dict[str, Any]] | None = field(default=None, metadata={"check": _conversation})
+    prompt_token_ids: "array[int] | None" = field(
+        default=None, metadata={"check": field_checks.token_ids}
+    )
+    messages: list[dict[str, Any]] | None = field(
+        default=None, metadata={"check": field_checks.conversation}
+    )
     add_generation_prompt: bool = field(default=True, metadata=_FLAG)
     continue_final_message: bool = field(default=False, metadata=_FLAG)
     sampling_params: SamplingParams = field(
-        default_factory=SamplingParams, metadata={"check": _sampling}
+        default_factory=SamplingParams, metadata={"check": SamplingParams.from_wire}
     )
-    adapter: str = field(default="", metadata={"check": _optional_adapter})
-    salt: str = field(default="", metadata={"check": _text(MAX_ID_CHARS)})
-    priority: int = field(default=0, metadata={"check": _int32})
+    adapter: str = field(default="", metadata={"check": field_checks.optional_adapter_name})
+    salt: str = field(default="", metadata={"check": field_checks.text(MAX_ID_CHARS)})
+    priority: int = field(default=0, metadata={"check": field_checks.int32})
     stream: bool = field(default=True, metadata=_FLAG)
     use_prefix_cache: bool = field(default=True, metadata=_FLAG)
     return_prompt_token_ids: bool = field(default=False, metadata=_FLAG)
@@ -138,94 +71,98 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
+class CancelRequest:
+    """Ends the request that has this id."""
+
     request_id: str = field(metadata=_ID)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadAdapter:
+class LoadAdapterRequest:
+    """Registers an adapter; with `lazy` its files are read on first use."""
+
     request_id: str = field(metadata=_ID)
-    name: str = field(metadata={"check": _adapter_name})
-    path: str = field(metadata={"check": _text(4096, empty=False)})
+    name: str = field(metadata={"check": field_checks.adapter_name})
+    path: str = field(metadata={"check": field_checks.text(4096, empty=False)})
     lazy: bool = field(default=False, metadata=_FLAG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnloadAdapter:
+class UnloadAdapterRequest:
     request_id: str = field(metadata=_ID)
-    name: str = field(metadata={"check": _adapter_name})
+    name: str = field(metadata={"check": field_checks.adapter_name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PinAdapter:
+class PinAdapterRequest:
     request_id: str = field(metadata=_ID)
-    name: str = field(metadata={"check": _adapter_name})
+    name: str = field(metadata={"check": field_checks.adapter_name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnpinAdapter:
+class UnpinAdapterRequest:
     request_id: str = field(metadata=_ID)
-    name: str = field(metadata={"check": _adapter_name})
+    name: str = field(metadata={"check": field_checks.adapter_name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListAdapters:
-    """All without a `name`."""
+class ListAdaptersRequest:
+    """Asks for one adapter, or for all if `name` is empty."""
 
     request_id: str = field(metadata=_ID)
-    name: str = field(default="", metadata={"check": _optional_adapter})
+    name: str = field(default="", metadata={"check": field_checks.optional_adapter_name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
+class HealthRequest:
     request_id: str = field(metadata=_ID)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
+class StatsRequest:
     request_id: str = field(metadata=_ID)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """Answered with pong; needs no id."""
+    """Asks for a "pong". It has no request id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bye:
-    """The client leaves: its requests are cancelled, nothing is answered."""
+    """Says that the client leaves. Its requests are cancelled; there is no reply."""
 
 
 ClientMessage = (
-    Generate
-    | Cancel
-    | LoadAdapter
-    | UnloadAdapter
-    | PinAdapter
-    | UnpinAdapter
-    | ListAdapters
-    | Health
-    | Stats
+    GenerateRequest
+    | CancelRequest
+    | LoadAdapterRequest
+    | UnloadAdapterRequest
+    | PinAdapterRequest
+    | UnpinAdapterRequest
+    | ListAdaptersRequest
+    | HealthRequest
+    | StatsRequest
     | Ping
     | Bye
 )
 CLIENT_MESSAGES: dict[str, type] = {
-    "generate": Generate,
-    "cancel": Cancel,
-    "load_adapter": LoadAdapter,
-    "unload_adapter": UnloadAdapter,
-    "pin_adapter": PinAdapter,
-    "unpin_adapter": UnpinAdapter,
-    "list_adapters": ListAdapters,
-    "health": Health,
-    "stats": Stats,
+    "generate": GenerateRequest,
+    "cancel": CancelRequest,
+    "load_adapter": LoadAdapterRequest,
+    "unload_adapter": UnloadAdapterRequest,
+    "pin_adapter": PinAdapterRequest,
+    "unpin_adapter": UnpinAdapterRequest,
+    "list_adapters": ListAdaptersRequest,
+    "health": HealthRequest,
+    "stats": StatsRequest,
     "ping": Ping,
     "bye": Bye,
 }
 
 
 def decode_frame(frame: "bytes | memoryview") -> dict[str, Any]:
-    """One client's frame as a map. ClientError "malformed" for anything else."""
+    """Decodes one frame of a client to a map. Raises ClientError "malformed"."""
     try:
         message = msgpack.unpackb(
             frame,
@@ -233,20 +170,25 @@ def decode_frame(frame: "bytes | memoryview") -> dict[str, Any]:
             max_map_len=min(len(frame), MAX_MAP_ENTRIES),
             max_ext_len=0,
         )
-    except Exception as error:  # msgpack raises many kinds; the bytes are at fault in all of them
-        text = str(error)[:200] or _kind(error)
+    except Exception as error:  # msgpack raises exceptions of many classes for bad bytes
+        text = str(error)[:200] or field_checks.type_name(error)
         raise client_error("malformed", f"not a MessagePack map: {text}") from None
     if not isinstance(message, dict):
-        raise client_error("malformed", f"a message must be a map, got {_kind(message)}")
+        raise client_error(
+            "malformed", f"a message must be a map, got {field_checks.type_name(message)}"
+        )
     return message
 
 
 def parse(message: dict[str, Any]) -> ClientMessage:
-    """Check a decoded map. ClientError: "malformed", "version" or "bad_request"."""
+    """Checks a decoded map. Raises ClientError "malformed", "version" or "bad_request"."""
     message = dict(message)
     version = message.pop("version", PROTOCOL_VERSION)
     if version != PROTOCOL_VERSION or isinstance(version, bool):
-        raise client_error("version", f"this server speaks protocol version {PROTOCOL_VERSION}")
+        raise client_error(
+            "version",
+            f"this server speaks protocol version {PROTOCOL_VERSION}, got version {version!r:.40}",
+        )
     name = message.pop("type", None)
     cls = CLIENT_MESSAGES.get(name) if isinstance(name, str) else None
     if cls is None:
@@ -273,7 +215,7 @@ def parse(message: dict[str, Any]) -> ClientMessage:
     return parsed
 
 
-def _checked(name: str, check: Check, value: Any) -> Any:
+def _checked(name: str, check: field_checks.Check, value: Any) -> Any:
     try:
         return check(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -281,7 +223,7 @@ def _checked(name: str, check: Check, value: Any) -> Any:
 
 
 def request_id_of(message: dict[str, Any]) -> str:
-    """The id to put on an error reply, as far as the message has one."""
+    """Returns the request id for an error reply, "" if the message has none."""
     request_id = message.get("request_id")
     return request_id[:MAX_ID_CHARS] if isinstance(request_id, str) else ""
 
@@ -296,7 +238,7 @@ def error_reply(request_id: str, code: str, text: str) -> dict[str, Any]:
 
 
 def aborted_reply(request_id: str, num_sequences: int) -> dict[str, Any]:
-    """The last output of a request that was cancelled before it began."""
+    """Returns the last output of a request that was cancelled before it was tokenized."""
     entry: dict[str, Any] = {
         "text": "",
         "token_ids": [],
@@ -326,6 +268,6 @@ _ERRORS_BY_CODE: dict[str, type[LoraplexError]] = {
 
 
 def error_from_reply(code: str, text: str) -> LoraplexError:
-    """The exception that stands for an error reply on the client's side."""
+    """Returns the exception that a client raises for an error reply."""
     cls = _ERRORS_BY_CODE.get(code)
     return cls(text) if cls is not None else client_error(code, text)

@@ -14,7 +14,7 @@ from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.outputs import RequestStream, SequenceStream
-from loraplex.engine.frontend.protocol import Generate, aborted_reply, error_reply
+from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages import AbortRequests, AddRequest, SequenceOutput
 
@@ -30,7 +30,7 @@ class _Request:
     """`stream` is None until the prompt is tokenized; sequence i has the id `first_id + i`."""
 
     client: bytes
-    message: Generate
+    message: GenerateRequest
     stream: RequestStream | None = None
     first_id: int = 0
 
@@ -67,7 +67,7 @@ class RequestTable:
     def has_requests(self, client: bytes) -> bool:
         return client in self._by_client
 
-    def add(self, client: bytes, message: Generate) -> None:
+    def add(self, client: bytes, message: GenerateRequest) -> None:
         """ClientError when the request cannot be taken; what is wrong later is a reply."""
         mine = self._by_client.get(client, {})
         if message.request_id in mine:
@@ -138,7 +138,7 @@ class RequestTable:
                 )
             )
 
-    def _new_stream(self, message: Generate, token_ids: "array[int]") -> RequestStream:
+    def _new_stream(self, message: GenerateRequest, token_ids: "array[int]") -> RequestStream:
         params = message.sampling_params
         sequences = [
             SequenceStream(
@@ -161,7 +161,7 @@ class RequestTable:
         )
 
     def _new_detokenizer(
-        self, message: Generate, token_ids: "array[int]"
+        self, message: GenerateRequest, token_ids: "array[int]"
     ) -> IncrementalDetokenizer | None:
         params = message.sampling_params
         if self._codec is None or not params.detokenize:
@@ -272,7 +272,7 @@ class RequestTable:
         return [i for i in ids if self._by_sequence.pop(i, None) is not None]
 
 
-def _num_chars(message: Generate) -> int:
+def _num_chars(message: GenerateRequest) -> int:
     """Length of the text to tokenize, roughly: of a chat, its plain contents."""
     if message.prompt is not None:
         return len(message.prompt)

@@ -15,6 +15,8 @@ from loraplex.engine.errors import (
     UnknownAdapterError,
 )
 from loraplex.engine.frontend import protocol
+from loraplex.engine.ipc import messages
+from loraplex.scheduler import worker_protocol
 
 GENERATE = {"type": "generate", "request_id": "a", "prompt": "x"}
 
@@ -35,7 +37,7 @@ def test_a_request_with_everything() -> None:
             "return_prompt_token_ids": True,
         }
     )
-    assert isinstance(parsed, protocol.Generate)
+    assert isinstance(parsed, protocol.GenerateRequest)
     assert parsed.prompt_token_ids == array("i", [1, 2])
     assert parsed.sampling_params.logit_bias == {7: 1.5}
     assert (parsed.adapter, parsed.priority, parsed.stream) == ("org/pirate-8_v1.0", -3, False)
@@ -43,7 +45,7 @@ def test_a_request_with_everything() -> None:
 
 def test_none_is_as_good_as_leaving_it_out() -> None:
     parsed = protocol.parse({**GENERATE, "prompt_token_ids": None, "adapter": None})
-    assert isinstance(parsed, protocol.Generate)
+    assert isinstance(parsed, protocol.GenerateRequest)
     assert parsed.adapter == ""
 
 
@@ -93,6 +95,12 @@ def test_wrong_values_have_a_code_and_name_the_field(
     with pytest.raises(ClientError, match=text) as caught:
         protocol.parse({**GENERATE, **changes})
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("internal", [messages, worker_protocol])
+def test_a_clients_message_shares_no_name_with_an_internal_one(internal: Any) -> None:
+    names = {cls.__name__ for cls in protocol.CLIENT_MESSAGES.values()}
+    assert not names & set(vars(internal))
 
 
 def test_a_missing_field_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, ConfigError
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, load_text_codec
-from loraplex.engine.frontend.protocol import Generate
+from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages import EngineInfo
 from loraplex.scheduler.worker_protocol import WorkerReady
@@ -42,8 +42,8 @@ def processor(codec: TextCodec | None, *, seed: int = 0, name: str = "frontend 0
     return InputProcessor(EngineConfig(model=ModelConfig(seed=seed)), INFO, codec, name)
 
 
-def ask(**values: Any) -> Generate:
-    return Generate(request_id="a", **values)
+def ask(**values: Any) -> GenerateRequest:
+    return GenerateRequest(request_id="a", **values)
 
 
 def test_text_and_chats_become_the_tokenizers_ids(codec: TextCodec) -> None:
