@@ -1,4 +1,4 @@
-"""The socket that clients connect to: where it may bind, its encryption, its limits."""
+"""Opens the socket that clients connect to: address, encryption, limits."""
 
 import ipaddress
 import os
@@ -17,12 +17,12 @@ from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, open_socket
 
 TURN_S = 0.01
-MAX_IPC_PATH = 107  # bytes of a Unix socket's path
-LINGER_MS = 1000  # for the last errors to reach the clients of a dying engine
+MAX_IPC_PATH = 107  # bytes that Linux allows for the path of a Unix socket
+LINGER_MS = 1000  # time for the last errors of a dying engine to reach the clients
 
 
 def check_server_config(config: ServerConfig) -> None:
-    """Raises ConfigError when the server must not, or cannot, listen as configured."""
+    """Raises ConfigError if the server must not or cannot listen as configured."""
     scheme, separator, address = config.endpoint.partition("://")
     if config.endpoint == "":
         return
@@ -41,9 +41,11 @@ def check_server_config(config: ServerConfig) -> None:
         )
     for path in (config.server_secret_key_file, config.client_public_keys_dir):
         if path and not os.path.exists(path):
-            raise ConfigError(f"{path} does not exist")
+            raise ConfigError(f"{path} does not exist: create the keys, see docs/protocol.md")
     if config.client_public_keys_dir and not config.server_secret_key_file:
-        raise ConfigError("client_public_keys_dir needs server_secret_key_file")
+        raise ConfigError(
+            "client_public_keys_dir needs server_secret_key_file: give both, or neither"
+        )
 
 
 def _is_loopback(host: str) -> bool:
@@ -57,23 +59,33 @@ def _is_loopback(host: str) -> bool:
 
 def _check_ipc_path(path: str) -> None:
     if len(os.fsencode(path)) > MAX_IPC_PATH:
-        raise ConfigError(f"the path of ipc://{path} is longer than {MAX_IPC_PATH} bytes")
+        raise ConfigError(
+            f"the path of ipc://{path} is longer than {MAX_IPC_PATH} bytes: choose a shorter one"
+        )
     if os.path.lexists(path):
         with os_socket.socket(os_socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
-                return  # left by a server that was killed; binding replaces it
+                return  # a killed server left the file; binding replaces it
             except OSError as error:
                 raise ConfigError(f"ipc://{path} cannot be used: {error}") from None
-        raise ConfigError(f"ipc://{path} is in use by another server")
+        raise ConfigError(f"ipc://{path} is in use by another server: stop it or choose a path")
 
 
 class ClientSocket:
-    """The frontend's ROUTER: takes raw frames, sends maps. `endpoint` is where it really bound."""
+    """Wraps the frontend's ROUTER socket, which receives raw frames and sends maps.
+
+    Attributes:
+        endpoint: the address that the socket is bound to, with the port that the system chose.
+    """
 
     def __init__(self, context: "zmq.Context[Any]", config: ServerConfig, endpoint: str) -> None:
-        """`endpoint` replaces the configured one where that is empty."""
+        """Binds to the configured endpoint, or to `endpoint` if that is empty.
+
+        Raises:
+            ConfigError: the address or a key file cannot be used.
+        """
         wanted = (config.endpoint or endpoint).replace("tcp://localhost:", "tcp://127.0.0.1:")
         self._authenticator: ThreadAuthenticator | None = None
         self.socket = open_socket(
@@ -98,7 +110,10 @@ class ClientSocket:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{config.server_secret_key_file}: {error}") from None
         if secret is None:
-            raise ConfigError(f"{config.server_secret_key_file} holds no secret key")
+            raise ConfigError(
+                f"{config.server_secret_key_file} holds no secret key: name the file that ends in "
+                ".key_secret"
+            )
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve(
@@ -109,7 +124,12 @@ class ClientSocket:
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)
 
     def send(self, client: bytes, message: dict[str, Any]) -> None:
-        """Never waits. PeerGoneError: the client has left; SlowPeerError: it does not read."""
+        """Sends a message to a client without waiting.
+
+        Raises:
+            PeerGoneError: the client has left.
+            SlowPeerError: the client does not read.
+        """
         try:
             self.socket.send_multipart((client, msgpack.packb(message)), zmq.DONTWAIT)
         except zmq.Again:
@@ -118,8 +138,10 @@ class ClientSocket:
             raise PeerGoneError(str(error)) from None
 
     def receive(self, handle: Callable[[bytes, list[bytes]], None]) -> None:
-        """Call handle(client, frames) for what has arrived, for TURN_S at most, so that those
-        who wait for output do not wait for those who ask; never waits."""
+        """Calls handle(client, frames) for each message that has arrived, without waiting.
+
+        Returns after TURN_S at the latest, so that outputs are not delayed by new requests.
+        """
         end = time.monotonic() + TURN_S
         while time.monotonic() < end:
             try:
@@ -129,7 +151,7 @@ class ClientSocket:
             handle(client, frames)
 
     def close(self) -> None:
-        """Waits up to LINGER_MS for unsent messages once the context is destroyed."""
+        """Closes the socket. Destroying the context waits up to LINGER_MS for unsent messages."""
         self.socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()

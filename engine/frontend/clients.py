@@ -1,7 +1,7 @@
-"""The clients of a frontend that have something unfinished, and whether they still listen.
+"""Tracks the clients of a frontend that wait for something.
 
-A ROUTER socket tells that a peer has left only when something is sent to it. So a client that
-waits hears from us at least every PROBE_INTERVAL_S: a "ping" where there is no output.
+A ROUTER socket reports that a peer has left only when something is sent to it. So the frontend
+sends each waiting client a message at least every PROBE_INTERVAL_S: a "ping" if it has no output.
 """
 
 import time
@@ -17,15 +17,16 @@ PROBE_INTERVAL_S = 2.0
 MAX_UNDELIVERED = 4096  # errors kept for a client that does not read
 
 Send = Callable[[bytes, dict[str, Any]], None]
+Clock = Callable[[], float]
 
 
 class Requests(Protocol):
-    """What the table asks of the requests."""
+    """The part of RequestTable that ClientTable uses."""
 
     def has_requests(self, client: bytes) -> bool: ...
 
     def drop_client(self, client: bytes) -> list[str]:
-        """End what the client has running; returns the ids."""
+        """Ends every request of the client. Returns their ids."""
 
 
 @dataclass(slots=True)
@@ -37,11 +38,17 @@ class _Client:
 
 
 class ClientTable:
-    """Sends replies; a client found to be gone or not reading loses its requests."""
+    """Sends replies. Cancels the requests of a client that has left or does not read.
 
-    def __init__(self, send: Send, requests: Requests) -> None:
-        """`send` raises PeerGoneError or SlowPeerError."""
+    Attributes:
+        num_lost: clients that left while they had requests.
+        num_slow: times that a client was cut off because it did not read.
+    """
+
+    def __init__(self, send: Send, requests: Requests, *, clock: Clock = time.monotonic) -> None:
+        """`send` raises PeerGoneError or SlowPeerError; `clock` returns seconds."""
         self._send = send
+        self._clock = clock
         self._requests = requests
         self._clients: dict[bytes, _Client] = {}
         self.num_lost = 0
@@ -51,11 +58,11 @@ class ClientTable:
         return len(self._clients)
 
     def watch(self, client: bytes) -> None:
-        """The client is about to have something unfinished."""
-        self._clients.setdefault(client, _Client(last_sent=time.monotonic()))
+        """Probes the client from now until its last request has finished."""
+        self._clients.setdefault(client, _Client(last_sent=self._clock()))
 
     def reply(self, client: bytes, message: dict[str, Any]) -> None:
-        """Never raises: what a client cannot be told, it is not told."""
+        """Sends a message. Drops it if the client has left or does not read; never raises."""
         try:
             self._send(client, message)
         except SlowPeerError:
@@ -64,17 +71,17 @@ class ClientTable:
             self._lose(client)
         state = self._clients.get(client)
         if state is not None:
-            state.last_sent = time.monotonic()
+            state.last_sent = self._clock()
             self._release_if_idle(client, state)
 
     def forget(self, client: bytes) -> None:
-        """The client has said that it leaves."""
+        """Removes a client and ends its requests."""
         self._requests.drop_client(client)
         self._clients.pop(client, None)
 
     def tick(self) -> None:
-        """Probe those who have heard nothing for a while; to be called about once a second."""
-        due = time.monotonic() - PROBE_INTERVAL_S
+        """Probes the clients that were sent nothing lately. Call it about once a second."""
+        due = self._clock() - PROBE_INTERVAL_S
         for client, state in list(self._clients.items()):
             if state.undelivered:
                 self._deliver(client, state)
@@ -106,7 +113,8 @@ class ClientTable:
                 error_reply(
                     request_id,
                     "slow_client",
-                    "the client left too many messages unread; its requests were cancelled",
+                    "the client left too many messages unread, so its requests were cancelled: "
+                    "read faster, send fewer requests, or raise max_client_backlog",
                 )
                 for request_id in dropped
             )

@@ -1,23 +1,24 @@
-"""Text from tokens as they come, and the stop strings in it."""
+"""Makes text of a sequence's tokens step by step, and finds stop strings in it."""
 
 import codecs
 from collections.abc import Iterable, Sequence
 
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, dangling_bytes
 
-_CONTEXT_TOKENS = 8  # of the prompt, enough to hold a character's first bytes
+_CONTEXT_TOKENS = 8  # last tokens of the prompt; they hold the first bytes of a split character
 
 
 class IncrementalDetokenizer:
-    """The output text of one sequence; each token is decoded once.
+    """Decodes the output of one sequence. It decodes each token once.
 
-    What `push` and `flush` return, joined, is the text that the prompt's and the output's tokens
-    decode to together, less the prompt's (a character that the prompt ends in the middle of
-    belongs to the output), cut at the stop string. It does not depend on how tokens are grouped.
+    The joined results of `push` and `flush` are the output's part of the text that prompt and
+    output decode to together, cut at the stop string. A character that the prompt begins and the
+    output completes belongs to the output. The result does not depend on how tokens are grouped.
+    A token costs time for its own text and the longest stop string, not for the text so far.
 
     Attributes:
-        stopped: the stop string that was met, or None. Nothing follows it.
-        num_tokens: output tokens taken in, up to and with the one that completed `stopped`.
+        stopped: the stop string that was found, or None. No text follows it.
+        num_tokens: output tokens pushed, up to the one that completed `stopped`.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class IncrementalDetokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """`stop` strings that are complete by token `min_tokens` do not count."""
+        """Ignores stop strings that are complete within the first `min_tokens` tokens."""
         self.stopped: str | None = None
         self.num_tokens = 0
         self._token_bytes = tokenizer.token_bytes
@@ -39,7 +40,7 @@ class IncrementalDetokenizer:
         self._stop_chars = frozenset(char for stop in self._stops for char in stop[:-1])
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
-        self._held = ""  # decoded, not returned: it may be the beginning of a stop string
+        self._held = ""  # decoded and not returned: a stop string may begin here
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._utf8.decode(dangling_bytes(self._join(prompt_token_ids[-_CONTEXT_TOKENS:])))
         self._strip_space = tokenizer.strips_leading_space and not any(
@@ -47,7 +48,7 @@ class IncrementalDetokenizer:
         )
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Take new tokens; returns the text that is now certain."""
+        """Adds tokens. Returns the new text that cannot belong to a stop string."""
         if self.stopped is not None:
             return ""
         ready: list[str] = []
@@ -63,7 +64,7 @@ class IncrementalDetokenizer:
         return "".join(ready)
 
     def flush(self) -> str:
-        """At the end of the sequence: the text still held back."""
+        """Ends the sequence. Returns the text that was held back."""
         if self.stopped is not None:
             return ""
         text = self._held + self._without_leading_space(self._utf8.decode(b"", True))
@@ -89,7 +90,7 @@ class IncrementalDetokenizer:
         return text[: len(text) - hold]
 
     def _find_stop(self, text: str, num_old: int) -> tuple[int, str] | None:
-        """The earliest stop string that ends past the first `num_old` characters."""
+        """Returns start and text of the first stop string that ends after `num_old` characters."""
         matches = []
         for stop in self._stops:
             start = text.find(stop, max(0, num_old + 1 - len(stop)))
@@ -108,7 +109,7 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, short of all of `stop`."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     last = text[-1:]
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if stop[length - 1] == last and text.endswith(stop[:length]):

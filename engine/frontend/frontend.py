@@ -1,18 +1,19 @@
-"""Stands between clients and scheduler: checks, tokenizes, makes text, streams, cancels.
+"""Serves the clients: checks and tokenizes requests, makes text of tokens, sends outputs, cancels.
 
-Knows no sockets: replies leave through `send`, messages come in as maps or raw frames. All of it
-runs in the caller's thread, but for the tokenizing of long prompts (frontend_requests.py).
+The frontend has no sockets. Messages come in as maps or raw frames, replies leave through `send`.
+It runs in the caller's thread; only long prompts are tokenized in other threads (requests.py).
 """
 
 import itertools
 import logging
+import time
 from typing import Any
 
 from loraplex.engine.adapters.paths import check_under_root
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import protocol
-from loraplex.engine.frontend.clients import ClientTable, Send
+from loraplex.engine.frontend.clients import ClientTable, Clock, Send
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, Wakeup
@@ -25,13 +26,13 @@ from loraplex.engine.ipc.messages import (
     StepOutputs,
 )
 
-MAX_QUERIES = 1024  # questions to the scheduler that are not answered yet, of all clients
+MAX_QUERIES = 1024  # unanswered commands to the scheduler, all clients together
 
 logger = logging.getLogger("loraplex.frontend")
 
 
 class Frontend:
-    """One frontend's state: its clients, their requests, the queries on their way."""
+    """Holds one frontend's clients, their requests and the queries that await an answer."""
 
     def __init__(
         self,
@@ -43,9 +44,18 @@ class Frontend:
         scheduler: Channel,
         send: Send,
         wakeup: Wakeup,
+        clock: Clock = time.monotonic,
     ) -> None:
-        """`send` raises PeerGoneError for a client that has left, SlowPeerError for one that
-        does not read; `wakeup` is set when run_ready() has something to do."""
+        """Makes a frontend without clients.
+
+        Args:
+            name: makes the seeds of this frontend differ from those of others.
+            codec: tokenizer and chat template, None if clients send and receive token ids.
+            send: raises PeerGoneError for a client that has left, SlowPeerError for one that
+                does not read.
+            wakeup: is set when run_ready() has something to do.
+            clock: returns seconds.
+        """
         self._config = config
         self._info = info
         self._codec = codec
@@ -58,17 +68,17 @@ class Frontend:
             max_requests_per_client=config.server.max_requests_per_client,
             wakeup=wakeup,
         )
-        self._clients = ClientTable(send, self._requests)
+        self._clients = ClientTable(send, self._requests, clock=clock)
         self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
         self._query_ids = itertools.count(1)
         self._num_malformed = 0
         self._dead_reason = ""
 
     def on_frames(self, client: bytes, frames: list[bytes]) -> None:
-        """One message of a client, as raw frames. Never raises for what they hold."""
+        """Handles one message of a client, as raw frames. Replies with an error if it is bad."""
         try:
             if len(frames) != 1:
-                text = f"a message is one frame, got {len(frames)}"
+                text = f"a message must be one frame, got {len(frames)}"
                 raise client_error("malformed", text)
             message = protocol.decode_frame(frames[0])
         except ClientError as error:
@@ -78,7 +88,7 @@ class Frontend:
         self.on_message(client, message)
 
     def on_message(self, client: bytes, message: dict[str, Any]) -> None:
-        """One decoded message of a client. Never raises for what it holds."""
+        """Handles one decoded message of a client. Replies with an error if it is bad."""
         try:
             self._dispatch(client, protocol.parse(message))
         except ClientError as error:
@@ -87,7 +97,7 @@ class Frontend:
             code, text = "engine_dead", f"the scheduler does not answer: {error}"
         except Exception:
             logger.exception("a client's message failed")
-            code, text = "internal", "internal error; the server's log has the details"
+            code, text = "internal", "internal error: see the server's log"
         else:
             return
         self._reply(client, protocol.error_reply(protocol.request_id_of(message), code, text))
@@ -137,13 +147,13 @@ class Frontend:
 
     def _new_query(self, client: bytes, request_id: str, reply_type: str) -> int:
         if len(self._queries) >= MAX_QUERIES:
-            raise client_error("queue_full", "too many commands are waiting; try again")
+            raise client_error("queue_full", "too many commands are waiting: try again later")
         query_id = next(self._query_ids)
         self._queries[query_id] = (client, request_id, reply_type)
         return query_id
 
     def on_scheduler(self, message: object) -> None:
-        """One message of the scheduler."""
+        """Handles one message of the scheduler."""
         match message:
             case StepOutputs():
                 self._requests.on_outputs(message.outputs)
@@ -164,19 +174,20 @@ class Frontend:
         self._reply(client, {"type": reply_type, "request_id": request_id, **values})
 
     def run_ready(self) -> None:
-        """What became possible outside this thread: start the prompts tokenized meanwhile."""
+        """Starts the requests whose prompts other threads have tokenized."""
         self._requests.start_tokenized()
 
     @property
     def needs_ticks(self) -> bool:
+        """Tells whether clients wait, so that tick() must be called."""
         return len(self._clients) > 0
 
     def tick(self) -> None:
-        """To be called about once a second while `needs_ticks`."""
+        """Probes silent clients. Call it about once a second while `needs_ticks`."""
         self._clients.tick()
 
     def fail_all(self, reason: str) -> None:
-        """The engine is gone: tell every waiting client, and every later one."""
+        """Ends every request and query with the error "engine_dead", also later ones."""
         self._dead_reason = reason
         self._requests.fail_all("engine_dead", reason)
         for client, request_id, _ in self._queries.values():

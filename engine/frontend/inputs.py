@@ -1,4 +1,4 @@
-"""From a checked client message to the sequences that the scheduler runs."""
+"""Turns a checked client message into token ids and sampling specs for the scheduler."""
 
 import hashlib
 from array import array
@@ -16,21 +16,24 @@ from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
 
-GREEDY_TEMPERATURE = 1e-5  # below it the noise would only overflow: the most likely token
+GREEDY_TEMPERATURE = 1e-5  # below it logits / temperature overflow, so sampling is greedy
 
 
 @dataclass(frozen=True, slots=True)
 class TextCodec:
-    """What turns text and chats into tokens, and tokens into text."""
+    """A tokenizer, and the chat template of the model if it has one."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
 
 
 def load_text_codec(config: ModelConfig) -> TextCodec | None:
-    """The model's own, or what the configuration puts in its place; None if it wants none.
+    """Loads the tokenizer and chat template that the configuration names, or the model's own.
 
-    Raises ConfigError when a file is missing or cannot be used.
+    Returns None if the configuration wants no tokenizer.
+
+    Raises:
+        ConfigError: a file is missing or cannot be used.
     """
     if config.skip_tokenizer_init:
         return None
@@ -46,12 +49,12 @@ def load_text_codec(config: ModelConfig) -> TextCodec | None:
 
 
 class InputProcessor:
-    """Validates and tokenizes. `tokenize` may run in any thread."""
+    """Validates and tokenizes requests. `tokenize` may run in any thread."""
 
     def __init__(
         self, config: EngineConfig, info: EngineInfo, codec: TextCodec | None, seed_salt: str
     ) -> None:
-        """`seed_salt` tells the frontends of one engine apart."""
+        """`seed_salt` makes the default seeds of an engine's frontends differ."""
         self._info = info
         self._codec = codec
         self._seed_salt = f"{config.model.seed}:{seed_salt}"
@@ -61,18 +64,22 @@ class InputProcessor:
             self._eos_token_ids.update(codec.tokenizer.eos_token_ids)
 
     def tokenize(self, message: GenerateRequest) -> "array[int]":
-        """The prompt's token ids, int32 and checked. ClientError says what is wrong with it."""
+        """Returns the prompt's token ids as int32.
+
+        Raises:
+            ClientError: the prompt is empty, too long, has unknown ids or cannot be encoded.
+        """
         token_ids = message.prompt_token_ids
         if token_ids is None:
             token_ids = array("i", self._encode(message))
         if not token_ids:
-            raise ClientError("the prompt is empty")
+            raise ClientError("the prompt is empty: send at least one token")
         limit = self._info.max_model_len
         if len(token_ids) >= limit:
             raise client_error(
                 "prompt_too_long",
-                f"the prompt has {len(token_ids)} tokens; max_model_len is {limit}, "
-                "which has to hold the answer as well",
+                f"the prompt has {len(token_ids)} tokens; max_model_len is {limit} for prompt and "
+                "answer together: shorten the prompt",
             )
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self._info.vocab_size:
@@ -105,11 +112,14 @@ class InputProcessor:
             return tokenizer.encode(text, add_special_tokens=False)
         except ClientError:
             raise
-        except Exception as error:  # the template and its input are not ours
+        except Exception as error:  # a template can raise any exception
             raise ClientError(f"the prompt cannot be encoded: {error}") from None
 
     def sampling_specs(self, params: SamplingParams, num_prompt_tokens: int) -> list[SamplingSpec]:
-        """One spec for each of the n sequences; they differ in their seeds alone."""
+        """Returns one spec for each of the n sequences.
+
+        They differ in their seeds, and only the first asks for prompt logprobs.
+        """
         vocab_size = self._info.vocab_size
         bias = params.logit_bias or {}
         self._check_token_ids("logit_bias", list(bias))

@@ -1,4 +1,4 @@
-"""From token ids to what the client reads: text, stop strings, log-probabilities, usage."""
+"""Turns token ids into the client's "output" messages: text, stop strings, logprobs, usage."""
 
 from array import array
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from loraplex.scheduler.worker_protocol import TokenLogprobs
 DecodeToken = Callable[[int], str]
 
 
-class SequenceStream:
-    """One answer as it grows. Collects what the client has not been sent yet."""
+class CompletionProcessor:
+    """Collects what one of the n completions has that the client has not been sent."""
 
     def __init__(
         self,
@@ -22,9 +22,9 @@ class SequenceStream:
         *,
         detokenizer: IncrementalDetokenizer | None,
         decode_token: DecodeToken,
-        stream: bool,
+        final_only: bool,
     ) -> None:
-        """`detokenizer` is None when no text is wanted."""
+        """`detokenizer` is None if the client wants no text."""
         self.index = index
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -33,8 +33,8 @@ class SequenceStream:
         self._params = params
         self._detokenizer = detokenizer
         self._decode_token = decode_token
-        # Text is made token by token only where somebody may read it, or a stop string end it.
-        self._detokenize_late = not stream and not params.stop_strings
+        # Text is needed before the end only for partial outputs and for stop strings.
+        self._detokenize_late = final_only and not params.stop_strings
         self._late_ids: list[int] = []
         self._end_taken = False
         self._text: list[str] = []
@@ -46,8 +46,11 @@ class SequenceStream:
         return self.finish_reason is not None
 
     def update(self, output: SequenceOutput) -> bool:
-        """Take a step's tokens. True when a stop string ended the sequence, so that the
-        scheduler, which knows nothing of text, has to be told."""
+        """Adds a step's tokens.
+
+        Returns True if a stop string ended the completion. The scheduler does not know text, so
+        the caller must abort the sequence there.
+        """
         token_ids = output.token_ids.tolist()
         self.num_tokens += len(token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
@@ -67,13 +70,13 @@ class SequenceStream:
         return False
 
     def abort(self) -> None:
-        """End it as it stands; text that was held back is let go."""
+        """Ends the completion and releases the text that was held back for a stop string."""
         if not self.finished:
             self.finish_reason = "abort"
             self._flush()
 
     def take(self) -> dict[str, Any] | None:
-        """What came since the last call, as an entry of "outputs"; None when there is nothing."""
+        """Returns what is new since the last call as an entry of "outputs", None if nothing is."""
         if self._end_taken or not (self._token_ids or self.finished):
             return None
         self._end_taken = self.finished
@@ -90,7 +93,7 @@ class SequenceStream:
         return entry
 
     def _add_text(self, token_ids: list[int], output: SequenceOutput) -> str | None:
-        """Returns the stop string that was found, if one was."""
+        """Returns the stop string that was found, if any."""
         if self._detokenizer is None:
             return None
         hides_stop = output.stop_token_id >= 0 and not self._params.include_stop_str_in_output
@@ -116,7 +119,7 @@ class SequenceStream:
 
 
 def logprob_entries(entry: TokenLogprobs, decode_token: DecodeToken) -> list[Any]:
-    """``[[token id, logprob, rank, text], ...]`` of one position, the chosen token first."""
+    """Returns ``[[token id, logprob, rank, text], ...]``, the chosen token first."""
     return [
         [token_id, logprob, rank, decode_token(token_id)]
         for token_id, logprob, rank in zip(
@@ -125,52 +128,57 @@ def logprob_entries(entry: TokenLogprobs, decode_token: DecodeToken) -> list[Any
     ]
 
 
-class RequestStream:
-    """The n answers to one request and the reply messages made of them."""
+class OutputProcessor:
+    """Makes the reply messages of one request from the outputs of its n sequences.
+
+    Each message holds only what is new, so a request costs O(new tokens) a step.
+    """
 
     def __init__(
         self,
         request_id: str,
-        sequences: list[SequenceStream],
+        completions: list[CompletionProcessor],
         *,
         prompt_token_ids: "array[int]",
         echo_prompt: bool,
-        stream: bool,
+        final_only: bool,
         decode_token: DecodeToken,
         scores_prompt: bool = False,
     ) -> None:
-        self.sequences = sequences
+        """`scores_prompt`: the client wants prompt logprobs. The first sequence brings them."""
+        self.completions = completions
         self._request_id = request_id
         self._prompt_token_ids = prompt_token_ids
         self._echo_prompt = echo_prompt
-        self._stream = stream
+        self._final_only = final_only
         self._decode_token = decode_token
-        # Nothing precedes the first token.
+        # The first token of a prompt has no logprob: nothing precedes it.
         self._prompt_logprobs: list[list[Any] | None] = [None] if scores_prompt else []
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finished for sequence in self.sequences)
+        return all(completion.finished for completion in self.completions)
 
     def update(self, index: int, output: SequenceOutput) -> bool:
-        """As SequenceStream.update, for sequence `index`."""
+        """Adds a step's tokens to completion `index`; see CompletionProcessor.update."""
         self._prompt_logprobs += [
             logprob_entries(entry, self._decode_token) for entry in output.prompt_logprobs
         ]
-        return self.sequences[index].update(output)
+        return self.completions[index].update(output)
 
     def take_reply(self) -> dict[str, Any] | None:
-        """The next "output" message, or None when there is nothing to say yet."""
-        if not self._stream and not self.finished:
+        """Returns the next "output" message, None if there is nothing to send yet."""
+        finished = self.finished
+        if not finished and (self._final_only or self._waits_for_prompt_logprobs()):
             return None
-        entries = [entry for s in self.sequences if (entry := s.take()) is not None]
+        entries = [entry for c in self.completions if (entry := c.take()) is not None]
         if not entries:
             return None
         reply: dict[str, Any] = {
             "type": "output",
             "request_id": self._request_id,
             "outputs": entries,
-            "finished": self.finished,
+            "finished": finished,
         }
         if self._echo_prompt:
             reply["prompt_token_ids"] = self._prompt_token_ids.tolist()
@@ -178,10 +186,15 @@ class RequestStream:
         if self._prompt_logprobs:
             reply["prompt_logprobs"] = self._prompt_logprobs
             self._prompt_logprobs = []
-        if self.finished:
+        if finished:
             reply["usage"] = {
                 "prompt_tokens": len(self._prompt_token_ids),
-                "completion_tokens": sum(s.num_tokens for s in self.sequences),
-                "cached_tokens": self.sequences[0].num_cached_tokens,
+                "completion_tokens": sum(c.num_tokens for c in self.completions),
+                "cached_tokens": self.completions[0].num_cached_tokens,
             }
         return reply
+
+    def _waits_for_prompt_logprobs(self) -> bool:
+        """Tells whether another completion was faster than the one that scores the prompt."""
+        first = self.completions[0]
+        return bool(self._prompt_logprobs) and not (first.num_tokens or first.finished)

@@ -13,7 +13,7 @@ import msgpack
 from loraplex.engine import errors
 from loraplex.engine.errors import ClientError, LoraplexError, client_error
 from loraplex.engine.frontend import field_checks
-from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 
 PROTOCOL_VERSION = 1
 MAX_ID_CHARS = 256
@@ -51,6 +51,12 @@ class GenerateRequest:
     stream: bool = field(default=True, metadata=_FLAG)
     use_prefix_cache: bool = field(default=True, metadata=_FLAG)
     return_prompt_token_ids: bool = field(default=False, metadata=_FLAG)
+
+    @property
+    def final_only(self) -> bool:
+        """Tells whether the client wants one message, at the end."""
+        kind = self.sampling_params.output_kind
+        return not self.stream or kind is RequestOutputKind.FINAL_ONLY
 
     def __post_init__(self) -> None:
         given = [

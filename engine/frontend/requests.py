@@ -1,4 +1,4 @@
-"""The requests of a frontend from the client's message to the last output."""
+"""Tracks a frontend's requests from the client's message to the last output."""
 
 import functools
 import itertools
@@ -13,13 +13,13 @@ from typing import Any
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
-from loraplex.engine.frontend.outputs import RequestStream, SequenceStream
+from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages import AbortRequests, AddRequest, SequenceOutput
 
-POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds to tokenize: not in the main thread
-MAX_POOLED_CHARS = 64 << 20  # of texts that wait for the pool
+POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
+MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool
 
 Reply = Callable[[bytes, dict[str, Any]], None]
 logger = logging.getLogger("loraplex.frontend")
@@ -27,16 +27,16 @@ logger = logging.getLogger("loraplex.frontend")
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """`stream` is None until the prompt is tokenized; sequence i has the id `first_id + i`."""
+    """`outputs` is None until the prompt is tokenized; sequence i has the id `first_id + i`."""
 
     client: bytes
     message: GenerateRequest
-    stream: RequestStream | None = None
+    outputs: OutputProcessor | None = None
     first_id: int = 0
 
 
 class RequestTable:
-    """Every unfinished request, by client and by sequence."""
+    """Holds every unfinished request, by client and by sequence."""
 
     def __init__(
         self,
@@ -68,20 +68,27 @@ class RequestTable:
         return client in self._by_client
 
     def add(self, client: bytes, message: GenerateRequest) -> None:
-        """ClientError when the request cannot be taken; what is wrong later is a reply."""
+        """Starts a request. Errors found after this call returns are sent as replies.
+
+        Raises:
+            ClientError: the client or the server has too many requests, or the id is in use.
+        """
         mine = self._by_client.get(client, {})
         if message.request_id in mine:
             raise client_error(
-                "duplicate_request", "a request with this request_id is not finished yet"
+                "duplicate_request",
+                f"request {message.request_id!r} is not finished yet: choose another request_id",
             )
         limit = self._max_requests_per_client
         if len(mine) >= limit:
             raise client_error(
-                "too_many_requests", f"{limit} requests of this client are not finished yet"
+                "too_many_requests",
+                f"this client has {limit} unfinished requests, as many as "
+                "max_requests_per_client allows: send this one after another has finished",
             )
         num_chars = _num_chars(message)
         if num_chars > POOL_PROMPT_CHARS and self._pooled_chars + num_chars > MAX_POOLED_CHARS:
-            raise QueueFullError("too many long prompts wait to be tokenized; try again later")
+            raise QueueFullError("too many long prompts wait to be tokenized: try again later")
         request = _Request(client, message)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
@@ -96,16 +103,16 @@ class RequestTable:
             return self._inputs.tokenize(request.message)
         except ClientError as error:
             return error
-        except Exception:  # in the pool nobody else would hear of it, and the client would wait
+        except Exception:  # an executor would swallow it, and the client would wait forever
             logger.exception("tokenizing failed")
-            return client_error("internal", "the prompt cannot be encoded; see the server's log")
+            return client_error("internal", "the prompt cannot be encoded: see the server's log")
 
     def _tokenize_in_pool(self, request: _Request) -> None:
         self._tokenized.append((request, self._tokenize(request)))
         self._wakeup.set()
 
     def start_tokenized(self) -> None:
-        """Start the requests whose prompts the pool has tokenized."""
+        """Starts the requests whose prompts the pool has tokenized."""
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
             self._pooled_chars -= _num_chars(request.message)
@@ -121,7 +128,7 @@ class RequestTable:
         except ClientError as error:
             self._fail(request, error.code, str(error))
             return
-        request.stream = self._new_stream(message, token_ids)
+        request.outputs = self._new_outputs(message, token_ids)
         ids = [next(self._sequence_ids) for _ in specs]
         request.first_id = ids[0]
         for sequence_id, spec in zip(ids, specs, strict=True):
@@ -138,24 +145,24 @@ class RequestTable:
                 )
             )
 
-    def _new_stream(self, message: GenerateRequest, token_ids: "array[int]") -> RequestStream:
+    def _new_outputs(self, message: GenerateRequest, token_ids: "array[int]") -> OutputProcessor:
         params = message.sampling_params
-        sequences = [
-            SequenceStream(
+        completions = [
+            CompletionProcessor(
                 index,
                 params,
                 detokenizer=self._new_detokenizer(message, token_ids),
                 decode_token=self._decode_token,
-                stream=message.stream,
+                final_only=message.final_only,
             )
             for index in range(params.n)
         ]
-        return RequestStream(
+        return OutputProcessor(
             message.request_id,
-            sequences,
+            completions,
             prompt_token_ids=token_ids,
             echo_prompt=message.return_prompt_token_ids,
-            stream=message.stream,
+            final_only=message.final_only,
             decode_token=self._decode_token,
             scores_prompt=params.prompt_logprobs is not None,
         )
@@ -168,7 +175,7 @@ class RequestTable:
             return None
         return IncrementalDetokenizer(
             self._codec.tokenizer,
-            token_ids.tolist(),
+            token_ids,
             skip_special_tokens=params.skip_special_tokens,
             stop=params.stop_strings,
             include_stop_str_in_output=params.include_stop_str_in_output,
@@ -181,56 +188,56 @@ class RequestTable:
         return self._codec.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def on_outputs(self, outputs: list[SequenceOutput]) -> None:
-        """Take a step's tokens and send each request's news as one reply."""
+        """Takes a step's tokens and sends each request one reply with what is new."""
         touched: dict[_Request, None] = {}
         stopped: list[int] = []
         for output in outputs:
             request = self._by_sequence.get(output.request_id)
-            if request is None or request.stream is None:
-                continue  # ended here before the scheduler heard of it
+            if request is None or request.outputs is None:
+                continue  # ended here; the scheduler had not processed the abort
             if output.finish_reason == "error":
                 self._fail(request, output.error_code or "internal", output.error)
                 continue
             index = output.request_id - request.first_id
-            if request.stream.update(index, output):
+            if request.outputs.update(index, output):
                 stopped.append(output.request_id)
-            if request.stream.sequences[index].finished:
+            if request.outputs.completions[index].finished:
                 del self._by_sequence[output.request_id]
             touched[request] = None
         self._abort(stopped)
         for request in touched:
             if self._is_current(request):
-                self._send_news(request)
+                self._send_output(request)
 
-    def _send_news(self, request: _Request) -> None:
-        if request.stream is None:
+    def _send_output(self, request: _Request) -> None:
+        if request.outputs is None:
             return
-        reply = request.stream.take_reply()
-        if request.stream.finished:
+        reply = request.outputs.take_reply()
+        if request.outputs.finished:
             self.counters["finished"] += 1
             self._drop(request)
         if reply is not None:
             self._reply(request.client, reply)
 
     def cancel(self, client: bytes, request_id: str) -> None:
-        """End a request where it is; what it has goes out as its last output."""
+        """Ends a request. Its last output holds what was generated and not sent yet."""
         request = self._by_client.get(client, {}).get(request_id)
         if request is None:
             return
         self.counters["cancelled"] += 1
         self._abort(self._drop(request))
-        if request.stream is None:
+        if request.outputs is None:
             num_sequences = request.message.sampling_params.n
             self._reply(client, aborted_reply(request_id, num_sequences))
             return
-        for sequence in request.stream.sequences:
-            sequence.abort()
-        reply = request.stream.take_reply()
+        for completion in request.outputs.completions:
+            completion.abort()
+        reply = request.outputs.take_reply()
         if reply is not None:
             self._reply(client, reply)
 
     def drop_client(self, client: bytes) -> list[str]:
-        """End everything the client has, without a word. Returns the ids of its requests."""
+        """Ends every request of the client without a reply. Returns their ids."""
         mine = self._by_client.get(client, {})
         request_ids = list(mine)
         for request in list(mine.values()):
@@ -239,6 +246,7 @@ class RequestTable:
         return request_ids
 
     def fail_all(self, code: str, text: str) -> None:
+        """Ends every request of every client with an error reply."""
         for mine in list(self._by_client.values()):
             for request in list(mine.values()):
                 self._drop(request)
@@ -261,19 +269,19 @@ class RequestTable:
         return mine.get(request.message.request_id) is request
 
     def _drop(self, request: _Request) -> list[int]:
-        """Forget a request. Returns the ids of its sequences that had not ended."""
+        """Removes a request. Returns the ids of its unfinished sequences."""
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         if not mine:
             self._by_client.pop(request.client, None)
-        if request.stream is None:
+        if request.outputs is None:
             return []
-        ids = range(request.first_id, request.first_id + len(request.stream.sequences))
+        ids = range(request.first_id, request.first_id + len(request.outputs.completions))
         return [i for i in ids if self._by_sequence.pop(i, None) is not None]
 
 
 def _num_chars(message: GenerateRequest) -> int:
-    """Length of the text to tokenize, roughly: of a chat, its plain contents."""
+    """Returns the length of the prompt's text; for a chat, the sum of its text contents."""
     if message.prompt is not None:
         return len(message.prompt)
     contents = (turn.get("content") for turn in message.messages or ())

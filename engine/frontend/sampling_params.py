@@ -1,7 +1,8 @@
-"""What a user may ask of sampling; names and defaults are vLLM's."""
+"""The user's sampling parameters; names and defaults are vLLM's."""
 
 import math
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Any
 
 MAX_LOGPROBS = 128
@@ -12,9 +13,20 @@ _FLOATS = (
 _BOOLS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 
 
+class RequestOutputKind(StrEnum):
+    """Selects what each output of a request holds; the names are vLLM's."""
+
+    CUMULATIVE = "cumulative"
+    """Everything generated so far."""
+    DELTA = "delta"
+    """The text, token ids and logprobs that are new since the last output."""
+    FINAL_ONLY = "final_only"
+    """Everything, in one output at the end."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends.
+    """Selects how the tokens of one request are chosen, when it ends and what it returns.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -41,6 +53,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = field(default=None)
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -54,7 +67,11 @@ class SamplingParams:
 
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "SamplingParams":
-        """Build from a decoded message; unknown names are an error that lists the known ones."""
+        """Builds the parameters from a decoded message.
+
+        Raises:
+            ValueError, TypeError: as the constructor; an unknown name lists the known ones.
+        """
         if not isinstance(values, dict):
             raise TypeError("sampling_params must be a map")
         known = {f.name for f in fields(cls)}
@@ -63,15 +80,15 @@ class SamplingParams:
             raise ValueError(f"unknown sampling parameters {unknown}; known: {sorted(known)}")
         values = dict(values)
         bias = values.get("logit_bias")
-        if isinstance(bias, dict):  # JSON and some MessagePack writers turn integer keys to text
+        if isinstance(bias, dict):  # JSON and some MessagePack writers make integer keys text
             try:
                 values["logit_bias"] = {int(k): v for k, v in bias.items()}
             except (TypeError, ValueError):
-                raise ValueError("logit_bias: keys must be token ids") from None
+                raise ValueError("logit_bias must have token ids as keys") from None
         return cls(**values)
 
     def to_wire(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
+        """Returns the fields that differ from their defaults."""
         default = SamplingParams()
         return {
             f.name: getattr(self, f.name)
@@ -102,6 +119,7 @@ class SamplingParams:
             for token in self.stop_token_ids:
                 _check_int("stop_token_ids", token)
         _check_bias(self.logit_bias)
+        self.output_kind = _output_kind(self.output_kind)
 
     def _check_ranges(self) -> None:
         def require(ok: bool, text: str) -> None:
@@ -141,7 +159,7 @@ class SamplingParams:
         require(all(self.stop_strings), "stop strings must not be empty")
         require(
             self.detokenize or not self.stop_strings,
-            "stop strings need detokenize=True",
+            "stop strings are found in text: set detokenize=True, or leave out stop",
         )
 
 
@@ -149,7 +167,15 @@ def _check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} does not fit 64 bits")
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
+
+
+def _output_kind(value: Any) -> RequestOutputKind:
+    try:
+        return RequestOutputKind(value)
+    except ValueError:
+        known = ", ".join(RequestOutputKind)
+        raise ValueError(f"output_kind must be one of {known}, got {value!r}") from None
 
 
 def _check_stop(stop: object) -> None:
@@ -172,4 +198,4 @@ def _check_bias(bias: object) -> None:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise ValueError(f"logit_bias: {value!r} is no finite number")
+            raise ValueError(f"logit_bias must map token ids to finite numbers, got {value!r}")

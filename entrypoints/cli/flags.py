@@ -38,7 +38,7 @@ GROUPS = {
 OFFLINE_HIDDEN = ("server", "adapter_root")
 """Parts and fields that matter only where other clients can connect."""
 
-SAMPLING_HIDDEN = ("seed", "detokenize")
+SAMPLING_HIDDEN = ("seed", "detokenize", "output_kind")
 """Fields without a flag. `--seed` sets the engine's seed, which requests without one take."""
 
 SAMPLING_DEFAULTS = {"max_tokens": 256}

@@ -1,6 +1,7 @@
-"""What a request gives back; the classes and their fields are vLLM's."""
+"""The results of a request; the classes and their fields are vLLM's."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from loraplex.engine.errors import LoraplexError
 from loraplex.entrypoints.client.lora_request import LoRARequest
@@ -8,7 +9,7 @@ from loraplex.entrypoints.client.lora_request import LoRARequest
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One candidate at one position; `rank` 1 is the most likely token."""
+    """The log-probability of one token at one position; `rank` 1 is the most likely token."""
 
     logprob: float
     rank: int | None = None
@@ -16,18 +17,23 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
-"""Token id -> its log-probability, the chosen token first."""
+"""Maps token ids to their log-probabilities, the chosen token first."""
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of the n answers to a prompt, as far as it has come."""
+    """One of the n completions of a prompt.
+
+    `text`, `token_ids` and `logprobs` hold everything generated so far, or with
+    RequestOutputKind.DELTA what is new since the last output. The two sequences are lists once
+    the completion has finished; before, they may be read-only views.
+    """
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None  # of the chosen tokens, when logprobs were asked for
-    logprobs: list[PositionLogprobs] | None = None  # one entry per token id
+    token_ids: Sequence[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None  # sum over all chosen tokens so far, with logprobs
+    logprobs: Sequence[PositionLogprobs] | None = None  # one entry per token id
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the stop string or stop token id; None for end of text
     lora_request: LoRARequest | None = None
@@ -38,7 +44,11 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and everything generated for it so far."""
+    """A request and its completions.
+
+    `outputs` holds all n completions, or with RequestOutputKind.DELTA those that have something
+    new; `index` tells them apart. `prompt_logprobs` is in the first DELTA output alone.
+    """
 
     request_id: str
     prompt: str | None = None
@@ -49,22 +59,13 @@ class RequestOutput:
     lora_request: LoRARequest | None = None
     num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache
 
-    def snapshot(self) -> "RequestOutput":
-        """A copy that later tokens do not change."""
-        outputs = [
-            replace(
-                output,
-                token_ids=list(output.token_ids),
-                logprobs=None if output.logprobs is None else list(output.logprobs),
-            )
-            for output in self.outputs
-        ]
-        return replace(self, outputs=outputs)
-
 
 @dataclass(frozen=True, slots=True)
 class RequestFailure:
-    """A request that ended with an error; `error.code` is one of docs/protocol.md."""
+    """A request that ended with an error; docs/protocol.md lists the values of `error.code`."""
 
     request_id: str
     error: LoraplexError
+
+
+RequestResult = RequestOutput | RequestFailure

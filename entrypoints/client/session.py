@@ -1,4 +1,4 @@
-"""A client's state without its connection: what it sends, and what the replies make of it."""
+"""Tracks a client's unfinished requests and commands, without a connection."""
 
 import itertools
 import operator
@@ -6,47 +6,48 @@ from typing import Any, Protocol
 
 from loraplex.engine.errors import LoraplexError
 from loraplex.engine.frontend.protocol import error_from_reply
-from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 from loraplex.entrypoints.client.lora_request import LoRARequest
-from loraplex.entrypoints.client.outputs import (
-    CompletionOutput,
-    Logprob,
-    PositionLogprobs,
-    RequestFailure,
-    RequestOutput,
-)
+from loraplex.entrypoints.client.output_assembler import Message, OutputAssembler
+from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 
 Prompt = str | list[int] | dict[str, Any]
-"""Text, token ids, or a map with one of "prompt", "prompt_token_ids" and "messages" (a chat;
-it may also hold "add_generation_prompt" and "continue_final_message")."""
+"""Text, token ids, or a map with one of "prompt", "prompt_token_ids" and "messages".
+
+A map with "messages" (a chat) may also hold "add_generation_prompt" and "continue_final_message".
+"""
 
 _PROMPT_KEYS = (
     "prompt", "prompt_token_ids", "messages", "add_generation_prompt", "continue_final_message",
 )  # fmt: skip
 
-News = RequestOutput | RequestFailure
-Message = dict[str, Any]
+
+News = RequestResult
 
 
 class Transport(Protocol):
-    """How maps reach a frontend: a socket, or an engine in this process."""
+    """Carries messages to a frontend and back: a socket, or an engine in this process."""
 
     def send(self, message: Message) -> None: ...
 
     def receive(self, timeout_s: float | None) -> list[Message]:
-        """Replies, in order; [] after `timeout_s`. EngineDeadError when there will be no more."""
+        """Returns replies in order, [] after `timeout_s`.
+
+        Raises:
+            EngineDeadError: the connection is lost and every reply was returned.
+        """
 
     def is_lost(self) -> bool:
-        """Whether receive() has nothing to give but what came before the loss."""
+        """Tells whether the connection is lost. Replies that came before can still be received."""
 
     def close(self) -> None: ...
 
 
 class ClientSession:
-    """The requests and commands of one client that have no end yet."""
+    """Makes the messages that a client sends, and results of the replies to them."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, RequestOutput] = {}
+        self._requests: dict[str, OutputAssembler] = {}
         self._commands: set[str] = set()
         self._numbers = itertools.count(1)
 
@@ -68,15 +69,17 @@ class ClientSession:
         priority: int,
         stream: bool,
     ) -> tuple[str, Message]:
-        """A new request: its id, and the message to send.
+        """Begins a request. Returns its id and the message to send.
 
         Raises:
-            TypeError, ValueError: the prompt is of no known form, or the id is in use.
+            TypeError, ValueError: the prompt has an unknown form, or the id is in use.
         """
         params = sampling_params if sampling_params is not None else SamplingParams()
         request_id = self._new_id() if request_id is None else request_id
         if request_id in self._requests:
-            raise ValueError(f"request {request_id!r} is not finished yet")
+            raise ValueError(
+                f"request {request_id!r} is not finished yet: choose another request_id"
+            )
         fields = _prompt_fields(prompt)
         lora_request = adapter if isinstance(adapter, LoRARequest) else None
         name = adapter.lora_name if isinstance(adapter, LoRARequest) else adapter
@@ -91,30 +94,32 @@ class ClientSession:
             "stream": stream,
             "return_prompt_token_ids": "prompt_token_ids" not in fields,
         }
-        self._requests[request_id] = RequestOutput(
+        request = RequestOutput(
             request_id,
             prompt=fields.get("prompt"),
             prompt_token_ids=fields.get("prompt_token_ids"),
-            outputs=[CompletionOutput(i, lora_request=lora_request) for i in range(params.n)],
             lora_request=lora_request,
         )
+        kind = params.output_kind if stream else RequestOutputKind.FINAL_ONLY
+        self._requests[request_id] = OutputAssembler(request, params.n, kind)
         return request_id, message
 
     def command(self, kind: str, /, **values: Any) -> tuple[str, Message]:
-        """A command that is answered: its id, and the message to send."""
+        """Begins a command. Returns its id and the message to send."""
         request_id = self._new_id()
         self._commands.add(request_id)
         return request_id, {"type": kind, "request_id": request_id, **values}
 
     def forget(self, request_id: str) -> None:
-        """Replies to it are ignored from now on."""
+        """Ignores later replies to a request or command."""
         self._requests.pop(request_id, None)
         self._commands.discard(request_id)
 
-    def on_reply(self, reply: Message) -> tuple[str, News | Message] | None:
-        """What a reply brings to which request or command; None for what concerns none of ours.
+    def on_reply(self, reply: Message) -> tuple[str, RequestResult | Message] | None:
+        """Returns the id of a request or command and its result.
 
-        A RequestOutput is a snapshot: later replies do not change it.
+        The result is a RequestOutput or RequestFailure for a request, the reply itself or a
+        RequestFailure for a command. Returns None if the reply belongs to neither.
         """
         request_id = reply.get("request_id", "")
         if request_id in self._commands:
@@ -122,20 +127,19 @@ class ClientSession:
             if reply["type"] == "error":
                 return request_id, _failure(reply)
             return request_id, reply
-        output = self._requests.get(request_id)
-        if output is None:
+        assembler = self._requests.get(request_id)
+        if assembler is None:
             return None
         if reply["type"] == "error":
             del self._requests[request_id]
             return request_id, _failure(reply)
-        _extend(output, reply)
+        output = assembler.add(reply)
         if output.finished:
             del self._requests[request_id]
-            return request_id, output
-        return request_id, output.snapshot()
+        return request_id, output
 
     def fail_all(self, error: LoraplexError) -> list[RequestFailure]:
-        """The engine is lost: every request and command ends with `error`."""
+        """Ends every request and command with `error`."""
         failures = [RequestFailure(request_id, error) for request_id in self.unfinished]
         self._requests.clear()
         self._commands.clear()
@@ -153,7 +157,7 @@ def _prompt_fields(prompt: Prompt) -> Message:
         return {"prompt": prompt}
     fields = {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
     if not isinstance(fields, dict):
-        raise TypeError(f"a prompt is text, a list of token ids or a map, got {prompt!r:.80}")
+        raise TypeError(f"a prompt must be text, token ids or a map, got {prompt!r:.80}")
     unknown = [key for key in fields if key not in _PROMPT_KEYS]
     if unknown:
         raise ValueError(f"unknown keys in a prompt: {unknown}; known: {list(_PROMPT_KEYS)}")
@@ -166,35 +170,3 @@ def _prompt_fields(prompt: Prompt) -> Message:
 def _failure(reply: Message) -> RequestFailure:
     error = error_from_reply(reply.get("code", "internal"), reply.get("message", ""))
     return RequestFailure(reply.get("request_id", ""), error)
-
-
-def _extend(output: RequestOutput, reply: Message) -> None:
-    """Add an "output" message to what the request has so far."""
-    if "prompt_token_ids" in reply:
-        output.prompt_token_ids = reply["prompt_token_ids"]
-    if "prompt_logprobs" in reply:
-        output.prompt_logprobs = (output.prompt_logprobs or []) + [
-            None if entries is None else _position(entries) for entries in reply["prompt_logprobs"]
-        ]
-    for entry in reply["outputs"]:
-        _extend_completion(output.outputs[entry["index"]], entry)
-    output.finished = reply["finished"]
-    if output.finished:
-        output.num_cached_tokens = reply["usage"]["cached_tokens"]
-
-
-def _extend_completion(completion: CompletionOutput, entry: Message) -> None:
-    completion.text += entry["text"]
-    completion.token_ids += entry["token_ids"]
-    completion.finish_reason = entry["finish_reason"]
-    completion.stop_reason = entry["stop_reason"]
-    if "logprobs" in entry:
-        chosen = sum(entries[0][1] for entries in entry["logprobs"])
-        completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + chosen
-        completion.logprobs = (completion.logprobs or []) + [
-            _position(entries) for entries in entry["logprobs"]
-        ]
-
-
-def _position(entries: list[list[Any]]) -> PositionLogprobs:
-    return {token_id: Logprob(logprob, rank, text) for token_id, logprob, rank, text in entries}

@@ -1,4 +1,4 @@
-"""loraplex: one base model, thousands of LoRA adapters, any mix of them in one batch.
+"""Serves one base model with thousands of LoRA adapters, any mix of them in one batch.
 
 The public names are imported on first use, so that ``import loraplex`` loads no GPU library.
 """
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "loraplex.entrypoints.offline.llm",
     "SamplingParams": "loraplex.engine.frontend.sampling_params",
+    "RequestOutputKind": "loraplex.engine.frontend.sampling_params",
     "LoRARequest": "loraplex.entrypoints.client.lora_request",
     "RequestOutput": "loraplex.entrypoints.client.outputs",
     "CompletionOutput": "loraplex.entrypoints.client.outputs",

@@ -15,6 +15,7 @@ from loraplex.engine.errors import (
     UnknownAdapterError,
 )
 from loraplex.engine.frontend import protocol
+from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 from loraplex.engine.ipc import messages
 from loraplex.scheduler import worker_protocol
 
@@ -41,6 +42,17 @@ def test_a_request_with_everything() -> None:
     assert parsed.prompt_token_ids == array("i", [1, 2])
     assert parsed.sampling_params.logit_bias == {7: 1.5}
     assert (parsed.adapter, parsed.priority, parsed.stream) == ("org/pirate-8_v1.0", -3, False)
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_an_output_kind_survives_the_wire(kind: RequestOutputKind) -> None:
+    wire = msgpack.packb(
+        {**GENERATE, "sampling_params": SamplingParams(output_kind=kind).to_wire()}
+    )
+    parsed = protocol.parse(protocol.decode_frame(wire))
+    assert isinstance(parsed, protocol.GenerateRequest)
+    assert parsed.sampling_params.output_kind is kind
+    assert parsed.final_only == (kind is RequestOutputKind.FINAL_ONLY)
 
 
 def test_none_is_as_good_as_leaving_it_out() -> None:
@@ -80,6 +92,12 @@ def test_none_is_as_good_as_leaving_it_out() -> None:
         ({"sampling_params": {"temprature": 1}}, "bad_request", "unknown sampling parameters"),
         ({"sampling_params": {"top_p": 2.0}}, "bad_request", "top_p"),
         ({"sampling_params": {"n": 2**70 % 2**64}}, "bad_request", "n must lie"),
+        (
+            {"sampling_params": {"output_kind": "all"}},
+            "bad_request",
+            "cumulative, delta, final_only",
+        ),
+        ({"sampling_params": {"output_kind": 1}}, "bad_request", "output_kind must be one of"),
         ({"adapter": "../../etc"}, "bad_request", "adapter name"),
         ({"adapter": "a b"}, "bad_request", "adapter name"),
         ({"adapter": 7}, "bad_request", "adapter"),

@@ -1,5 +1,6 @@
 """The traces of `loraplex bench`, and the random adapters that they run over."""
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -165,7 +166,7 @@ class FakeClient:
             output.finished = self.left[request_id] == 0
             refused = request_id in self.refused
             failure = RequestFailure(request_id, QueueFullError("no room"))
-            found.append(failure if refused else output.snapshot())
+            found.append(failure if refused else copy.deepcopy(output))
             if refused or output.finished:
                 del self.open[request_id]
         return found

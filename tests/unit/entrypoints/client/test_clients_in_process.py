@@ -1,6 +1,5 @@
 """The client over the whole engine in one thread: real frontend and scheduler, fake worker."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,70 +8,26 @@ import pytest
 
 from loraplex.engine.config import AdapterConfig, ModelConfig, ServerConfig
 from loraplex.engine.errors import (
-    AdapterError,
     ClientError,
-    ConfigError,
     EngineDeadError,
     QueueFullError,
     UnknownAdapterError,
 )
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.processes.in_process import InProcessEngine
-from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
-from loraplex.entrypoints.client.sync_client import Client
 from loraplex.scheduler.config import SchedulerConfig
 
-from helpers.fakes.fake_engine import (
-    NUM_PAGES,
-    FakeEngineWorker,
-    expected_tokens,
-    fake_config,
-    make_fake_adapter,
-)
+from helpers.fakes.fake_engine import NUM_PAGES, expected_tokens, make_fake_adapter
+from helpers.fakes.in_process_client import TEN, InProcessClient, last
 from helpers.models.hf_models import make_tokenizer
 
-TEN = SamplingParams(max_tokens=10, temperature=0.0)
 
-
-def start(**parts: Any) -> Client:
-    engine = InProcessEngine(fake_config(**parts), worker=FakeEngineWorker)
-    client = Client(engine)
-    client.engine = engine  # type: ignore[attr-defined]
-    return client
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[Client]:
-    for name in ("a", "b"):
-        make_fake_adapter(tmp_path / name, f"content of {name}")
-    with start(adapter=AdapterConfig(adapter_root=str(tmp_path))) as client:
-        yield client
-        client.engine.scheduler.check_integrity()  # type: ignore[attr-defined]
-
-
-def last(outputs: Iterator[RequestOutput]) -> RequestOutput:
-    return list(outputs)[-1]
-
-
-def test_generate_streams_snapshots_that_grow(client: Client) -> None:
-    outputs = list(client.generate([1, 2, 3], TEN))
-    lengths = [len(output.outputs[0].token_ids) for output in outputs]
-    assert lengths == sorted(set(lengths))
-    assert lengths[0] < 10
-    assert lengths[-1] == 10
-    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    assert outputs[-1].outputs[0].token_ids == expected_tokens([1, 2, 3], max_tokens=10)
-    assert outputs[-1].outputs[0].finish_reason == "length"
-    assert outputs[-1].prompt_token_ids == [1, 2, 3]
-
-
-def test_without_streaming_there_is_one_output(client: Client) -> None:
+def test_without_streaming_there_is_one_output(client: InProcessClient) -> None:
     (output,) = client.generate({"prompt_token_ids": [1, 2, 3]}, TEN, stream=False)
     assert output.outputs[0].token_ids == expected_tokens([1, 2, 3], max_tokens=10)
 
 
-def test_submit_and_poll_mix_with_everything_else(client: Client) -> None:
+def test_submit_and_poll_mix_with_everything_else(client: InProcessClient) -> None:
     prompts = {client.submit([1, 2, i], TEN): [1, 2, i] for i in range(100)}
     assert client.num_outstanding == 100
     streamed = client.generate([9], TEN, stream=True)
@@ -80,10 +35,10 @@ def test_submit_and_poll_mix_with_everything_else(client: Client) -> None:
     assert client.health()["status"] == "ok"
     done: dict[str, Any] = {}
     while client.num_outstanding:
-        for news in client.poll(5.0):
-            assert isinstance(news, RequestOutput)
-            assert news.request_id not in done
-            done[news.request_id] = news
+        for result in client.poll(5.0):
+            assert isinstance(result, RequestOutput)
+            assert result.request_id not in done
+            done[result.request_id] = result
     assert client.poll() == []
     for request_id, prompt in prompts.items():
         assert done[request_id].finished
@@ -91,72 +46,41 @@ def test_submit_and_poll_mix_with_everything_else(client: Client) -> None:
     assert last(streamed).outputs[0].token_ids == expected_tokens([9], max_tokens=10)
 
 
-def test_poll_gives_news_of_streams(client: Client) -> None:
+def test_poll_returns_partial_outputs_of_streams(client: InProcessClient) -> None:
     client.submit([1], TEN, stream=True)
     lengths = []
     while client.num_outstanding:
-        lengths += [len(news.outputs[0].token_ids) for news in client.poll(5.0)]  # type: ignore[union-attr]
+        lengths += [len(result.outputs[0].token_ids) for result in client.poll(5.0)]  # type: ignore[union-attr]
     assert len(lengths) > 2
     assert lengths[-1] == 10
 
 
-def test_adapters_by_name_and_by_request(client: Client, tmp_path: Path) -> None:
-    listed = client.load_adapter("one", str(tmp_path / "a"))
-    assert listed["name"] == "one"
-    by_name = last(client.generate([1, 2], TEN, adapter="one"))
-    assert by_name.outputs[0].token_ids == expected_tokens([1, 2], "content of a", max_tokens=10)
-    request = LoRARequest("two", 7, str(tmp_path / "b"))
-    by_request = last(client.generate([1, 2], TEN, adapter=request))
-    assert by_request.outputs[0].token_ids == expected_tokens([1, 2], "content of b", max_tokens=10)
-    assert by_request.lora_request is request
-    assert by_request.outputs[0].lora_request is request
-    assert sorted(a["name"] for a in client.list_adapters()) == ["one", "two"]
-    client.unload_adapter("one")
-    with pytest.raises(UnknownAdapterError, match="'one'.*known: two"):
-        last(client.generate([1], TEN, adapter="one"))
-    with pytest.raises(UnknownAdapterError):
-        client.unload_adapter("one")
-
-
-def test_bad_adapters_are_errors_and_never_the_base_model(client: Client, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(AdapterError, match="adapter_config.json"):
-        client.load_adapter("x", str(tmp_path / "empty"))
-    with pytest.raises(AdapterError):
-        last(client.generate([1], TEN, adapter=LoRARequest("y", 1, str(tmp_path / "empty"))))
-    with pytest.raises(ClientError) as caught:
-        client.load_adapter("x", "/etc")
-    assert caught.value.code == "forbidden"
-    with pytest.raises(UnknownAdapterError):
-        last(client.generate([1], TEN, adapter="nobody"))
-
-
-def test_leaving_the_loop_cancels(client: Client) -> None:
+def test_leaving_the_loop_cancels(client: InProcessClient) -> None:
     stream = client.generate([1], SamplingParams(max_tokens=400))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     stats = client.stats()
     assert stats["running"] == 0
     assert stats["finished"]["abort"] == 1
     assert stats["pages_kv"] == 0
 
 
-def test_cancel_ends_with_what_there_is(client: Client) -> None:
+def test_cancel_ends_with_what_there_is(client: InProcessClient) -> None:
     request_id = client.submit([1], SamplingParams(max_tokens=400), stream=True)
     client.poll()
     client.cancel(request_id)
     client.cancel("never heard of")
-    news: list[Any] = []
+    results: list[Any] = []
     while client.num_outstanding:
-        news += client.poll(5.0)
-    assert news[-1].outputs[0].finish_reason == "abort"
-    assert 0 < len(news[-1].outputs[0].token_ids) < 400
+        results += client.poll(5.0)
+    assert results[-1].outputs[0].finish_reason == "abort"
+    assert 0 < len(results[-1].outputs[0].token_ids) < 400
     stats = client.stats()
     assert stats["pages_kv"] == 0
     assert stats["pages_free"] + stats["pages_prefix"] == NUM_PAGES - 1
 
 
-def test_several_answers(client: Client) -> None:
+def test_several_answers(client: InProcessClient) -> None:
     output = last(client.generate([1, 2], replace(TEN, n=3)))
     assert [completion.index for completion in output.outputs] == [0, 1, 2]
     for completion in output.outputs:
@@ -164,7 +88,7 @@ def test_several_answers(client: Client) -> None:
         assert completion.finish_reason == "length"
 
 
-def test_logprobs_have_vllms_form(client: Client) -> None:
+def test_logprobs_have_vllms_form(client: InProcessClient) -> None:
     params = SamplingParams(max_tokens=3, logprobs=0, prompt_logprobs=0, temperature=0.0)
     output = last(client.generate([1, 2, 3], params))
     (completion,) = output.outputs
@@ -177,20 +101,20 @@ def test_logprobs_have_vllms_form(client: Client) -> None:
     assert [list(entry or ()) for entry in output.prompt_logprobs[1:]] == [[2], [3]]
 
 
-def test_prefix_hits_are_reported(client: Client) -> None:
+def test_prefix_hits_are_reported(client: InProcessClient) -> None:
     prompt = list(range(40))
     assert last(client.generate(prompt, TEN)).num_cached_tokens == 0
     assert last(client.generate(prompt, TEN)).num_cached_tokens == 32
     assert last(client.generate(prompt, TEN, salt="tenant")).num_cached_tokens == 0
 
 
-def test_failures_come_as_news_of_their_request(client: Client) -> None:
+def test_failures_are_results_of_their_requests(client: InProcessClient) -> None:
     good = client.submit([1], TEN)
     bad = client.submit([1], TEN, adapter="nobody")
     worse = client.submit([99999], TEN)
     ends: dict[str, Any] = {}
     while client.num_outstanding:
-        ends |= {news.request_id: news for news in client.poll(5.0)}
+        ends |= {result.request_id: result for result in client.poll(5.0)}
     assert isinstance(ends[good], RequestOutput)
     assert isinstance(ends[bad], RequestFailure)
     assert isinstance(ends[bad].error, UnknownAdapterError)
@@ -199,11 +123,11 @@ def test_failures_come_as_news_of_their_request(client: Client) -> None:
 
 def test_a_full_queue_refuses_by_name(tmp_path: Path) -> None:
     scheduler = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, max_queue_len=2)
-    with start(scheduler=scheduler) as client:
+    with InProcessClient(scheduler=scheduler) as client:
         ids = [client.submit([1, i], TEN) for i in range(10)]
         ends: dict[str, Any] = {}
         while client.num_outstanding:
-            ends |= {news.request_id: news for news in client.poll(5.0)}
+            ends |= {result.request_id: result for result in client.poll(5.0)}
         refused = [i for i in ids if isinstance(ends[i], RequestFailure)]
         assert refused
         assert all(isinstance(ends[i].error, QueueFullError) for i in refused)
@@ -211,22 +135,24 @@ def test_a_full_queue_refuses_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", [5, b"x", None, {"text": "x"}, [1.5]])
-def test_prompts_of_no_known_form_are_refused_before_sending(client: Client, prompt: Any) -> None:
+def test_prompts_of_no_known_form_are_refused_before_sending(
+    client: InProcessClient, prompt: Any
+) -> None:
     with pytest.raises((TypeError, ValueError)):
         client.submit(prompt, TEN)
     assert client.num_outstanding == 0
 
 
-def test_ids_of_the_callers_choice(client: Client) -> None:
+def test_ids_of_the_callers_choice(client: InProcessClient) -> None:
     assert client.submit([1], TEN, request_id="mine") == "mine"
     with pytest.raises(ValueError, match="not finished"):
         client.submit([1], TEN, request_id="mine")
-    (news,) = client.poll(5.0)
-    assert news.request_id == "mine"
+    (result,) = client.poll(5.0)
+    assert result.request_id == "mine"
     client.submit([1], TEN, request_id="mine")
 
 
-def test_a_wait_can_be_bounded(client: Client) -> None:
+def test_a_wait_can_be_bounded(client: InProcessClient) -> None:
     client.submit([1], SamplingParams(max_tokens=400))
     assert client.poll(0.0) == []
     stream = client.generate([2], SamplingParams(max_tokens=400), stream=False, timeout_s=0.0)
@@ -238,7 +164,7 @@ def test_a_wait_can_be_bounded(client: Client) -> None:
 def test_text_goes_in_and_comes_out(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer")
     model = ModelConfig(model=str(tmp_path / "tokenizer"))
-    with start(model=model) as client:
+    with InProcessClient(model=model) as client:
         health = client.health()
         assert (health["tokenizer"], health["chat_template"]) == (True, True)
         params = SamplingParams(max_tokens=30, ignore_eos=True)
@@ -262,21 +188,16 @@ def test_text_goes_in_and_comes_out(tmp_path: Path) -> None:
 
 
 def test_a_closed_engine_says_so() -> None:
-    client = start()
+    client = InProcessClient()
     client.close()
     client.close()
     with pytest.raises(EngineDeadError):
         client.submit([1], TEN)
 
 
-def test_start_errors_are_the_engines_own(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing is no directory"):
-        start(adapter=AdapterConfig(adapters=(("x", str(tmp_path / "missing")),)))
-
-
-def test_adapters_at_start(tmp_path: Path) -> None:
+def test_adapters_at_InProcessClient(tmp_path: Path) -> None:
     make_fake_adapter(tmp_path / "all" / "pirate", "arr")
-    with start(adapter=AdapterConfig(adapter_dir=str(tmp_path / "all"))) as client:
+    with InProcessClient(adapter=AdapterConfig(adapter_dir=str(tmp_path / "all"))) as client:
         (listed,) = client.list_adapters()
         assert listed["name"] == "pirate"
         output = last(client.generate([1, 2], TEN, adapter="pirate"))
@@ -286,32 +207,11 @@ def test_adapters_at_start(tmp_path: Path) -> None:
 
 
 def test_server_limits_hold_in_process() -> None:
-    with start(server=ServerConfig(max_requests_per_client=1)) as client:
+    with InProcessClient(server=ServerConfig(max_requests_per_client=1)) as client:
         client.submit([1], TEN)
         client.submit([2], TEN)
         codes = []
         while client.num_outstanding:
-            news = client.poll(5.0)
-            codes += [n.error.code for n in news if isinstance(n, RequestFailure)]
+            results = client.poll(5.0)
+            codes += [r.error.code for r in results if isinstance(r, RequestFailure)]
         assert codes == ["too_many_requests"]
-
-
-def test_pins_tiers_and_service(client: Client, tmp_path: Path) -> None:
-    client.load_adapter("one", str(tmp_path / "a"))
-    assert client.list_adapters("one")[0]["tier"] == "host"
-    assert client.pin_adapter("one")["pinned"]
-    last(client.generate([1, 2, 3], TEN, adapter="one"))
-    (listed,) = client.list_adapters("one")
-    assert (listed["tier"], listed["pinned"], listed["num_requests"]) == ("pages", True, 0)
-    service = listed["usage"]
-    assert (service["num_prompt_tokens"], service["num_generated_tokens"]) == (3, 10)
-    assert sum(service["hits"].values()) == 1 and service["ttft_p99_ms"] > 0
-    assert not client.unpin_adapter("one")["pinned"]
-    stats = client.stats()
-    assert stats["adapter_usage"]["num_requests"] == 1
-    assert (stats["pinned_adapters"], stats["pages_pinned"]) == (0, 0)
-    for command in (client.pin_adapter, client.unpin_adapter, client.list_adapters):
-        with pytest.raises(UnknownAdapterError, match="'nobody'"):
-            command("nobody")
-    client.unload_adapter("one")
-    assert client.stats()["host_adapters"] == 0

@@ -1,5 +1,6 @@
-"""A frontend on a test's desk: a scheduler that only listens, clients that may be gone or slow."""
+"""Runs a frontend with a scheduler that only records, and clients that may be gone or slow."""
 
+import select
 from array import array
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec, load_text_codec
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, Wakeup
-from loraplex.engine.ipc.messages import EngineInfo, SequenceOutput, StepOutputs
+from loraplex.engine.ipc.messages import EngineInfo, SequenceOutput, StatsReply, StepOutputs
 
 from helpers.models.hf_models import make_tokenizer
 
@@ -20,14 +21,24 @@ INFO = EngineInfo(
 )
 
 
-class Desk:
-    """Everything that the frontend has sent is in `sent` and `replies` until it is taken."""
+WITHIN_S = 20.0
+
+
+class FrontendHarness:
+    """Keeps what the frontend sends in `sent` and `replies` until the test takes it.
+
+    Attributes:
+        now_s: the time that the frontend sees.
+        scheduler_error: what a send to the scheduler raises, None for no error.
+    """
 
     def __init__(self, codec: TextCodec | None, **parts: Any) -> None:
         self.sent: list[Any] = []  # to the scheduler
         self.replies: list[tuple[bytes, dict[str, Any]]] = []
         self.gone: set[bytes] = set()
         self.slow: set[bytes] = set()
+        self.now_s = 0.0
+        self.scheduler_error: Exception | None = None
         self.wakeup = Wakeup()
         self.frontend = Frontend(
             EngineConfig(model=ModelConfig(model="m"), **parts),
@@ -37,9 +48,12 @@ class Desk:
             scheduler=self,
             send=self.reply,
             wakeup=self.wakeup,
+            clock=lambda: self.now_s,
         )
 
     def send(self, message: object, peer: bytes = b"") -> None:
+        if self.scheduler_error is not None:
+            raise self.scheduler_error
         self.sent.append(message)
 
     def receive(self) -> list[tuple[bytes, Any]]:
@@ -71,13 +85,29 @@ class Desk:
         self.sent.clear()
         return taken
 
+    def run_pooled(self) -> None:
+        """Waits until the thread pool has tokenized something, and lets the frontend start it."""
+        ready, _, _ = select.select([self.wakeup.fileno()], [], [], WITHIN_S)
+        assert ready, "no prompt was tokenized"
+        self.wakeup.clear()
+        self.frontend.run_ready()
+
     @property
     def stats(self) -> dict[str, int]:
-        return self.frontend._stats()
+        """The frontend's counters, as a client that asks for them sees them."""
+        kept = self.sent, self.replies
+        self.sent, self.replies = [], []
+        self.ask(b"observer", "stats")
+        (query,) = self.sent
+        self.frontend.on_scheduler(StatsReply(query.query_id, {}))
+        ((_, reply),) = self.replies
+        self.sent, self.replies = kept
+        counters: dict[str, int] = reply["stats"]["frontend"]
+        return counters
 
 
 def make_codec(path: Path) -> TextCodec:
-    """The little tokenizer of helpers.models.hf_models, made in `path`."""
+    """Makes the small tokenizer of helpers.models.hf_models in `path`."""
     make_tokenizer(path)
     codec = load_text_codec(ModelConfig(model=str(path)))
     assert codec is not None
