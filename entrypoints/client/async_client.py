@@ -1,4 +1,4 @@
-"""The asyncio client."""
+"""Talks to an engine from asyncio code."""
 
 import asyncio
 import contextlib
@@ -8,13 +8,13 @@ from typing import Any
 from loraplex.engine.errors import EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.lora_request import LoRARequest
-from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
-from loraplex.entrypoints.client.session import ClientSession, Message, News, Prompt
+from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
+from loraplex.entrypoints.client.session import ClientSession, Message, Prompt
 from loraplex.entrypoints.client.transport import SocketTransport
 
 
 class AsyncClient:
-    """Talks to one engine from one event loop; any number of tasks may use it at a time.
+    """Talks to one engine from one event loop. Any number of tasks may use it at a time.
 
     ``async with AsyncClient(endpoint) as client`` connects, or the first call does. Arguments and
     errors are those of Client.
@@ -37,7 +37,7 @@ class AsyncClient:
         self._session = ClientSession()
         self._transport: SocketTransport | None = None
         self._connecting = asyncio.Lock()
-        self._queues: dict[str, asyncio.Queue[News | Message]] = {}
+        self._queues: dict[str, asyncio.Queue[RequestResult | Message]] = {}
         self._adapter_paths: dict[str, str] = {}
 
     async def generate(
@@ -52,8 +52,10 @@ class AsyncClient:
         stream: bool = True,
         timeout_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the request as it grows; see Client.generate. Cancelling the task that iterates,
-        or closing the iterator, cancels the request."""
+        """Yields outputs of the request's `output_kind`; see Client.generate.
+
+        Cancelling the task that iterates, or closing the iterator, cancels the request.
+        """
         transport = await self._live_transport()
         if isinstance(adapter, LoRARequest) and adapter.lora_path:
             name, path = adapter.lora_name, adapter.lora_path
@@ -91,7 +93,7 @@ class AsyncClient:
         continue_final_message: bool = False,
         **options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Like generate(), for a conversation; `options` are those of generate()."""
+        """Does what generate() does for a conversation; `options` are generate()'s."""
         prompt = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
@@ -100,43 +102,43 @@ class AsyncClient:
         return self.generate(prompt, sampling_params, **options)
 
     async def cancel(self, request_id: str) -> None:
-        """End a request; it finishes with finish_reason "abort". Unknown ids are ignored."""
+        """Ends a request with finish_reason "abort". Ignores unknown ids."""
         if self._transport is not None:
             self._send(self._transport, {"type": "cancel", "request_id": request_id})
 
     async def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
-        """Make an adapter known; read and checked now, or with `lazy` on its first use."""
+        """Registers an adapter. Its files are read now, or with `lazy` on first use."""
         reply = await self._command("load_adapter", name=name, path=path, lazy=lazy)
         self._adapter_paths[name] = path
         return dict(reply["adapters"][0])
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that use it go on with it."""
+        """Removes an adapter. Requests that use it finish with it."""
         await self._command("unload_adapter", name=name)
         self._adapter_paths.pop(name, None)
 
     async def pin_adapter(self, name: str) -> dict[str, Any]:
-        """Keep an adapter in pages until unpin_adapter(); AdapterError beyond the pinned share."""
+        """Keeps an adapter in pages until unpin_adapter(). AdapterError if too much is pinned."""
         return dict((await self._command("pin_adapter", name=name))["adapters"][0])
 
     async def unpin_adapter(self, name: str) -> dict[str, Any]:
-        """Let a pinned adapter be evicted again once it is idle."""
+        """Allows a pinned adapter to be evicted."""
         return dict((await self._command("unpin_adapter", name=name))["adapters"][0])
 
     async def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
-        """All, or the one of this name: tier, size, users, pins, service; see docs/protocol.md."""
+        """Returns all adapters, or the one of this name, as docs/protocol.md describes."""
         return list((await self._command("list_adapters", name=name))["adapters"])
 
     async def health(self) -> dict[str, Any]:
-        """Status, model and limits; see docs/protocol.md."""
+        """Returns status, model and limits, as docs/protocol.md describes."""
         return await self._command("health")
 
     async def stats(self) -> dict[str, Any]:
-        """Load, memory and counters of the scheduler and of the frontend."""
+        """Returns load, memory and counters of the scheduler and of the frontend."""
         return dict((await self._command("stats"))["stats"])
 
     async def close(self) -> None:
-        """Leave; what is unfinished is cancelled. Idempotent."""
+        """Disconnects; unfinished requests are cancelled. Calling again does nothing."""
         if self._transport is not None:
             with contextlib.suppress(EngineDeadError):
                 self._transport.send({"type": "bye"})
@@ -150,7 +152,7 @@ class AsyncClient:
         await self.close()
 
     async def _live_transport(self) -> SocketTransport:
-        """The connection; made on first use and where the last one was lost."""
+        """Returns the connection; connects on first use and after a loss."""
         async with self._connecting:
             if self._transport is not None:
                 return self._transport
@@ -185,16 +187,16 @@ class AsyncClient:
         return answer
 
     async def _next(
-        self, queue: "asyncio.Queue[News | Message]", timeout_s: float | None
+        self, queue: "asyncio.Queue[RequestResult | Message]", timeout_s: float | None
     ) -> RequestOutput:
         try:
-            item = await asyncio.wait_for(queue.get(), timeout_s)
+            result = await asyncio.wait_for(queue.get(), timeout_s)
         except TimeoutError:
             raise TimeoutError(f"no output in {timeout_s:g} s") from None
-        if isinstance(item, RequestFailure):
-            raise item.error
-        assert isinstance(item, RequestOutput)
-        return item
+        if isinstance(result, RequestFailure):
+            raise result.error
+        assert isinstance(result, RequestOutput)
+        return result
 
     def _connect(self) -> SocketTransport:
         self._transport = transport = SocketTransport(self._endpoint, **self._keys)
@@ -204,7 +206,7 @@ class AsyncClient:
         return transport
 
     def _disconnect(self, error: EngineDeadError) -> None:
-        """All who wait get the error."""
+        """Drops the connection and gives `error` to every caller that waits."""
         transport, self._transport = self._transport, None
         if transport is None:
             return
@@ -216,16 +218,22 @@ class AsyncClient:
             self._deliver(failure.request_id, failure)
 
     def _send(self, transport: SocketTransport, message: Message) -> None:
-        """A socket's descriptor tells but once that something has come, and sending may take that
-        in. So what has come by then is read here."""
+        """Sends a message, then takes the replies that have come.
+
+        A ZeroMQ socket's descriptor signals an arrival once, and send() may consume the signal.
+        So every send must be followed by a read.
+        """
         if transport is not self._transport:
             raise EngineDeadError(f"the connection to {self._endpoint} was lost")
         transport.send(message)
         self._take_replies()
 
     def _take_replies(self) -> None:
-        """Hand each reply that is there to whom it concerns. Until the socket was found empty, its
-        descriptor tells of no other: after some replies there is a next turn."""
+        """Gives each reply that has come to the caller that waits for it.
+
+        The descriptor signals again only after a read found the socket empty. So a read that found
+        replies schedules another one.
+        """
         if self._transport is None:
             return
         try:
@@ -234,12 +242,12 @@ class AsyncClient:
             self._disconnect(error)
             return
         for reply in replies:
-            event = self._session.on_reply(reply)
-            if event is not None:
-                self._deliver(*event)
+            result = self._session.on_reply(reply)
+            if result is not None:
+                self._deliver(*result)
         if replies:
             asyncio.get_running_loop().call_soon(self._take_replies)
 
-    def _deliver(self, request_id: str, event: News | Message) -> None:
+    def _deliver(self, request_id: str, result: RequestResult | Message) -> None:
         if request_id in self._queues:
-            self._queues[request_id].put_nowait(event)
+            self._queues[request_id].put_nowait(result)

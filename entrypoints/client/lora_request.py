@@ -1,14 +1,14 @@
-"""How a caller names an adapter; the class and its fields are vLLM's."""
+"""Names an adapter in a request; the class and its fields are vLLM's."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """An adapter by name, with the PEFT directory it is loaded from when it is not known yet.
+    """An adapter's name, and the PEFT directory to load it from if it is not registered.
 
-    `lora_int_id` is accepted for compatibility and must be positive; adapters are known here by
-    name and by the hash of their content.
+    `lora_int_id` is accepted for compatibility with vLLM and must be positive. loraplex tells
+    adapters apart by name and by the hash of their content.
     """
 
     lora_name: str

@@ -22,9 +22,6 @@ _PROMPT_KEYS = (
 )  # fmt: skip
 
 
-News = RequestResult
-
-
 class Transport(Protocol):
     """Carries messages to a frontend and back: a socket, or an engine in this process."""
 

@@ -1,4 +1,4 @@
-"""A client's socket: a DEALER, and a monitor that tells when the server is lost."""
+"""Connects a client to a server: a DEALER socket, and a monitor that sees the loss of it."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from loraplex.entrypoints.client.session import Message
 
 CLIENT_HWM = 4096  # messages
 SEND_TIMEOUT_MS = 10_000
-LINGER_MS = 500  # for the last message, "bye"
+LINGER_MS = 500  # time for the last message, "bye", to leave
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -27,7 +27,12 @@ _EVENTS = (
 
 
 class SocketTransport:
-    """Speaks to one endpoint. `sockets` are those to poll before drain()."""
+    """Sends messages to one endpoint and receives replies.
+
+    Attributes:
+        sockets: the sockets to poll before drain().
+        max_message_bytes: the server's limit, 0 until it is known.
+    """
 
     def __init__(
         self,
@@ -36,9 +41,13 @@ class SocketTransport:
         server_public_key: str | None = None,
         client_secret_key_file: str | None = None,
     ) -> None:
-        """See Client; connects in the background."""
+        """Connects in the background; see Client for the arguments.
+
+        Raises:
+            ConfigError: the endpoint or a key cannot be used.
+        """
         self.endpoint = endpoint
-        self.max_message_bytes = 0  # as the server says, 0 until it is known
+        self.max_message_bytes = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._connected = False
         self._lost = ""
@@ -54,7 +63,9 @@ class SocketTransport:
             if server_public_key:
                 self._set_up_curve(server_public_key, client_secret_key_file)
             elif client_secret_key_file:
-                raise ConfigError("client_secret_key_file needs server_public_key")
+                raise ConfigError(
+                    "client_secret_key_file needs server_public_key: give both, or neither"
+                )
             self._monitor = self._socket.get_monitor_socket(_EVENTS)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -79,15 +90,22 @@ class SocketTransport:
         if client_secret_key_file:
             public, own = _certificate(client_secret_key_file)
             if own is None:
-                raise ConfigError(f"{client_secret_key_file} holds no secret key")
+                raise ConfigError(
+                    f"{client_secret_key_file} holds no secret key: name the file that ends in "
+                    ".key_secret"
+                )
             secret = own
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, server)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
     def send(self, message: Message) -> None:
-        """Waits while CLIENT_HWM messages are on their way. Raises ClientError for a message
-        larger than the server takes."""
+        """Sends a message. Waits while CLIENT_HWM messages are on their way.
+
+        Raises:
+            ClientError: the message cannot be encoded, or is larger than the server accepts.
+            EngineDeadError: the server has not read a message for SEND_TIMEOUT_MS.
+        """
         try:
             data = msgpack.packb(message)
         except (TypeError, ValueError, OverflowError) as error:
@@ -95,7 +113,8 @@ class SocketTransport:
         if self.max_message_bytes and len(data) > self.max_message_bytes:
             raise client_error(
                 "too_large",
-                f"the request has {len(data)} bytes, the server takes {self.max_message_bytes}",
+                f"the request has {len(data)} bytes, the server takes "
+                f"{self.max_message_bytes}: send less, or raise max_message_bytes of the server",
             )
         try:
             self._socket.send(data)
@@ -103,7 +122,7 @@ class SocketTransport:
             raise EngineDeadError(f"{self.endpoint} has stopped reading messages") from None
 
     def receive(self, timeout_s: float | None) -> list[Message]:
-        """Replies, waiting for the first; [] after `timeout_s`."""
+        """Waits for a reply and returns all that have come, [] after `timeout_s`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             replies = self.drain()
@@ -113,8 +132,11 @@ class SocketTransport:
             self._poller.poll(None if wait_s is None else max(1, int(wait_s * 1000)))
 
     def drain(self) -> list[Message]:
-        """The replies that are there, the first RECEIVE_LIMIT of them. EngineDeadError once the
-        server is gone and all is read."""
+        """Returns the replies that have come, at most RECEIVE_LIMIT.
+
+        Raises:
+            EngineDeadError: the connection is lost and every reply was returned.
+        """
         self._read_monitor()
         replies: list[Message] = []
         while len(replies) < RECEIVE_LIMIT:
@@ -147,7 +169,7 @@ class SocketTransport:
             else:
                 self._lost = (
                     f"{self.endpoint} refused the connection: "
-                    "the CurveZMQ keys do not fit, or one side uses none"
+                    "the CurveZMQ keys do not match, or only one side uses keys"
                 )
 
     def close(self) -> None:
@@ -159,4 +181,4 @@ def _certificate(path: str) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no CurveZMQ certificate: {error}") from None
+        raise ConfigError(f"{path} is not a CurveZMQ certificate: {error}") from None

@@ -218,7 +218,7 @@ def test_keys_that_are_no_keys_are_named(keys: Path) -> None:
         ({"server_public_key": "short"}, "40 Z85 characters"),
         ({"client_secret_key_file": "x"}, "needs server_public_key"),
         ({"server_public_key": str(keys / "server.key"), "client_secret_key_file": "/nowhere"},
-         "/nowhere is no CurveZMQ certificate"),
+         "/nowhere is not a CurveZMQ certificate"),
         ({"server_public_key": str(keys / "server.key"),
           "client_secret_key_file": str(keys / "server.key")}, "holds no secret key"),
     ]:  # fmt: skip
