@@ -1,4 +1,4 @@
-"""The spec of a GGUF file, from its metadata."""
+"""Reads a model's spec from the metadata of a GGUF file."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def spec_from_gguf(path: Path) -> tuple[ModelSpec, bytes]:
     try:
         spec = _build(file, name)
     except (KeyError, TypeError, ValueError) as error:
-        what = f"no {error} in the file" if isinstance(error, KeyError) else str(error)
+        what = f"the file has no {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{path}: {what}") from None
     sizes = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
     return spec, json.dumps(sizes, sort_keys=True).encode()
@@ -89,7 +89,7 @@ def _build(file: GGUFFile, name: str) -> ModelSpec:
 
 
 def _rope_scaling(file: GGUFFile, read: Any) -> dict[str, Any]:
-    """Llama 3's scaling comes as a tensor of divisors, one for each frequency."""
+    """Returns RoPE's scaling. Llama 3 stores it as a tensor with a divisor per frequency."""
     kind = read("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"rope scaling {kind!r} is not supported; supported: none, linear")
@@ -101,11 +101,11 @@ def _rope_scaling(file: GGUFFile, read: Any) -> dict[str, Any]:
 
 
 def _dtype(file: GGUFFile) -> torch.dtype:
-    """float16 for quantized weights: their scales are float16, and bfloat16 would round them."""
+    """Returns float16 for quantized weights: bfloat16 would round their float16 scales."""
     return _FLOAT_DTYPES.get(file.tensors["blk.0.attn_q.weight"].type, torch.float16)
 
 
 def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """End of sequence, then of turn and of message, where the file tells them apart."""
+    """Returns the ids that end a sequence, a turn and a message, as far as the file names them."""
     found = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(int(token_id) for token_id in found if token_id is not None))

@@ -1,8 +1,7 @@
-"""Reads GGUF files: metadata and tensor directory at once, tensors one by one from the mapped file.
+"""Reads GGUF files: the header at once, tensors one by one from the mapped file.
 
-The format is llama.cpp's (ggml/docs/gguf.md). The `gguf` package dequantizes; its own reader is
-not used for the header because it makes an object of every vocabulary entry (seconds for each
-process that opens the file, where this takes a tenth of one).
+The format is llama.cpp's (ggml/docs/gguf.md). The `gguf` package dequantizes. Its own reader makes
+an object of every vocabulary entry, which takes seconds in each process; this one takes 0.1 s.
 """
 
 import math
@@ -26,7 +25,7 @@ _MAX_DIMS = 4
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Place of one tensor; `shape` is in torch's order, rows first."""
+    """Location of one tensor; `shape` is in torch's order, rows first."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,14 +35,14 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """One opened file.
+    """An open GGUF file.
 
     Attributes:
-        metadata: key to value; arrays are lists.
-        tensors: name to GGUFTensor, in file order.
+        metadata: maps keys to values; arrays are lists.
+        tensors: maps names to GGUFTensor, in file order.
 
     Raises:
-        ConfigError: the file is no GGUF of version 2 or 3, is cut short, or is one of many parts.
+        ConfigError: the file is not GGUF of version 2 or 3, is cut short, or is one of many parts.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,10 +60,12 @@ class GGUFFile:
             raise ConfigError(f"{path}: damaged GGUF header ({error})") from None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The tensor as float32, of its torch shape; `start` and `stop` cut its first axis.
+        """Returns a tensor as float32 in its torch shape.
+
+        `start` and `stop` select rows of a tensor with two or more axes.
 
         Raises:
-            ConfigError: its type cannot be dequantized here.
+            ConfigError: the tensor's type cannot be dequantized.
         """
         tensor = self.tensors[name]
         raw = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)

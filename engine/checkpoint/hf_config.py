@@ -1,4 +1,4 @@
-"""The spec of a Hugging Face directory, from its config.json and generation_config.json."""
+"""Reads a model's spec from config.json and generation_config.json."""
 
 import json
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from loraplex.engine.model.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureTraits:
-    """What tells one architecture of the family from another."""
+    """Differences between the supported architectures."""
 
-    qkv_bias: bool = False  # always there; otherwise the config's `attention_bias` decides
+    qkv_bias: bool = False  # if False, the config's `attention_bias` decides
     qk_norm: bool = False
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
     reads_window: bool = False
     window_is_optional: bool = False  # off unless the config says use_sliding_window
-    default_head_dim: int | None = None  # where the config names none; else hidden / heads
+    default_head_dim: int | None = None  # if the config names none; None: hidden / heads
 
 
 ARCHITECTURES = {
@@ -44,7 +44,7 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_DEFAULT_WINDOW = 4096  # Hugging Face's, where the field is missing and not null
+_DEFAULT_WINDOW = 4096  # Hugging Face's default for a missing field; null means no window
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -65,15 +65,15 @@ def spec_from_config(model_path: Path) -> tuple[ModelSpec, bytes]:
     try:
         return _build(model_path, architecture, config), header
     except (KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{path}: {what}") from None
 
 
 def find_architecture(config: dict[str, Any], model_path: Path) -> str:
-    """The supported architecture that config.json names.
+    """Returns the supported architecture that config.json names.
 
     Raises:
-        ConfigError: there is none; the text lists those supported.
+        ConfigError: it names none; the text lists the supported ones.
     """
     named = config.get("architectures") or []
     for architecture in named:
@@ -87,10 +87,12 @@ def find_architecture(config: dict[str, Any], model_path: Path) -> str:
 
 
 def rope_scaling(config: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """RoPE's base and its scaling ({} for none), from the old fields or from `rope_parameters`.
+    """Returns RoPE's base and its scaling ({} for none).
+
+    Reads `rope_parameters`, and the older `rope_theta` and `rope_scaling`.
 
     Raises:
-        ValueError: a type of scaling that is not supported.
+        ValueError: the type of scaling is not supported.
     """
     merged = dict(config.get("rope_scaling") or {})
     merged.update(config.get("rope_parameters") or {})
@@ -166,9 +168,10 @@ def _refuse_unsupported(config: dict[str, Any], model_path: Path) -> None:
 
 
 def _max_position(config: dict[str, Any], traits: ArchitectureTraits) -> int:
-    """Within its window a sliding-window model attends to everything, so the window is the limit.
+    """Returns the longest context. For a model with a sliding window that is the window.
 
-    A missing `max_position_embeddings` is an error: guessing would cut or overrun the context.
+    Up to there it attends to every token. A missing `max_position_embeddings` raises KeyError,
+    because a guess could cut or overrun the context.
     """
     limit = int(config["max_position_embeddings"])
     layer_types = config.get("layer_types")
@@ -191,7 +194,7 @@ def _dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def _eos_token_ids(model_path: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """generation_config.json wins over config.json, as in Hugging Face's generate()."""
+    """Reads generation_config.json before config.json, as Hugging Face's generate() does."""
     path = model_path / "generation_config.json"
     eos = _parse(path, path.read_bytes()).get("eos_token_id") if path.is_file() else None
     if eos is None:

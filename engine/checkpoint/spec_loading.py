@@ -1,4 +1,4 @@
-"""Which architectures there are, and the spec of a checkpoint on disk."""
+"""Loads the spec of a checkpoint on disk."""
 
 import dataclasses
 import hashlib
@@ -9,10 +9,10 @@ from loraplex.engine.model.spec import ModelSpec
 
 
 def load_spec(model_path: Path) -> ModelSpec:
-    """Read the spec of a Hugging Face directory or a GGUF file; no weights are read.
+    """Reads the spec of a Hugging Face directory or a GGUF file, without its weights.
 
     Raises:
-        ConfigError: the checkpoint is of an unsupported architecture, quantized, or damaged.
+        ConfigError: the checkpoint is damaged, quantized or of an unsupported architecture.
     """
     if model_path.suffix == ".gguf":
         from loraplex.engine.checkpoint.gguf_config import spec_from_gguf
@@ -28,7 +28,7 @@ def load_spec(model_path: Path) -> ModelSpec:
 
 
 def _fingerprint(header: bytes, files: list[Path]) -> str:
-    """Hash of the configuration and of the weight files' names, sizes and times; no full read."""
+    """Hashes the configuration and the names, sizes and times of the weight files."""
     digest = hashlib.sha256(header)
     for path in files:
         try:

@@ -1,4 +1,4 @@
-"""Fills a Decoder with a checkpoint's weights, or with random ones."""
+"""Fills a Decoder with the weights of a checkpoint, or with random weights."""
 
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +13,14 @@ _MAX_LISTED = 8
 
 
 class WeightSource(Protocol):
-    """A checkpoint on disk, seen under Hugging Face's tensor names."""
+    """Reads a checkpoint on disk under Hugging Face's tensor names."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor there is, in the order of the files."""
+        """Returns the shape of every tensor by name, in the order of the files."""
         ...
 
     def copy_to(self, name: str, target: torch.Tensor) -> None:
-        """Write one tensor to `target`, which has its shape but any dtype and device."""
+        """Writes one tensor to `target`, which has its shape and any dtype and device."""
         ...
 
 
@@ -32,13 +32,13 @@ def load_weights(
     progress: bool = True,
     seed: int = 0,
 ) -> None:
-    """Write every weight of `model`, converted to its dtype, on its device.
+    """Writes every weight of `model`, converted to its dtype, on its device.
 
     Args:
         model_path: a Hugging Face directory or a GGUF file.
-        load_format: "auto", "safetensors", "gguf", or "dummy": random weights, no file is read.
+        load_format: "auto", "safetensors", "gguf", or "dummy" for random weights without files.
         progress: show a bar.
-        seed: of the random weights.
+        seed: seed of the random weights.
 
     Raises:
         ConfigError: the files are missing or of another format, or a tensor is missing, unknown
@@ -57,7 +57,10 @@ def load_weights(
 
 
 def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None:
-    """Seeded random weights that keep activations near 1: norms 1, biases 0, matrices 1/fan-in."""
+    """Writes random weights that keep activations near 1.
+
+    Norms are 1, biases 0, matrices normal with variance 1 / fan-in.
+    """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     parameters = model.parameters()
     with _bar(parameters, progress, "random weights") as bar:
@@ -74,7 +77,10 @@ def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None
 def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSource:
     is_gguf = model_path.suffix == ".gguf"
     if load_format not in ("auto", "gguf" if is_gguf else "safetensors"):
-        raise ConfigError(f"load_format {load_format!r} does not fit {model_path}")
+        raise ConfigError(
+            f"load_format {load_format!r} does not fit {model_path}: use auto, or name a model of "
+            "that format"
+        )
     if is_gguf:
         from loraplex.engine.checkpoint.weights_gguf import GGUFSource
 
@@ -110,5 +116,5 @@ def _check(
 
 def _bar(parameters: dict[str, torch.Tensor], progress: bool, title: str) -> tqdm:
     total = sum(tensor.nbytes for tensor in parameters.values())
-    disable = None if progress else True  # None: where stderr is no terminal
+    disable = None if progress else True  # None hides the bar if stderr is not a terminal
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable)

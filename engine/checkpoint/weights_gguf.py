@@ -1,4 +1,4 @@
-"""Weights of a GGUF file: dequantized, renamed, and llama.cpp's row order undone."""
+"""Reads the weights of a GGUF file: dequantizes, renames and undoes llama.cpp's row order."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import torch
 from loraplex.engine.checkpoint.gguf_file import GGUFFile
 from loraplex.engine.model.spec import ModelSpec
 
-_CHUNK_ELEMS = 1 << 24  # dequantized at one time: 64 MiB of float32
+_CHUNK_ELEMS = 1 << 24  # elements dequantized at a time: 64 MiB of float32
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -30,16 +30,16 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_ROPE_FREQS = "rope_freqs.weight"  # part of the spec
+_ROPE_FREQS = "rope_freqs.weight"  # the spec holds it
 
 
 class GGUFSource:
-    """A WeightSource."""
+    """Implements WeightSource for a GGUF file."""
 
     def __init__(self, path: Path, spec: ModelSpec) -> None:
         self._file = GGUFFile(path)
         self._names = {hf_name(name): name for name in self._file.tensors if name != _ROPE_FREQS}
-        # Only arch llama is stored in llama.cpp's interleaved RoPE order.
+        # llama.cpp stores only the architecture llama in its interleaved RoPE order.
         self._permuted_heads = (
             {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
             if self._file.metadata["general.architecture"] == "llama"
@@ -65,7 +65,7 @@ class GGUFSource:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own, to be reported."""
+    """Returns Hugging Face's name of a GGUF tensor, or `name` if there is none."""
     if match := _LAYER.fullmatch(name):
         layer, part, kind = match.groups()
         if part in _LAYER_NAMES:
@@ -75,7 +75,7 @@ def hf_name(name: str) -> str:
 
 
 def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of a q or k projection from llama.cpp's pairs (0, 1) back to halves (0, d/2).
+    """Reorders the rows of a q or k projection from llama.cpp's pairs (0, 1) to halves (0, d/2).
 
     Args:
         weight: [num_heads * head_dim, ...], a matrix or a bias.

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory: one or several mapped safetensors files."""
+"""Reads the weights of a Hugging Face directory from one or more safetensors files."""
 
 import json
 from pathlib import Path
@@ -14,16 +14,17 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints; the config says the same
+_IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints that the config defines too
 
 
 class SafetensorsSource:
-    """A WeightSource; a head equal to a tied embedding is left out.
+    """Implements WeightSource for safetensors; leaves out a head that equals a tied embedding.
 
-    Tensors are read one by one from the mapping, straight to their target.
+    The files are mapped, and each tensor is copied from the mapping to its target.
 
     Raises:
-        ConfigError: no safetensors, a file is missing or damaged, or a tensor is not of floats.
+        ConfigError: there is no safetensors file, one is missing or damaged, or a tensor does not
+            hold floats.
     """
 
     def __init__(self, model_path: Path, *, tied: bool) -> None:

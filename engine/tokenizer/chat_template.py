@@ -1,4 +1,4 @@
-"""Turns a chat into a prompt with the model's Jinja template, sandboxed as Hugging Face does."""
+"""Renders a chat to a prompt with the model's Jinja template, in Hugging Face's sandbox."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loraplex.engine.errors import ClientError, ConfigError
 
-_MARKER = "END_OF_THE_LAST_MESSAGE_7f3a "  # put after it to find it in the rendered text
+_MARKER = "END_OF_THE_LAST_MESSAGE_7f3a "  # appended to the last message to find its end
 
 
 class ChatTemplate:
@@ -24,7 +24,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens`: bos_token, eos_token and the like, visible to the template."""
+        """`special_tokens` maps names such as bos_token to texts; the template can read them."""
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
@@ -39,12 +39,12 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt of one chat; encode it with add_special_tokens=False.
+        """Returns the prompt of one chat. Encode it with add_special_tokens=False.
 
         Args:
             messages: maps with a `role` and a `content` of text.
-            add_generation_prompt: open the answer's turn.
-            continue_final_message: leave the last message's turn open, for the model to go on.
+            add_generation_prompt: end with the header of the assistant's answer.
+            continue_final_message: leave the last message open, so that the model continues it.
             variables: more names for the template, such as `tools` or `enable_thinking`.
 
         Raises:
@@ -54,7 +54,8 @@ class ChatTemplate:
         if continue_final_message:
             if add_generation_prompt:
                 raise ClientError(
-                    "add_generation_prompt and continue_final_message exclude each other"
+                    "continue_final_message needs add_generation_prompt=false: the answer "
+                    "continues the last message instead of starting a new one"
                 )
             last = {**messages[-1], "content": messages[-1]["content"] + _MARKER}
             messages = [*messages[:-1], last]
@@ -81,18 +82,22 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cut_at_marker(text: str) -> str:
-    """`text` up to the end of its last message. A template that trimmed the marker's space would
-    have trimmed the message's own."""
+    """Returns `text` up to the end of its last message.
+
+    If the template trimmed the marker's trailing space, it trims messages; then so does this.
+    """
     end = text.rfind(_MARKER.strip())
     if end < 0:
-        raise ClientError("continue_final_message: the chat template leaves out the last message")
+        raise ClientError(
+            "continue_final_message cannot be used: the chat template drops the last message"
+        )
     whole = text.startswith(_MARKER, end)
     text = text[:end].replace(_MARKER, "")
     return text if whole else text.rstrip()
 
 
 class _GenerationBlock(Extension):
-    """{% generation %}, which marks text to train on; it renders its body."""
+    """Renders the body of {% generation %}, a block that marks text to train on."""
 
     tags = {"generation"}
 
@@ -118,7 +123,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which no model was trained on."""
+    """Replaces Jinja's filter, which escapes HTML. Models were trained without escapes."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

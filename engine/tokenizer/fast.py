@@ -1,4 +1,4 @@
-"""The `tokenizers` library behind a Tokenizer."""
+"""Adapts the `tokenizers` library to the TokenizerBackend protocol."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from tokenizers import processors
 from loraplex.engine.errors import ConfigError
 
 LONG_TEXT = 4096
-"""Characters from which the batch call is worth its overhead: it alone releases the GIL."""
+"""Characters from which encode() makes the batch call, which releases the GIL but costs more."""
 
 
 class FastBackend:
-    """A TokenizerBackend."""
+    """Implements TokenizerBackend with a tokenizer of the `tokenizers` library."""
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
@@ -32,7 +32,7 @@ class FastBackend:
 
 
 def set_bos_eos(fast: FastTokenizer, bos: str | None, eos: str | None) -> None:
-    """Have `encode` put these tokens around a text, instead of what it did before."""
+    """Makes `encode` put these tokens around a text, in place of its former post-processor."""
     around = [token for token in (bos, eos) if token and fast.token_to_id(token) is not None]
     single = [bos] if bos in around else []
     single += ["$A", eos] if eos in around else ["$A"]
@@ -44,10 +44,10 @@ def set_bos_eos(fast: FastTokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def decoder_traits(fast: FastTokenizer, path: Path) -> tuple[bool, bool]:
-    """(byte_level, strips_leading_space) of the decoder in tokenizer.json.
+    """Returns (byte_level, strips_leading_space) of the decoder in tokenizer.json.
 
     Raises:
-        ConfigError: a decoder that does not join its tokens' bytes.
+        ConfigError: the decoder does more than join its tokens' bytes.
     """
     decoder = json.loads(fast.to_str())["decoder"] or {"type": "none"}
     steps: list[dict[str, Any]] = decoder.get("decoders", [decoder])

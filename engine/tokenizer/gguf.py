@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries: byte-level BPE, or a SentencePiece vocabulary."""
+"""Builds the tokenizer of a GGUF file: byte-level BPE, or a SentencePiece vocabulary."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from loraplex.engine.tokenizer.fast import FastBackend, set_bos_eos
 from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend, make_proto
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerTraits
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
-# How a text is cut before the merges, by tokenizer.ggml.pre.
+# Patterns that split a text before the merges, by tokenizer.ggml.pre.
 _WORDS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -24,7 +24,7 @@ PRE_TOKENIZERS = ("smollm", *_WORDS)
 
 
 class _Metadata:
-    """The `tokenizer.ggml` keys of a file."""
+    """Reads the `tokenizer.ggml` keys of a file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._values = file.metadata
@@ -49,7 +49,7 @@ class _Metadata:
         return [i for i, found in enumerate(self.types) if found == kind]
 
     def end_ids(self) -> tuple[int, ...]:
-        """Ends of a sequence, of a turn, of a message."""
+        """Returns the ids that end a sequence, a turn or a message."""
         found = (self.read(f"{name}_token_id") for name in ("eos", "eot", "eom"))
         return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
@@ -60,14 +60,14 @@ class _Metadata:
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
-    """Build it from the file's metadata.
+    """Builds a tokenizer from the file's metadata.
 
     Raises:
-        ConfigError: there is none, or its model or pre-tokenizer is not supported.
+        ConfigError: the file has no tokenizer, or its model or pre-tokenizer is not supported.
     """
     data = _Metadata(file)
     if not data.tokens:
-        raise ConfigError(f"{file.path} carries no tokenizer; name one with --tokenizer")
+        raise ConfigError(f"{file.path} holds no tokenizer: name one with --tokenizer")
     kind = data.read("model")
     try:
         if kind == "gpt2":
@@ -78,7 +78,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
             raise ConfigError(f"tokenizer model {kind!r} is not supported; supported: gpt2, llama")
     except Exception as error:  # `tokenizers` raises plain Exception
         raise ConfigError(
-            f"{file.path}: {error}; another tokenizer can be named with --tokenizer"
+            f"{file.path}: {error}; name another tokenizer with --tokenizer"
         ) from None
     traits = TokenizerTraits(
         vocab_size=len(data.tokens),
@@ -103,7 +103,7 @@ def _byte_level_bpe(data: _Metadata) -> TokenizerBackend:
     merges = [
         (left, right) for left, _, right in (m.partition(" ") for m in data.read("merges", []))
     ]
-    # Llama 3 takes a word that is a token as it is, without merging its way there.
+    # Llama 3 keeps a word that is a token whole, even if the merges would not produce it.
     fast = FastTokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
         first: Any = pre_tokenizers.Digits(individual_digits=True)
@@ -127,7 +127,7 @@ def _byte_level_bpe(data: _Metadata) -> TokenizerBackend:
 
 
 def _sentencepiece(data: _Metadata) -> tuple[SentencePieceBackend, bool]:
-    """Returns the backend and whether it puts a space before a text."""
+    """Returns the backend, and True if it encodes a text as if a space stood before it."""
     proto = make_proto(
         data.tokens,
         data.read("scores", [0.0] * len(data.tokens)),

@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a model: tokenizer.json, SentencePiece, or what a GGUF file carries."""
+"""Loads the tokenizer of a model from tokenizer.json, a SentencePiece model or a GGUF file."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
-    """The tokenizer of `model_path`, or the one that `tokenizer` names.
+    """Returns the tokenizer of `model_path`, or the one that `tokenizer` names.
 
     Args:
         model_path: a Hugging Face directory or a GGUF file.
         tokenizer: another directory, or a tokenizer.json, tokenizer.model or .gguf file.
 
     Raises:
-        ConfigError: there is none, it is damaged, or of a kind that cannot be honoured.
+        ConfigError: there is no tokenizer, it is damaged, or its kind is not supported.
     """
     path = Path(tokenizer).expanduser() if tokenizer else model_path
     if path.suffix == ".gguf":
@@ -35,7 +35,7 @@ def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
             if (path / name).is_file():
                 return _load_file(path / name)
         raise ConfigError(
-            f"{path} has neither tokenizer.json nor tokenizer.model; name a tokenizer with "
+            f"{path} has neither tokenizer.json nor tokenizer.model: name a tokenizer with "
             "--tokenizer, or serve token ids alone with --skip-tokenizer-init"
         )
     if not path.is_file():
@@ -55,7 +55,7 @@ def _load_file(path: Path) -> Tokenizer:
 def _fast(
     path: Path, config: dict[str, Any], named: dict[str, str], template: str | None
 ) -> Tokenizer:
-    """tokenizer.json says itself what it puts around a text; add_bos_token is for other files."""
+    """Ignores add_bos_token of `config`: tokenizer.json defines its own post-processor."""
     try:
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -93,7 +93,7 @@ def _sentencepiece(
         )
     except ConfigError as error:
         raise ConfigError(
-            f"{path}: {error}; if the model has a tokenizer.json, put it beside it"
+            f"{path}: {error}; if the model has a tokenizer.json, put it into this folder"
         ) from None
     named = backend.control_tokens() | named
     special = {i for i, (_, is_special) in added.items() if is_special}
@@ -110,7 +110,7 @@ def _sentencepiece(
 
 
 def _add_tokens(fast: FastTokenizer, config: dict[str, Any], path: Path) -> None:
-    """Tokens of tokenizer_config.json that tokenizer.json lacks."""
+    """Adds the tokens of tokenizer_config.json that tokenizer.json lacks."""
     for token_id, (content, special) in sorted(_added_tokens(config).items()):
         if fast.token_to_id(content) is None:
             token = AddedToken(content, special=special, normalized=not special)
@@ -118,7 +118,7 @@ def _add_tokens(fast: FastTokenizer, config: dict[str, Any], path: Path) -> None
         if fast.token_to_id(content) != token_id:
             raise ConfigError(
                 f"{path}: tokenizer_config.json gives {content!r} id {token_id}, "
-                f"tokenizer.json {fast.token_to_id(content)}"
+                f"tokenizer.json {fast.token_to_id(content)}: download both files again"
             )
 
 
@@ -128,7 +128,7 @@ def _added_tokens(config: dict[str, Any]) -> dict[int, tuple[str, bool]]:
 
 
 def _named_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, str]:
-    """bos_token and the like; each is a string or an AddedToken written as a map."""
+    """Returns the texts of bos_token and so on. A value is a string, or an AddedToken as a map."""
     named = {}
     for name in _NAMED:
         value = config[name] if name in config else special_map.get(name)
@@ -140,7 +140,10 @@ def _named_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[s
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja wins over tokenizer_config.json; of several the one named default."""
+    """Returns the template of chat_template.jinja, else of tokenizer_config.json.
+
+    If the latter has several, returns the one named "default".
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -152,7 +155,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
+    """Returns the object in a JSON file, {} if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""A SentencePiece model behind a Tokenizer, as Hugging Face's slow LlamaTokenizer."""
+"""Adapts SentencePiece to TokenizerBackend, equal to Hugging Face's slow LlamaTokenizer."""
 
 import re
 import struct
@@ -8,8 +8,8 @@ from sentencepiece import SentencePieceProcessor
 
 from loraplex.engine.errors import ConfigError
 
-# ModelProto.normalizer_spec.add_dummy_prefix = false. Protobuf merges a field that comes again,
-# so these bytes after a model change that one setting.
+# Encodes ModelProto.normalizer_spec.add_dummy_prefix = false. Protobuf merges repeated fields, so
+# appending these bytes to a model changes that one setting.
 _NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
@@ -21,11 +21,11 @@ def make_proto(
     special: dict[str, str],
     add_prefix_space: bool,
 ) -> bytes:
-    """Serialize a BPE vocabulary as a ModelProto (sentencepiece_model.proto).
+    """Serializes a BPE vocabulary as a ModelProto (sentencepiece_model.proto).
 
     Args:
-        types: SentencePiece's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
-        special: the pieces that are `unk_token`, `bos_token` and `eos_token`.
+        types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+        special: maps `unk_token`, `bos_token` and `eos_token` to pieces.
     """
     out = bytearray()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
@@ -61,26 +61,28 @@ def _text(field: int, value: str) -> bytes:
 
 
 class SentencePieceBackend:
-    """A TokenizerBackend.
+    """Implements TokenizerBackend with a SentencePiece model.
 
-    Special tokens written out in a text split it; each stretch between them is encoded on its
-    own. A `legacy` tokenizer puts a space before every stretch, others before the text alone.
+    Special tokens written in a text split it, and each part is encoded on its own. A `legacy`
+    tokenizer puts a space before every part, others only before the first.
 
     Attributes:
-        vocab_size: added tokens included.
-        adds_prefix_space: a text is encoded as if a space stood before it.
+        vocab_size: size of the vocabulary with the added tokens.
+        adds_prefix_space: True if a text is encoded as if a space stood before it.
     """
 
     def __init__(
         self, proto: bytes, *, added: dict[int, str], add_bos: bool, add_eos: bool, legacy: bool
     ) -> None:
-        """
+        """Loads a model.
+
         Args:
             proto: a serialized ModelProto, the content of a tokenizer.model.
-            added: tokens from other files, by id; one below the vocabulary's size renames a piece.
+            added: tokens from other files, by id. An id below the vocabulary's size renames a
+                piece.
 
         Raises:
-            ConfigError: `proto` is no SentencePiece model.
+            ConfigError: `proto` is not a SentencePiece model.
         """
         try:
             self._model = SentencePieceProcessor(model_proto=proto)
@@ -104,10 +106,10 @@ class SentencePieceBackend:
         ids: list[int] = []
         at = 0
         for match in self._split.finditer(text) if self._split else ():
-            self._encode_stretch(text[at : match.start()], at == 0, ids)
+            self._encode_part(text[at : match.start()], at == 0, ids)
             ids.append(self._special[match.group()])
             at = match.end()
-        self._encode_stretch(text[at:], at == 0, ids)
+        self._encode_part(text[at:], at == 0, ids)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def id_to_piece(self, token_id: int) -> str | None:
@@ -124,11 +126,11 @@ class SentencePieceBackend:
         return token_id if self._model.id_to_piece(token_id) == piece else None
 
     def control_ids(self) -> frozenset[int]:
-        """Ids of the model's control tokens and of its unknown token."""
+        """Returns the ids of the model's control tokens and of its unknown token."""
         return frozenset(self._control_ids())
 
     def control_tokens(self) -> dict[str, str]:
-        """The model's own bos_token, eos_token and unk_token."""
+        """Returns the model's own bos_token, eos_token and unk_token."""
         ids = {
             "bos_token": self._model.bos_id(),
             "eos_token": self._model.eos_id(),
@@ -142,7 +144,7 @@ class SentencePieceBackend:
             i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i)
         ]
 
-    def _encode_stretch(self, text: str, is_first: bool, ids: list[int]) -> None:
+    def _encode_part(self, text: str, is_first: bool, ids: list[int]) -> None:
         if text:
             model = self._model if is_first or self._legacy else self._bare_model
             ids += model.encode(text)

@@ -1,4 +1,4 @@
-"""A tokenizer, whatever file it came from: text to ids, ids to text, ids to bytes."""
+"""Turns text into token ids, and token ids into text or bytes."""
 
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from loraplex.engine.errors import ClientError
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
 
-_SPACE = "\u2581"  # SentencePiece's stand-in for a space
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: character to byte."""
+    """Returns GPT-2's map from printable characters to the bytes that they stand for."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -23,7 +23,7 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """A piece of byte-level BPE; one outside the alphabet stands for itself."""
+    """Returns the bytes of a byte-level BPE piece; one outside the alphabet is plain text."""
     try:
         return bytes(map(_BYTE_LEVEL.__getitem__, piece))
     except KeyError:
@@ -31,7 +31,7 @@ def byte_level_bytes(piece: str) -> bytes:
 
 
 def byte_fallback_bytes(piece: str) -> bytes:
-    """A piece of a SentencePiece vocabulary; `<0xE2>` is one byte."""
+    """Returns the bytes of a SentencePiece piece; `<0xE2>` is one byte."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         try:
             return bytes.fromhex(piece[3:5])
@@ -41,12 +41,12 @@ def byte_fallback_bytes(piece: str) -> bytes:
 
 
 class TokenizerBackend(Protocol):
-    """What turns text into ids."""
+    """Encodes text with one tokenizer library."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def id_to_piece(self, token_id: int) -> str | None:
-        """None for an id that is not in the vocabulary."""
+        """Returns the piece of an id, None if the id is not in the vocabulary."""
         ...
 
     def piece_to_id(self, piece: str) -> int | None: ...
@@ -54,11 +54,11 @@ class TokenizerBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenizerTraits:
-    """What a tokenizer's files say besides the vocabulary."""
+    """Properties that a tokenizer's files declare besides the vocabulary."""
 
     vocab_size: int  # one more than the largest id
-    byte_level: bool  # GPT-2's alphabet; otherwise SentencePiece's pieces
-    strips_leading_space: bool  # of a whole text, when decoding
+    byte_level: bool  # pieces use GPT-2's alphabet; otherwise SentencePiece's
+    strips_leading_space: bool  # decoding drops a space at the beginning of a text
     special_ids: frozenset[int] = frozenset()
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...
     eos_token_ids: tuple[int, ...] = ()
@@ -66,15 +66,15 @@ class TokenizerTraits:
 
 
 class Tokenizer:
-    """Decoding is defined by bytes: a text is its tokens' bytes, joined, then read as UTF-8.
+    """Encodes text and decodes token ids.
 
-    So any token's share of a text is known at once, without decoding its neighbours again.
-    Incomplete or invalid bytes read as U+FFFD.
+    A decoded text is the joined bytes of its tokens, read as UTF-8. So each token's part of a text
+    is known without decoding its neighbours. Incomplete or invalid bytes read as U+FFFD.
 
     Attributes:
         special_ids: tokens that `skip_special_tokens` leaves out.
-        special_tokens: the named ones, `bos_token` and the like, as chat templates want them.
-        eos_token_ids: those that the tokenizer's files name; the model's may name more.
+        special_tokens: maps names such as `bos_token` to texts, for chat templates.
+        eos_token_ids: the ids that the tokenizer's files name; the model's files may name more.
         chat_template: Jinja source, or None.
     """
 
@@ -88,16 +88,16 @@ class Tokenizer:
         bos = traits.special_tokens.get("bos_token")
         self.bos_token_id = backend.piece_to_id(bos) if bos else None
         self._backend = backend
-        self._template: ChatTemplate | None = None  # compiled when first used
+        self._template: ChatTemplate | None = None  # compiled on first use
         self._piece_bytes = byte_level_bytes if traits.byte_level else byte_fallback_bytes
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Special tokens written out in `text` become their ids."""
+        """Returns the ids of a text. Special tokens written in it become their ids."""
         return self._backend.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. Ids outside the vocabulary are left out."""
+        """Returns the text of a whole sequence without the ids outside the vocabulary."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
         raw = b"".join(self.token_bytes(i) for i in token_ids if i not in skipped)
         text = raw.decode("utf-8", "replace")
@@ -111,11 +111,12 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt of a chat, see ChatTemplate.render; it holds its special tokens already, so
-        encode it with add_special_tokens=False.
+        """Returns the prompt of a chat; see ChatTemplate.render.
+
+        The prompt contains its special tokens, so encode it with add_special_tokens=False.
 
         Raises:
-            ClientError: there is no template, or the messages do not fit it.
+            ClientError: there is no template, or the template refuses the messages.
         """
         if not self.chat_template:
             raise ClientError(
@@ -133,14 +134,14 @@ class Tokenizer:
         )
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The piece as the vocabulary spells it."""
+        """Returns the piece as the vocabulary spells it, None for an unknown id."""
         return self._backend.id_to_piece(token_id)
 
     def token_to_id(self, token: str) -> int | None:
         return self._backend.piece_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text; b"" for an id outside the vocabulary."""
+        """Returns the bytes that a token adds to a text, b"" for an unknown id."""
         found = self._bytes.get(token_id)
         if found is None:
             piece = self._backend.id_to_piece(token_id)
@@ -149,7 +150,7 @@ class Tokenizer:
 
 
 def dangling_bytes(raw: bytes) -> bytes:
-    """The first bytes of a UTF-8 character that `raw` ends in the middle of, or b""."""
+    """Returns the bytes of an incomplete UTF-8 character at the end of `raw`, or b""."""
     for length in (3, 2, 1):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tail = raw[-length:]
@@ -159,6 +160,6 @@ def dangling_bytes(raw: bytes) -> bytes:
 
 
 def first_known(backend: TokenizerBackend, tokens: Sequence[str | None]) -> tuple[int, ...]:
-    """Ids of those tokens that the vocabulary has, without repetition."""
+    """Returns the ids of the tokens that are in the vocabulary, without repetition."""
     found = (backend.piece_to_id(token) for token in tokens if token)
     return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))

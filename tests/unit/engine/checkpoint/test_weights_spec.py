@@ -150,7 +150,7 @@ def test_generation_config_names_the_ends(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "no 'factor'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "field 'factor' is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
         ({"num_key_value_heads": 5}, "not a multiple of 5"),
@@ -166,7 +166,7 @@ def test_refusals_name_the_cause(overrides: dict[str, Any], words: str, tmp_path
 def test_missing_fields_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no readable config\.json"):
         load_spec(tmp_path)
-    with pytest.raises(ConfigError, match="no 'vocab_size'"):
+    with pytest.raises(ConfigError, match="field 'vocab_size' is missing"):
         _spec(tmp_path, "llama-2-7b", ("vocab_size",))
     for text, words in (("{", "is not JSON"), ("[]", "must hold a JSON object")):
         (tmp_path / "config.json").write_text(text)

@@ -141,7 +141,7 @@ def test_qwen2_normalizes_to_nfc(tmp_path: Path) -> None:
         ({"pre": "deepseek-llm"}, "pre-tokenizer 'deepseek-llm' is not supported"),
         ({"pre": None}, "pre-tokenizer 'default' is not supported"),
         ({"model": "bert"}, "tokenizer model 'bert' is not supported"),
-        ({"model": None, "tokens": None}, "carries no tokenizer"),
+        ({"model": None, "tokens": None}, "holds no tokenizer"),
         ({"merges": ["no such"]}, "out of vocabulary"),
     ],
 )
