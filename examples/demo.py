@@ -1,9 +1,9 @@
-"""One prompt, answered in one batch by the base model and by every adapter in examples/adapters.
+"""Answers one prompt with the base model and every adapter in examples/adapters, in one batch.
 
     python examples/demo.py ["another prompt" ...]
 
-The engine runs as it does under `loraplex serve`: frontend, scheduler and worker are processes of
-their own. Runs on a GPU where there is one, else on the CPU.
+The engine runs as under `loraplex serve`: frontend, scheduler and worker are separate processes.
+It uses a GPU if there is one, else the CPU.
 """
 
 import sys
@@ -28,12 +28,12 @@ def main(prompts: list[str]) -> None:
             f"{time.monotonic() - started:.1f} s, with {len(adapters)} adapters\n"
         )
         names = [BASE, *adapters]
-        rows = [(prompt, name) for prompt in prompts for name in names]
+        requests = [(prompt, name) for prompt in prompts for name in names]
         started = time.monotonic()
         outputs = llm.chat(
-            [[{"role": "user", "content": prompt}] for prompt, _ in rows],
+            [[{"role": "user", "content": prompt}] for prompt, _ in requests],
             params,
-            lora_request=[None if name == BASE else LoRARequest(name) for _, name in rows],
+            lora_request=[None if name == BASE else LoRARequest(name) for _, name in requests],
             use_tqdm=False,
         )
         elapsed = time.monotonic() - started
@@ -42,7 +42,7 @@ def main(prompts: list[str]) -> None:
         print_answers(prompt, names, outputs[start : start + len(names)])
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(
-        f"{len(rows)} answers, {num_tokens} tokens in {elapsed:.1f} s, "
+        f"{len(requests)} answers, {num_tokens} tokens in {elapsed:.1f} s, "
         "the base model and all adapters in one batch"
     )
 

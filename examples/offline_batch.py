@@ -1,4 +1,4 @@
-"""A batch job: each row of a list goes to the adapter that it names.
+"""Runs a batch job in which each request names its adapter.
 
 python examples/offline_batch.py
 """
@@ -10,15 +10,15 @@ from loraplex import LLM, LoRARequest, SamplingParams
 PIRATE = LoRARequest("pirate", 1, str(Path(__file__).resolve().parent / "adapters" / "pirate"))
 QUESTIONS = ["What is a hurricane?", "How do I make a sandwich?", "Tell me about thunder."]
 
-# No main guard is needed: the engine's processes never run this script again.
+# No main guard is needed: the engine's processes do not import this script.
 with LLM() as llm:
-    rows = [(question, adapter) for question in QUESTIONS for adapter in (None, PIRATE)]
+    requests = [(question, adapter) for question in QUESTIONS for adapter in (None, PIRATE)]
     outputs = llm.chat(
-        [[{"role": "user", "content": question}] for question, _ in rows],
+        [[{"role": "user", "content": question}] for question, _ in requests],
         SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=60),
-        lora_request=[adapter for _, adapter in rows],
+        lora_request=[adapter for _, adapter in requests],
     )
 
-for (question, adapter), output in zip(rows, outputs, strict=True):
+for (question, adapter), output in zip(requests, outputs, strict=True):
     name = adapter.lora_name if adapter else "base"
     print(f"[{name}] {question}\n    {output.outputs[0].text.strip()}\n")

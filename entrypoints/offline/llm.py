@@ -1,11 +1,11 @@
-"""Offline batches: the class, argument names and result fields of vLLM's."""
+"""Answers batches of prompts offline; class, arguments and results are named as in vLLM."""
 
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
@@ -17,17 +17,11 @@ from loraplex.engine.ipc.messages import EngineInfo
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
-from loraplex.entrypoints.offline.batch import (
-    Message,
-    Prompt,
-    Row,
-    chat_prompts,
-    completion_prompts,
-    make_rows,
-)
+from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
 from loraplex.entrypoints.offline.progress import BarFactory, BatchBar
+from loraplex.entrypoints.offline.prompts import Message, Prompt, chat_prompts, completion_prompts
 
 if TYPE_CHECKING:
     from loraplex.engine.tokenizer.tokenizer import Tokenizer
@@ -40,7 +34,7 @@ _DEATH_WAIT_S = 3.0
 
 
 class LLM:
-    """An engine of one's own for batches of prompts.
+    """Starts an engine and answers batches of prompts with it.
 
         with LLM(adapters={"pirate": "examples/adapters/pirate"}) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=64)
@@ -48,19 +42,19 @@ class LLM:
                                        lora_request=[None, LoRARequest("pirate")]):
                 print(output.outputs[0].text)
 
-    The engine runs in processes of its own, or with `in_process=True` in this one (slower;
-    for a debugger). It needs no main guard, works in a notebook, and may be used from several
-    threads, one call at a time. It ends with `shutdown()`, with the `with` block, when the
-    object is collected, or with the interpreter.
+    The engine runs in its own processes, or with `in_process=True` in this one, which is slower
+    and suits a debugger. A script needs no main guard, and a notebook works. Several threads may
+    use it; their calls run one after the other. The engine stops at `shutdown()`, at the end of
+    the `with` block, when the object is garbage-collected, or when the interpreter exits.
 
     Args:
         model: a model directory or GGUF file; the packaged SmolLM2-135M-Instruct if empty.
-        options: fields of the configuration by name, see LLMOptions and `loraplex serve --help`.
+        options: fields of the configuration; see LLMOptions and `loraplex serve --help`.
 
     Raises:
-        TypeError: an option is unknown; the message names the nearest.
+        TypeError: an option is unknown; the message names the most similar one.
         ValueError: an option is out of range.
-        ConfigError: the engine cannot start like this; the text says what to change.
+        ConfigError: the engine cannot start; the text says what to change.
     """
 
     def __init__(
@@ -70,7 +64,7 @@ class LLM:
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, in_process: bool = False) -> "LLM":
-        """The same from a whole configuration; its server part's limits apply, not its endpoint."""
+        """Makes an LLM from a whole configuration, of which the endpoint is ignored."""
         llm = cls.__new__(cls)
         llm._start(config, in_process)
         return llm
@@ -80,13 +74,13 @@ class LLM:
         self._lock = threading.RLock()
         self._num_requests = 0
         self._tokenizer: Tokenizer | None = None
-        self._registered: dict[str, str] = {}  # adapters that calls brought: name -> path
+        self._loaded: dict[str, str] = {}  # adapters loaded by calls: name to path
         self._engine = LocalEngine(config, in_process=in_process)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     @property
     def client(self) -> Client:
-        """The connection to the engine: streaming, load/unload/list adapters, health, stats."""
+        """The engine's client: streaming, loading and listing adapters, health, stats."""
         return self._engine.client
 
     @property
@@ -95,7 +89,7 @@ class LLM:
         return self._engine.info
 
     def get_tokenizer(self) -> "Tokenizer":
-        """The engine's tokenizer: encode, decode, chat template. Read on the first call."""
+        """Returns the engine's tokenizer. The first call loads it."""
         if self._tokenizer is None:
             from loraplex.engine.checkpoint.locate import resolve_model
             from loraplex.engine.tokenizer.loading import load_tokenizer
@@ -113,25 +107,26 @@ class LLM:
         lora_request: LoRARequestOrList = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answer every prompt, in one batch; the results come in the order of the prompts.
+        """Answers every prompt in one batch. Returns the results in the order of the prompts.
+
+        Each result holds the whole answer: `output_kind` is ignored.
 
         Args:
-            prompts: one prompt or a list: text, {"prompt": text} or {"prompt_token_ids": [...]},
-                each map perhaps with a "cache_salt": equal prompts share cached work only under
-                equal salts.
-            sampling_params: one for all or one each; SamplingParams() if None.
-            use_tqdm: show a progress bar, or what makes one.
-            lora_request: the adapter of all prompts, or one each, None for the base model.
-            priority: one for all or one each; lower is earlier.
+            prompts: one prompt or a list: text, {"prompt": text} or {"prompt_token_ids": [...]}.
+                A map may have a "cache_salt": prompts share cached work only under equal salts.
+            sampling_params: one for all prompts or one each; SamplingParams() if None.
+            use_tqdm: True for a progress bar, or a function that makes one.
+            lora_request: the adapter of all prompts or one each; None is the base model.
+            priority: one for all prompts or one each; lower is earlier.
 
         Raises:
-            ValueError, TypeError: found before anything runs.
+            ValueError, TypeError: an argument is wrong; nothing was sent.
             ClientError: the engine refused a request; the text says which and why. The other
                 requests of the call are cancelled, and the engine goes on.
             EngineDeadError: a process of the engine ended; the text says which and how.
         """
-        rows = make_rows(completion_prompts(prompts), sampling_params, lora_request, priority)
-        return self._run(rows, use_tqdm)
+        batch = make_batch(completion_prompts(prompts), sampling_params, lora_request, priority)
+        return self._run(batch, use_tqdm)
 
     def chat(
         self,
@@ -144,22 +139,24 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, through the model's chat template.
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        The other arguments and the errors are those of generate().
 
         Args:
-            messages: a conversation is a list of {"role": ..., "content": ...}.
+            messages: one or more conversations, lists of {"role": ..., "content": ...}.
             add_generation_prompt: end the prompt with the header of an answer.
-            continue_final_message: let the model go on with the last message.
+            continue_final_message: let the model continue the last message.
         """
         prompts = chat_prompts(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        return self._run(make_rows(prompts, sampling_params, lora_request, priority), use_tqdm)
+        return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)
 
     def shutdown(self) -> None:
-        """Stop the engine's processes; calling again does nothing."""
+        """Stops the engine's processes. Calling again does nothing."""
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -173,88 +170,89 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _run(self, rows: list[Row], use_tqdm: bool | BarFactory) -> list[RequestOutput]:
+    def _run(self, batch: list[BatchRequest], use_tqdm: bool | BarFactory) -> list[RequestOutput]:
         with self._lock:
             if not self._finalizer.alive:
-                raise EngineDeadError("this LLM has been shut down")
+                raise EngineDeadError("this LLM has been shut down: make a new one")
             if reason := self._engine.death():
                 raise EngineDeadError(reason)
-            self._register_adapters(rows)
-            bar = BatchBar(len(rows), use_tqdm if rows else False)
-            row_of: dict[str, int] = {}
+            self._load_adapters(batch)
+            bar = BatchBar(len(batch), use_tqdm if batch else False)
+            indices: dict[str, int] = {}  # of the outstanding requests, by id
             try:
-                return self._run_window(rows, row_of, bar)
+                return self._run_window(batch, indices, bar)
             except EngineDeadError as error:
-                # The connection may break before the process that broke it is seen to be gone.
+                # The connection may break before the supervisor sees the process exit.
                 raise EngineDeadError(self._engine.death(_DEATH_WAIT_S) or str(error)) from None
-            except BaseException:  # Ctrl-C too
-                self._cancel(row_of)
+            except BaseException:  # includes KeyboardInterrupt
+                self._cancel(indices)
                 raise
             finally:
                 bar.close()
 
     def _run_window(
-        self, rows: list[Row], row_of: dict[str, int], bar: BatchBar
+        self, batch: list[BatchRequest], indices: dict[str, int], bar: BatchBar
     ) -> list[RequestOutput]:
-        """Keep a window of requests with the engine: full enough for it, within its limits."""
+        """Keeps the engine busy with as many requests as it accepts, until all have finished."""
         outputs: dict[int, RequestOutput] = {}
-        waiting = deque(range(len(rows)))
+        waiting = deque(range(len(batch)))
         limit = self._max_sequences_outstanding()
         num_sequences = 0
-        while waiting or row_of:
+        while waiting or indices:
             while waiting and (
-                not row_of or num_sequences + rows[waiting[0]].sampling_params.n <= limit
+                not indices or num_sequences + batch[waiting[0]].sampling_params.n <= limit
             ):
                 index = waiting.popleft()
-                row_of[self._submit(rows[index])] = index
-                num_sequences += rows[index].sampling_params.n
-            for news in self.client.poll(timeout_s=1.0):
-                if news.request_id not in row_of:
+                indices[self._submit(batch[index])] = index
+                num_sequences += batch[index].sampling_params.n
+            for result in self.client.poll(timeout_s=1.0):
+                if result.request_id not in indices:
                     continue  # the late end of a request that an earlier call cancelled
-                index = row_of.pop(news.request_id)
-                if isinstance(news, RequestFailure):
-                    where = f"prompt {index}" if len(rows) > 1 else ""
-                    raise _with_place(news.error, where)
-                num_sequences -= rows[index].sampling_params.n
-                outputs[index] = news
-                bar.add(news)
-        return [outputs[index] for index in range(len(rows))]
+                index = indices.pop(result.request_id)
+                if isinstance(result, RequestFailure):
+                    where = f"prompt {index}" if len(batch) > 1 else ""
+                    raise _with_place(result.error, where)
+                num_sequences -= batch[index].sampling_params.n
+                outputs[index] = result
+                bar.add(result)
+        return [outputs[index] for index in range(len(batch))]
 
     def _max_sequences_outstanding(self) -> int:
-        """Some steps' worth of work ahead of the engine, below what it would refuse."""
+        """Returns a number that keeps the engine busy for some steps and within its limits."""
         wanted = max(1024, 4 * self.config.scheduler.max_num_seqs)
         allowed = self.config.scheduler.max_queue_len, self.config.server.max_requests_per_client
         return min(wanted, *allowed)
 
-    def _submit(self, row: Row) -> str:
+    def _submit(self, request: BatchRequest) -> str:
+        """Sends a request that returns one output, at the end."""
         request_id = str(self._num_requests)
         self._num_requests += 1
         return self.client.submit(
-            row.prompt,
-            row.sampling_params,
-            adapter=row.adapter,
+            request.prompt,
+            request.sampling_params,
+            adapter=request.adapter,
             request_id=request_id,
-            salt=row.salt,
-            priority=row.priority,
+            salt=request.salt,
+            priority=request.priority,
         )
 
-    def _register_adapters(self, rows: list[Row]) -> None:
-        """Read and check the adapters that come with a path, before any prompt is sent."""
-        for row in rows:
-            adapter = row.adapter
+    def _load_adapters(self, batch: list[BatchRequest]) -> None:
+        """Loads the adapters that have a path, so that a bad one fails before a prompt is sent."""
+        for request in batch:
+            adapter = request.adapter
             if adapter is None or not adapter.lora_path:
                 continue
-            if self._registered.get(adapter.lora_name) != adapter.lora_path:
+            if self._loaded.get(adapter.lora_name) != adapter.lora_path:
                 try:
                     self.client.load_adapter(adapter.lora_name, adapter.lora_path)
                 except ClientError as error:
                     raise _with_place(error, f"adapter {adapter.lora_name!r}") from None
-                self._registered[adapter.lora_name] = adapter.lora_path
+                self._loaded[adapter.lora_name] = adapter.lora_path
 
-    def _cancel(self, row_of: dict[str, int]) -> None:
-        """Cancel what is outstanding and read its ends, so that the next call starts clean."""
+    def _cancel(self, request_ids: Iterable[str]) -> None:
+        """Cancels requests and takes their results, so that the next call does not see them."""
         with suppress(LoraplexError):
-            for request_id in row_of:
+            for request_id in request_ids:
                 self.client.cancel(request_id)
             deadline = time.monotonic() + _CANCEL_WAIT_S
             while self.client.num_outstanding and time.monotonic() < deadline:
@@ -262,7 +260,7 @@ class LLM:
 
 
 def _with_place(error: LoraplexError, where: str) -> LoraplexError:
-    """The same error, saying which of the caller's things it is about."""
+    """Returns the same error with `where` in front of its text."""
     if not where or where in str(error):
         return error
     placed = type(error)(f"{where}: {error}")

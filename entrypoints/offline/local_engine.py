@@ -1,4 +1,4 @@
-"""An engine that belongs to the caller, and a client of it."""
+"""Starts an engine for the caller alone, and a client of it."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class LocalEngine:
 
     Raises:
         ConfigError: the engine cannot start as configured.
-        EngineDeadError: a process ended while starting. Nothing is left running in either case.
+        EngineDeadError: a process ended while starting. After an error no process is left.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LocalEngine:
         self.info = engine.info
 
     def death(self, wait_s: float = 0.0) -> str | None:
-        """Which process died and how; None while the engine lives, and after `wait_s` of it."""
+        """Returns which process died and how, None if none dies within `wait_s` seconds."""
         if self._engine is None:
             return None
         if wait_s and self._engine.dead_reason is None:
@@ -67,7 +67,7 @@ class LocalEngine:
         return self._engine.dead_reason
 
     def close(self) -> None:
-        """Stop everything; calling again does nothing, and so does a forked child's call."""
+        """Stops the engine. Does nothing if called again, or from a forked child."""
         if os.getpid() != self._pid:
             return
         self.client.close()

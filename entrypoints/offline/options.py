@@ -1,4 +1,4 @@
-"""The keywords of `LLM`, and the configuration that they describe."""
+"""Turns the keywords of `LLM` into a configuration."""
 
 import difflib
 import os
@@ -11,7 +11,7 @@ from loraplex.engine.config import EngineConfig
 
 
 class LLMOptions(TypedDict, total=False):
-    """Every field of EngineConfig that concerns one user, by its name; see `loraplex serve -h`.
+    """The fields of EngineConfig except the server's; see `loraplex serve -h`.
 
     `enable_lora`, `max_loras` and `tensor_parallel_size` are vLLM's names: adapters are always
     enabled, `max_loras` is `max_adapter_slots`, `tensor_parallel_size` is the number of workers.
@@ -73,25 +73,27 @@ _ELSEWHERE = {
     "enable_chunked_prefill": "it is always on; leave it out",
     "quantization": "the format is read from the checkpoint; leave it out",
     "swap_space": "preempted requests are recomputed; leave it out",
-    "trust_remote_code": "no code is ever taken from a checkpoint; leave it out",
+    "trust_remote_code": "code in a checkpoint never runs; leave it out",
 }
-"""Keywords of vLLM's class without a counterpart, and what to do."""
+"""Maps keywords of vLLM's class that LLM does not have to advice."""
 
 
 def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
-    """Spread the keywords over the parts of the configuration.
+    """Builds a configuration from the keywords.
 
-    `adapter_root` is the whole file system unless given: whoever calls `LLM` can read its
-    files anyway, and nobody else reaches the engine's private endpoint.
+    `adapter_root` defaults to the whole file system. Only the caller can reach the engine's
+    private endpoint, and it can read those files anyway.
 
     Raises:
-        TypeError: a keyword is unknown; the message names the nearest.
+        TypeError: a keyword is unknown; the message names the most similar one.
         ValueError: a value is out of range.
     """
     values = {"adapter_root": os.path.abspath(os.sep), **options, "model": model}
     num_workers = values.pop("tensor_parallel_size", 1)
     if not values.pop("enable_lora", True):
-        raise ValueError("adapters cannot be switched off; they cost nothing until one is used")
+        raise ValueError(
+            "adapters cannot be switched off: leave out enable_lora, they cost nothing until used"
+        )
     for alias, name in _ALIASES.items():
         if alias in values:
             values[name] = values.pop(alias)
@@ -109,7 +111,7 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
 
 def _adapter_pairs(adapters: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(adapters, Mapping):
-        raise TypeError(f"adapters must map names to directories, got {adapters!r}")
+        raise TypeError(f"adapters must map names to directories, got {adapters!r:.80}")
     return tuple((str(name), os.path.abspath(path)) for name, path in adapters.items())
 
 

@@ -1,4 +1,4 @@
-"""Progress on stderr: lines while an engine starts, a bar while a batch runs."""
+"""Shows progress on stderr: lines while an engine starts, a bar while a batch runs."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from loraplex.entrypoints.client.outputs import RequestOutput
 
 BarFactory = Callable[..., Any]
-"""What makes a bar; takes tqdm's keywords."""
+"""Makes a progress bar; takes tqdm's keywords."""
 
 
 class ProgressLine:
-    """Shows the latest text: in place on a terminal, elsewhere as lines, at most one in 2 s."""
+    """Shows the latest text: in place on a terminal, otherwise as lines, at most one in 2 s."""
 
     def __init__(self, *, terminal_only: bool = False) -> None:
         self._on_terminal = sys.stderr.isatty()
@@ -33,14 +33,14 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Clear the line on a terminal."""
+        """Clears the line on a terminal."""
         if self._is_open:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
             self._is_open = False
 
 
 class BatchBar:
-    """Counts finished requests and shows tokens per second, prompt and answer apart."""
+    """Counts finished requests and shows prompt and output tokens per second."""
 
     def __init__(self, num_requests: int, use_tqdm: bool | BarFactory) -> None:
         self._num_prompt_tokens = 0
