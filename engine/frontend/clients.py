@@ -72,7 +72,7 @@ class ClientTable:
         state = self._clients.get(client)
         if state is not None:
             state.last_sent = self._clock()
-            self._release_if_idle(client, state)
+            self._remove_if_done(client, state)
 
     def forget(self, client: bytes) -> None:
         """Removes a client and ends its requests."""
@@ -98,9 +98,9 @@ class ClientTable:
         except PeerGoneError:
             self._lose(client)
             return
-        self._release_if_idle(client, state)
+        self._remove_if_done(client, state)
 
-    def _release_if_idle(self, client: bytes, state: _Client) -> None:
+    def _remove_if_done(self, client: bytes, state: _Client) -> None:
         if not state.undelivered and not self._requests.has_requests(client):
             self._clients.pop(client, None)
 

@@ -49,7 +49,7 @@ def _tokens(draw: st.DrawFn, kind: str) -> list[int]:
 
 
 def _run(detokenizer: IncrementalDetokenizer, ids: Sequence[int], cuts: Sequence[int]) -> list[str]:
-    """What each push and the flush returned."""
+    """Returns the text of each push and of the flush."""
     parts, start = [], 0
     for cut in [*sorted(cuts), len(ids)]:
         parts.append(detokenizer.push(ids[start:cut]))
@@ -134,7 +134,7 @@ def _byte_ids(byte: int) -> list[int]:
 
 
 def _ids(text: str) -> list[int]:
-    """One token for each byte."""
+    """Returns one token id for each byte."""
     return [_byte_table()[bytes([b])] for b in text.encode()]
 
 

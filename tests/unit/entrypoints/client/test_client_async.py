@@ -1,4 +1,4 @@
-"""AsyncClient against a server of a few lines, which answers when it is told to."""
+"""AsyncClient against a small server that answers when the test lets it."""
 
 import asyncio
 import threading

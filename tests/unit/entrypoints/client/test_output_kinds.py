@@ -1,4 +1,4 @@
-"""What outputs hold with each RequestOutputKind, through a whole engine with a fake worker."""
+"""Streams with each RequestOutputKind through a whole engine with a fake worker."""
 
 from dataclasses import replace
 from pathlib import Path
