@@ -29,7 +29,7 @@ def resolve_model(model: str) -> Path:
         raise ConfigError(f"model {model} must be a directory or a .gguf file")
     hint = ""
     if model.count("/") == 1 and not model.startswith((".", "~")):
-        hint = "; download a hub's model first and pass its folder"
+        hint = "; download a model of a hub first and pass its folder"
     raise ConfigError(f"model path {model} does not exist (nothing is downloaded){hint}")
 
 
