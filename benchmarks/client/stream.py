@@ -2,8 +2,8 @@
 
     python benchmarks/client/stream.py --out benchmarks/results/client_stream.jsonl
 
-A transport in this process hands the client the messages of docs/protocol.md, one token each, so
-that the figures hold the client's decoding and assembly and nothing of an engine.
+A transport in this process hands the client the messages of docs/reference/protocol.md, one token
+each. So the figures cover the client's decoding and assembly, and no engine.
 """
 
 import argparse

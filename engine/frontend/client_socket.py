@@ -41,7 +41,9 @@ def check_server_config(config: ServerConfig) -> None:
         )
     for path in (config.server_secret_key_file, config.client_public_keys_dir):
         if path and not os.path.exists(path):
-            raise ConfigError(f"{path} does not exist: create the keys, see docs/protocol.md")
+            raise ConfigError(
+                f"{path} does not exist: create the keys, see docs/reference/protocol.md"
+            )
     if config.client_public_keys_dir and not config.server_secret_key_file:
         raise ConfigError(
             "client_public_keys_dir needs server_secret_key_file: give both, or neither"

@@ -1,4 +1,4 @@
-"""Messages between clients and a frontend: MessagePack maps, described in docs/protocol.md.
+"""Messages between clients and a frontend, see docs/reference/protocol.md.
 
 The frontend parses each message into one of the classes of CLIENT_MESSAGES. Input that does not
 fit raises a ClientError with an error code.

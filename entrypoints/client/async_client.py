@@ -126,11 +126,11 @@ class AsyncClient:
         return dict((await self._command("unpin_adapter", name=name))["adapters"][0])
 
     async def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
-        """Returns all adapters, or the one of this name, as docs/protocol.md describes."""
+        """Returns all adapters or the one of this name; see docs/reference/protocol.md."""
         return list((await self._command("list_adapters", name=name))["adapters"])
 
     async def health(self) -> dict[str, Any]:
-        """Returns status, model and limits, as docs/protocol.md describes."""
+        """Returns status, model and limits; see docs/reference/protocol.md."""
         return await self._command("health")
 
     async def stats(self) -> dict[str, Any]:

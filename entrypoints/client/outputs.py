@@ -62,7 +62,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailure:
-    """A request that ended with an error; docs/protocol.md lists the values of `error.code`."""
+    """A request that ended with an error; docs/reference/protocol.md lists the codes."""
 
     request_id: str
     error: LoraplexError

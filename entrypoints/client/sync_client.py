@@ -182,11 +182,11 @@ class Client:
         return dict(self._connection.command("unpin_adapter", name=name)["adapters"][0])
 
     def list_adapters(self, name: str = "") -> list[dict[str, Any]]:
-        """Returns all adapters, or the one of this name, as docs/protocol.md describes."""
+        """Returns all adapters or the one of this name; see docs/reference/protocol.md."""
         return list(self._connection.command("list_adapters", name=name)["adapters"])
 
     def health(self) -> dict[str, Any]:
-        """Returns status, model and limits, as docs/protocol.md describes."""
+        """Returns status, model and limits; see docs/reference/protocol.md."""
         return self._connection.command("health")
 
     def stats(self) -> dict[str, Any]:
