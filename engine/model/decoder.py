@@ -1,4 +1,4 @@
-"""The one decoder of the Llama family; a ModelSpec says what a checkpoint has and has not."""
+"""The decoder of the Llama family. A ModelSpec says which parts a checkpoint has."""
 
 import torch
 
@@ -16,7 +16,7 @@ from loraplex.memory.adapter_layout import ModuleShape
 
 
 def local_module_shapes(spec: ModelSpec, tp_size: int) -> tuple[ModuleShape, ...]:
-    """Sizes of one rank's projections, in the order of MODULES.
+    """Returns the sizes of one worker's projections, in the order of MODULES.
 
     Raises:
         ConfigError: the heads or the feed-forward size do not divide by `tp_size`.
@@ -40,7 +40,7 @@ def local_module_shapes(spec: ModelSpec, tp_size: int) -> tuple[ModuleShape, ...
 
 
 def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
-    """Of every layer: q|k|v, o, gate|up, down."""
+    """Returns the groups of every layer: q|k|v, o, gate|up, down."""
     groups = (
         ("q_proj", "k_proj", "v_proj"),
         ("o_proj",),
@@ -51,9 +51,9 @@ def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each behind a norm and added to the residual stream.
+    """Attention and feed-forward, each after a norm and added to the residual stream.
 
-    `start`, then `attend`, then `finish`; see Attention.
+    Runs as `start`, then `attend`, then `finish`; see Attention.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class DecoderLayer:
     def start(
         self, delta: torch.Tensor | None, activations: Activations, ctx: ForwardContext
     ) -> None:
-        """Up to the attention op.
+        """Run up to the attention op.
 
         Args:
-            delta: what `finish` of the layer before returned; None for the first layer.
+            delta: the result of the previous layer's `finish`; None for the first layer.
         """
         if delta is None:
             x = self.attention_norm(activations.residual, ctx)
@@ -82,16 +82,17 @@ class DecoderLayer:
         self.attention.attend(activations, ctx)
 
     def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
-        """From the attention op on; what the next norm is to add to the residual,
-        [T, hidden_size]."""
+        """Run from the attention op on. Returns [T, hidden_size], which the next norm adds to the
+        residual."""
         x = self.attention.finish(activations, ctx)
         return self.mlp(self.mlp_norm.add(x, activations.residual, ctx), ctx)
 
 
 class Decoder:
-    """Flat tokens in, hidden states out; no padding, no host sync, weights uninitialised.
+    """Computes hidden states of a flat list of tokens, without padding or a host sync.
 
-    Fill it with `engine.weights.load_weights`; run it under `torch.inference_mode()`.
+    Its weights are uninitialised: fill them with `engine.checkpoint.weights.load_weights`. Run it
+    under `torch.inference_mode()`.
 
     Raises:
         ConfigError: `tp_size` is not 1, or does not divide the model.
@@ -126,14 +127,14 @@ class Decoder:
         self.norm = self._make_norm(spec.hidden_size)
 
     def module_shapes(self) -> tuple[ModuleShape, ...]:
-        """Sizes of this worker's projections, in the order of MODULES."""
+        """Returns the sizes of this worker's projections, in the order of MODULES."""
         return self._shapes
 
     def forward(self, token_ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """Run T tokens of any number of sequences; their K and V end up in the pool.
+        """Run T tokens of any number of sequences, and write their K and V to the pool.
 
         Args:
-            token_ids: int32 or int64 [T], with ctx.positions and ctx.kv_rows alongside.
+            token_ids: int32 or int64 [T], in the order of ctx.positions and ctx.kv_rows.
 
         Returns:
             [T, hidden_size], after the last norm.
@@ -148,7 +149,7 @@ class Decoder:
         return self.finish(activations, ctx)
 
     def make_activations(self, num_tokens: int) -> Activations:
-        """Uninitialised, for `start`."""
+        """Returns uninitialised activations for `start`."""
         head_dim = self.spec.head_dim
         heads = (num_tokens, self._shapes[0].out_features // head_dim, head_dim)
         return Activations(
@@ -175,16 +176,19 @@ class Decoder:
         self.layers[index + 1].start(delta, activations, ctx)
 
     def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
-        """Run from the last layer's attention op on. [T, hidden_size], after the last norm."""
+        """Run from the last layer's attention op on. Returns [T, hidden_size], normed."""
         delta = self.layers[-1].finish(activations, ctx)
         return self.norm.add(delta, activations.residual, ctx)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, hidden_size] to [N, vocab_size], in the model's dtype; written to `out` if given."""
+        """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the model's dtype.
+
+        They are written to `out`, if it is given.
+        """
         return self.head.logits(hidden, out)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Every tensor a checkpoint must bring, by its Hugging Face name; fused ones as views."""
+        """Returns every tensor of a checkpoint by its Hugging Face name. Fused ones are views."""
         named = {"model.embed_tokens.weight": self.embedding.weight}
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"

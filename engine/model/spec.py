@@ -1,4 +1,4 @@
-"""What a decoder of the Llama family is made of, declared once per checkpoint."""
+"""The sizes and parts of a decoder of the Llama family, declared once per checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""The backends of one worker, resolved and made for its model's sizes."""
+"""Chooses and makes the backends of one worker, for its model's sizes."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from loraplex.memory.device.pool import PageShape
 
 @dataclass(frozen=True, slots=True)
 class WorkerBackends:
-    """One of each op. Their `name` is the registry's."""
+    """One backend for each op. Their `name` is the registry's."""
 
     lora: LoRAOp
     attention: AttentionOp
@@ -32,10 +32,10 @@ def make_backends(
     max_model_len: int,
     device: torch.device,
 ) -> WorkerBackends:
-    """As configured, or the best that can run here.
+    """Make the configured backends, or the best that can run here.
 
     Raises:
-        ConfigError: one that was asked for is unknown or cannot run here.
+        ConfigError: a configured backend is unknown or cannot run here.
     """
     scheduler, backend = config.scheduler, config.backend
     lora_spec = LoRASpec(

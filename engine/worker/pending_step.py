@@ -1,4 +1,4 @@
-"""A step that the GPU may still be working on, and its result."""
+"""A step that the GPU may still be running, and its result."""
 
 import time
 from array import array
@@ -12,7 +12,7 @@ from loraplex.scheduler.worker_protocol import PromptLogprobs, StepResult, Token
 
 @dataclass(frozen=True, slots=True)
 class ScoredPrompt:
-    """A run of prompt positions of one request."""
+    """Scores of consecutive prompt positions of one request."""
 
     slot: int
     first_position: int
@@ -22,7 +22,7 @@ class ScoredPrompt:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a step leaves on the device, N rows that sampled."""
+    """The results of a step on the device, for N rows that sampled."""
 
     token_ids: torch.Tensor | None = None  # int32 [N]; None: no row sampled
     scored_rows: list[tuple[int, int]] = field(default_factory=list)  # (sampled row, num_best)
@@ -31,12 +31,12 @@ class StepOutput:
 
 
 class PendingStep:
-    """`result` waits for the step."""
+    """A launched step. `result` waits for it."""
 
     def __init__(
         self, step_id: int, device: torch.device, previous: "PendingStep | None" = None
     ) -> None:
-        """`previous` is the step launched before: the GPU's idle time between them is measured."""
+        """`previous` is the step launched before; the GPU's idle time between them is measured."""
         self._step_id = step_id
         self._is_cuda = device.type == "cuda"
         self._kernels = ""
@@ -49,13 +49,17 @@ class PendingStep:
             self._previous_end = previous._end if previous else None
 
     def start(self, kernels: str = "") -> None:
-        """Everything before the first kernel of the model is enqueued; see StepResult.kernels."""
+        """Mark the start: all work before the model's first kernel is enqueued.
+
+        Args:
+            kernels: see StepResult.kernels.
+        """
         self._kernels = kernels
         if self._is_cuda:
             self._start.record()
 
     def finish(self, output: StepOutput) -> None:
-        """Copy what the step left to the host, behind everything enqueued so far."""
+        """Enqueue the copy of the results to the host, after everything enqueued so far."""
         if output.token_ids is not None:
             output.token_ids = self._to_host(output.token_ids)
         if output.scores is not None:
@@ -124,7 +128,7 @@ class PendingStep:
 
 
 def _entry(scores: Logprobs, index: int, num_best: int) -> TokenLogprobs:
-    """The token itself, then its position's `num_best` best."""
+    """Returns the token itself, then its position's `num_best` best."""
     count = 1 + num_best
     ids = scores.token_ids[index, :count].tolist()
     return TokenLogprobs(

@@ -1,4 +1,4 @@
-"""How many pages a worker's pool gets: what the model and the largest steps leave of the memory."""
+"""Computes the pages of a worker's pool: the memory that the model and the largest steps leave."""
 
 import gc
 from array import array
@@ -22,7 +22,7 @@ from loraplex.memory.device.pool import (
 from loraplex.scheduler.worker_protocol import NewRequest, SamplingSpec, StepPlan, int_array
 
 GPU_MARGIN_BYTES = 512 << 20
-"""Kept free on a GPU for library workspaces, gathers of attention fallbacks and fragmentation."""
+"""GPU memory kept free for library workspaces, gathers of fallback attention and fragmentation."""
 
 
 def size_pool(
@@ -32,7 +32,15 @@ def size_pool(
     limit: int,
     make_runner: Callable[[int, int], ModelRunner],
 ) -> int:
-    """Pages of the pool: as asked, or by the memory that is left."""
+    """Returns the pages of the pool: as configured, or as many as the free memory holds.
+
+    Args:
+        limit: the longest context.
+        make_runner: takes the pages of the pool and the longest context.
+
+    Raises:
+        ConfigError: the pool would have too few pages.
+    """
     memory = config.memory
     try:
         if memory.num_pages is not None or memory.pool_bytes is not None:
@@ -59,7 +67,8 @@ def _activation_bytes(
     limit: int,
     make_runner: Callable[[int, int], ModelRunner],
 ) -> int:
-    """Peak of the largest prefill and of the largest sampling step, run on a pool of their own."""
+    """Returns the peak memory of the largest prefill and the largest sampling step. They run on a
+    pool of their own."""
     budget, max_num_seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     length = min(limit, budget)
     num_seqs = min(max_num_seqs, budget // length)
@@ -78,7 +87,8 @@ def _activation_bytes(
 
 
 def _largest_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan:
-    """`num_seqs` new requests that all sample, with the parameters that cost most memory."""
+    """Returns a step of `num_seqs` new requests that all sample, with the parameters that take the
+    most memory."""
     pages_each = -(-num_tokens // block_tokens)
     sampling: dict[str, Any] = {
         "temperature": 1.0,

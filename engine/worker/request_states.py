@@ -1,4 +1,4 @@
-"""What a worker remembers of each running request, by slot, between steps."""
+"""The state of each running request that a worker keeps between steps, by slot."""
 
 from typing import Any
 
@@ -13,12 +13,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class RequestStates:
-    """Attributes, S slots (the device tensor keeps its address for good):
+    """State of S slots. The device tensor never changes its address.
 
-    token_ids: int32 [S, max_model_len + 1], on the device alone: sampled ids never leave it.
-    page_table: int32 [S, max_pages], on the CPU; entries beyond a request's pages are stale.
-    adapter_slots: int32 [S], on the CPU; -1 for the base model.
-    sampling: the sampling parameters.
+    Attributes:
+        token_ids: int32 [S, max_model_len + 1], on the device; sampled ids are written there.
+        page_table: int32 [S, max_pages], on the CPU; entries beyond a request's pages are stale.
+        adapter_slots: int32 [S], on the CPU; -1 for the base model.
+        sampling: the sampling parameters.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class RequestStates:
 
     @staticmethod
     def device_bytes(max_num_seqs: int, max_model_len: int) -> int:
-        """What the device tensor takes."""
+        """Returns the bytes of the device tensor."""
         return 4 * max_num_seqs * (max_model_len + 1)
 
     def apply(self, plan: StepPlan) -> Arrays:
-        """Apply a plan's deltas on the CPU; returns what `write` needs, once on the device."""
+        """Apply a plan's deltas on the CPU. Returns the arrays that `write` needs on the device."""
         for slot in plan.freed_slots:
             self._num_pages[slot] = 0
             self.adapter_slots[slot] = -1
@@ -67,7 +68,7 @@ class RequestStates:
         }
 
     def write(self, arrays: dict[str, torch.Tensor]) -> None:
-        """The deltas of `apply`, on the device."""
+        """Write the deltas of `apply` to the device tensor."""
         if "token_index" in arrays:
             flat = self.token_ids.view(-1)
             flat.index_copy_(0, arrays["token_index"], arrays["token_value"])
@@ -83,12 +84,12 @@ class RequestStates:
         self._append_pages(np.full(len(page_ids), slot, dtype=np.int32), page_ids)
 
     def _places(self, request: NewRequest) -> npt.NDArray[np.int64]:
-        """Of its tokens in `token_ids`, seen flat."""
+        """Returns the places of its tokens in `token_ids`, seen flat."""
         first = request.slot * self.token_ids.shape[1]
         return np.arange(first, first + len(request.token_ids), dtype=np.int64)
 
     def _append_pages(self, slots: npt.NDArray[np.int32], page_ids: npt.NDArray[np.int32]) -> None:
-        """Append page i to the request in slots[i]; a slot may come more than once."""
+        """Append page i to the request in slots[i]. A slot may occur more than once."""
         if not len(slots):
             return
         order = np.argsort(slots, kind="stable")

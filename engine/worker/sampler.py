@@ -1,12 +1,11 @@
-"""Logits to token ids and log-probabilities, on the device and without a host sync.
+"""Turns logits into token ids and log-probabilities, on the device and without a host sync.
 
-The order is vLLM's: logit bias, penalties, stop ids forbidden before min_tokens; greedy rows take
-the maximum; the others: temperature, min-p, top-k, top-p, then a draw. Log-probabilities are of
-the logits as the model gave them.
+The order is vLLM's: logit bias, penalties, stop ids forbidden before min_tokens. Then greedy rows
+take the maximum. Other rows apply temperature, min-p, top-k and top-p and draw. Log-probabilities
+are of the logits as the model gave them.
 
-A draw is the Gumbel-max trick with noise that is a hash of (seed, position, token id), so it
-depends neither on the batch nor on what ran before. The op ``fused`` makes it, for all rows and
-whatever the other parameters did to the logits before.
+A draw is the Gumbel-max trick. Its noise is a hash of (seed, position, token id), so it depends
+neither on the batch nor on earlier steps. The op ``fused`` draws for all rows.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 from loraplex.backends.fused.contract import FusedOps
 
 CHUNK_ELEMS = 1 << 24
-"""Rows are adjusted in chunks of about so many logits, which bounds the scratch memory."""
+"""Logits that are adjusted in one chunk, about; bounds the scratch memory."""
 
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """What the N rows of a step need; None where no row uses it. See SamplingStates.collect."""
+    """Parameters of the N rows that sample; None if no row uses one. See SamplingStates.collect."""
 
     temperature: torch.Tensor  # float32 [N]; 0: greedy
     keys: torch.Tensor  # int64 [N, 2], 32 bits each
@@ -42,17 +41,17 @@ class SamplingBatch:
 
     @property
     def is_plain(self) -> bool:
-        """The logits are drawn from as they are."""
+        """Whether the logits are drawn from as they are."""
         rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.cut_rows)
         return all(index is None for index in rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Of n tokens and the k best of each position; log-probabilities are float32."""
+    """Scores of n tokens and of the k best at each position."""
 
     token_ids: torch.Tensor  # int32 [n, 1 + k], the token itself first
-    logprobs: torch.Tensor  # [n, 1 + k]
+    logprobs: torch.Tensor  # float32 [n, 1 + k]
     ranks: torch.Tensor  # int32 [n], of the token itself; 1 is the most likely
 
 
@@ -64,11 +63,11 @@ def sample(
     *,
     fused: FusedOps,
 ) -> torch.Tensor:
-    """The next token of each row, int64 [N].
+    """Returns the next token of each row, int64 [N].
 
     Args:
         logits: [N, vocabulary], the model's dtype.
-        token_ids: [slots, length], where penalties look up what a request has so far.
+        token_ids: int32 [slots, length], from which penalties read a request's tokens so far.
         num_known_tokens: an upper bound of batch.num_known_tokens, known on the CPU.
     """
     if not batch.is_plain:
@@ -78,7 +77,7 @@ def sample(
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_best: int) -> Logprobs:
-    """Log-probabilities of given tokens, and of the best ones.
+    """Returns the log-probabilities of given tokens and of the best ones.
 
     Args:
         logits: [n, vocabulary], the model's dtype, as it gave them.
@@ -99,7 +98,7 @@ def _adjust(
     logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor, num_known_tokens: int
 ) -> None:
     if batch.bias_rows is not None and batch.bias is not None:
-        # No id comes twice in a row's bias, so nothing is added to one element twice.
+        # An id occurs once in a row's bias, so no element is added to twice.
         where = (batch.bias_rows, batch.bias_ids)
         logits[where] = logits[where] + batch.bias
     if batch.penalty_rows is not None:
@@ -115,7 +114,8 @@ def _adjust(
 def _penalize(
     logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor, num_known_tokens: int
 ) -> None:
-    """Repetition over prompt and answer (CTRL, arXiv 1909.05858); the others over the answer."""
+    """Apply the repetition penalty (CTRL, arXiv 1909.05858) over prompt and answer, and the other
+    penalties over the answer."""
     assert batch.penalty_rows is not None and batch.penalty_slots is not None
     assert batch.num_known_tokens is not None and batch.num_prompt_tokens is not None
     assert batch.penalties is not None
@@ -138,7 +138,7 @@ def _penalize(
 
 
 def _cut(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> None:
-    """What min-p, top-k and top-p leave out becomes -inf; the rest is not touched."""
+    """Set logits that min-p, top-k and top-p exclude to -inf. The others do not change."""
     assert batch.cut_rows is not None
     rows = batch.cut_rows[part]
     kept = logits.index_select(0, rows)
@@ -159,7 +159,8 @@ def _cut(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> None:
 def _keep_top(
     values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None
 ) -> torch.Tensor:
-    """The k best of each row (and their equals), then the smallest set of mass p; others -inf."""
+    """Keep the k best of each row and their equals, then the smallest set of mass p. Set the others
+    to -inf."""
     ordered, order = values.sort(dim=-1)
     if top_k is not None:
         kth = ordered.gather(1, (values.shape[1] - top_k)[:, None])

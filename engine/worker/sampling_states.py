@@ -1,4 +1,4 @@
-"""Sampling parameters of the running requests, by slot, as arrays; and a step's share of them."""
+"""Sampling parameters of the running requests, as arrays by slot."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _LOW_32 = np.uint64(0xFFFFFFFF)
 
 
 class SamplingStates:
-    """All on the CPU. `collect` picks what the rows of one step need; see sampler.py."""
+    """Holds the parameters on the CPU. `collect` returns those of one step; see sampler.py."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -61,11 +61,13 @@ class SamplingStates:
     def collect(
         self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Arrays of the N rows that sample, by the names of SamplingBatch's fields; of those that
-        may be None, one whose parameter nobody uses is left out.
+        """Returns the arrays of N rows that sample, by the names of SamplingBatch's fields.
+
+        A field that may be None is left out if no row uses its parameter.
 
         Args:
-            positions: where the sampled tokens will stand.
+            slots: int32 [N].
+            positions: int32 [N], of the tokens to be sampled.
         """
         arrays: dict[str, npt.NDArray[Any]] = {
             "temperature": self._temperature[slots],
@@ -143,7 +145,7 @@ class SamplingStates:
 def noise_keys(
     seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int64]:
-    """Two 32-bit keys of the noise at one position of one request, int64 [N, 2]."""
+    """Returns the two 32-bit keys of the noise at each row's position, int64 [N, 2]."""
     mixed = _mix64(seeds ^ _mix64(positions.astype(np.uint64)))
     return np.stack([mixed & _LOW_32, mixed >> np.uint64(32)], axis=1).astype(np.int64)
 

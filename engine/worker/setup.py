@@ -1,4 +1,4 @@
-"""Start of a worker: model, backends and pool, sized to the machine."""
+"""Starts a worker: model, backends and pool, sized to the machine."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
 logger = logging.getLogger("loraplex")
 
 TYPICAL_RANK = 16
-"""Of the adapters that the start-up line counts, and that long prefills are compiled for."""
+"""The rank of the adapters that the start-up line counts and the warm-up compiles for."""
 
 WARM_UP_ROWS = 2048
 
@@ -37,7 +37,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """All that a worker works with."""
+    """Everything that `set_up` makes for a worker."""
 
     spec: ModelSpec
     device: torch.device
@@ -54,7 +54,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
     """Load the model and take the memory.
 
     Raises:
-        ConfigError: the model, a backend or the memory does not allow what is configured.
+        ConfigError: the model, a backend or the memory does not allow the configuration.
     """
     device = resolve_device(config.model.device, rank)
     path = resolve_model(config.model.model)
@@ -139,11 +139,11 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
 
 
 def resolve_device(name: str, rank: int) -> torch.device:
-    """Raises ConfigError: there is no such GPU."""
+    """Returns the worker's device. Raises ConfigError if there is no such GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU")
+        raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU")
     if rank >= torch.cuda.device_count():
         raise ConfigError(f"worker {rank} has no GPU: there are {torch.cuda.device_count()}")
     device = torch.device("cuda", rank)
@@ -152,8 +152,10 @@ def resolve_device(name: str, rank: int) -> torch.device:
 
 
 def resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The type of weights and KV cache. auto: float32 on a CPU; on a GPU the checkpoint's, and
-    bfloat16 for one in float32."""
+    """Returns the type of weights and KV cache.
+
+    "auto" is float32 on a CPU. On a GPU it is the checkpoint's type, but bfloat16 for float32.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -165,13 +167,13 @@ def _model_len_limit(asked: int | None, spec: ModelSpec) -> int:
     if asked is not None and asked > spec.max_position:
         raise ConfigError(
             f"max_model_len {asked} is more than the {spec.max_position} tokens that "
-            f"this model was made for"
+            f"this model supports; lower it"
         )
     return asked or spec.max_position
 
 
 def _fit_model_len(asked: int | None, limit: int, num_pages: int, shape: PageShape) -> int:
-    """At least one request of the greatest length must fit in the pool, without page 0."""
+    """Returns the longest context: one such request must fit in the pool, without page 0."""
     capacity = (num_pages - 1) * shape.block_tokens
     if asked is not None and asked > capacity:
         raise ConfigError(
@@ -179,5 +181,5 @@ def _fit_model_len(asked: int | None, limit: int, num_pages: int, shape: PageSha
             f"tokens; lower max_model_len, or raise gpu_memory_utilization, pool_bytes or num_pages"
         )
     if limit > capacity:
-        logger.warning("max_model_len is %d, what the pool holds, not %d", capacity, limit)
+        logger.warning("max_model_len is %d, not %d: the pool holds no more", capacity, limit)
     return min(limit, capacity)

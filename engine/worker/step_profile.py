@@ -1,4 +1,4 @@
-"""What a worker's steps cost: a line for each, and now and then a timeline of a few of them."""
+"""Profiles a worker's steps: a line for each step, and timelines of some."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from loraplex.engine.errors import ConfigError
 from loraplex.scheduler.worker_protocol import StepPlan, StepResult
 
 WARM_UP_STEPS = 2
-"""Recorded and thrown away before each timeline: the first carry the profiler's own start."""
+"""Steps recorded and dropped before each timeline: they include the profiler's own start."""
 
 
 class StepProfile:
@@ -50,7 +50,7 @@ class StepProfile:
             self._timelines.start()
 
     def launched(self, plan: StepPlan, started_at: float) -> None:
-        """A step was enqueued, which began at `started_at` (time.perf_counter)."""
+        """Record that a step is enqueued; that began at `started_at` (time.perf_counter)."""
         now = time.perf_counter()
         self._launched[plan.step_id] = {
             "step_id": plan.step_id,
@@ -69,7 +69,7 @@ class StepProfile:
         self._lines.flush()
 
     def close(self) -> None:
-        """End the recording: a profiler left running fails when the process ends."""
+        """End the recording. A profiler that still runs fails when the process ends."""
         if self._timelines is not None:
             self._timelines.stop()
         self._lines.close()

@@ -1,4 +1,4 @@
-"""A step's rows on the CPU: what each feeds, where it stands, where its K and V go."""
+"""The rows of a step on the CPU: the tokens they feed, their positions, the places of K and V."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """B rows, T tokens, N rows that sample."""
+    """B rows of T tokens, N of which sample."""
 
     slots: Int32Array  # [B]
     positions: Int32Array  # [B], of the first token
@@ -24,23 +24,23 @@ class StepRows:
 
     @property
     def is_decode(self) -> bool:
-        """Every row feeds one token and samples the next."""
+        """Whether every row feeds one token and samples the next."""
         return len(self.sampling) == len(self.slots) == self.starts[-1]
 
     @property
     def num_decodes(self) -> int:
-        """The first rows, of one token each."""
+        """The number of leading rows that feed one token."""
         return int(np.argmax(np.append(self.num_tokens, 0) != 1))
 
     @property
     def kv_lens(self) -> Int32Array:
-        """[B], once the step's K and V are written."""
+        """[B], context lengths once the step's K and V are written."""
         return self.positions + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TokenInputs:
-    """What the model is fed, of each of T tokens."""
+    """The model's inputs for each of T tokens."""
 
     places: Int64Array  # where its id lies in RequestStates.token_ids, seen flat
     positions: Int64Array
@@ -66,11 +66,11 @@ def make_rows(plan: StepPlan) -> StepRows:
 def token_inputs(
     rows: StepRows, page_table: Int32Array, *, block_tokens: int, max_tokens: int
 ) -> TokenInputs:
-    """Of every token of the step.
+    """Returns the inputs of every token of the step.
 
     Args:
         page_table: [slots, pages], RequestStates.page_table.
-        max_tokens: ids that RequestStates holds of each slot.
+        max_tokens: ids that RequestStates holds for each slot.
     """
     row_of_token = np.repeat(np.arange(len(rows.slots)), rows.num_tokens)
     offsets = np.arange(rows.starts[-1]) - rows.starts[row_of_token]

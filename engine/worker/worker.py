@@ -1,4 +1,4 @@
-"""One worker: executes the scheduler's commands on one device and reports what comes of them."""
+"""One worker: executes the scheduler's commands on one device and reports the results."""
 
 import queue
 import threading
@@ -28,19 +28,21 @@ from loraplex.scheduler.worker_protocol import (
 )
 
 NUM_MARKS = 8
-"""Ends of the last steps that are remembered; for older steps the oldest of them serves."""
+"""Steps whose ends are remembered. An older step takes the oldest of these."""
 
 
 class Worker:
-    """Not thread-safe: one loop calls `handle` and `events`. An adapter that is no good is an
-    answer, an error in a step is raised from `handle` or `events` and ends the worker.
+    """Executes commands. Not thread-safe: one loop calls `handle` and `events`.
+
+    A bad adapter is an event with an error. An error in a step is raised from `handle` or `events`
+    and ends the worker.
 
     Attributes:
         ready: sizes, for the scheduler.
 
     Args:
         wakeup: called from other threads when `events` has something to return.
-        progress: told how far the start has come.
+        progress: called with a line for each part of the start.
 
     Raises:
         ConfigError: the engine cannot start as configured.
@@ -91,7 +93,7 @@ class Worker:
         )
 
     def handle(self, command: WorkerCommand) -> None:
-        """Begin a command. What comes of it is in `events`, of steps in the order of the plans."""
+        """Begin a command. `events` gives its result; steps' results keep the plans' order."""
         match command:
             case StepPlan():
                 self._run(command)
@@ -104,10 +106,10 @@ class Worker:
             case DropAdapter():
                 self._loader.drop(command.content_hash)
             case _:
-                raise TypeError(f"a worker has no use for {type(command).__name__}")
+                raise TypeError(f"a worker does not take {type(command).__name__}")
 
     def _mark_of(self, step_id: int) -> Mark:
-        """A point that is reached once the step has run, and no sooner."""
+        """Returns a point on the stream that is reached once the step has run."""
         for marked_id, mark in self._marks:
             if marked_id >= step_id:
                 return mark
@@ -125,7 +127,7 @@ class Worker:
             self._events.put(step.result())
 
     def events(self, timeout_s: float = 0.0) -> list[WorkerEvent]:
-        """All that has come since the last call; waits up to `timeout_s` for a first one."""
+        """Returns the events since the last call. Waits up to `timeout_s` for a first one."""
         events: list[WorkerEvent] = []
         deadline = time.monotonic() + timeout_s
         while True:
@@ -142,7 +144,7 @@ class Worker:
             events.append(event)
 
     def close(self) -> None:
-        """Stop the threads; reads that have not begun are dropped."""
+        """Stop the threads. Reads that have not begun are dropped."""
         self._loader.close()
         self._steps.put(None)
         if self._profile is not None:
@@ -153,7 +155,7 @@ class Worker:
         while (step := self._steps.get()) is not None:
             try:
                 self._report(step.result())
-            except BaseException as error:  # a GPU fault: raised from events(), on the loop
+            except BaseException as error:  # a GPU fault: `events` raises it, on the loop
                 self._report(error)
                 return
 
@@ -163,7 +165,7 @@ class Worker:
 
 
 def _enter_thread(device: torch.device) -> None:
-    """A thread starts on GPU 0, whichever the worker's is."""
+    """Select the worker's GPU: a new thread starts on GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

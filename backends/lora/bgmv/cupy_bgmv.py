@@ -38,7 +38,7 @@ from loraplex.backends.lora.contract import (
 
 
 @dataclass(frozen=True, slots=True)
-class _Kernels:
+class Kernels:
     """The driver's handles of one group's kernels."""
 
     shrink: int
@@ -204,9 +204,9 @@ class CupyBGMV:
             expand_blocks=self._num_processors * kind.expand_blocks,
         )  # fmt: skip
 
-    def _compile(self, kind: str, group: LoRAGroup) -> _Kernels:
+    def _compile(self, kind: str, group: LoRAGroup) -> Kernels:
         macros = _make_macros(self._spec, KINDS[kind], group, self._pdl)
-        return _compile(macros, self._spec.device.index or 0)
+        return compile_kernels(macros, self._spec.device.index or 0)
 
 
 def _make_macros(spec: LoRASpec, kind: Kind, group: LoRAGroup, pdl: bool) -> tuple[str, ...]:
@@ -226,12 +226,13 @@ def _make_macros(spec: LoRASpec, kind: Kind, group: LoRAGroup, pdl: bool) -> tup
 
 
 @cache
-def _compile(macros: tuple[str, ...], device_index: int) -> _Kernels:
+def compile_kernels(macros: tuple[str, ...], device_index: int) -> Kernels:
+    """Compile bgmv.cu with these options, or load the binary from CuPy's cache."""
     source = resources.files("loraplex.backends.lora.bgmv").joinpath("bgmv.cu").read_text()
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(code=source, options=("-std=c++17", *macros), backend="nvrtc")
         _modules.append(module)
-        return _Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
+        return Kernels(*(int(module.get_function(n).kernel.ptr) for n in ("shrink", "expand")))
 
 
 _modules: "list[cupy.RawModule]" = []  # a module unloads its kernels when it is collected

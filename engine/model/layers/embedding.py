@@ -12,9 +12,12 @@ class Embedding:
         self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
 
     def __call__(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """int32 or int64 [T] to `out` [T, hidden_size]."""
+        """Write the embeddings of token ids, int32 or int64 [T], to `out` [T, hidden_size]."""
         torch.index_select(self.weight, 0, token_ids, out=out)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, hidden_size] to [N, vocab_size], in the weights' dtype; written to `out` if given."""
+        """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the weights' dtype.
+
+        They are written to `out`, if it is given.
+        """
         return torch.mm(hidden, self.weight.t(), out=out)

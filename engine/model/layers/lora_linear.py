@@ -1,4 +1,4 @@
-"""Projections that share an input, fused to one GEMM, with the adapters' part added in place."""
+"""Projections that share an input, fused into one GEMM. The adapters' part is added in place."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from loraplex.memory.adapter_layout import MODULES, ModuleShape
 
 
 def make_group(modules: tuple[str, ...], shapes: tuple[ModuleShape, ...]) -> LoRAGroup:
-    """The group of the named MODULES, whose outputs lie side by side in the order given.
+    """Returns the group of the named MODULES. Their outputs lie side by side in this order.
 
     Args:
         shapes: of all MODULES, in that order.
@@ -27,7 +27,7 @@ def make_group(modules: tuple[str, ...], shapes: tuple[ModuleShape, ...]) -> LoR
 
 
 class LoRALinear:
-    """y = x W^T + b, and the adapters of this layer on top.
+    """Computes y = x W^T + b and adds the adapters of this layer.
 
     Attributes:
         weight: [sum of out_features, in_features], the modules' rows one after another.
@@ -44,14 +44,14 @@ class LoRALinear:
         self.bias = torch.empty(width, dtype=dtype, device=device) if bias else None
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[T, in_features] to [T, sum of out_features]."""
+        """Returns [T, sum of out_features] for x [T, in_features]."""
         y = functional.linear(x, self.weight, self.bias)
-        ctx.shrink(x, self.layer, self.group)  # behind the product, whose last blocks it overlaps
+        ctx.shrink(x, self.layer, self.group)  # after the product, to overlap its last blocks
         ctx.expand(y, self.layer, self.group)
         return y
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each module's rows under its own name, as views."""
+        """Yields each module's rows under its own name, as views."""
         places = zip(
             self.group.modules, self.group.out_starts, self.group.out_features, strict=True
         )

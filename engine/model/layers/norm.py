@@ -6,7 +6,7 @@ from loraplex.engine.model.forward_context import ForwardContext
 
 
 class RMSNorm:
-    """Norm over the last axis, as the op ``fused`` does it.
+    """Norms the last axis by the op ``fused``.
 
     Attributes:
         weight: [size].
@@ -17,9 +17,9 @@ class RMSNorm:
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[T, size] to the same shape and dtype."""
+        """Returns the shape and dtype of x, [T, size]."""
         return ctx.fused.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """Add x to the residual, in place, and norm that."""
+        """Add x to the residual, in place, and return the norm of the sum."""
         return ctx.fused.add_rms_norm(x, residual, self.weight, self.eps)

@@ -9,13 +9,13 @@ from loraplex.engine.model.spec import ModelSpec
 
 
 class RotaryEmbedding:
-    """Angles of a checkpoint, scaled as it declares."""
+    """Computes the angles of a checkpoint, scaled as it declares."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.inv_freq = inverse_frequencies(spec).to(device)
 
     def cos_sin(self, positions: torch.Tensor, out: torch.Tensor) -> None:
-        """Of each token cos | sin; see FusedOps.rope_store_kv.
+        """Write cos | sin of each token's angles; see FusedOps.rope_store_kv.
 
         Args:
             positions: int64 [T].
@@ -28,7 +28,7 @@ class RotaryEmbedding:
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """float32 [head_dim / 2] on the CPU.
+    """Returns the frequencies, float32 [head_dim / 2] on the CPU.
 
     `spec.rope_scaling` is {} or has a `rope_type`: "linear" (`factor`), "llama3" (Hugging Face's
     fields) or "divisors" (`divisors`, one for each frequency: how GGUF stores Llama 3's).
@@ -50,7 +50,7 @@ def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
 
 
 def _scale_llama3(inv_freq: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
-    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a blend between.
+    """Scale as Llama 3.1 does: divide slow frequencies by `factor`, keep fast ones, blend between.
 
     `share` is 0 for wavelengths above original / low_freq_factor and 1 below
     original / high_freq_factor.

@@ -85,9 +85,9 @@ def bgmv(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Iterator[Any]:
         for i, num_pointers in enumerate((7, 8)):
             kinds = ["u64"] * num_pointers + ["u32"] * 7
             cuda._functions[function + i] = (" ".join(macros), kinds)
-        return module._Kernels(function, function + 1)
+        return module.Kernels(function, function + 1)
 
-    monkeypatch.setattr(module, "_compile", compile_)
+    monkeypatch.setattr(module, "compile_kernels", compile_)
     monkeypatch.setattr(module, "current_stream", lambda device_index: STREAM)
     properties = SimpleNamespace(multi_processor_count=PROCESSORS, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
