@@ -27,7 +27,7 @@ def make_op(name: str, dtype: torch.dtype, device: str, head_dim: int = 64) -> A
 def make_rows(
     rows: int, width: int, dtype: torch.dtype, device: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(random [rows, width], the larger buffer of sentinels that it is a view of)."""
+    """Returns random rows [rows, width], and the buffer of sentinels that they are a view of."""
     values = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 2
     buffer = torch.full((rows + 1, width + 32), SENTINEL, dtype=dtype)
     buffer[:rows, :width] = values
@@ -40,7 +40,7 @@ def assert_untouched(buffer: torch.Tensor, rows: int, width: int) -> None:
 
 
 def check(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, largest: float = 0.25) -> None:
-    """`largest`: of the intermediate results whose rounding shows in a small result."""
+    """`largest` is the largest intermediate value whose rounding shows in a small result."""
     assert got.dtype == dtype and got.is_contiguous()
     limit = TOLERANCE[dtype]
     torch.testing.assert_close(got.double().cpu(), want, rtol=limit, atol=limit * largest)
@@ -199,7 +199,7 @@ def test_draw(
     for row, chosen in enumerate(got.tolist()):
         values = draw_values(logits[row], float(temperature[row]), keys[row].tolist())
         if temperature[row] == 0:
-            assert chosen == int(values.argmax())  # of equals the first, by NumPy's promise
+            assert chosen == int(values.argmax())  # NumPy promises the first of equals
         else:  # the rounding of float32 may decide between near equals
             assert values.max() - values[chosen] < 1e-4
 

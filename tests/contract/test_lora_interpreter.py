@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, against the fp32 loop: no GPU is needed.
 
-In a process of its own, since TRITON_INTERPRET is read when a kernel is defined. bfloat16 is left
-out: the interpreter gets it wrong.
+It runs in its own process, since TRITON_INTERPRET is read when a kernel is defined. bfloat16 is
+left out: the interpreter computes it wrongly.
 """
 
 import os
@@ -14,17 +14,20 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-CASES = (
+FAST = (
     "test_rank_mixes and subsets and torch.float16",
-    "test_popularities and skewed and 7 or test_page_sizes and 64 and True",
+    "test_popularities and skewed and 7",
     "test_prefill_beside_decode and 16",
+    "test_plans_are_independent",
 )
+LONG = ("test_popularities and (distinct or uniform or half-base)", "test_page_sizes and True")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_triton(case: str) -> None:
+@pytest.mark.parametrize("cases", [FAST, pytest.param(LONG, marks=pytest.mark.long)])
+def test_triton(cases: tuple[str, ...]) -> None:
+    wanted = " or ".join(f"({case})" for case in cases)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_lora_op.py"), "-k", f"triton and cpu and ({case})"]  # fmt: skip
+               str(HERE / "test_lora_op.py"), "-k", f"triton and cpu and ({wanted})"]  # fmt: skip
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, cwd=HERE.parents[1],

@@ -1,4 +1,4 @@
-"""The judges of op ``fused``: plain loops in float64, one row and one head at a time."""
+"""The oracles of op ``fused``: plain loops in float64, one row and one head at a time."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ _MASK_32 = np.uint64(0xFFFFFFFF)
 
 
 def make_fused(name: str, dtype: torch.dtype, device: str, head_dim: int = 64):
-    """(the op, None), or (None, why it cannot run here)."""
+    """Returns (the op, None), or (None, the reason why it cannot run here)."""
     from loraplex.backends import registry
     from loraplex.backends.fused.contract import FusedSpec
 
@@ -18,7 +18,7 @@ def make_fused(name: str, dtype: torch.dtype, device: str, head_dim: int = 64):
 
 
 def rms_norm_oracle(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The expected norm of [T, size] in float64, never rounded."""
+    """Returns the expected norm of [T, size], in float64, never rounded."""
     out = torch.empty(x.shape, dtype=torch.float64)
     for row, values in enumerate(x.double()):
         out[row] = values / (values.square().sum() / len(values) + eps).sqrt() * weight.double()
@@ -28,7 +28,7 @@ def rms_norm_oracle(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 def rope_oracle(
     heads: torch.Tensor, angles: torch.Tensor, norm: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """The expected [T, heads, head_dim] in float64: element i turned with i + head_dim / 2.
+    """Returns the expected [T, heads, head_dim], in float64: element i turns with i + head_dim / 2.
 
     Args:
         angles: float64 [T, head_dim / 2].

@@ -1,4 +1,4 @@
-"""The judges of every backend: plain loops in fp32."""
+"""The oracles of all backends: plain loops in fp32."""
 
 import torch
 
@@ -13,7 +13,7 @@ def lora_oracle(
     slots: list[int],
     weights: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, float]],
 ) -> torch.Tensor:
-    """The expected y in fp32, one adapter and one module at a time.
+    """Returns the expected y in fp32, computed for one adapter and one module at a time.
 
     Args:
         slots: the adapter slot of each row, -1 for the base model; y may have more rows.
@@ -37,7 +37,7 @@ def lora_oracle(
 def attention_oracle(
     q: torch.Tensor, kv: torch.Tensor, spec: AttentionSpec, batch: AttentionBatch
 ) -> torch.Tensor:
-    """The expected out [T, num_heads, head_dim] in fp32. Reads only the positions in sight."""
+    """Returns the expected out [T, num_heads, head_dim] in fp32. Reads only visible positions."""
     out = torch.zeros(q.shape, dtype=torch.float32)
     kv32, group = kv.float().cpu(), spec.num_heads // spec.num_kv_heads
     table = torch.from_numpy(batch.page_table)
