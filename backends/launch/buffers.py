@@ -17,7 +17,7 @@ class PooledBuffer:
 
 
 class BufferPool:
-    """As many equal device buffers as plans were ever alive at one time; one is made at once.
+    """Equal device buffers, one for each plan alive. The first is allocated at once.
 
     A returned buffer may still be read by work that is queued on the stream. The next owner's
     upload is queued behind that work on the same stream, so nothing waits.

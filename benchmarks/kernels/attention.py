@@ -1,9 +1,10 @@
-"""How near is each attention backend to the machine: decode to copy bandwidth, prefill to matmul?
+"""Measures how close each attention backend comes to the GPU's copy bandwidth and matmul rate.
 
-Pages are shuffled and every layer holds its own random K and V, more in all than the L2 cache.
-Both limits are measured in the same run. Every launch is timed inside a CUDA graph: `any batch`
-says that the graph may be replayed for other batches, `this batch` that it was captured for one.
-Decode counts the bytes of K and V that are read, prefill the products in sight of a causal mask.
+Decode is compared with the copy bandwidth, prefill with matmul; both are measured in the same run.
+Pages are shuffled. Every layer holds its own random K and V, together more than the L2 cache. Every
+launch is timed inside a CUDA graph: `any batch` means that the graph may be replayed for other
+batches, `this batch` that it serves one. Decode counts the bytes of K and V that are read, prefill
+the products that a causal mask leaves.
 
     python benchmarks/kernels/attention.py --out benchmarks/results/attention.jsonl
 """
@@ -30,7 +31,7 @@ from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 
 HEAD_DIM = 128
 POOL_BYTES = 1 << 30
-"""At least so many bytes of K and V lie between two reads of the same ones."""
+"""Bytes of K and V that are read, at least, before the same ones are read again."""
 MAX_LAYERS = 12
 NUM_REPEATS = 20
 FA2 = "flashinfer-fa2"
@@ -64,7 +65,7 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one layer, in 16-bit numbers."""
+        """The bytes of K and V of one layer, in 16-bit numbers."""
         return self.num_seqs * self.context * 2 * self.num_kv_heads * HEAD_DIM * 2
 
     @property

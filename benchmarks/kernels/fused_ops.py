@@ -1,9 +1,9 @@
-"""How near are the small operators of a decoder layer to the memory floor, in a CUDA graph?
+"""Measures how close a decoder layer's small operators come to the memory floor, in a CUDA graph.
 
-A graph runs one operator over COPIES sets of random tensors in turn, enough of them that none is
-found in the L2 cache where the memory allows. The floor of a row counts every tensor read or
-written once, over the copy bandwidth measured in the same run; launches are not in it. Neighbours
-in the graph are the same operator, so that Triton's overlap where they start and end.
+A graph runs one operator over many sets of random tensors in turn, so that none is in the L2 cache,
+as far as the memory allows. The floor of a row counts every tensor read or written once, over the
+copy bandwidth measured in the same run, without launches. Neighbours in the graph are the same
+operator, so the starts and ends of Triton's overlap.
 
     python benchmarks/kernels/fused_ops.py --out benchmarks/results/fused.jsonl
 """
@@ -24,7 +24,7 @@ from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 
 BLOCK_TOKENS = 16
 ROTATED_BYTES = 256 << 20
-"""What the sets of one graph add up to at least: five times an H200's L2 cache."""
+"""The least bytes of all sets of one graph: five times an H200's L2 cache."""
 MAX_COPIES = 200
 EPS = 1e-5
 
@@ -59,7 +59,7 @@ class Case:
 
 
 class Cases:
-    """All cases of one model and one number of tokens, made one after another."""
+    """Yields the cases of one model and one number of tokens, made one after another."""
 
     def __init__(self, model: Model, num_tokens: int, dtype: torch.dtype) -> None:
         self._model, self._tokens, self._dtype = model, num_tokens, dtype

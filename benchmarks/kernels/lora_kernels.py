@@ -1,8 +1,8 @@
-"""How near is the LoRA op to the memory floor, for one layer's four calls in a CUDA graph?
+"""Measures how close the LoRA op comes to the memory floor: one layer's four calls in a CUDA graph.
 
-Weights of every layer differ, so that a replay never finds them in the L2 cache; inputs are random.
-The floor of a row counts the weights of its distinct adapters at true rank, x read and y read and
-written once each, over the copy bandwidth measured in the same run.
+Every layer has its own weights, so that a replay never finds them in the L2 cache. Inputs are
+random. The floor of a row counts the weights of its distinct adapters at true rank, one read of x,
+and one read and one write of y, over the copy bandwidth measured in the same run.
 
     python benchmarks/kernels/lora_kernels.py --backends triton,cupy --out lora.jsonl
 """
@@ -61,7 +61,7 @@ GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `ranks` are dealt to the adapters in turn."""
+    """One row of the table. Adapters take `ranks` in turn."""
 
     model: str
     ranks: tuple[int, ...]
@@ -114,7 +114,7 @@ def default_cases() -> list[Case]:
 
 
 def rows_of(case: Case) -> list[int]:
-    """The adapter of each row; "runs-n" is a prefill of n prompts, one adapter each."""
+    """Returns the adapter of each row. "runs-n" is a prefill of n prompts, one adapter each."""
     if case.popularity.startswith("runs-"):
         count = int(case.popularity.removeprefix("runs-"))
         return [row * count // case.num_tokens for row in range(case.num_tokens)]
@@ -185,7 +185,7 @@ class Setup:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one layer must move."""
+        """The bytes that one layer must move."""
         shapes = self.model.shapes
         per_rank = sum(
             shapes[module].in_features + shapes[module].out_features for module in self.case.modules
@@ -198,7 +198,7 @@ class Setup:
             apply_lora(op, plan, y=y, x=x, pool=self.pool, layer=layer, group=group)
 
     def spec(self) -> LoRASpec:
-        """What a worker of this case's largest step would make its op with."""
+        """Returns the spec of a worker whose largest step is this case."""
         return LoRASpec(
             max_num_tokens=self.case.num_tokens,
             max_rank=max(16, *self.case.ranks),

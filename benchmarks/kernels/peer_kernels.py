@@ -1,9 +1,9 @@
-"""What do the LoRA kernels of SGLang and vLLM take for the batches of lora_kernels.py?
+"""Measures the LoRA kernels of SGLang and vLLM on the batches of lora_kernels.py.
 
-One layer's whole add-on as their engines launch it, shrink and expand for each group of
-projections, in a CUDA graph, the weights in their own layout (one tensor for all adapters, padded
-to the largest rank). Adapter slots are as many as the batch has adapters, the best case for both.
-Peers that cannot be imported are left out.
+It times one layer's LoRA work as their engines launch it, shrink and expand for each group of
+projections, in a CUDA graph. Weights have the peer's own layout: one tensor for all adapters,
+padded to the largest rank. There are as many adapter slots as the batch has adapters, which is the
+best case for both. Peers that cannot be imported are left out.
 
     python benchmarks/kernels/peer_kernels.py --out benchmarks/results/peer_kernels_h200.jsonl
 """
@@ -33,8 +33,10 @@ class Peer(Protocol):
 
 
 class Batch:
-    """One case's rows, and weights of every layer: A [adapters, rank, in] and B [adapters, out,
-    rank] of each module, x and y of each group."""
+    """The rows of one case, x and y of each group, and random weights.
+
+    Weights are A [adapters, rank, in] and B [adapters, out, rank] for each module.
+    """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         shapes = MODELS[case.model].shapes
@@ -54,7 +56,7 @@ class Batch:
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.05)
 
     def weights(self, of_group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """A and B of one layer's group, by module; ranks beyond an adapter's own are zero."""
+        """Returns A and B of one layer's group, by module. Ranks an adapter lacks are zero."""
         is_own = torch.arange(self.rank, device=self.device)[None, :] < self.ranks[:, None]
         a = [self.random(self.num_adapters, self.rank, s.in_features) for s in of_group]
         b = [self.random(self.num_adapters, s.out_features, self.rank) for s in of_group]

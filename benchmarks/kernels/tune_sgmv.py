@@ -1,11 +1,11 @@
 """Measures block sizes of the Triton SGMV kernels on this GPU and writes the best to a table.
 
 Each candidate of a kernel runs with the best of the other so far, shrink and expand in turn as in
-a layer, in a CUDA graph over layers of different weights, inputs and outputs, so that nothing is
-found in the L2 cache. In the end whole layers are timed: groups that are fast by themselves may be
-slow as neighbours, and what is slower than the defaults is left out of the table. Kernels are
-compiled beforehand, by several processes at once. Takes about a minute; results for other compute
-capabilities in the table are kept.
+a layer. They run in a CUDA graph over layers of different weights, inputs and outputs, so that
+nothing is in the L2 cache. Whole layers are timed at the end, since groups that are fast alone may
+be slow as neighbours. Blocks slower than the defaults stay out of the table. Several processes
+compile the kernels beforehand. Takes about a minute. Results for other compute capabilities stay
+in the table.
 
     python benchmarks/kernels/tune_sgmv.py --out backends/lora/sgmv/tuned.py
 """
@@ -60,7 +60,7 @@ def expands(
 
 @dataclass(frozen=True)
 class Study:
-    """One regime and rank class: batches whose times count alike, and what to try."""
+    """One regime and rank class: batches of equal weight, and the candidates."""
 
     regime: Regime
     rank_class: int
@@ -184,7 +184,7 @@ class Bench:
 def defaults(
     study: Study, groups: Sequence[LoRAGroup], kernel: str
 ) -> list[ShrinkBlocks | ExpandBlocks]:
-    """What would run without a table."""
+    """Returns the blocks that run without a table."""
     if kernel == "shrink":
         sizes = {group.in_features for group in groups}
         return [shrink_blocks(Tuned(), study.regime, study.rank_class, n) for n in sizes]
@@ -221,7 +221,7 @@ def compile_all(all_studies: list[Study]) -> None:
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(compile_candidate, *job) for job in jobs.values()]
         for future in futures:
-            future.exception()  # what cannot run here is left out when it is measured
+            future.exception()  # `measure` leaves out candidates that cannot run here
 
 
 def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
@@ -263,7 +263,8 @@ def measure(study: Study, benches: list[Bench]) -> list[tuple[Any, ...]]:
 
 
 def is_faster(rows: list[tuple[Any, ...]], benches: list[Bench]) -> bool:
-    """Whether whole layers are, by the geometric mean over the batches, than with the defaults."""
+    """Returns whether whole layers are faster than with the defaults, by the geometric mean over
+    the batches."""
     gain = 0.0
     for bench in benches:
         times = [bench.time_layer(tuned) for tuned in (Tuned(), as_tuned(rows))]

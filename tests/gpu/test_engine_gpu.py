@@ -57,9 +57,9 @@ VARIANTS = {
 
 
 class Oracles:
-    """The same model and adapters in bf16, which judges, and in fp32, which bounds its noise.
+    """A model and its adapters in bf16, the oracle, and in fp32, which bounds the oracle's noise.
 
-    The packaged model has its trained adapters and English prompts; models of random weights have
+    The packaged model has its trained adapters and English prompts. Models of random weights have
     random adapters of every kind and random prompts.
     """
 

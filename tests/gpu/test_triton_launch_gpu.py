@@ -42,7 +42,7 @@ def random(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tenso
 
 @pytest.fixture
 def ordinary(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and what is prepared from then on goes through Triton's own launch."""
+    """Returns a function after whose call all new launches go through Triton's own launch."""
 
     def refuse(*_: Any) -> None:
         raise UnknownLayout("the test wants Triton's own launch")
@@ -55,7 +55,7 @@ def assert_prepared(launches: dict[Any, TritonLaunch], expected: bool) -> None:
 
 
 def replay(call: Call) -> list[torch.Tensor]:
-    """What a captured call gives at its third replay."""
+    """Returns the results of a captured call after its third replay."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -68,7 +68,7 @@ def replay(call: Call) -> list[torch.Tensor]:
 
 
 def fused_call(op: TritonFused, rows: int, size: int, dtype: torch.dtype) -> Call:
-    """All operators on rows of another stride than their size; nothing is left changed."""
+    """Returns a call of all operators on rows whose stride is not their size, inputs unchanged."""
     head_dim, heads, kv_heads = 64, 9, 3
     x = random(rows, size + 64, dtype=dtype, seed=1)[:, :size]
     residual, weight = random(rows, size, dtype=dtype, seed=2), random(size, dtype=dtype, seed=3)
@@ -183,7 +183,7 @@ def test_a_graph_keeps_the_arguments_of_its_capture() -> None:
 
 
 def test_tensors_that_are_not_aligned() -> None:
-    """The same object launches both kinds, in any order."""
+    """One object launches aligned and unaligned tensors, in any order."""
     launch = TritonLaunch(silu_mul_kernel, (136,), SIZE=64, BLOCK=1024, PDL=False, num_warps=4)
     wide = random(33, 136)
     for start in (1, 0, 3, 8, 0):

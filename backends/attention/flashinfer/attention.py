@@ -240,8 +240,10 @@ def _prefill_float_bytes(spec: AttentionSpec) -> int:
 
 
 def _int_bytes(spec: AttentionSpec, max_num_rows: int) -> int:
-    """Returns the bytes of a plan of at most so many query rows. fa2 keeps 13 a tile, 4 a row and 4
-    a sequence; fa3 keeps 28 for each tile and head."""
+    """Returns the bytes of a plan of at most `max_num_rows` query rows.
+
+    fa2 keeps 13 bytes a tile, 4 a row and 4 a sequence. fa3 keeps 28 for each tile and head.
+    """
     group = spec.num_heads // spec.num_kv_heads
     fa2_tiles = -(-max_num_rows * group // MIN_QUERY_TILE) + spec.max_num_seqs
     fa2_bytes = 13 * fa2_tiles + 4 * (max_num_rows + spec.max_num_seqs)

@@ -252,7 +252,7 @@ class TritonSGMV:
         )
 
     def _max_meta_ints(self, rows: int) -> int:
-        """Returns the largest metadata of so many rows: no two of them share an adapter."""
+        """Returns the ints of the largest plan of `rows` rows: no two share an adapter."""
         max_rank, most = self._spec.max_rank, 0
         for (regime, _), of_groups in self._blocks.items():
             segments = rows if regime == "decode" else rows // 8 + 1

@@ -1,6 +1,6 @@
-// Runs a CUDA kernel's threads on the CPU, as fibers of one thread, block after block: slow, and
-// exact about who sees what. Barriers are where CUDA has them; a thread that misses one is an error.
-// Stands in for what kernels/bgmv.cu takes from CUDA, and for its own inline assembly.
+// Runs a CUDA kernel's threads on the CPU, as fibers of one thread, block after block. It is slow, and
+// exact about the order of reads and writes. Barriers are CUDA's; a thread that misses one is an error.
+// Defines what bgmv.cu uses of CUDA, and stands in for its inline assembly.
 
 #include <ucontext.h>
 
@@ -71,7 +71,7 @@ inline void enter() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Lets those go on that have all come to where they wait. False: nobody can.
+// Resumes the threads of which all have reached the point where they wait. False if none can go on.
 inline bool release(unsigned first, unsigned end, int what) {
   for (unsigned i = first; i < end; ++i)
     if (fibers[i].is_done || fibers[i].waits_for != what) return false;

@@ -47,7 +47,7 @@ def rope_oracle(
 
 
 def draw_values(logits: torch.Tensor, temperature: float, keys: list[int]) -> np.ndarray:
-    """What one row's draw compares, float64 [vocabulary]."""
+    """Returns the values that one row's draw compares, float64 [vocabulary]."""
     values = logits.double().numpy()
     if temperature == 0:
         return values

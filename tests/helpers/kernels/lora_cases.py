@@ -68,7 +68,7 @@ def make_case(
     shuffle: bool = True,
     seed: int = 0,
 ) -> LoRACase:
-    """Adapter i goes to slot 2 i + 1, on shuffled pages; all that is not a weight is NaN."""
+    """Put adapter i into slot 2 i + 1, on shuffled pages. All that is no weight is NaN."""
     assert page_elems % ROW_ALIGN == 0
     generator = torch.Generator(device).manual_seed(seed)
     counts = [num_pages(ranks, shapes, page_elems) for ranks in adapters]
@@ -115,7 +115,7 @@ def make_case(
 
 
 def _to_device(field: torch.Tensor, device: str) -> torch.Tensor:
-    """As a worker lays it out: an adapter's modules side by side."""
+    """Copy a field in a worker's layout: an adapter's modules side by side."""
     if field.ndim < 3:
         return field.to(device)
     return field.transpose(1, 2).contiguous().to(device).transpose(1, 2)
@@ -130,7 +130,7 @@ def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torc
 
 
 def make_spec(case: LoRACase, max_num_tokens: int, max_rank: int = 256) -> LoRASpec:
-    """What an op for this case is made with."""
+    """Returns the spec of an op for this case."""
     return LoRASpec(
         max_num_tokens=max_num_tokens,
         max_rank=max_rank,
@@ -142,7 +142,7 @@ def make_spec(case: LoRACase, max_num_tokens: int, max_rank: int = 256) -> LoRAS
 
 
 def draw_slots(popularity: str, num_rows: int, num_adapters: int, seed: int = 0) -> list[int]:
-    """The adapter slot of each row, in random order; -1 is the base model."""
+    """Returns the adapter slot of each row, in random order; -1 is the base model."""
     generator = torch.Generator().manual_seed(seed)
     if popularity == "base" or num_adapters == 0:
         return [-1] * num_rows
@@ -162,7 +162,7 @@ def draw_slots(popularity: str, num_rows: int, num_adapters: int, seed: int = 0)
 
 
 def make_batch(slots: list[int]) -> LoRABatch:
-    """By the contract's words, with no code of the engine."""
+    """Returns the batch of these rows, by the contract and without code of the engine."""
     present = sorted({slot for slot in slots if slot >= 0})
     segments = [[row for row, slot in enumerate(slots) if slot == s] for s in present]
     starts = [0]

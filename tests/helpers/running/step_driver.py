@@ -82,7 +82,10 @@ class StepDriver:
     def run(
         self, sequences: list[Sequence], num_new: int, *, chunk: int = 64, preempt_every: int = 0
     ) -> None:
-        """Until each has `num_new` tokens; the newest is preempted every so many steps, 4 times."""
+        """Run until each has `num_new` tokens.
+
+        The newest is preempted after every `preempt_every` steps, at most 4 times.
+        """
         num_steps = 0
         while any(len(seq.output) < num_new for seq in sequences):
             active = [seq for seq in sequences if len(seq.output) < num_new]

@@ -1,4 +1,4 @@
-"""A worker that is driven step by step and remembers what each step computed, and how."""
+"""A worker that runs step by step and records what each step computed, and how."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ STEPS: list[tuple[str, int]] = [
     ("x", 3), ("xy", 40), ("xy", 40), ("xyz", 1), ("xyz", 17), ("xyzw", 64), ("xyzw", 64),
     ("xyzwu", 30), ("u", 8), ("xyzwu", 40), ("xyzwuv", 200), ("xyzwuv", 1), ("xyzwuv", 1),
 ]  # fmt: skip
-"""Which of make_sequences a step feeds, at most so many tokens of each."""
+"""(sequences of make_sequences that a step feeds, most tokens of each)."""
 
 
 def make_sequences(slots: dict[str, int]) -> dict[str, Sequence]:
-    """Prompts of adapters a and b and of the base model, whose answers are all token 4: what they
-    feed does not depend on rounding."""
+    """Returns prompts of adapters a and b and of the base model. All answers are token 4, so that
+    later inputs do not depend on rounding."""
     generator = torch.Generator().manual_seed(2)
     of_sequence = {
         "x": (2, ""), "y": (75, "a"), "z": (33, "b"), "w": (61, "a"), "u": (50, ""), "v": (110, "b")
@@ -96,7 +96,7 @@ class StepRunner:
 
     @torch.inference_mode()
     def poison(self) -> None:
-        """What a step leaves in the shared buffers must not be seen by the next."""
+        """Spoil the shared buffers: a step must not read what the previous one left there."""
         for tensor in self.static_buffers:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 

@@ -1,4 +1,5 @@
-"""What backend ``flashinfer`` gives its library, on a CPU: a loop stands in for the kernels."""
+"""Arguments that backend ``flashinfer`` passes to its library, on a CPU. A loop stands in for the
+kernels."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ NUM_SMS = 132
 
 
 class LoopModule:
-    """Attention of rows given as the library takes them; checks the scratch a plan would use."""
+    """Attends to rows in the library's format, and checks the scratch memory a plan would use."""
 
     def __init__(self, spec: AttentionSpec, kind: str, causal: bool) -> None:
         self.spec, self.kind, self.causal = spec, kind, causal
@@ -34,7 +35,7 @@ class LoopModule:
     def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> list[int]:
         if not self.causal:
             self._check_decode_scratch(workspace, rows)
-        # As the library does: the plan lies in `ints`, and a graph keeps their address.
+        # Like the library it writes the plan to `ints`, whose address a graph keeps.
         self.num_plans += 1
         workspace.ints[:4].view(torch.int32)[0] = self.num_plans
         if for_graph:

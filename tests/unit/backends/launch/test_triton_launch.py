@@ -1,4 +1,4 @@
-"""What Launch hands to the driver is what the PTX of every kernel declares. No GPU."""
+"""Launch passes to the driver what the PTX of every kernel declares. No GPU."""
 
 import ctypes
 import logging
@@ -84,7 +84,7 @@ def make_tensors(dtypes: list[torch.dtype]) -> list[torch.Tensor]:
 
 
 def single(value: int | float) -> int | float:
-    """As a parameter of the kernel holds it."""
+    """Returns the value as a kernel's parameter holds it."""
     return struct.unpack("f", struct.pack("f", value))[0] if isinstance(value, float) else value
 
 

@@ -1,4 +1,4 @@
-"""Which of its two halves `hybrid` takes. Fakes that record stand in for the halves."""
+"""The choice of `hybrid` between its two halves, for which recording fakes stand in."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace

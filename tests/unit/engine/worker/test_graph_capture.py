@@ -1,4 +1,4 @@
-"""Which graph a step is given, never one that leaves out its adapters; and when capture stops."""
+"""The choice of a step's graph, which never leaves out its adapters, and the end of a capture."""
 
 import time
 from typing import Any
@@ -25,7 +25,7 @@ from helpers.fakes.fake_graphs import FakeRecorder
 
 
 class TwoKinds:
-    """Of a LoRA op, what the choice of a graph depends on."""
+    """The part of a LoRA op on which the choice of a graph depends."""
 
     graph_kinds = ("few", "many")
     max_graph_rows = 4
