@@ -16,7 +16,8 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 @cache
-def _driver() -> ctypes.CDLL:
+def cuda_driver() -> ctypes.CDLL:
+    """Returns libcuda."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -82,7 +83,7 @@ class Launch:
             ctypes.pointer(self._attribute), int(pdl),
         )  # fmt: skip
         self._launch = partial(
-            _driver().cuLaunchKernelEx, ctypes.byref(self._config), ctypes.c_void_p(function),
+            cuda_driver().cuLaunchKernelEx, ctypes.byref(self._config), ctypes.c_void_p(function),
             arguments, None,
         )  # fmt: skip
 
@@ -106,7 +107,7 @@ def parameter_layout(function: int) -> list[tuple[int, int]]:
 
     Raises AttributeError if the driver is older than CUDA 12.4 and has no such call.
     """
-    get_info = _driver().cuFuncGetParamInfo
+    get_info = cuda_driver().cuFuncGetParamInfo
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
     layout: list[tuple[int, int]] = []
     while not get_info(

@@ -211,7 +211,8 @@ def _spec_reason(spec: AttentionSpec) -> str | None:
     return reason
 
 
-def _num_multiprocessors(spec: AttentionSpec) -> int:
+def num_multiprocessors(spec: AttentionSpec) -> int:
+    """Returns the SMs of the spec's GPU."""
     return torch.cuda.get_device_properties(spec.device).multi_processor_count
 
 
@@ -223,7 +224,7 @@ def _partial_bytes(spec: AttentionSpec, num_tiles: int, tile: int) -> int:
 def _decode_float_bytes(spec: AttentionSpec) -> int:
     """Returns the scratch of a decode step: its splits are as many as the GPU takes at once, or one
     a row."""
-    num_sms, group = _num_multiprocessors(spec), spec.num_heads // spec.num_kv_heads
+    num_sms, group = num_multiprocessors(spec), spec.num_heads // spec.num_kv_heads
     if decode_kind(spec) == "cuda-cores":
         return _partial_bytes(spec, -(-MAX_BLOCKS_PER_SM * num_sms // spec.num_kv_heads), 1)
     tile = MIN_QUERY_TILE
@@ -235,7 +236,7 @@ def _decode_float_bytes(spec: AttentionSpec) -> int:
 
 def _prefill_float_bytes(spec: AttentionSpec) -> int:
     """Returns the scratch of a prefill: it splits sequences into at most two tiles an SM."""
-    num_tiles = 2 * _num_multiprocessors(spec) // spec.num_kv_heads
+    num_tiles = 2 * num_multiprocessors(spec) // spec.num_kv_heads
     return _partial_bytes(spec, num_tiles, MAX_QUERY_TILE)
 
 

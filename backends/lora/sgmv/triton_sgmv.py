@@ -78,7 +78,7 @@ class TritonSGMV:
 
     def __init__(self, spec: LoRASpec, tuned: Tuned | None = None) -> None:
         self._spec = spec
-        capability, self._num_processors = _describe_device(spec.device)
+        capability, self._num_processors = describe_device(spec.device)
         if tuned is None:  # the table is measured with 16-bit weights
             tuned = tuned_for(None if spec.dtype == torch.float32 else capability)
         self._tuned = tuned
@@ -279,7 +279,7 @@ def _round_up(rank: int) -> int:
     return -(-rank // 16) * 16
 
 
-def _describe_device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+def describe_device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """Returns the compute capability and the number of multiprocessors."""
     if device.type != "cuda":
         return None, 2

@@ -102,7 +102,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[LoopModule]:
         return modules[-1]
 
     monkeypatch.setattr(flashinfer_paged, "make_module", make)
-    monkeypatch.setattr(flashinfer_paged, "_num_multiprocessors", lambda spec: NUM_SMS)
+    monkeypatch.setattr(flashinfer_paged, "num_multiprocessors", lambda spec: NUM_SMS)
     return modules
 
 

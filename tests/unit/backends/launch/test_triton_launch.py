@@ -72,7 +72,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     if not hasattr(rms_norm_kernel, "cache_key"):
         pytest.skip("the kernels were imported under TRITON_INTERPRET")
     fake = FakeCuda()
-    monkeypatch.setattr(cuda_launch, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda_launch, "cuda_driver", lambda: fake)
     monkeypatch.setattr(triton_launch, "current_stream", lambda device_index: STREAM)
     triton_launch._warn.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)

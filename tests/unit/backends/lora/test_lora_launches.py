@@ -65,10 +65,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     if not hasattr(shrink_kernel, "cache_key"):
         pytest.skip("the kernels were imported under TRITON_INTERPRET")
     fake = FakeCuda()
-    monkeypatch.setattr(cuda_launch, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda_launch, "cuda_driver", lambda: fake)
     monkeypatch.setattr(triton_launch, "current_stream", lambda device_index: STREAM)
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    monkeypatch.setattr(triton_sgmv, "_describe_device", lambda device: (None, PROCESSORS))
+    monkeypatch.setattr(triton_sgmv, "describe_device", lambda device: (None, PROCESSORS))
     return fake
 
 
