@@ -104,11 +104,20 @@ BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, 
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize(
     ("nt", "rows"), [(1, 1), (2, 4), (2, 16)], ids=["distinct", "shared", "many"]
 )
-@pytest.mark.parametrize("group", [QKV, DOWN, SMALL], ids=["qkv", "down", "small"])
+@pytest.mark.parametrize(
+    ("group", "bf16"),
+    [
+        pytest.param(QKV, 1, id="qkv-bf16"),
+        pytest.param(SMALL, 0, id="small-fp16"),
+        pytest.param(QKV, 0, id="qkv-fp16", marks=pytest.mark.long),
+        pytest.param(SMALL, 1, id="small-bf16", marks=pytest.mark.long),
+        pytest.param(DOWN, 1, id="down-bf16", marks=pytest.mark.long),
+        pytest.param(DOWN, 0, id="down-fp16", marks=pytest.mark.long),
+    ],
+)
 def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
     source = resources.files("loraplex.backends.lora.bgmv").joinpath("bgmv.cu")
     macros = BGMV | group | {"BF16": bf16, "K_ROW": -(-group["K"] // 64) * 64}
@@ -126,7 +135,7 @@ def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         for kernel in sass.split("Function :")[1:]:
-            # The last wait, without PREEXIT behind it, is that of blocks with nothing to do.
+            # The last wait, without PREEXIT after it, belongs to blocks with nothing to do.
             marks = r"PREEXIT|ACQBULK|LDG\.E\.NA\.128|LDG\.E\S*\.STRONG\.GPU|LDG\.E\.128(?!\.C)"
             release, *fetched, wait = re.findall(marks, kernel.partition("ACQBULK")[0] + "ACQBULK")
             assert (release, wait) == ("PREEXIT", "ACQBULK"), "the next kernel is released at once"

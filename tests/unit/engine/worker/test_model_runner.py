@@ -40,6 +40,7 @@ class Setup:
         self.peft = PeftModel.from_pretrained(self.model, self.paths[first], adapter_name=first)
         for name in rest:
             self.peft.load_adapter(self.paths[name], adapter_name=name)
+        self._answers: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
 
     def logits(self, name: str, tokens: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -50,10 +51,14 @@ class Setup:
             return self.peft(torch.tensor([tokens])).logits[0]
 
     def greedy(self, name: str, prompt: list[int], num_new: int) -> list[int]:
-        tokens = list(prompt)
-        for _ in range(num_new):
-            tokens.append(int(self.logits(name, tokens)[-1].argmax()))
-        return tokens[len(prompt) :]
+        """Returns the oracle's answer. Each is computed once a module."""
+        key = (name, tuple(prompt), num_new)
+        if key not in self._answers:
+            tokens = list(prompt)
+            for _ in range(num_new):
+                tokens.append(int(self.logits(name, tokens)[-1].argmax()))
+            self._answers[key] = tokens[len(prompt) :]
+        return self._answers[key]
 
     def worker(self, device: str = "cpu", num_pages: int = 200, block_tokens: int = 8) -> Worker:
         return Worker(
