@@ -8,7 +8,6 @@ import torch
 from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionPlan
 from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATable
 from loraplex.engine.worker.graphs.capture import (
-    BASE,
     DeviceInputs,
     GraphLadder,
     GraphRecorder,
@@ -101,7 +100,7 @@ class DecodeGraphs:
         self, size: int, kind: Kind, attention_batch: AttentionBatch, lora_batch: LoRABatch
     ) -> GraphStep:
         attention_plan = self._attention.plan_graph(attention_batch, size)
-        if kind is BASE:
+        if kind is None:  # BASE
             return GraphStep(size, attention_plan, None)
         lora_plan = self._lora.plan_graph(table=self._lora_table, batch=lora_batch, kind=kind)
         return GraphStep(size, attention_plan, lora_plan)

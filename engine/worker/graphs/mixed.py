@@ -15,7 +15,6 @@ from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATab
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.forward_context import ForwardContext
 from loraplex.engine.worker.graphs.capture import (
-    BASE,
     DeviceInputs,
     GraphLadder,
     GraphRecorder,
@@ -143,7 +142,7 @@ class MixedGraphs:
         return self._hidden[:num_tokens]
 
     def _plan_lora(self, kind: Kind, batch: LoRABatch) -> LoRAPlan | None:
-        if kind is BASE:
+        if kind is None:  # BASE
             return None
         return self._lora.plan_graph(table=self._lora_table, batch=batch, kind=kind)
 
