@@ -13,6 +13,9 @@ What bounds the wait:
   away, and those are finitely many. One that is being loaded ahead (prefetch.py) is held for the
   first request that comes to it with room for its KV; until there is room it opens no way past.
 - For an adapter slot: only base-model requests go ahead, which take no slot.
+- For a prefix: a request whose next block is written by the step being planned waits for the next
+  step and shares the block then. Others go ahead meanwhile. Each such wait makes its cached prefix
+  longer, so it waits for no more steps than the prefix has blocks, unless blocks are evicted.
 - For its turn in the order: each policy states its bound.
 """
 
@@ -20,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
 from loraplex.memory.accounting.adapter_cache import CachedAdapter, Residency
-from loraplex.memory.accounting.kv_cache import BlockChain, prefix_root
+from loraplex.memory.accounting.kv_cache import NO_PREFIX, BlockChain, Prefix, prefix_root
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.policies.policy import Context, Policy
@@ -31,13 +34,14 @@ from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.waiting_queue import WaitingQueue
 from loraplex.scheduler.worker_protocol import AdapterLoaded, LoadAdapter, int_array
 
-_MAX_SKIPPED = 256  # requests that one walk passes over while adapter slots are short
+_MAX_SKIPPED = 256  # requests that one walk passes over for want of a slot or of a prefix
 
 
 class _Verdict(Enum):
     STARTED = auto()
     PARKED = auto()  # until its adapter is loaded
     NO_SLOT = auto()
+    NEXT_STEP = auto()  # it shares blocks that the step being planned writes
     NO_ROOM = auto()
 
 
@@ -99,20 +103,22 @@ class Admission:
         """
         now = context.now
         taken: list[Request] = []
-        num_kept = 0
+        num_skipped = 0
+        lacks_slot = False
         self.lacked_room = False
         for request in self._policy.order(self._waiting, context):
             request.rank = self._policy.rank(request, now)
-            if num_kept and request.adapter_version is not None:
+            if lacks_slot and request.adapter_version is not None:
                 verdict = _Verdict.NO_SLOT
             else:
                 verdict = self._try_start(request, num_running, context)
             if verdict is _Verdict.NO_ROOM:
                 self.lacked_room = True
                 break
-            if verdict is _Verdict.NO_SLOT:
-                num_kept += 1
-                if num_kept == _MAX_SKIPPED:
+            if verdict in (_Verdict.NO_SLOT, _Verdict.NEXT_STEP):
+                lacks_slot = lacks_slot or verdict is _Verdict.NO_SLOT
+                num_skipped += 1
+                if num_skipped == _MAX_SKIPPED:
                     break
                 continue
             taken.append(request)
@@ -151,7 +157,9 @@ class Admission:
         if adapter and is_loading and adapter.content_hash not in self._loading_ahead:
             self._waiting.park(request, adapter.content_hash)
             return _Verdict.PARKED
-        prefix = self._find_prefix(request)
+        prefix, is_growing = self._find_prefix(request)
+        if is_growing:
+            return _Verdict.NEXT_STEP
         num_pages = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
         if version and not adapter:
             if not self._find_slot(request, now):
@@ -171,13 +179,13 @@ class Admission:
         self._reserve(request, prefix)
         return _Verdict.STARTED
 
-    def _find_prefix(self, request: Request) -> list[int]:
+    def _find_prefix(self, request: Request) -> Prefix:
         if request.chain is None:
             content_hash = request.adapter_version.content_hash if request.adapter_version else ""
             root = prefix_root(request.salt, self._base_fingerprint, content_hash)
             request.chain = BlockChain(root, self._memory.kv.block_tokens)
         if not request.reads_prefix_cache:
-            return []
+            return NO_PREFIX
         return self._memory.kv.find_prefix(request.chain, request.token_ids)
 
     def _num_available(self, prefix: list[int], adapter: CachedAdapter | None) -> int:

@@ -74,7 +74,14 @@ class StepPlanner:
         step.add_decodes(decodes, positions)
         for request in prefills:
             if step.budget:
-                step.add_chunk(request)
+                self._add_chunk(request, step)
+
+    def _add_chunk(self, request: Request, step: StepBuilder) -> None:
+        """Add a chunk of known tokens, and cache the blocks that it fills for later steps."""
+        step.add_chunk(request)
+        kv, num_tokens = self._memory.kv, request.num_scheduled
+        kv.register_planned(request.request_id, request.token_ids, num_tokens)
+        request.num_registered = num_tokens - num_tokens % kv.block_tokens
 
     def _grow(self, request: Request, step: StepBuilder, now: float) -> bool:
         """Append a page, at the cost of requests later in the order; False if there are none and
@@ -112,7 +119,7 @@ class StepPlanner:
             step.new_requests.append(
                 new_request(request, page_ids, adapter.slot if adapter else -1)
             )
-            step.add_chunk(request)
+            self._add_chunk(request, step)
             return step.budget > 0 and self._running.has_free_slot
 
         self._admission.admit(

@@ -67,7 +67,7 @@ class Request:
     slot: int = field(default=-1, init=False)
     run: int = field(default=0, init=False)  # changes whenever the request loses its pages
     num_scheduled: int = field(default=0, init=False)  # tokens fed by the steps planned so far
-    num_registered: int = field(default=0, init=False)  # tokens in blocks known to be computed
+    num_registered: int = field(default=0, init=False)  # tokens in blocks that are cached
     capacity: int = field(default=0, init=False)  # tokens that its pages hold
     num_cached_tokens: int = field(default=-1, init=False)  # of the prompt, at first admission
     num_prompt_logprobs: int = field(default=1, init=False)  # next position to report

@@ -1,15 +1,20 @@
-"""KV cache, logically: each request's page table, and the cache of shareable prefix blocks.
+"""Page tables of the running requests, and the cache of prefix blocks that requests share.
 
-A block is one page of `block_tokens` tokens. A full block whose KV has been computed is known by
-a chained hash of everything its KV depends on: tenant salt, base model, adapter content, and all
-tokens up to its end. Equal hashes mean equal KV, so the page may be shared; nothing is ever shared
-between different salts, bases or adapters.
+A block is one page of `block_tokens` tokens. A full block is known by a chained hash of everything
+its KV depends on: tenant salt, base model, adapter content, and all tokens up to its end. Equal
+hashes mean equal KV, so requests may share the page. Different salts, bases or adapters share
+nothing.
+
+Invariant: a block is in the cache as soon as the step that writes it is planned. Workers run steps
+in order, so every later step may read it. The rows of one step run in no order, so no row may read
+what another row of its own step writes; find_prefix() stops before such a block.
 """
 
 import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from typing import NamedTuple
 
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
 from loraplex.memory.accounting.eviction import EvictionClock, Priority, recompute_cost_ns
@@ -49,6 +54,17 @@ class BlockChain:
             raw = token_ids[block * size : (block + 1) * size].tobytes()
             previous = hashlib.blake2b(previous + raw, digest_size=_DIGEST_BYTES).digest()
             hashes.append(previous)
+
+
+class Prefix(NamedTuple):
+    """The cached prefix of a request."""
+
+    page_ids: list[int]
+    is_growing: bool
+    """The step that is being planned writes the next block; the step after it can share that."""
+
+
+NO_PREFIX = Prefix([], False)
 
 
 class _Table:
@@ -92,6 +108,8 @@ class KVCache:
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, first to go first
+        self._written: set[bytes] = set()  # hashes of blocks that step `_written_in` writes
+        self._written_in = 0
 
     @property
     def num_idle(self) -> int:
@@ -108,18 +126,31 @@ class KVCache:
     def page_ids(self, request_id: Hashable) -> list[int]:
         return self._tables[request_id].page_ids
 
-    def find_prefix(self, chain: BlockChain, token_ids: "array[int]") -> list[int]:
-        """Pages of the longest cached prefix that leaves at least one token to compute."""
+    def find_prefix(self, chain: BlockChain, token_ids: "array[int]") -> Prefix:
+        """Find the longest prefix that the step being planned may read.
+
+        It leaves at least one token to compute.
+        """
         if not self.enable_prefix_caching:
-            return []
+            return NO_PREFIX
+        written = self._written_now()
         page_ids: list[int] = []
         for block in range((len(token_ids) - 1) // self.block_tokens):
             chain.extend(token_ids, block + 1)
             page_id = self._page_of.get(chain.hashes[block])
             if page_id is None:
                 break
+            if chain.hashes[block] in written:
+                return Prefix(page_ids, is_growing=True)
             page_ids.append(page_id)
-        return page_ids
+        return Prefix(page_ids, is_growing=False)
+
+    def _written_now(self) -> set[bytes]:
+        """Return the blocks that the step being planned writes so far."""
+        if self._written_in != self._blocks.num_planned:
+            self._written_in = self._blocks.num_planned
+            self._written.clear()
+        return self._written
 
     def num_idle_among(self, page_ids: list[int]) -> int:
         return sum(page_id in self._idle for page_id in page_ids)
@@ -141,19 +172,41 @@ class KVCache:
         table.page_ids.extend(page_ids)
         return page_ids
 
+    def register_planned(
+        self, request_id: Hashable, token_ids: "array[int]", num_scheduled: int
+    ) -> None:
+        """Cache the full blocks that the step being planned writes.
+
+        Call it for rows that the step is sure to have. Steps planned later may share the blocks.
+
+        Args:
+            token_ids: int32, all the request's known tokens.
+            num_scheduled: tokens fed by the end of the step; `token_ids` holds all of them.
+        """
+        self._written_now().update(self._register(request_id, token_ids, num_scheduled))
+
     def register(self, request_id: Hashable, token_ids: "array[int]", num_computed: int) -> None:
-        """Make full blocks shareable: the KV of the first `num_computed` tokens is in the pages."""
+        """Cache the full blocks of the first `num_computed` tokens, which earlier steps wrote."""
+        self._register(request_id, token_ids, num_computed)
+
+    def _register(
+        self, request_id: Hashable, token_ids: "array[int]", num_tokens: int
+    ) -> list[bytes]:
+        """Return the hashes that were not cached before."""
         if not self.enable_prefix_caching:
-            return
+            return []
         table = self._tables[request_id]
-        num_full = num_computed // self.block_tokens
+        num_full = num_tokens // self.block_tokens
         table.chain.extend(token_ids, num_full)
+        added: list[bytes] = []
         for block in range(table.num_registered, num_full):
             key, page_id = table.chain.hashes[block], table.page_ids[block]
             if key not in self._page_of:
                 self._page_of[key] = page_id
                 self._hash_of[page_id] = key
+                added.append(key)
         table.num_registered = max(table.num_registered, num_full)
+        return added
 
     def release(self, request_id: Hashable) -> None:
         """End a page table. Its findable blocks go idle, the deepest first: a block is of use only

@@ -145,17 +145,6 @@ def test_prefix_is_shared_while_its_first_user_still_runs() -> None:
     assert harness.expected["early"].num_cached_tokens == 8
 
 
-def test_block_in_flight_is_not_shared_yet() -> None:
-    harness = Harness(max_steps_in_flight=2)
-    prompt = list(range(12))
-    harness.add("a", prompt, max_tokens=5)
-    harness.plan()
-    harness.add("b", prompt, max_tokens=5)
-    harness.plan()
-    harness.run()
-    assert harness.expected["b"].num_cached_tokens == 0
-
-
 @pytest.mark.parametrize(
     "options", [{"salt": "other"}, {"use_prefix_cache": False}, {"num_prompt_logprobs": 0},
                 {"adapter": "x"}]

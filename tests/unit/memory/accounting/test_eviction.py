@@ -76,7 +76,7 @@ def test_something_dear_outlives_something_cheap_but_not_for_ever() -> None:
         tokens = array("i", [survived] * BLOCK * 3)
         memory.make_room(17)
         memory.kv.open(
-            survived, chain := BlockChain(b"", BLOCK), memory.kv.find_prefix(chain, tokens)
+            survived, chain := BlockChain(b"", BLOCK), memory.kv.find_prefix(chain, tokens).page_ids
         )
         memory.kv.grow(survived, len(tokens))
         memory.kv.register(survived, tokens, len(tokens))
@@ -164,7 +164,7 @@ class Traffic:
         kv = self.memory.kv
         token_ids = array("i", [token for token in tokens for _ in range(BLOCK)] + [0])
         chain = BlockChain(b"r", BLOCK)
-        prefix = kv.find_prefix(chain, token_ids)
+        prefix = kv.find_prefix(chain, token_ids).page_ids
         num_missing = kv.num_pages_for(len(token_ids)) - len(prefix)
         if self.memory.num_available - kv.num_idle_among(prefix) < num_missing:
             return

@@ -11,22 +11,30 @@ from loraplex.memory.accounting.kv_cache import BlockChain, KVCache, prefix_root
 BLOCK = 4
 
 
-def make(num_pages: int = 32) -> KVCache:
-    return KVCache(BlockManager(num_pages), EvictionClock(), BLOCK)
+class Cache(KVCache):
+    """A KV cache with a pool of its own."""
+
+    def __init__(self, num_pages: int = 32, **options: bool) -> None:
+        self.blocks = BlockManager(num_pages)
+        super().__init__(self.blocks, EvictionClock(), BLOCK, **options)
 
 
-def check(kv: KVCache) -> None:
+def make(num_pages: int = 32) -> Cache:
+    return Cache(num_pages)
+
+
+def check(kv: Cache) -> None:
     kv.check_integrity()
-    kv._blocks.check_integrity(kv.claims())
+    kv.blocks.check_integrity(kv.claims())
 
 
 def start(
-    kv: KVCache, request_id: str, tokens: list[int], *, root: bytes = b"root", computed: int = -1
+    kv: Cache, request_id: str, tokens: list[int], *, root: bytes = b"root", computed: int = -1
 ) -> int:
     """Open a request, register its first `computed` tokens (all by default); returns the hits."""
     token_ids = array("i", tokens)
     chain = BlockChain(root, BLOCK)
-    prefix = kv.find_prefix(chain, token_ids)
+    prefix = kv.find_prefix(chain, token_ids).page_ids
     kv.open(request_id, chain, prefix)
     kv.grow(request_id, len(tokens))
     kv.register(request_id, token_ids, len(tokens) if computed < 0 else computed)
@@ -62,6 +70,24 @@ def test_block_is_shared_only_once_computed() -> None:
     kv = make()
     start(kv, "a", list(range(12)), computed=7)
     assert start(kv, "b", list(range(12))) == 1
+
+
+def test_planned_block_is_shared_from_the_next_step_on() -> None:
+    kv, token_ids = make(), array("i", range(9))
+    start(kv, "a", list(token_ids), computed=0)
+    assert not kv.find_prefix(BlockChain(b"root", BLOCK), token_ids).is_growing
+    kv.register_planned("a", token_ids, 7)
+    check(kv)
+    assert kv.find_prefix(BlockChain(b"root", BLOCK), token_ids) == ([], True)
+    kv.blocks.num_planned += 1
+    first = kv.page_ids("a")[:1]
+    assert kv.find_prefix(BlockChain(b"root", BLOCK), token_ids) == (first, False)
+    kv.register_planned("a", token_ids, 9)
+    assert kv.find_prefix(BlockChain(b"root", BLOCK), token_ids) == (first, True)
+    other = array("i", [*range(4), *range(9)])  # shares the first block alone
+    assert kv.find_prefix(BlockChain(b"root", BLOCK), other) == (first, False)
+    assert kv.find_prefix(BlockChain(b"root", BLOCK), token_ids[:8]) == (first, False)
+    assert kv.find_prefix(BlockChain(b"other root", BLOCK), token_ids) == ([], False)
 
 
 def test_equal_blocks_computed_twice_stay_apart() -> None:
@@ -122,7 +148,7 @@ def test_another_history_or_root_is_no_hit() -> None:
 
 
 def test_disabled_cache_shares_nothing() -> None:
-    kv = KVCache(BlockManager(16), EvictionClock(), BLOCK, enable_prefix_caching=False)
+    kv = Cache(enable_prefix_caching=False)
     start(kv, "a", list(range(9)))
     assert start(kv, "b", list(range(9))) == 0
     kv.release("a")
@@ -136,8 +162,8 @@ def test_integrity_check_finds_a_page_shared_by_mistake() -> None:
     start(kv, "a", list(range(9)), computed=0)
     start(kv, "b", list(range(100, 109)), computed=0)
     stolen = kv.page_ids("a")[0]
-    kv._blocks.share(stolen)
-    kv._blocks.release(kv.page_ids("b")[0])
+    kv.blocks.share(stolen)
+    kv.blocks.release(kv.page_ids("b")[0])
     kv.page_ids("b")[0] = stolen
     with pytest.raises(IntegrityError, match="shared but not a prefix block"):
         kv.check_integrity()
@@ -184,14 +210,14 @@ def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
         root = data.draw(st.sampled_from([b"r1", b"r2"]))
         tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=16))
         chain = BlockChain(root, BLOCK)
-        prefix = kv.find_prefix(chain, array("i", tokens))
+        prefix = kv.find_prefix(chain, array("i", tokens)).page_ids
         for block, page_id in enumerate(prefix):
             assert content[page_id] == (root, tuple(tokens[: (block + 1) * BLOCK]))
         kv.open(request_id, chain, prefix)
         missing = kv.num_pages_for(len(tokens)) - len(prefix)
-        while kv._blocks.num_free < missing and (found := kv.first_idle()):
+        while kv.blocks.num_free < missing and (found := kv.first_idle()):
             kv.evict(found[1])
-        if kv._blocks.num_free < missing:
+        if kv.blocks.num_free < missing:
             kv.release(request_id)
             continue
         kv.grow(request_id, len(tokens))
@@ -203,4 +229,4 @@ def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
     for old in open_requests:
         kv.release(old)
     check(kv)
-    assert kv._blocks.num_free + kv._blocks.num_owned(Owner.PREFIX) == 23
+    assert kv.blocks.num_free + kv.blocks.num_owned(Owner.PREFIX) == 23

@@ -38,7 +38,7 @@ class PoolTraffic(RuleBasedStateMachine):
     def open(self, tokens: list[int]) -> None:
         memory, kv = self.memory, self.memory.kv
         token_ids, chain = array("i", tokens), BlockChain(b"r", BLOCK)
-        prefix = kv.find_prefix(chain, token_ids)
+        prefix = kv.find_prefix(chain, token_ids).page_ids
         needed = kv.num_pages_for(len(tokens)) - len(prefix)
         if memory.num_available - kv.num_idle_among(prefix) < needed:
             return
