@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from loraplex.memory.accounting.eviction import EVICTION_POLICIES
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
@@ -38,25 +36,6 @@ class MemoryConfig:
     max_lora_rank: int = field(
         default=256, metadata={"help": "largest rank accepted; an adapter above it is refused"}
     )
-    prefetch: bool = field(
-        default=True,
-        metadata={"help": "load adapters of requests that wait; off only to measure its effect"},
-    )
-    eviction_policy: str = field(
-        default="cost",
-        metadata={
-            "help": "which idle adapter or prefix block gives way: cost (cheap to bring back and "
-            "long unused first), lru (longest unused first; only to measure the effect)",
-            "choices": EVICTION_POLICIES,
-        },
-    )
-    fixed_adapter_slots: int = field(
-        default=0,
-        metadata={
-            "help": "set pages apart for that many adapters of max_lora_rank on all modules, and "
-            "give adapters no others; only to measure what one pool for both brings; 0: one pool"
-        },
-    )
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.block_tokens & (self.block_tokens - 1):
@@ -75,13 +54,4 @@ class MemoryConfig:
         if self.adapter_host_bytes < 0:
             raise ValueError(
                 f"adapter_host_bytes must not be negative, got {self.adapter_host_bytes}"
-            )
-        if not 0 <= self.fixed_adapter_slots <= self.max_adapter_slots:
-            raise ValueError(
-                f"fixed_adapter_slots must lie in [0, max_adapter_slots = "
-                f"{self.max_adapter_slots}], got {self.fixed_adapter_slots}"
-            )
-        if self.eviction_policy not in EVICTION_POLICIES:
-            raise ValueError(
-                f"eviction_policy must be one of {EVICTION_POLICIES}, got {self.eviction_policy!r}"
             )

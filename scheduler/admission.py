@@ -57,7 +57,6 @@ class Admission:
         stats: SchedulerStats,
         base_fingerprint: str,
         send: Callable[[LoadAdapter], None],
-        prefetch: bool = True,
     ) -> None:
         self._memory = memory
         self._waiting = waiting
@@ -68,11 +67,9 @@ class Admission:
         self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
         self._loading: dict[str, AdapterVersion] = {}  # content hash -> version whose path is read
         self._loading_ahead: set[str] = set()  # content hashes among _loading that nobody holds
-        self._prefetcher: Prefetcher | None = None
-        if prefetch:
-            self._prefetcher = Prefetcher(
-                memory=memory, waiting=waiting, policy=policy, begin=self._load_ahead
-            )
+        self._prefetcher = Prefetcher(
+            memory=memory, waiting=waiting, policy=policy, begin=self._load_ahead
+        )
         self.lacked_room = False  # the last walk ended for want of pages, and none were freed since
 
     @property
@@ -132,14 +129,12 @@ class Admission:
 
     def prefetch(self, now: float, running: RunningRequests) -> None:
         """Load adapters of waiting requests ahead, where nobody has to wait for it."""
-        if self._prefetcher is not None:
-            # The order that counts is the one there will be when a seat is free.
-            context = self.context(now, num_free_slots=len(self._holders) + 1)
-            self._prefetcher.run(context, running=running, num_loading=self.num_loading)
+        # The order that counts is the one there will be when a seat is free.
+        context = self.context(now, num_free_slots=len(self._holders) + 1)
+        self._prefetcher.run(context, running=running, num_loading=self.num_loading)
 
     def _note_change(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.is_stale = True
+        self._prefetcher.is_stale = True
 
     def _choose(self, request: Request, context: Context) -> None:
         context.num_free -= 1
@@ -164,9 +159,9 @@ class Admission:
         if version and not adapter:
             if not self._find_slot(request, now):
                 return _Verdict.NO_SLOT
-            num_pages += self._memory.charge(version.num_pages)
+            num_pages += version.num_pages
         while self._num_available(prefix, adapter) < num_pages + num_running:
-            if not self.revoke_pages(request.rank, now):
+            if not self.revoke_newest(request.rank, now):
                 return _Verdict.NO_ROOM
         if version and (is_loading or not adapter):
             self._choose(request, context)
@@ -192,7 +187,7 @@ class Admission:
         """Available pages, less the idle ones that the request itself will revive."""
         num_available = self._memory.num_available - self._memory.kv.num_idle_among(prefix)
         if adapter is not None and adapter.is_idle:
-            num_available -= self._memory.charge(len(adapter.page_ids))
+            num_available -= len(adapter.page_ids)
         return num_available
 
     def _find_slot(self, request: Request, now: float) -> bool:
@@ -205,7 +200,7 @@ class Admission:
         """Reserve a slot and pages and have the adapter copied into them; there must be room for
         both. Without a holder it is idle once it is loaded."""
         self._memory.make_adapter_slot()
-        self._memory.make_room(self._memory.charge(version.num_pages))
+        self._memory.make_room(version.num_pages)
         adapter = self._memory.adapters.allocate(
             version.content_hash, version.num_pages, now, num_bytes=version.num_bytes
         )
@@ -280,10 +275,6 @@ class Admission:
             return False
         self.unpin(holder, now)
         return True
-
-    def revoke_pages(self, rank: Rank, now: float) -> bool:
-        """The same for the sake of its pages, where KV can have them."""
-        return self._memory.is_unified and self.revoke_newest(rank, now)
 
     def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], AdapterVersion]:
         """Take in the end of a load; a failed one gives its slot and pages back.

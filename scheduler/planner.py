@@ -88,7 +88,7 @@ class StepPlanner:
         the request itself had to give way."""
         while not self._memory.num_available:
             newest = self._running.newest  # never before `request`, so the step has no row of it
-            if self._admission.revoke_pages(newest.rank, now):
+            if self._admission.revoke_newest(newest.rank, now):
                 continue
             self._preempt(newest, now)
             if newest is request:

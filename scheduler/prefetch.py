@@ -80,13 +80,13 @@ class Prefetcher:
                     if num_growth is None:
                         num_growth = self._growth(running)
                     room = memory.num_available - num_growth - num_needed
-                    if num_loading >= MAX_LOADS or room < memory.charge(version.num_pages):
+                    if num_loading >= MAX_LOADS or room < version.num_pages:
                         return
                     if not self._load(request, version, window, context.now):
                         return
                     num_loading += 1
                 elif adapter.is_idle:
-                    num_needed += memory.charge(len(adapter.page_ids))
+                    num_needed += len(adapter.page_ids)
             num_needed += memory.kv.num_pages_for(len(request.token_ids)) + 1
             if request is window[0]:
                 num_needed += len(running)  # that admission keeps free
@@ -117,7 +117,7 @@ class Prefetcher:
         memory, num_pages = self._memory, version.num_pages
         cost_ns = memory.adapters.load_cost_ns(version.content_hash, version.num_bytes)
         below = memory.clock.stamp(cost_ns, num_pages)
-        if memory.adapters.num_free_slots and memory.charge(num_pages) <= memory.num_free:
+        if memory.adapters.num_free_slots and num_pages <= memory.num_free:
             return True
         soon_used = {
             other.adapter_version.content_hash for other in window if other.adapter_version
@@ -126,7 +126,7 @@ class Prefetcher:
         for adapter in kept:
             memory.adapters.pin(adapter.content_hash)
         has_room = memory.make_adapter_slot(below=below) and memory.make_room(
-            memory.charge(num_pages), below=below
+            num_pages, below=below
         )
         for adapter in kept:
             memory.adapters.unpin(adapter.content_hash, adapter.last_use)

@@ -36,14 +36,7 @@ def capacity_problem(
     """
     num_kv = memory.kv.num_pages_for(request.max_total - 1)
     num_weights = version.num_pages if version else 0
-    if not memory.is_unified:
-        if num_weights > memory.fixed_slot_pages:
-            return (
-                f"its adapter needs {num_weights} pages, and a fixed adapter slot has "
-                f"{memory.fixed_slot_pages}; raise max_lora_rank or unset fixed_adapter_slots"
-            )
-        num_weights = num_pinned = 0
-    num_usable = memory.num_usable - num_pinned
+    num_usable = memory.blocks.num_usable - num_pinned
     if num_kv + num_weights <= num_usable:
         return ""
     weights = f" and its adapter {num_weights}" if num_weights else ""

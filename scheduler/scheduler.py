@@ -53,15 +53,12 @@ class Scheduler:
         num_pages: int,
         max_model_len: int,
         base_fingerprint: str,
-        max_adapter_pages: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        page_manager: Callable[..., PageManager] = PageManager,
     ) -> None:
         """`num_pages` counts the null page; `base_fingerprint` names the base model.
 
-        `max_adapter_pages` are those of the largest adapter allowed: the size of a fixed slot.
-
-        Raises:
-            ValueError: fixed slots leave no page for KV, or their size is not given.
+        `page_manager` makes the pool's accounts, for benchmarks that compare others with it.
         """
         self._config = config
         self._max_model_len = max_model_len
@@ -75,17 +72,12 @@ class Scheduler:
         self._in_flight: deque[StepBuilder] = deque()
         self._commands: list[Command] = []
         self._updates: list[RequestUpdate] = []
-        if memory.fixed_adapter_slots and max_adapter_pages < 1:
-            raise ValueError("fixed_adapter_slots need max_adapter_pages, the size of a slot")
-        num_slots = memory.fixed_adapter_slots or memory.max_adapter_slots
-        self._memory = PageManager(
+        self._memory = page_manager(
             num_pages=num_pages,
             block_tokens=memory.block_tokens,
-            max_adapter_slots=num_slots,
+            max_adapter_slots=memory.max_adapter_slots,
             enable_prefix_caching=memory.enable_prefix_caching,
             unload=self._unload,
-            eviction_policy=memory.eviction_policy,
-            fixed_slot_pages=max_adapter_pages if memory.fixed_adapter_slots else 0,
         )
         self._admission = Admission(
             memory=self._memory,
@@ -94,7 +86,6 @@ class Scheduler:
             stats=self._stats,
             base_fingerprint=base_fingerprint,
             send=self._commands.append,
-            prefetch=memory.prefetch,
         )
         self._planner = StepPlanner(
             memory=self._memory,
@@ -105,7 +96,7 @@ class Scheduler:
         )
         self._adapters = AdapterManager(
             memory=self._memory,
-            max_slots=num_slots,
+            max_slots=memory.max_adapter_slots,
             requests=self._requests,
             send=self._commands.append,
             load=self._admission.begin_load,

@@ -183,7 +183,6 @@ class WorkerReady:
     load_seconds: float = 0.0
     base_fingerprint: str = ""  # identifies the base weights in prefix-cache keys
     eos_token_ids: "array[int]" = field(default_factory=int_array)
-    max_adapter_pages: int = 0  # of an adapter of max_lora_rank on all modules
 
 
 WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter

@@ -33,9 +33,9 @@ class ModelledWorker:
         self._free_at = 0.0
         self._link_free_at = 0.0
 
-    def load(self, command: LoadAdapter, now: float) -> float:
-        """Start a load; returns when it ends."""
-        num_bytes = len(command.page_ids) * self.cost.page_bytes
+    def load(self, command: LoadAdapter, num_pages: int, now: float) -> float:
+        """Start a load of `num_pages`; returns when it ends."""
+        num_bytes = num_pages * self.cost.page_bytes
         self._bytes_of[command.adapter_slot] = num_bytes
         self._link_free_at = max(now, self._link_free_at) + num_bytes / self.cost.link
         return self._link_free_at

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
@@ -46,6 +47,8 @@ def simulate(
     cost: CostModel | None = None,
     adapter_pages: Callable[[int], int] = lambda adapter: 2,
     max_adapter_slots: int = 1024,
+    page_manager: Callable[..., PageManager] = PageManager,
+    share_pool: bool = True,
 ) -> SimResult:
     """Serve a trace to its end.
 
@@ -53,13 +56,22 @@ def simulate(
         trace: the requests in order of arrival.
         num_pages: size of the pool, the null page included.
         adapter_pages: returns the number of pages of an adapter.
+        page_manager: makes the accounts of the pool.
+        share_pool: adapters take pages of the pool; otherwise their slots have memory of their own.
 
     Raises:
         RuntimeError: requests are left that nothing can serve.
     """
     memory = MemoryConfig(enable_prefix_caching=False, max_adapter_slots=max_adapter_slots)
     return _Simulation(
-        trace, config, memory, num_pages=num_pages, cost=cost or CostModel(), pages=adapter_pages
+        trace,
+        config,
+        memory,
+        num_pages=num_pages,
+        cost=cost or CostModel(),
+        pages=adapter_pages,
+        page_manager=page_manager,
+        share_pool=share_pool,
     ).run()
 
 
@@ -73,10 +85,13 @@ class _Simulation:
         num_pages: int,
         cost: CostModel,
         pages: Callable[[int], int],
+        page_manager: Callable[..., PageManager],
+        share_pool: bool,
     ) -> None:
         self._now = 0.0
         self._trace = trace
         self._pages = pages
+        self._share_pool = share_pool
         self._worker = ModelledWorker(cost)
         self._scheduler = Scheduler(
             config=config,
@@ -85,6 +100,7 @@ class _Simulation:
             max_model_len=max(r.num_prompt_tokens + r.num_new_tokens for r in trace),
             base_fingerprint="modelled",
             clock=lambda: self._now,
+            page_manager=page_manager,
         )
         for adapter in {r.adapter for r in trace if r.adapter is not None}:
             self._scheduler.register_adapter(str(adapter), str(adapter))
@@ -161,7 +177,7 @@ class _Simulation:
             match command:
                 case InspectAdapter():
                     num_inspected += 1
-                    pages = self._pages(int(command.path))
+                    pages = self._pages(int(command.path)) if self._share_pool else 0
                     self._scheduler.on_adapter_inspected(
                         AdapterInspected(
                             command.name, command.path, content_hash=command.path, num_pages=pages
@@ -169,7 +185,8 @@ class _Simulation:
                     )
                 case LoadAdapter():
                     done = AdapterLoaded(command.adapter_slot, command.content_hash)
-                    self._push(self._worker.load(command, self._now), done)
+                    pages = self._pages(int(command.path))
+                    self._push(self._worker.load(command, pages, self._now), done)
                 case UnloadAdapter():
                     pass
         return num_inspected

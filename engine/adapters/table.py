@@ -37,11 +37,6 @@ class AdapterTable:
     def num_slots(self) -> int:
         return self.table.page_table.shape[0]
 
-    @property
-    def max_pages(self) -> int:
-        """Of an adapter of the largest rank on all modules."""
-        return self.table.page_table.shape[1]
-
     def write_device(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
         """Let `slot` mean `adapter`, whose weights are in `page_ids`; only enqueued on a GPU.
 

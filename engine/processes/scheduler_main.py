@@ -62,7 +62,6 @@ def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
         num_pages=info.num_pages,
         max_model_len=info.max_model_len,
         base_fingerprint=info.workers[0].base_fingerprint,
-        max_adapter_pages=max(worker.max_adapter_pages for worker in info.workers),
     )
     for name, path in adapters_at_start(config.adapter):
         scheduler.register_adapter(name, path)

@@ -89,7 +89,6 @@ class Worker:
             load_seconds=time.perf_counter() - started_at,
             base_fingerprint=f"{parts.spec.fingerprint}:{parts.target.dtype}",
             eos_token_ids=int_array(parts.spec.eos_token_ids),
-            max_adapter_pages=parts.table.max_pages,
         )
 
     def handle(self, command: WorkerCommand) -> None:

@@ -36,9 +36,6 @@ class LLMOptions(TypedDict, total=False):
     max_adapter_slots: int
     adapter_host_bytes: int
     max_lora_rank: int
-    prefetch: bool
-    eviction_policy: str
-    fixed_adapter_slots: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_queue_len: int

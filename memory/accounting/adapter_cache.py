@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
-from loraplex.memory.accounting.eviction import EvictionClock, IdleHeap, Priority, load_cost_ns
+from loraplex.memory.accounting.eviction import EvictionClock, EvictionQueue, Priority, load_cost_ns
 
 
 class Residency(Enum):
@@ -48,7 +48,7 @@ class AdapterCache:
         self._free_slots = deque(range(max_slots))  # handed out first: what was freed first
         self._num_planned_at_release = [0] * max_slots
         self._adapters: dict[str, CachedAdapter] = {}
-        self._idle = IdleHeap()
+        self._idle = EvictionQueue()
         self._num_idle_pages = 0
         self._in_host: set[str] = set()
 
@@ -92,14 +92,14 @@ class AdapterCache:
             priority = self._clock.adjust(
                 self._idle.remove(content_hash),
                 len(adapter.page_ids),
-                old_cost_ns=load_cost_ns(adapter.num_bytes, in_host=not in_host),
-                cost_ns=load_cost_ns(adapter.num_bytes, in_host=in_host),
+                old_cost_ns=load_cost_ns(adapter.num_bytes, on_host=not in_host),
+                cost_ns=load_cost_ns(adapter.num_bytes, on_host=in_host),
             )
             self._idle.add(content_hash, priority)
 
     def load_cost_ns(self, content_hash: str, num_bytes: int) -> int:
         """Time to bring the content into pages from where it is."""
-        return load_cost_ns(num_bytes, in_host=self.is_in_host(content_hash))
+        return load_cost_ns(num_bytes, on_host=self.is_in_host(content_hash))
 
     def allocate(
         self, content_hash: str, num_pages: int, now: float, *, num_bytes: int = 0

@@ -88,7 +88,7 @@ class AdapterPins:
             adapter = self._memory.adapters.get(content_hash)
             if adapter is None:
                 version = next(iter(self._records[content_hash]))
-                has_room = self._memory.num_available >= self._memory.charge(version.num_pages)
+                has_room = self._memory.num_available >= version.num_pages
                 if has_room and self._memory.has_adapter_slot:
                     self._load(version, now)
             elif adapter.residency is Residency.RESIDENT:

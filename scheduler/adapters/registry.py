@@ -163,8 +163,8 @@ class AdapterRegistry:
         return ""
 
     def _check_size(self, event: AdapterInspected) -> str:
-        if not event.content_hash or event.num_pages < 1:
-            return "the worker sent neither an error nor a content hash and a size"
+        if not event.content_hash:
+            return "the worker sent neither an error nor a content hash"
         if event.num_pages >= self._max_pages:
             return (
                 f"it needs {event.num_pages} pages and a request at least one more, but the pool "

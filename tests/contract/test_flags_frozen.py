@@ -16,13 +16,13 @@ MODEL = [
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
-    "--block-tokens", "--enable-prefix-caching", "--enforce-eager", "--eviction-policy",
-    "--fair-share-by", "--fair-share-weight", "--fixed-adapter-slots", "--fused-backend",
+    "--block-tokens", "--enable-prefix-caching", "--enforce-eager",
+    "--fair-share-by", "--fair-share-weight", "--fused-backend",
     "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--lora-backend",
     "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
-    "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager", "--no-prefetch",
-    "--num-pages", "--policy", "--pool-bytes", "--prefetch", "--profile-dir",
+    "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
+    "--num-pages", "--policy", "--pool-bytes", "--profile-dir",
     "--profile-every", "--profile-steps", "--ttft-slo-s",
 ]  # fmt: skip
 SAMPLING = [

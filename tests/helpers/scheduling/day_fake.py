@@ -16,8 +16,7 @@ from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
 from loraplex.scheduler.worker_protocol import AdapterEvicted, StepPlan
 
 from helpers.fakes.fake_worker import sampling_spec
-from helpers.scheduling.policy_harness import PolicyHarness
-from helpers.scheduling.scheduler_harness import Expectation
+from helpers.scheduling.scheduler_harness import Expectation, Harness
 
 NUM_NAMES = 2000
 NUM_CONTENTS = 700  # so that names share contents
@@ -54,12 +53,12 @@ class Tally:
         self.counts[key] = self.counts.get(key, 0) + count
 
 
-class DayHarness(PolicyHarness):
+class DayHarness(Harness):
     """Holds each outcome to the oracle as it comes, and forgets it then."""
 
     def __init__(self, policy: dict[str, Any]) -> None:
         super().__init__(
-            policy, num_pages=96, block_tokens=4, max_num_seqs=12, max_num_batched_tokens=48,
+            policy=policy, num_pages=96, block_tokens=4, max_num_seqs=12, max_num_batched_tokens=48,
             max_steps_in_flight=2, max_adapter_slots=24, max_model_len=64, max_queue_len=500,
         )  # fmt: skip
         self.worker.max_host = 60

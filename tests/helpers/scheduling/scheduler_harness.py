@@ -42,8 +42,8 @@ class Expectation:
 class Harness:
     """One scheduler, one fake worker, a clock that only moves when told.
 
-    `lag` steps of results and all adapter events are held back until asked for, so tests choose
-    the order in which things come home. `check` runs the integrity check after each operation.
+    Results and adapter events are held back until asked for, so tests choose their order. `check`
+    runs the integrity check after each operation; `policy` gives options of SchedulerConfig.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Harness:
         max_queue_len: int = 1000,
         enable_prefix_caching: bool = True,
         check: bool = True,
+        policy: dict[str, Any] | None = None,
     ) -> None:
         self.now = 0.0
         self.check = check
@@ -69,6 +70,7 @@ class Harness:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_queue_len=max_queue_len,
                 max_steps_in_flight=max_steps_in_flight,
+                **(policy or {}),
             ),
             memory=MemoryConfig(
                 block_tokens=block_tokens,

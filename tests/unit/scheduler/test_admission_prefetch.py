@@ -9,17 +9,17 @@ import pytest
 from loraplex.scheduler.prefetch import LOOK_AHEAD, MAX_LOADS
 from loraplex.scheduler.request import Request
 
-from helpers.scheduling.memory_harness import MemoryHarness
+from helpers.scheduling.scheduler_harness import Harness
 
 BLOCK = 4
 
 
-def make(prefetch: bool = True, **options: Any) -> MemoryHarness:
+def make(**options: Any) -> Harness:
     options = {"enable_prefix_caching": False, "block_tokens": BLOCK, **options}
-    return MemoryHarness({"prefetch": prefetch}, **options)
+    return Harness(**options)
 
 
-def serve(harness: MemoryHarness, load_s: float) -> dict[Any, float]:
+def serve(harness: Harness, load_s: float) -> dict[Any, float]:
     """Steps take a second, loads `load_s`; returns when each request got its first token."""
     due: deque[float] = deque()
     first: dict[Any, float] = {}
@@ -38,13 +38,13 @@ def serve(harness: MemoryHarness, load_s: float) -> dict[Any, float]:
     return first
 
 
-def prefetches(harness: MemoryHarness) -> int:
+def prefetches(harness: Harness) -> int:
     return int(harness.scheduler.stats()["num_adapter_prefetches"])
 
 
-def seat_is_taken(prefetch: bool, *, warm: bool = False) -> float:
-    """When a request for x gets its first token that waits for the only seat."""
-    harness = make(prefetch, max_num_seqs=1)
+def first_token_behind_another(*, warm: bool) -> float:
+    """Return when a request for x that waits for the only slot gets its first token."""
+    harness = make(max_num_seqs=1)
     harness.register("x", num_pages=3)
     if warm:
         harness.add("before", [1], adapter="x", max_tokens=1)
@@ -55,12 +55,12 @@ def seat_is_taken(prefetch: bool, *, warm: bool = False) -> float:
     start = harness.now
     first = serve(harness, 3.0)
     assert harness.worker.num_loads == 1
-    assert prefetches(harness) == (prefetch and not warm)
+    assert prefetches(harness) == (not warm)
     return first["waits"] - start
 
 
-def test_request_whose_adapter_was_loaded_ahead_starts_a_load_earlier() -> None:
-    assert seat_is_taken(True) == seat_is_taken(True, warm=True) == seat_is_taken(False) - 3.0
+def test_adapter_that_is_loaded_ahead_costs_its_request_nothing() -> None:
+    assert first_token_behind_another(warm=False) == first_token_behind_another(warm=True)
 
 
 def test_load_begins_though_no_step_can_be_planned() -> None:
@@ -196,7 +196,7 @@ def test_load_ahead_outlives_the_request_that_wanted_it() -> None:
     harness.check_all_ended()
 
 
-def pages_in_the_way(harness: MemoryHarness, head: Request, waited: dict[str, set[Request]]) -> int:
+def pages_in_the_way(harness: Harness, head: Request, waited: dict[str, set[Request]]) -> int:
     """Of loads ahead for others, if they are all that keeps `head` from starting; `waited` are
     those that waited already when such a load began."""
     scheduler = harness.scheduler

@@ -18,7 +18,7 @@ from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
 from helpers.fakes.fake_worker import sampling_spec
-from helpers.scheduling.policy_harness import PolicyHarness
+from helpers.scheduling.scheduler_harness import Harness
 
 
 class Desk:
@@ -344,7 +344,7 @@ def test_bad_options_are_refused_by_name(options: dict[str, Any], text: str) -> 
 
 
 def test_a_request_that_cannot_be_in_time_ends_with_the_code_deadline() -> None:
-    harness = PolicyHarness({"policy": "abort", "ttft_slo_s": 5.0}, max_num_seqs=1)
+    harness = Harness(policy={"policy": "abort", "ttft_slo_s": 5.0}, max_num_seqs=1)
     harness.add("runs", [1], max_tokens=30)
     harness.add("waits", [2], max_tokens=1)
     harness.run()

@@ -9,7 +9,7 @@ import pytest
 from loraplex.scheduler.policies.fair_share import VirtualTokenCounters
 from loraplex.scheduler.request import Request, RequestState
 
-from helpers.scheduling.policy_harness import PolicyHarness
+from helpers.scheduling.scheduler_harness import Harness
 
 MAX_WAIT_S = 8.0
 SLO_S = 10.0
@@ -22,15 +22,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def harness_of(policy: str, *, max_wait_s: float = MAX_WAIT_S, **options: Any) -> PolicyHarness:
+def harness_of(policy: str, *, max_wait_s: float = MAX_WAIT_S, **options: Any) -> Harness:
     own = {"policy": policy, "max_wait_s": max_wait_s, **OPTIONS[policy]}
-    return PolicyHarness(own, max_adapter_slots=8, **options)
+    return Harness(policy=own, max_adapter_slots=8, **options)
 
 
 class Witness:
     """Looks at the queue before and after each plan, and judges who went before whom."""
 
-    def __init__(self, policy: str, harness: PolicyHarness) -> None:
+    def __init__(self, policy: str, harness: Harness) -> None:
         self.policy = policy
         self.harness = harness
         self.scheduler = harness.scheduler
@@ -86,7 +86,7 @@ class Witness:
             assert all(request.rank > other.rank for other in still)
 
 
-def add_random(rng: random.Random, harness: PolicyHarness) -> None:
+def add_random(rng: random.Random, harness: Harness) -> None:
     harness.add(
         len(harness.expected),
         [rng.randrange(9) for _ in range(rng.randint(1, 12))],
@@ -125,18 +125,18 @@ def test_nobody_is_passed_over_for_longer_than_the_bound(policy: str, seed: int)
     assert (witness.num_overtaken > 0) == (policy != "abort")
 
 
-Favoured = Callable[[PolicyHarness, int], None]
+Favoured = Callable[[Harness, int], None]
 
 
-def urgent(harness: PolicyHarness, number: int) -> None:
+def urgent(harness: Harness, number: int) -> None:
     harness.add(number, [1], max_tokens=1, priority=0)
 
 
-def of_x(harness: PolicyHarness, number: int) -> None:
+def of_x(harness: Harness, number: int) -> None:
     harness.add(number, [1], max_tokens=1, adapter="x")
 
 
-def of_new_tenant(harness: PolicyHarness, number: int) -> None:
+def of_new_tenant(harness: Harness, number: int) -> None:
     harness.add(number, [1], max_tokens=1, salt=f"tenant {number}")
 
 
@@ -197,7 +197,7 @@ def test_preemptions_do_not_ping_pong(policy: str) -> None:
     """Each request is preempted a few times at most, however short memory is."""
     patient = {"ttft_slo_s": 1e6}
     own = {"policy": policy, "max_wait_s": MAX_WAIT_S, **OPTIONS[policy], **patient}
-    harness = PolicyHarness(own, num_pages=20, max_num_seqs=6)
+    harness = Harness(policy=own, num_pages=20, max_num_seqs=6)
     harness.register("x")
     for index in range(30):
         harness.add(index, [index] * 4, max_tokens=30, adapter="x" if index % 3 else "",

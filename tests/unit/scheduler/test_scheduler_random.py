@@ -14,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from loraplex.scheduler.request import RequestRefused
 
-from helpers.scheduling.memory_harness import MemoryHarness
 from helpers.scheduling.scheduler_harness import Harness
 
 NAMES = "abcd"
@@ -35,23 +34,14 @@ def random_harness(rng: random.Random, policy: str) -> Harness:
     options = {"policy": policy, **POLICIES[policy]}
     if policy == "vtc":
         options["fair_share_by"] = rng.choice(["tenant", "adapter"])
-    memory: dict[str, Any] = {
-        "prefetch": rng.random() < 0.7,
-        "eviction_policy": rng.choice(["cost", "cost", "lru"]),
-    }
-    max_adapter_slots = rng.randint(1, 4)
-    if rng.random() < 0.25:
-        memory["fixed_adapter_slots"] = min(2, max_adapter_slots)
-    return MemoryHarness(
-        memory,
-        options,
-        max_adapter_pages=3,  # huge ones fit no fixed slot
+    return Harness(
+        policy=options,
         num_pages=rng.randint(8, 40),
         block_tokens=rng.choice([1, 2, 4]),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 60]),
         max_steps_in_flight=rng.randint(1, 3),
-        max_adapter_slots=max_adapter_slots,
+        max_adapter_slots=rng.randint(1, 4),
         max_model_len=rng.choice([24, 48]),
         max_queue_len=rng.choice([3, 100]),
         enable_prefix_caching=rng.random() < 0.8,
@@ -139,16 +129,6 @@ class Traffic:
         for end in (expectation.end for expectation in self.harness.expected.values()):
             assert end is None or end.error_code in ("", "adapter", "bad_request", "deadline"), end
         assert len(self.harness.adapter_updates) == self.num_loads
-        self.make_everything_free()
-
-    def make_everything_free(self) -> None:
-        memory = self.harness.scheduler._memory
-        memory.make_room(memory.num_usable)
-        for adapter in list(memory.adapters):  # of fixed slots; else they are gone by now
-            assert not memory.is_unified
-            memory.evict_adapter(adapter.content_hash)
-        self.harness.verify()
-        assert memory.blocks.num_free == memory.blocks.num_usable
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -14,7 +14,7 @@ from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.eviction import (
     LOAD_FIXED_NS,
     EvictionClock,
-    IdleHeap,
+    EvictionQueue,
     Priority,
     load_cost_ns,
     recompute_cost_ns,
@@ -26,9 +26,9 @@ BLOCK, NUM_PAGES, MAX_SLOTS = 16, 20, 3
 
 
 def test_costs_are_those_of_the_constants() -> None:
-    assert load_cost_ns(0, in_host=True) == load_cost_ns(0, in_host=False) == LOAD_FIXED_NS
-    assert load_cost_ns(84_000_000, in_host=True) == 2_680_000  # 84 MB: 1.68 ms over the link
-    assert load_cost_ns(84_000_000, in_host=False) == 14_680_000  # and 12 ms to read
+    assert load_cost_ns(0, on_host=True) == load_cost_ns(0, on_host=False) == LOAD_FIXED_NS
+    assert load_cost_ns(84_000_000, on_host=True) == 2_680_000  # 84 MB: 1.68 ms over the link
+    assert load_cost_ns(84_000_000, on_host=False) == 14_680_000  # and 12 ms to read
     assert recompute_cost_ns(16) == 400_000
 
 
@@ -41,20 +41,9 @@ def test_stamp_is_the_floor_and_the_cost_of_a_page() -> None:
     assert clock.stamp(0, 1) == (100, 3)
 
 
-def test_lru_knows_no_cost() -> None:
-    clock = EvictionClock("lru")
-    stamps = [clock.stamp(cost, 1) for cost in (9, 1, 5)]
-    assert stamps == sorted(stamps)
-
-
-def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be one of .*'lru'.*got 'lfu'"):
-        EvictionClock("lfu")
-
-
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 5)), max_size=120))
 def test_heap_offers_the_least_of_what_is_in(steps: list[tuple[str, int]]) -> None:
-    heap, model = IdleHeap(), dict[str, Priority]()
+    heap, model = EvictionQueue(), dict[str, Priority]()
     for number, (key, cost) in enumerate(steps):
         if key in model:
             assert heap.remove(key) == model.pop(key)
@@ -68,7 +57,7 @@ def test_heap_offers_the_least_of_what_is_in(steps: list[tuple[str, int]]) -> No
 
 def test_something_dear_outlives_something_cheap_but_not_for_ever() -> None:
     """One large block of KV goes after another until the adapter is older than they are dear."""
-    memory = make_memory("cost")
+    memory = make_memory()
     memory.adapters.allocate("dear", 2, 0.0)  # 0.5 ms a page, a block 0.4
     memory.adapters.finish_load("dear", 0.0)
     survived = 0
@@ -87,29 +76,27 @@ def test_something_dear_outlives_something_cheap_but_not_for_ever() -> None:
     assert survived > 1
 
 
-@pytest.mark.parametrize("policy", ["cost", "lru"])
-def test_what_the_host_store_lost_outlives_what_it_has(policy: str) -> None:
-    memory = make_memory(policy)
+def test_what_the_host_store_lost_outlives_what_it_has() -> None:
+    memory = make_memory()
     for name in ("lost", "kept"):
         memory.adapters.allocate(name, 2, 0.0, num_bytes=80_000_000)
         memory.adapters.set_in_host(name, True)
         memory.adapters.finish_load(name, 0.0)
     memory.adapters.set_in_host("lost", False)
     first = memory.adapters.first_idle()
-    assert first is not None and first[1] == ("kept" if policy == "cost" else "lost")
+    assert first is not None and first[1] == "kept"
     memory.adapters.set_in_host("lost", True)
     first = memory.adapters.first_idle()
     assert first is not None and first[1] == "lost", "it fell idle first"
 
 
-def make_memory(policy: str) -> PageManager:
+def make_memory() -> PageManager:
     return PageManager(
         num_pages=NUM_PAGES,
         block_tokens=BLOCK,
         max_adapter_slots=MAX_SLOTS,
         enable_prefix_caching=True,
         unload=lambda slot: None,
-        eviction_policy=policy,
     )
 
 
@@ -117,7 +104,6 @@ def make_memory(policy: str) -> PageManager:
 class NaivePolicy:
     """Lists and minima over all that is idle; told of each change, it predicts each victim."""
 
-    uses_cost: bool
     floor: int = 0
     time: int = 0
     idle: dict[str | int, tuple[int, int, int]] = field(default_factory=dict)  # stamp, time, pages
@@ -125,7 +111,7 @@ class NaivePolicy:
 
     def add(self, key: str | int, cost_ns: int, num_pages: int) -> None:
         self.time += 1
-        stamp = self.floor + cost_ns // num_pages if self.uses_cost else 0
+        stamp = self.floor + cost_ns // num_pages
         self.idle[key] = (stamp, self.time, num_pages)
 
     def evict(self, among: list[str | int]) -> int:
@@ -138,8 +124,7 @@ class NaivePolicy:
     def dearer(self, key: str | int, by_ns: int) -> None:
         """By so much a page."""
         stamp, time, num_pages = self.idle[key]
-        if self.uses_cost:
-            self.idle[key] = (stamp + by_ns, time, num_pages)
+        self.idle[key] = (stamp + by_ns, time, num_pages)
 
     def make_room(self, num_missing: int) -> None:
         while num_missing > 0:
@@ -149,9 +134,9 @@ class NaivePolicy:
 class Traffic:
     """Both tenants on one pool, drawn by hypothesis; the naive model is told what happened."""
 
-    def __init__(self, policy: str) -> None:
-        self.memory = make_memory(policy)
-        self.naive = NaivePolicy(policy == "cost")
+    def __init__(self) -> None:
+        self.memory = make_memory()
+        self.naive = NaivePolicy()
         self.num_requests = 0
         self.requests: list[int] = []
         self.pins: list[str] = []
@@ -246,7 +231,7 @@ class Traffic:
     def make_room_below(self, num_pages: int, cost_us: int) -> None:
         """Only what is cheaper goes, lowest first, and nothing more than needed."""
         memory, naive = self.memory, self.naive
-        stamp = naive.floor + cost_us * 1000 if naive.uses_cost else 0
+        stamp = naive.floor + cost_us * 1000
         below = (stamp, 1 << 60)  # a stamp given now is later than all
         missing = num_pages - memory.num_free
         has_room = num_pages <= memory.num_available
@@ -267,9 +252,8 @@ class Traffic:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("policy", ["cost", "lru"])
-def test_evicts_what_the_naive_policy_evicts(policy: str, seed: int) -> None:
-    rng, traffic = random.Random(seed), Traffic(policy)
+def test_evicts_what_the_naive_policy_evicts(seed: int) -> None:
+    rng, traffic = random.Random(seed), Traffic()
     for _ in range(300):
         name, index = rng.choice("abcde"), rng.randrange(6)
         match rng.choices(range(9), (8, 6, 4, 4, 1, 2, 0.3, 1, 1))[0]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.memory.accounting.adapter_cache import Residency
-from loraplex.memory.accounting.block_manager import IntegrityError, OutOfPagesError
+from loraplex.memory.accounting.block_manager import OutOfPagesError
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.memory.accounting.page_manager import PageManager
 
@@ -16,8 +16,6 @@ BLOCK, NUM_PAGES, MAX_SLOTS = 2, 20, 3
 
 
 class PoolTraffic(RuleBasedStateMachine):
-    slot_pages = 0  # of a fixed slot; 0: one pool
-
     def __init__(self) -> None:
         super().__init__()
         self.unloaded: list[int] = []
@@ -27,7 +25,6 @@ class PoolTraffic(RuleBasedStateMachine):
             max_adapter_slots=MAX_SLOTS,
             enable_prefix_caching=True,
             unload=self.unloaded.append,
-            fixed_slot_pages=self.slot_pages,
         )
         self.now = 0.0
         self.num_requests = 0
@@ -67,12 +64,10 @@ class PoolTraffic(RuleBasedStateMachine):
         memory = self.memory
         if memory.adapters.get(name):
             return
-        if not memory.has_adapter_slot or memory.num_available < memory.charge(num_pages):
-            return
-        if self.slot_pages and num_pages > self.slot_pages:
+        if not memory.has_adapter_slot or memory.num_available < num_pages:
             return
         assert memory.make_adapter_slot()
-        assert memory.make_room(memory.charge(num_pages))
+        assert memory.make_room(num_pages)
         memory.adapters.allocate(name, num_pages, self.now)
 
     @rule()
@@ -121,50 +116,12 @@ class PoolTraffic(RuleBasedStateMachine):
         for name in self.pins:
             self.memory.adapters.unpin(name, self.now)
         self.finish_loads()
-        num_usable = NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
-        assert self.memory.num_usable == self.memory.num_available == num_usable
-        self.memory.make_room(num_usable)
-        for adapter in list(self.memory.adapters):
-            assert self.slot_pages, "an idle adapter had to go"
-            self.memory.evict_adapter(adapter.content_hash)
+        assert self.memory.num_available == NUM_PAGES - 1
+        self.memory.make_room(NUM_PAGES - 1)
         self.memory.check_integrity()
         assert self.memory.blocks.num_free == NUM_PAGES - 1
         assert not len(self.memory.adapters)
 
 
-class FixedSlotTraffic(PoolTraffic):
-    """Adapters have pages of their own, and KV never more than the rest."""
-
-    slot_pages = 4
-
-    @invariant()
-    def kv_leaves_the_slots_alone(self) -> None:
-        owned = self.memory.num_owned()
-        assert owned["kv"] + owned["prefix"] <= NUM_PAGES - 1 - MAX_SLOTS * self.slot_pages
-        assert self.memory.num_free + owned["kv"] + owned["prefix"] == self.memory.num_usable
-
-
-def test_fixed_slots_must_leave_pages_for_kv() -> None:
-    with pytest.raises(ValueError, match="3 fixed adapter slots of 7 pages leave no page"):
-        PageManager(
-            num_pages=22,
-            block_tokens=BLOCK,
-            max_adapter_slots=3,
-            enable_prefix_caching=True,
-            unload=lambda slot: None,
-            fixed_slot_pages=7,
-        )
-
-
-def test_adapter_larger_than_its_slot_is_found() -> None:
-    machine = FixedSlotTraffic()
-    machine.memory.adapters.allocate("a", 5, 0.0)
-    with pytest.raises(IntegrityError, match="larger than its slot"):
-        machine.memory.check_integrity()
-
-
 TestPoolTraffic = PoolTraffic.TestCase
-TestFixedSlotTraffic = FixedSlotTraffic.TestCase
-TestPoolTraffic.settings = TestFixedSlotTraffic.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+TestPoolTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
