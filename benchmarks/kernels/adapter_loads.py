@@ -87,7 +87,7 @@ class Setup:
         self.table = AdapterTable(target, NUM_SLOTS, device)
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.copier = StreamPageCopier(pool)
-        self.marks = [self.copier.mark()] * NUM_SLOTS
+        self.marks = [self.copier.record_event()] * NUM_SLOTS
         self.loader = AdapterLoader(
             target=target, reader=make_reader(target), table=self.table, copier=self.copier,
             host_bytes=host_bytes, report=self._take,
@@ -136,7 +136,7 @@ class Setup:
         loaded = self.loader.finish(item)
         assert not loaded.error, loaded
         self.loader.unload(loaded.adapter_slot)
-        self.marks[loaded.adapter_slot] = self.copier.mark()
+        self.marks[loaded.adapter_slot] = self.copier.record_event()
         self.free_slots.append(loaded.adapter_slot)
         return loaded.load_us / 1e3
 
@@ -159,10 +159,10 @@ def time_copies(pool: PagePool, num_loads: int) -> dict[str, float]:
         torch.cuda.synchronize()
 
     def loads() -> None:
-        mark = copier.mark()
+        mark = copier.record_event()
         for turn in range(num_loads):
             data = packed[turn % len(packed)].view(NUM_LAYERS, -1)
-            mark = copier.copy(data, pages[turn % NUM_SLOTS], after=mark, then=lambda ids: None)
+            mark = copier.copy(data, pages[turn % NUM_SLOTS], wait_for=mark, then=lambda ids: None)
         mark.synchronize()
 
     def rate(run: Callable[[], None]) -> float:

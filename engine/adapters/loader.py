@@ -23,7 +23,7 @@ from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
 from loraplex.engine.adapters.table import AdapterTable
 from loraplex.engine.errors import AdapterError
 from loraplex.memory.adapter_layout import MODULES
-from loraplex.memory.device.page_copier import Mark, PageCopier
+from loraplex.memory.device.page_copier import Event, PageCopier
 from loraplex.memory.host.slab import plain_slab, shared_slab
 from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
 from loraplex.scheduler.worker_protocol import (
@@ -37,24 +37,19 @@ from loraplex.scheduler.worker_protocol import (
 logger = logging.getLogger("loraplex")
 
 MAX_COPIES = 2
-"""Loads whose copies are enqueued at a time: the link is never idle while loads wait, and one that
-is called off before its turn costs nothing."""
-
-UNLOADED = "it was unloaded before its load was done"
+"""Loads whose copies are enqueued at one time: enough to keep the copy stream busy."""
 
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A LoadAdapter on its way. `is_unloaded`, `mark` and `error` are set under the loader's lock
-    until the load is reported."""
+    """A LoadAdapter on its way. Only threads of the loader change it until it is reported."""
 
     command: LoadAdapter
-    after: Mark  # what used the pages and the slot before
+    wait_for: Event  # the last step that used the pages or the slot for what they held before
     started_at: float = field(default_factory=time.perf_counter)
     adapter: PackedAdapter | None = None  # pinned in the host store until the copy has ended
     from_host: bool = False
-    is_unloaded: bool = False
-    mark: Mark | None = None  # the end of the copy; None: not enqueued
+    copied: Event | None = None  # the end of the copy; None: not enqueued
     error: str = ""
 
 
@@ -90,8 +85,6 @@ class AdapterLoader:
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
         self._store = HostStore(host_bytes, make_slab=make_slab)
-        self._loads: dict[int, Load] = {}  # by adapter slot; unloaded ones are not among them
-        self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
@@ -104,11 +97,13 @@ class AdapterLoader:
         """Answered by an AdapterInspected."""
         self._readers.submit(self._inspect, command)
 
-    def load(self, command: LoadAdapter, after: Mark) -> None:
-        """Answered by a Load. The pages are the load's from now on, and written once `after` is
-        reached, where what used them and the slot before has ended."""
-        load = Load(command, after)
-        self._loads[command.adapter_slot] = load
+    def load(self, command: LoadAdapter, wait_for: Event) -> None:
+        """Begin a load, which is answered by a Load.
+
+        The load owns the pages and the slot until then. It writes them once `wait_for` is reached,
+        when the last step that used them before has ended.
+        """
+        load = Load(command, wait_for)
         load.adapter = self._store.pin(command.content_hash)
         if load.adapter is not None:
             load.from_host = True
@@ -117,18 +112,7 @@ class AdapterLoader:
             self._readers.submit(self._read_again, load)
 
     def unload(self, adapter_slot: int) -> None:
-        """The slot's pages belong to others from now on, whether its load has ended or not.
-
-        A load whose copy is not enqueued is called off; otherwise all that the compute stream is
-        given from now on waits for that copy, and later loads come behind it by themselves.
-        """
-        load = self._loads.pop(adapter_slot, None)
-        if load is not None:
-            with self._lock:
-                load.is_unloaded = True
-                mark = load.mark
-            if mark is not None:
-                self._copier.hold(mark)
+        """Empty the row of a loaded adapter. Its pages may be reused from now on."""
         self._table.clear(adapter_slot)
 
     def drop(self, content_hash: str) -> None:
@@ -137,18 +121,16 @@ class AdapterLoader:
         self._tell()
 
     def finish(self, load: Load) -> AdapterLoaded:
-        """Take in a load that was reported; steps planned from now on may use its slot."""
-        command, error = load.command, load.error
-        if self._loads.get(command.adapter_slot) is load:
-            del self._loads[command.adapter_slot]
-            if not error:
-                assert load.adapter is not None
-                page_ids = torch.tensor(command.page_ids, dtype=torch.int32)
-                self._table.write_host(command.adapter_slot, load.adapter, page_ids)
+        """Fill the table's row of a load that was reported; steps may use its slot from now on."""
+        command = load.command
+        if not load.error:
+            assert load.adapter is not None
+            page_ids = torch.tensor(command.page_ids, dtype=torch.int32)
+            self._table.write_host(command.adapter_slot, load.adapter, page_ids)
         return AdapterLoaded(
             adapter_slot=command.adapter_slot,
             content_hash=command.content_hash,
-            error=UNLOADED if load.is_unloaded else error,
+            error=load.error,
             load_us=int((time.perf_counter() - load.started_at) * 1e6),
             from_host=load.from_host,
         )
@@ -187,8 +169,7 @@ class AdapterLoader:
             return adapter
 
         try:
-            if not load.is_unloaded:
-                load.adapter = self._store.add(read, pin=True)
+            load.adapter = self._store.add(read, pin=True)
             self._queue.put(load)
         except Exception as error:
             load.error = _explain(name, error)
@@ -221,25 +202,23 @@ class AdapterLoader:
             self._report(error)
 
     def _begin(self, load: Load) -> bool:
-        """Enqueue the copy, unless there is none to make."""
+        """Enqueue the copy; false if the adapter does not fit the pages."""
         command, adapter = load.command, load.adapter
-        with self._lock:
-            if load.is_unloaded or adapter is None:
-                return False
-            if adapter.num_pages != len(command.page_ids):
-                load.error = f"it needs {adapter.num_pages} pages, not {len(command.page_ids)}"
-                return False
-            load.mark = self._copier.copy(
-                adapter.data,
-                command.page_ids,
-                after=load.after,
-                then=lambda ids: self._table.write_device(command.adapter_slot, adapter, ids),
-            )
-            return True
+        assert adapter is not None
+        if adapter.num_pages != len(command.page_ids):
+            load.error = f"it needs {adapter.num_pages} pages, not {len(command.page_ids)}"
+            return False
+        load.copied = self._copier.copy(
+            adapter.data,
+            command.page_ids,
+            wait_for=load.wait_for,
+            then=lambda ids: self._table.write_device(command.adapter_slot, adapter, ids),
+        )
+        return True
 
     def _end(self, load: Load) -> None:
-        if load.mark is not None:
-            load.mark.synchronize()
+        if load.copied is not None:
+            load.copied.synchronize()
         self._tell(load, unpin=load.command.content_hash if load.adapter is not None else "")
 
     def _tell(self, item: AdapterInspected | Load | None = None, unpin: str = "") -> None:

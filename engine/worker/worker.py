@@ -13,7 +13,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.worker.pending_step import PendingStep
 from loraplex.engine.worker.setup import set_up
 from loraplex.engine.worker.step_profile import StepProfile
-from loraplex.memory.device.page_copier import Mark, make_page_copier
+from loraplex.memory.device.page_copier import Event, make_page_copier
 from loraplex.scheduler.worker_protocol import (
     DropAdapter,
     InspectAdapter,
@@ -27,8 +27,8 @@ from loraplex.scheduler.worker_protocol import (
     int_array,
 )
 
-NUM_MARKS = 8
-"""Steps whose ends are remembered. An older step takes the oldest of these."""
+NUM_STEP_ENDS = 8
+"""Number of last steps whose ends are kept; for an older step the oldest of them serves."""
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
         self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()
         self._copier = make_page_copier(parts.pool)
-        self._marks: deque[tuple[int, Mark]] = deque(maxlen=NUM_MARKS)
+        self._step_ends: deque[tuple[int, Event]] = deque(maxlen=NUM_STEP_ENDS)
         self._loader = AdapterLoader(
             target=parts.target,
             reader=parts.reader,
@@ -99,7 +99,7 @@ class Worker:
             case InspectAdapter():
                 self._loader.inspect(command)
             case LoadAdapter():
-                self._loader.load(command, self._mark_of(command.after_step))
+                self._loader.load(command, self._end_of(command.after_step))
             case UnloadAdapter():
                 self._loader.unload(command.adapter_slot)
             case DropAdapter():
@@ -107,19 +107,19 @@ class Worker:
             case _:
                 raise TypeError(f"a worker does not take {type(command).__name__}")
 
-    def _mark_of(self, step_id: int) -> Mark:
-        """Returns a point on the stream that is reached once the step has run."""
-        for marked_id, mark in self._marks:
-            if marked_id >= step_id:
-                return mark
-        return self._copier.mark()
+    def _end_of(self, step_id: int) -> Event:
+        """Return an event that is reached once the step has run, and no sooner."""
+        for ended_id, event in self._step_ends:
+            if ended_id >= step_id:
+                return event
+        return self._copier.record_event()
 
     def _run(self, plan: StepPlan) -> None:
         started_at = time.perf_counter()
         step = self._parts.runner.launch(plan)
         if self._profile is not None:
             self._profile.launched(plan, started_at)
-        self._marks.append((plan.step_id, self._copier.mark()))
+        self._step_ends.append((plan.step_id, self._copier.record_event()))
         if self._parts.device.type == "cuda":
             self._steps.put(step)
         else:

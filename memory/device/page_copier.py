@@ -1,26 +1,23 @@
-"""Copies of packed adapters into their pages that no step waits for.
+"""Copies packed adapters into their pages while steps run.
 
-Three streams on a GPU. The *compute* stream is the current one of the thread that launches steps;
-loads have a *link* stream, which moves packed layers from pinned memory to a staging ring by DMA,
-and a *scatter* stream, which puts them into their pages. DMA takes no part of any SM; a kernel that
-read host memory would. An adapter's layers are contiguous on the host, so a staging buffer takes
-a whole adapter, or several layers of a very large one, and the link sees transfers of some
-megabytes, never one a page. They are no larger because steps upload their own small arrays through
-the same engine, and wait for the transfer that is on its way.
+On a GPU there are three streams. Steps are launched on the *compute* stream, the current stream of
+the thread that launches them. Each load uses two others: the *copy* stream moves packed layers by
+DMA from page-locked memory to a ring of staging buffers, and the *scatter* stream moves them from
+there to their pages. DMA occupies no SM; a kernel that reads host memory would. An adapter's layers
+are contiguous on the host, so a staging buffer takes a whole adapter, or several layers of a very
+large one. Transfers have a few megabytes: smaller ones waste time between them, and larger ones
+delay the small arrays that steps upload through the same copy engine.
 
-Ordering, where "load" is one call of `copy`:
+Ordering, where a load is one call of `copy`:
 
-- Its pages may still be in use by a step that was launched before it was asked for. The caller
-  names a mark of the compute stream behind that step, and the scatter stream waits for it; for
-  pages that are long free it is reached already. Transfers to the ring need no such wait.
-- Loads scatter in the order of `copy`, on one stream: pages that pass from one load to the next,
-  whether the first still runs or not, end with what the next one put there.
-- Steps may use the pages once the mark that `copy` returned is reached. The worker reports the load
-  only then, so no step waits on the device. There is no event per layer for steps to start on the
-  first layers: a captured graph cannot wait for some of its adapters, and all the layers take two
-  milliseconds.
-- Pages that are taken from a load while it runs are the compute stream's next: `hold` makes it wait
-  for that load's mark.
+- A step that was launched earlier may still use the pages. The caller gives an event after that
+  step, and the scatter stream waits for it. Transfers to the ring need no such wait.
+- Loads scatter in the order of `copy`, on one stream. If pages pass from one load to another, the
+  later load writes last.
+- Steps may use the pages once the event that `copy` returned is reached. The worker reports the
+  load only then, so no step waits on the device. There is no event per layer: a captured graph
+  cannot wait for some of its adapters, and all layers take two milliseconds.
+- The pages of a load belong to it until it is reported, so no step writes to them meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +28,19 @@ import torch
 from loraplex.memory.device.pool import PagePool
 
 STAGING_BYTES = 96 << 20
-"""Of one buffer: an adapter of rank 16 on all projections of an 8B model fits."""
+"""Size of one staging buffer. An adapter of rank 16 on all projections of an 8B model fits."""
 
 NUM_STAGING_BUFFERS = 2
 
 TRANSFER_BYTES = 4 << 20
-"""Of one transfer: 75 us of the link, beside which what lies between two transfers is small. Part
-of a PIECE_BYTES, as no transfer may cross from one page-locked piece to the next."""
+"""Size of one transfer: 75 us over PCIe, long beside the gap between two transfers. It divides
+PIECE_BYTES, as no transfer may cross from one page-locked piece to the next."""
 
 AfterPages = Callable[[torch.Tensor], None]
-"""Called where the pages have been enqueued, with the page ids: int64 [n], on the device."""
+"""Called once the copy of the pages is enqueued, with the page ids: int64 [n], on the device."""
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in a stream's work."""
 
     def synchronize(self) -> None:
@@ -52,56 +49,58 @@ class Mark(Protocol):
 
 
 class PageCopier(Protocol):
-    """`mark` and `hold` are for the thread that launches steps, `copy` for one other thread."""
+    """Copies adapters into pages.
 
-    def mark(self) -> Mark:
-        """After all that the compute stream was given so far."""
-        ...
+    The thread that launches steps calls `record_event`; one other thread calls `copy`.
+    """
 
-    def hold(self, mark: Mark) -> None:
-        """Let what is launched from now on wait on the device until `mark` is reached."""
+    def record_event(self) -> Event:
+        """Return an event that is reached after all work given to the compute stream so far."""
         ...
 
     def copy(
-        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
-    ) -> Mark:
-        """Enqueue one load; the mark is reached when it is done.
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, wait_for: Event, then: AfterPages
+    ) -> Event:
+        """Enqueue one load.
 
         Args:
-            packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, pinned for a GPU;
-                to be kept unchanged until the mark is reached.
-            page_ids: n of them.
-            after: the first write to the pages waits for it.
-            then: enqueues more that belongs to the load.
+            packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, page-locked for a
+                GPU. It must stay unchanged until the returned event is reached.
+            page_ids: n page ids.
+            wait_for: the first write to the pages waits for it.
+            then: enqueues more work that belongs to the load.
+
+        Returns:
+            An event that is reached when the load is done.
         """
         ...
 
 
 def make_page_copier(pool: PagePool) -> PageCopier:
+    """Make the copier for the pool's device."""
     return StreamPageCopier(pool) if pool.pages.is_cuda else HostPageCopier(pool)
 
 
 class _Reached:
+    """An event that is always reached."""
+
     def synchronize(self) -> None:
-        """It is."""
+        """Return at once."""
 
 
 class HostPageCopier:
-    """On a CPU, where a step is done when its launch returns."""
+    """Copies on a CPU, where a step is done when its launch returns."""
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
 
-    def mark(self) -> Mark:
+    def record_event(self) -> Event:
         return _Reached()
 
-    def hold(self, mark: Mark) -> None:
-        mark.synchronize()
-
     def copy(
-        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
-    ) -> Mark:
-        after.synchronize()
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, wait_for: Event, then: AfterPages
+    ) -> Event:
+        wait_for.synchronize()
         ids = torch.tensor(page_ids, dtype=torch.int64)
         self._pool.write_pages(ids, packed)
         then(ids)
@@ -109,7 +108,7 @@ class HostPageCopier:
 
 
 class StreamPageCopier:
-    """On a GPU."""
+    """Copies to a GPU."""
 
     def __init__(
         self,
@@ -124,37 +123,34 @@ class StreamPageCopier:
         page_words = self._pages.shape[-1]
         shape = (num_buffers, self._pages_per_chunk * page_words)
         self._staging = torch.empty(shape, dtype=torch.int64, device=device)
-        self._link = torch.cuda.Stream(device)
-        # Steps fill the device with blocks; the few of a scatter should not queue behind them.
+        self._copy = torch.cuda.Stream(device)
+        # A scatter has few blocks. The priority lets them go before the many blocks of a step.
         self._scatter = torch.cuda.Stream(device, priority=-1)
         self._filled = [torch.cuda.Event() for _ in range(num_buffers)]
         self._emptied = [torch.cuda.Event() for _ in range(num_buffers)]
         self._next = 0
-        # The ring's memory may have been another tensor's, which the compute stream still reads.
+        # The compute stream may still read the memory that the allocator gave to the ring.
         current = torch.cuda.current_stream(device)
-        self._link.wait_stream(current)
+        self._copy.wait_stream(current)
         self._scatter.wait_stream(current)
 
-    def mark(self) -> torch.cuda.Event:
+    def record_event(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def hold(self, mark: Mark) -> None:
-        assert isinstance(mark, torch.cuda.Event)
-        torch.cuda.current_stream(self._device).wait_event(mark)
-
     def copy(
-        self, packed: torch.Tensor, page_ids: Sequence[int], *, after: Mark, then: AfterPages
+        self, packed: torch.Tensor, page_ids: Sequence[int], *, wait_for: Event, then: AfterPages
     ) -> torch.cuda.Event:
-        assert isinstance(after, torch.cuda.Event)
+        """Enqueue one load; raises ValueError if `packed` is not page-locked."""
+        assert isinstance(wait_for, torch.cuda.Event)
         if not packed.is_pinned():
-            raise ValueError("an adapter to be copied to a GPU must lie in pinned memory")
+            raise ValueError("an adapter to be copied to a GPU must lie in page-locked memory")
         num_layers, _, page_words = self._pages.shape
         source = as_words(packed).view(num_layers, len(page_ids), page_words)
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._scatter):
-            self._scatter.wait_event(after)
+            self._scatter.wait_event(wait_for)
             ids = torch.tensor(page_ids, dtype=torch.int64).pin_memory()
             ids = ids.to(self._device, non_blocking=True)
             for layers, pages in chunks(num_layers, len(page_ids), self._pages_per_chunk):
@@ -164,39 +160,41 @@ class StreamPageCopier:
         return done
 
     def _move(self, source: torch.Tensor, target: torch.Tensor, ids: torch.Tensor) -> None:
-        """One chunk [layers, pages, page_words], contiguous on the host."""
+        """Move one chunk, [layers, pages, page_words], contiguous on the host."""
         index = self._next
         self._next = (index + 1) % len(self._staging)
         staged = self._staging[index, : source.numel()].view(source.shape)
-        with torch.cuda.stream(self._link):
-            self._link.wait_event(self._emptied[index])  # no wait before its first record
+        with torch.cuda.stream(self._copy):
+            self._copy.wait_event(self._emptied[index])  # an event never recorded is reached
             flat = source.reshape(-1)
             sizes = transfers(flat.data_ptr(), flat.nbytes)
             words = [size // flat.element_size() for size in sizes]
             for there, here in zip(staged.view(-1).split(words), flat.split(words), strict=True):
                 there.copy_(here, non_blocking=True)
-            self._filled[index].record(self._link)
+            self._filled[index].record(self._copy)
         self._scatter.wait_event(self._filled[index])
         target.index_copy_(1, ids, staged)
         self._emptied[index].record(self._scatter)
 
 
 def as_words(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as int64: copies of numbers neither round nor canonicalise them, and a GPU's
-    threads move eight bytes each."""
+    """View the bytes as int64: copies change no bit, and a GPU's threads move eight bytes each."""
     return tensor.view(torch.int64)
 
 
 def transfers(address: int, num_bytes: int) -> list[int]:
-    """Bytes of each, cut where addresses are multiples of TRANSFER_BYTES."""
+    """Return the bytes of each transfer, cut at addresses that are multiples of TRANSFER_BYTES."""
     first = min(num_bytes, -address % TRANSFER_BYTES or TRANSFER_BYTES)
     count, rest = divmod(num_bytes - first, TRANSFER_BYTES)
     return [first] + [TRANSFER_BYTES] * count + [rest] * bool(rest)
 
 
 def chunks(num_layers: int, num_pages: int, max_pages: int) -> Iterator[tuple[slice, slice]]:
-    """(layers, pages) of each fill of a staging buffer: whole layers, or a part of one where it is
-    larger than `max_pages`. Each is contiguous in [num_layers, num_pages]."""
+    """Yield (layers, pages) of each fill of a staging buffer of `max_pages`.
+
+    A fill has whole layers, or part of one layer that is larger than the buffer. It is contiguous
+    in [num_layers, num_pages].
+    """
     if num_pages <= max_pages:
         step = max_pages // num_pages
         for layer in range(0, num_layers, step):

@@ -43,7 +43,7 @@ def test_thousands_of_loads(tmp_path: Path, seed: int) -> None:
                 world.settle()
     finally:
         world.close()
-    assert world.num_loaded > 200 and world.num_overtaken > 20
+    assert world.num_loaded > 200 and world.num_unloaded > 100
 
 
 def random_words(num_bytes: int, *, seed: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_pages_bit_for_bit_beside_steps_that_write_others(staging_bytes: int) ->
     others = torch.cat((order[120:], torch.zeros(1, dtype=torch.int64))).to(CUDA)
     marks = []
     for data, page_ids in zip(packed, own, strict=True):
-        marks.append(copier.copy(data, page_ids, after=copier.mark(), then=nothing))
+        marks.append(copier.copy(data, page_ids, wait_for=copier.record_event(), then=nothing))
         for value in range(20):
             pool.pages.index_fill_(1, others, float(value))
     for mark in marks:
@@ -91,40 +91,34 @@ def test_offsets_beyond_32_bits() -> None:
     packed = make_packed(shape, 3, 5)
     copier = StreamPageCopier(pool, staging_bytes=64 << 20)
     assert len(list(chunks(3, 3, (64 << 20) // shape.page_bytes))) == 1
-    copier.copy(packed, page_ids, after=copier.mark(), then=nothing).synchronize()
+    copier.copy(packed, page_ids, wait_for=copier.record_event(), then=nothing).synchronize()
     got = pool.pages[:, page_ids].cpu().view(torch.int16)
     assert torch.equal(got, packed.view(3, 3, -1).view(torch.int16))
     assert not pool.pages[:, 0].any() and not pool.pages[:, 2].any()
 
 
-def test_a_load_waits_for_steps_before_it_and_holds_those_after_it() -> None:
+def test_a_load_waits_for_steps_and_loads_before_it() -> None:
     pool = PagePool(PAGE_SHAPE, 8, CUDA)
     copier = StreamPageCopier(pool)
     packed = make_packed(PAGE_SHAPE, 2, 7)
     want = packed.view(3, 2, -1).view(torch.int16)
     ids = torch.tensor([5, 2], device=CUDA)
     # Once before, so that nothing below allocates: that may wait for the device.
-    copier.copy(packed, [5, 2], after=copier.mark(), then=nothing).synchronize()
+    copier.copy(packed, [5, 2], wait_for=copier.record_event(), then=nothing).synchronize()
     pool.pages.index_select(1, ids)
     pool.pages.zero_()
     torch.cuda.synchronize()
-    torch.cuda._sleep(LONG)  # a step that still reads the pages' old content ...
+    torch.cuda._sleep(LONG)  # a step that still reads the pages
     before = pool.pages.index_select(1, ids)
-    mark = copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
+    mark = copier.copy(packed, [5, 2], wait_for=copier.record_event(), then=nothing)
     assert not mark.query()
     torch.cuda.synchronize()
     assert not before.any()
     assert torch.equal(pool.pages[:, ids].cpu().view(torch.int16), want)
-    torch.cuda._sleep(LONG)  # ... and pages taken from a load before it had its turn
-    mark = copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
-    copier.hold(mark)
-    pool.pages.index_fill_(1, ids, 3.0)
-    torch.cuda.synchronize()
-    assert (pool.pages[:, ids] == 3.0).all()
-    following = make_packed(PAGE_SHAPE, 2, 8)  # and by the next load
+    following = make_packed(PAGE_SHAPE, 2, 8)  # a load into the same pages
     torch.cuda._sleep(LONG)
-    copier.copy(packed, [5, 2], after=copier.mark(), then=nothing)
-    copier.copy(following, [2, 5], after=copier.mark(), then=nothing).synchronize()
+    copier.copy(packed, [5, 2], wait_for=copier.record_event(), then=nothing)
+    copier.copy(following, [2, 5], wait_for=copier.record_event(), then=nothing).synchronize()
     got = pool.pages[:, [2, 5]].cpu().view(torch.int16)
     assert torch.equal(got, following.view(3, 2, -1).view(torch.int16))
 
@@ -151,7 +145,7 @@ class Bench:
         pages = int_array(range(9, 9 + self.inspected.num_pages))
         self.command = LoadAdapter(1, self.inspected.content_hash, str(self.path), pages)
         # Once before, so that no test finds the loader allocating: that may wait for the device.
-        self.loader.load(self.command, self.copier.mark())
+        self.loader.load(self.command, self.copier.record_event())
         assert self.loader.finish(self.reports.get(timeout=30)).error == ""
         self.loader.unload(1)
 
@@ -170,7 +164,7 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
     step = torch.cuda.Event()
     step.record()
     start = time.perf_counter()
-    bench.loader.load(bench.command, bench.copier.mark())
+    bench.loader.load(bench.command, bench.copier.record_event())
     assert time.perf_counter() - start < 0.02
     assert bench.reports.empty() and not step.query()
     load = bench.reports.get(timeout=30)
@@ -189,26 +183,8 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
     assert len(MODULES) == table.rank.shape[1]
 
 
-def test_unloaded_while_its_copy_is_under_way(bench: Bench) -> None:
-    """Its pages are written by the very next step, which the copy must not overwrite."""
-    ids = torch.tensor(bench.command.page_ids, device=CUDA)
-    torch.cuda.synchronize()
-    for _ in range(20):
-        torch.cuda._sleep(LONG // 10)
-        bench.loader.load(bench.command, bench.copier.mark())
-        time.sleep(0.003)  # enqueued by now, behind the sleeping step
-        bench.loader.unload(1)
-        bench.pool.pages.index_fill_(1, ids, 3.0)
-        load = bench.reports.get(timeout=30)
-        assert isinstance(load, Load)
-        assert "unloaded" in bench.loader.finish(load).error
-        torch.cuda.synchronize()
-        assert (bench.pool.pages[:, ids] == 3.0).all()
-        assert not bench.table.table.host_rank.any()
-
-
 def test_pages_long_free_do_not_wait_for_the_steps_in_flight(bench: Bench) -> None:
-    last_use = bench.copier.mark()
+    last_use = bench.copier.record_event()
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     step = torch.cuda.Event()
@@ -231,10 +207,10 @@ def test_store_is_pinned_and_copies_demand_it() -> None:
     assert packed.data.is_pinned()
     pool = PagePool(PAGE_SHAPE, 8, CUDA)
     copier = StreamPageCopier(pool)
-    copier.copy(packed.data, [3, 6], after=copier.mark(), then=nothing).synchronize()
+    copier.copy(packed.data, [3, 6], wait_for=copier.record_event(), then=nothing).synchronize()
     assert (pool.pages[:, [3, 6]] == 2).all()
     with pytest.raises(ValueError, match="pinned memory"):
-        copier.copy(packed.data.clone(), [3, 6], after=copier.mark(), then=nothing)
+        copier.copy(packed.data.clone(), [3, 6], wait_for=copier.record_event(), then=nothing)
 
 
 def test_adapters_across_page_locked_pieces() -> None:
@@ -249,7 +225,9 @@ def test_adapters_across_page_locked_pieces() -> None:
         data = slab[offset : offset + num_bytes].view(torch.bfloat16).view(32, -1)
         data.view(torch.int64).copy_(random_words(num_bytes, seed=offset).view(32, -1))
         pages = torch.randperm(49, generator=torch.Generator().manual_seed(1))[:40] + 1
-        copier.copy(data, pages.tolist(), after=copier.mark(), then=nothing).synchronize()
+        copier.copy(
+            data, pages.tolist(), wait_for=copier.record_event(), then=nothing
+        ).synchronize()
         got = pool.pages[:, pages].cpu().view(torch.int16)
         assert torch.equal(got, data.view(32, 40, -1).view(torch.int16))
     del slab, data

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.engine.adapters.loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapters.loader import AdapterLoader, Load
 from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
@@ -71,21 +71,17 @@ class SimulatedStreams:
         with self._lock:
             self._compute.append(function)
 
-    def mark(self) -> SimulatedEvent:
+    def record_event(self) -> SimulatedEvent:
         event = SimulatedEvent()
         self.launch(event.reached.set)
         return event
-
-    def hold(self, mark: SimulatedEvent) -> None:
-        with self._lock:
-            self._compute.append(mark)
 
     def copy(
         self,
         packed: torch.Tensor,
         page_ids: Sequence[int],
         *,
-        after: SimulatedEvent,
+        wait_for: SimulatedEvent,
         then: AfterPages,
     ) -> SimulatedEvent:
         ids, done = torch.tensor(page_ids), SimulatedEvent()
@@ -95,7 +91,7 @@ class SimulatedStreams:
             for layer, source in zip(self._pool.pages, per_layer, strict=True)
         ]
         with self._lock:
-            self._scatter += [after, *writes, lambda: then(ids), done.reached.set]
+            self._scatter += [wait_for, *writes, lambda: then(ids), done.reached.set]
         return done
 
     def advance(self, num_operations: int) -> None:
@@ -146,7 +142,6 @@ class Placed:
     slot: int
     page_ids: list[int]
     command: LoadAdapter | None = None
-    is_unloaded: bool = False
 
 
 @dataclass(slots=True)
@@ -169,7 +164,7 @@ class LoadWorld:
     staging_bytes: int = 4096
     make_reader: Callable[[AdapterTarget], AdapterReader] = make_reader
     num_loaded: int = 0
-    num_overtaken: int = 0
+    num_unloaded: int = 0
     resident: dict[int, Placed] = field(default_factory=dict)
     loading: list[Placed] = field(default_factory=list)
     kv: list[KvPages] = field(default_factory=list)
@@ -194,7 +189,7 @@ class LoadWorld:
             target=self.target, reader=self.make_reader(self.target), table=self.table,
             copier=copier, host_bytes=self.host_bytes, report=self.reports.put,
         )  # fmt: skip
-        self.mark = copier.mark
+        self.record_event = copier.record_event
         self.paths, self.adapters, self.oracles = [], [], []
         for index in range(self.num_adapters):
             path = write_adapter(self.root / f"a{index}", TINY, rank=1 + index % 8, seed=index)
@@ -205,8 +200,8 @@ class LoadWorld:
         self.free_pages = list(range(1, self.num_pages))
         self.free_slots = list(range(self.num_slots))
         self.next_value = 1.0
-        self.marks = [copier.mark()]
-        self.last_launch: dict[tuple[str, int], int] = {}  # of a slot or page: index into marks
+        self.events = [copier.record_event()]
+        self.last_launch: dict[tuple[str, int], int] = {}  # of a slot or page: index into events
 
     def act(self) -> None:
         actions = (self.load, self.load, self.unload, self.write_kv, self.free_kv, self.check)
@@ -215,8 +210,7 @@ class LoadWorld:
         self.poll()
 
     def load(self) -> None:
-        loading = [placed for placed in self.loading if not placed.is_unloaded]
-        taken = {placed.index for placed in [*self.resident.values(), *loading]}
+        taken = {placed.index for placed in [*self.resident.values(), *self.loading]}
         index = self.rng.choice([i for i in range(self.num_adapters) if i not in taken])
         adapter = self.adapters[index]
         if not self.free_slots or adapter.num_pages > len(self.free_pages):
@@ -226,33 +220,29 @@ class LoadWorld:
             placed.slot, adapter.content_hash, str(self.paths[index]), int_array(placed.page_ids)
         )
         self.loading.append(placed)
-        self.loader.load(placed.command, self._mark_of(placed))
+        self.loader.load(placed.command, self._last_use(placed))
 
-    def _mark_of(self, placed: Placed) -> Any:
+    def _last_use(self, placed: Placed) -> Any:
         """Behind all that was launched on its slot and pages, as a worker knows from the
         scheduler; now and then behind all that was launched."""
         if self.rng.random() < 0.2:
-            return self.mark()
+            return self.record_event()
         keys = [("slot", placed.slot), *(("page", page_id) for page_id in placed.page_ids)]
         numbers = [self.last_launch[key] for key in keys if key in self.last_launch]
-        return self.marks[max(numbers, default=0)]
+        return self.events[max(numbers, default=0)]
 
     def _launch(
         self, function: Callable[[], Any], *, slot: int = -1, page_ids: Sequence[int] = ()
     ) -> None:
         self.streams.launch(function)
-        self.marks.append(self.mark())
+        self.events.append(self.record_event())
         used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
-        self.last_launch.update(dict.fromkeys(used, len(self.marks) - 1))
+        self.last_launch.update(dict.fromkeys(used, len(self.events) - 1))
 
     def unload(self) -> None:
-        candidates = [placed for placed in self.loading if not placed.is_unloaded]
-        if not candidates or self.rng.random() < 0.5:
-            candidates = list(self.resident.values()) or candidates
-        if candidates:
-            placed = self.rng.choice(candidates)
-            placed.is_unloaded = True
-            self.resident.pop(placed.slot, None)
+        if self.resident:
+            placed = self.resident.pop(self.rng.choice(sorted(self.resident)))
+            self.num_unloaded += 1
             self.loader.unload(placed.slot)
             with pytest.raises(ValueError, match="not loaded"):
                 self.table.check(self.table.table, np.array([placed.slot]))
@@ -321,10 +311,7 @@ class LoadWorld:
         (placed,) = (placed for placed in self.loading if placed.command is load.command)
         self.loading.remove(placed)
         event = self.loader.finish(load)
-        assert event.error == (UNLOADED if placed.is_unloaded else "")
-        if placed.is_unloaded:
-            self.num_overtaken += 1
-            return
+        assert not event.error
         self.num_loaded += 1
         self.resident[placed.slot] = placed
         host = self.table.table.host_rank[..., placed.slot]

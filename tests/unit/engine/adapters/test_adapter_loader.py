@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loraplex.engine.adapters import reader
-from loraplex.engine.adapters.loader import UNLOADED, AdapterLoader, Load
+from loraplex.engine.adapters.loader import AdapterLoader, Load
 from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
 from loraplex.engine.adapters.reader import (
     AdapterReader,
@@ -50,7 +50,8 @@ def test_random_loads_in_every_order(
                 world.settle()
     finally:
         world.close()
-    assert world.num_loaded > 100 and world.num_overtaken > 50
+    assert world.num_loaded > 100
+    assert world.num_unloaded > 100
 
 
 class Recorder:
@@ -73,7 +74,7 @@ class Recorder:
         )
 
     def load(self, command: LoadAdapter) -> None:
-        self.loader.load(command, HostPageCopier(self.pool).mark())
+        self.loader.load(command, HostPageCopier(self.pool).record_event())
 
     def _report(self, item: object) -> None:
         self.items.append(item)
@@ -103,46 +104,6 @@ def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
     assert not recorder.table.table.host_rank.any()
     assert recorder.loader.finish(load).error == ""
     assert (recorder.table.table.host_rank[..., 2] == 4).all()
-    recorder.loader.close()
-
-
-def test_unloaded_between_the_copy_and_its_report(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    content_hash = recorder.content_hash()
-    pages = recorder.loader._store.pin(content_hash).num_pages
-    recorder.load(recorder.command(content_hash, pages))
-    load = recorder.next()
-    recorder.loader.unload(2)
-    recorder.load(recorder.command(content_hash, pages))
-    assert recorder.loader.finish(load).error == UNLOADED
-    assert not recorder.table.table.host_rank.any()
-    again = recorder.next()
-    assert recorder.loader.finish(again).error == ""
-    assert recorder.table.table.host_rank[..., 2].any()
-    recorder.loader.close()
-
-
-def test_unloaded_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The read goes on, nothing is copied."""
-    reading, go_on = threading.Event(), threading.Event()
-    original = reader.read_adapter
-
-    def slow(*args: object, **options: object) -> object:
-        reading.set()
-        assert go_on.wait(20)
-        return original(*args, **options)
-
-    recorder = Recorder(tmp_path)
-    content_hash = original("one", recorder.path, recorder.target).content_hash
-    monkeypatch.setattr(reader, "read_adapter", slow)
-    recorder.load(recorder.command(content_hash))
-    assert reading.wait(20)
-    recorder.loader.unload(2)
-    go_on.set()
-    load = recorder.next()
-    assert recorder.loader.finish(load).error == UNLOADED
-    assert not recorder.pool.pages.any() and not recorder.table.table.rank.any()
-    recorder.loader._store.check_integrity()
     recorder.loader.close()
 
 

@@ -99,9 +99,10 @@ def test_copy_on_a_cpu() -> None:
     pool = PagePool(SHAPE, 6, torch.device("cpu"))
     packed = torch.arange(3 * 2 * 256).view(3, 512).half()
     copier, told = make_page_copier(pool), []
-    mark = copier.copy(packed, [4, 1], after=copier.mark(), then=lambda ids: told.append(ids))
-    mark.synchronize()
-    copier.hold(mark)
+    event = copier.copy(
+        packed, [4, 1], wait_for=copier.record_event(), then=lambda ids: told.append(ids)
+    )
+    event.synchronize()
     assert torch.equal(pool.pages[:, [4, 1]], packed.view(3, 2, 256))
     assert not pool.pages[:, [0, 2, 3, 5]].any()
     assert told[0].tolist() == [4, 1]
