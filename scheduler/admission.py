@@ -1,28 +1,32 @@
-"""Which waiting requests start: room for their KV and their adapter, in the policy's order.
+"""Admission: which waiting requests start, in the policy's order.
 
-A request starts when its adapter is resident and pages for all its known tokens are there, with
+A request starts when its adapter is resident and the pages for all its known tokens are there, with
 one page to spare for each running request. Pages come from the free list, then from idle prefix
-blocks and adapters, then from adapters held for requests of a higher rank.
+blocks and adapters, then from adapters reserved for waiting requests of a higher rank.
 
-What bounds the wait:
-- For room (pages): a request that lacks room stops the walk, so nobody behind it starts and the
-  requests that run, which end after max_tokens at the latest, give the room back. It always fits
-  an empty pool, or it was refused.
-- For an adapter that is being inspected or loaded: others go ahead meanwhile. Once it is loaded the
-  adapter is held for the request that had it loaded; only requests of a lower rank can take it
-  away, and those are finitely many. One that is being loaded ahead (prefetch.py) is held for the
-  first request that comes to it with room for its KV; until there is room it opens no way past.
-- For an adapter slot: only base-model requests go ahead, which take no slot.
+Bounds of the wait:
+- For pages: a request that lacks pages stops the walk, so nobody behind it starts. The running
+  requests end after max_tokens at the latest and free theirs. A request that does not fit an empty
+  pool is refused when it comes.
+- For an adapter that is inspected or loaded: others start meanwhile. The loaded adapter stays
+  reserved for the request that caused the load. Only requests of a lower rank can take it away, and
+  those are finitely many. An adapter that was loaded ahead (prefetch.py) is reserved for the first
+  request that comes to it with room for its KV.
+- For an adapter slot: only base-model requests start meanwhile, as they take no slot.
 - For a prefix: a request whose next block is written by the step being planned waits for the next
-  step and shares the block then. Others go ahead meanwhile. Each such wait makes its cached prefix
+  step and shares the block then. Others start meanwhile. Each such wait makes its cached prefix
   longer, so it waits for no more steps than the prefix has blocks, unless blocks are evicted.
 - For its turn in the order: each policy states its bound.
+
+A load that has begun owns its slot and pages until it is answered, whatever becomes of the requests
+that wait for it. This cannot block the pool: a running request that needs a page preempts others or
+itself, and the answer to the load makes the adapter idle or frees it.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
-from loraplex.memory.accounting.adapter_cache import CachedAdapter, Residency
+from loraplex.memory.accounting.adapter_cache import CachedAdapter
 from loraplex.memory.accounting.kv_cache import NO_PREFIX, BlockChain, Prefix, prefix_root
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
@@ -46,7 +50,7 @@ class _Verdict(Enum):
 
 
 class Admission:
-    """Reserves pages for waiting requests and has their adapters loaded."""
+    """Allocates pages to waiting requests and has their adapters loaded."""
 
     def __init__(
         self,
@@ -64,9 +68,9 @@ class Admission:
         self._stats = stats
         self._base_fingerprint = base_fingerprint
         self._send = send
-        self._holders: dict[Hashable, Request] = {}  # waiting, but their adapter is pinned
+        self._reserving: dict[Hashable, Request] = {}  # waiting requests that reserve an adapter
         self._loading: dict[str, AdapterVersion] = {}  # content hash -> version whose path is read
-        self._loading_ahead: set[str] = set()  # content hashes among _loading that nobody holds
+        self._loading_ahead: set[str] = set()  # content hashes in _loading without a reservation
         self._prefetcher = Prefetcher(
             memory=memory, waiting=waiting, policy=policy, begin=self._load_ahead
         )
@@ -77,10 +81,10 @@ class Admission:
         return len(self._loading)
 
     def context(self, now: float, *, num_free_slots: int) -> Context:
-        """For the policy; adapters held for requests stand for seats that these will take."""
+        """Return the policy's context; a waiting request that reserves an adapter has a slot."""
         return Context(
             now=now,
-            num_free=num_free_slots - len(self._holders),
+            num_free=num_free_slots - len(self._reserving),
             lacked_room=self.lacked_room,
             resident=self._resident,
         )
@@ -95,8 +99,8 @@ class Admission:
 
         Args:
             num_running: requests that run already.
-            start: called for each request once its pages are allocated; returns whether the step
-                can take one more. Not called at all if the queue is empty.
+            start: called for each request once its pages are allocated. Returns whether the step
+                can take one more. Not called if the queue is empty.
         """
         now = context.now
         taken: list[Request] = []
@@ -125,22 +129,19 @@ class Admission:
                     break
         if taken:
             self._waiting.discard(taken)
-            self._note_change()
+            self._prefetcher.is_stale = True
 
     def prefetch(self, now: float, running: RunningRequests) -> None:
-        """Load adapters of waiting requests ahead, where nobody has to wait for it."""
-        # The order that counts is the one there will be when a seat is free.
-        context = self.context(now, num_free_slots=len(self._holders) + 1)
+        """Load adapters of waiting requests ahead, where no other request has to wait for it."""
+        # The context is the one that there will be once a slot is free.
+        context = self.context(now, num_free_slots=len(self._reserving) + 1)
         self._prefetcher.run(context, running=running, num_loading=self.num_loading)
 
-    def _note_change(self) -> None:
-        self._prefetcher.is_stale = True
-
-    def _choose(self, request: Request, context: Context) -> None:
+    def _note_admitted(self, request: Request, context: Context) -> None:
         context.num_free -= 1
-        if request.chosen_at < 0:
-            request.chosen_at = context.now
-            self._policy.on_chosen(request, context.now)
+        if request.admitted_at < 0:
+            request.admitted_at = context.now
+            self._policy.on_admitted(request, context.now)
 
     def _try_start(self, request: Request, num_running: int, context: Context) -> _Verdict:
         now = context.now
@@ -148,7 +149,7 @@ class Admission:
             return _Verdict.NO_ROOM
         version = request.adapter_version
         adapter = self._memory.adapters.get(version.content_hash) if version else None
-        is_loading = adapter is not None and adapter.residency is Residency.LOADING
+        is_loading = adapter is not None and adapter.is_loading
         if adapter and is_loading and adapter.content_hash not in self._loading_ahead:
             self._waiting.park(request, adapter.content_hash)
             return _Verdict.PARKED
@@ -161,17 +162,17 @@ class Admission:
                 return _Verdict.NO_SLOT
             num_pages += version.num_pages
         while self._num_available(prefix, adapter) < num_pages + num_running:
-            if not self.revoke_newest(request.rank, now):
+            if not self.unreserve_newest(request.rank, now):
                 return _Verdict.NO_ROOM
         if version and (is_loading or not adapter):
-            self._choose(request, context)
+            self._note_admitted(request, context)
             if not adapter:
                 self.begin_load(version, now)
-            self._hold(request, version)
+            self._wait_for_load(request, version)
             return _Verdict.PARKED
-        if request.request_id not in self._holders:  # else its seat was counted when it was chosen
-            self._choose(request, context)
-        self._reserve(request, prefix)
+        if request.request_id not in self._reserving:  # else its slot is counted already
+            self._note_admitted(request, context)
+        self._allocate(request, prefix)
         return _Verdict.STARTED
 
     def _find_prefix(self, request: Request) -> Prefix:
@@ -184,7 +185,7 @@ class Admission:
         return self._memory.kv.find_prefix(request.chain, request.token_ids)
 
     def _num_available(self, prefix: list[int], adapter: CachedAdapter | None) -> int:
-        """Available pages, less the idle ones that the request itself will revive."""
+        """Count available pages, less the idle ones that the request itself will use."""
         num_available = self._memory.num_available - self._memory.kv.num_idle_among(prefix)
         if adapter is not None and adapter.is_idle:
             num_available -= len(adapter.page_ids)
@@ -192,13 +193,15 @@ class Admission:
 
     def _find_slot(self, request: Request, now: float) -> bool:
         while not self._memory.has_adapter_slot:
-            if not self.revoke_newest(request.rank, now):
+            if not self.unreserve_newest(request.rank, now):
                 return False
         return True
 
     def begin_load(self, version: AdapterVersion, now: float) -> None:
-        """Reserve a slot and pages and have the adapter copied into them; there must be room for
-        both. Without a holder it is idle once it is loaded."""
+        """Allocate a slot and pages, which must be available, and have the adapter copied there.
+
+        Without a reservation the adapter is idle once it is loaded.
+        """
         self._memory.make_adapter_slot()
         self._memory.make_room(version.num_pages)
         adapter = self._memory.adapters.allocate(
@@ -221,17 +224,18 @@ class Admission:
         self._loading_ahead.add(version.content_hash)
         self._stats.num_adapter_prefetches += 1
 
-    def _hold(self, request: Request, version: AdapterVersion) -> None:
-        """Let `request` wait for its adapter, which is being loaded, and keep that for it."""
+    def _wait_for_load(self, request: Request, version: AdapterVersion) -> None:
+        """Park a request until its adapter is loaded, and reserve the adapter for it."""
         self._loading_ahead.discard(version.content_hash)
-        self._pin(request)
-        self._holders[request.request_id] = request
+        self._reserve_adapter(request)
+        self._reserving[request.request_id] = request
         self._waiting.park(request, version.content_hash)
 
-    def _reserve(self, request: Request, prefix: list[int]) -> None:
-        if request.adapter_version is not None and not request.pins_adapter:
-            self._pin(request)
-        self._holders.pop(request.request_id, None)
+    def _allocate(self, request: Request, prefix: list[int]) -> None:
+        """Give a request that starts its adapter and the pages for all its known tokens."""
+        if request.adapter_version is not None and not request.reserves_adapter:
+            self._reserve_adapter(request)
+        self._reserving.pop(request.request_id, None)
         kv, num_tokens = self._memory.kv, len(request.token_ids)
         assert request.chain is not None
         kv.open(request.request_id, request.chain, prefix)
@@ -246,56 +250,59 @@ class Admission:
             self._stats.prefix_query_tokens += num_tokens
             self._stats.prefix_hit_tokens += num_cached
 
-    def _pin(self, request: Request) -> None:
+    def _reserve_adapter(self, request: Request) -> None:
         assert request.adapter_version is not None
-        self._memory.adapters.pin(request.adapter_version.content_hash)
-        request.pins_adapter = True
+        self._memory.adapters.reserve(request.adapter_version.content_hash)
+        request.reserves_adapter = True
 
-    def unpin(self, request: Request, now: float) -> None:
-        """Let go of the adapter of a request that ends, is preempted, or held it while waiting."""
-        self._note_change()
-        self._holders.pop(request.request_id, None)
-        if request.pins_adapter and request.adapter_version is not None:
-            request.pins_adapter = False
-            self._memory.adapters.unpin(request.adapter_version.content_hash, now)
+    def unreserve_adapter(self, request: Request, now: float) -> None:
+        """End the reservation of a request that ends, is preempted, or loses it while it waits."""
+        self._prefetcher.is_stale = True
+        self._reserving.pop(request.request_id, None)
+        if request.reserves_adapter and request.adapter_version is not None:
+            request.reserves_adapter = False
+            self._memory.adapters.unreserve(request.adapter_version.content_hash, now)
 
-    def newest_holder(self) -> Request | None:
-        """The last request by rank for which an adapter is held that has finished loading."""
-        held = [
+    def unreserve_newest(self, rank: Rank, now: float) -> bool:
+        """End the reservation of the last waiting request by rank, if it comes after `rank`.
+
+        Adapters that are loading stay reserved. Returns whether a reservation was ended.
+        """
+        reserving = [
             request
-            for request in self._holders.values()
+            for request in self._reserving.values()
             if request.adapter_version and request.adapter_version.content_hash not in self._loading
         ]
-        return max(held, key=lambda request: request.rank, default=None)
-
-    def revoke_newest(self, rank: Rank, now: float) -> bool:
-        """Make one adapter that is held for a request later than `rank` idle, if there is one."""
-        holder = self.newest_holder()
-        if holder is None or holder.rank <= rank:
+        newest = max(reserving, key=lambda request: request.rank, default=None)
+        if newest is None or newest.rank <= rank:
             return False
-        self.unpin(holder, now)
+        self.unreserve_adapter(newest, now)
         return True
 
     def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], AdapterVersion]:
-        """Take in the end of a load; a failed one gives its slot and pages back.
+        """Record the end of a load; a failed one frees its slot and pages.
 
         Returns:
             The requests that waited for it, now in no queue, and the version that was read.
+
+        Raises:
+            ValueError: no such load was asked for.
         """
         adapter = self._memory.adapters.get(event.content_hash)
         version = self._loading.pop(event.content_hash, None)
         if adapter is None or version is None or adapter.slot != event.adapter_slot:
             raise ValueError(
-                f"nobody asked to load adapter {event.content_hash} into slot {event.adapter_slot}"
+                f"adapter {event.content_hash} was loaded into slot {event.adapter_slot}, but no "
+                "such load was asked for"
             )
         self._loading_ahead.discard(event.content_hash)
-        self._note_change()
+        self._prefetcher.is_stale = True
         requests = self._waiting.unpark(event.content_hash)
         if event.error:
             self._stats.num_adapter_load_failures += 1
             for request in requests:
-                self.unpin(request, now)
-            self._memory.adapters.release(event.content_hash)
+                self.unreserve_adapter(request, now)
+            self._memory.adapters.fail_load(event.content_hash)
         else:
             self._stats.adapter_load_us += event.load_us
             self._memory.adapters.finish_load(event.content_hash, now)

@@ -1,4 +1,4 @@
-"""Cross-checks between the scheduler's books; used by tests after every operation."""
+"""Cross-checks of the scheduler's state; tests call them after every operation."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ def check_integrity(
 ) -> None:
     """Raise IntegrityError unless each request is in one place and holds what it should.
 
-    `pinned` are the content hashes that the user's pins hold.
+    `pinned` are the content hashes that the user's pins reserve.
     """
     requests = list(requests)
     waiting.check_integrity()
@@ -35,14 +35,16 @@ def check_integrity(
     tables = {request.request_id for request in running}
     if tables != set(memory.kv.request_ids()):
         raise IntegrityError("a page table belongs to no running request, or one has none")
-    pins: Counter[str] = Counter(pinned)
+    expected: Counter[str] = Counter(pinned)
     for request in requests:
         _check_request(request, memory)
-        if request.pins_adapter and request.adapter_version is not None:
-            pins[request.adapter_version.content_hash] += 1
-    held = Counter({adapter.content_hash: adapter.num_pins for adapter in memory.adapters})
-    if +held != pins:
-        raise IntegrityError(f"adapters are pinned {+held}, requests and the user hold {pins}")
+        if request.reserves_adapter and request.adapter_version is not None:
+            expected[request.adapter_version.content_hash] += 1
+    reserved = Counter({a.content_hash: a.num_reservations for a in memory.adapters})
+    if +reserved != expected:
+        raise IntegrityError(
+            f"adapters are reserved {+reserved}, requests and the user reserve {expected}"
+        )
 
 
 def _check_request(request: Request, memory: PageManager) -> None:
@@ -58,5 +60,5 @@ def _check_request(request: Request, memory: PageManager) -> None:
         raise IntegrityError(f"{name} counts its pages wrongly")
     if request.num_scheduled > request.capacity:
         raise IntegrityError(f"{name} was planned past its pages")
-    if (request.adapter_version is not None) != request.pins_adapter:
-        raise IntegrityError(f"{name} runs without a pin on its adapter")
+    if (request.adapter_version is not None) != request.reserves_adapter:
+        raise IntegrityError(f"{name} runs without a reservation of its adapter")

@@ -46,11 +46,11 @@ class StepPlanner:
             self._admission.prefetch(now, self._running)
 
     def vacate(self, request: Request, now: float) -> None:
-        """Take slot, pages and pin from a running request."""
+        """Take slot, pages and adapter from a running request."""
         self._admission.lacked_room = False
         self._running.release(request)
         self._memory.kv.release(request.request_id)
-        self._admission.unpin(request, now)
+        self._admission.unreserve_adapter(request, now)
 
     def _plan_running(self, step: StepBuilder, now: float) -> None:
         """Decode rows first, then chunks of prompts in order while the budget lasts.
@@ -88,7 +88,7 @@ class StepPlanner:
         the request itself had to give way."""
         while not self._memory.num_available:
             newest = self._running.newest  # never before `request`, so the step has no row of it
-            if self._admission.revoke_newest(newest.rank, now):
+            if self._admission.unreserve_newest(newest.rank, now):
                 continue
             self._preempt(newest, now)
             if newest is request:

@@ -1,17 +1,17 @@
-"""Adapters of requests that wait are loaded before the requests can start.
+"""Prefetch: loads adapters of waiting requests before the requests can start.
 
-A load takes from a millisecond to some tens; one begun while its request waits for a seat or for
-pages costs that request nothing. Nobody else must pay for it, so a load goes ahead only if
+A load takes from a millisecond to some tens. If it begins while its request waits for a slot or for
+pages, it costs that request nothing. It must cost no other request anything either, so a load
+begins ahead only if
 
-- pages are left for what running requests grow by during a load, and for all requests before it in
-  the policy's order, which could therefore all start at once if they had seats. Where the first
-  request lacks room itself, only its own adapter is loaded: those pages it needs in any case;
-- what is evicted for it is idle, of a lower eviction priority than the adapter will have, and not
+- enough pages stay available for the growth of running requests during a load, and for all requests
+  before it in the policy's order, as if they all started at once. Where the first request lacks
+  room itself, only its own adapter is loaded: it needs those pages in any case;
+- it evicts only what is idle, has a lower eviction priority than the adapter will have, and is not
   the adapter of another request within the look-ahead.
 
-Until it is loaded an adapter's pages are nobody's to take; then it is idle like any other, and can
-be evicted. A request has its adapter loaded ahead at most once, so that two never push each other
-out in turns.
+An adapter that was loaded ahead is idle like any other once its load is answered. Each request has
+its adapter loaded ahead at most once, so two requests cannot evict each other's adapter in turns.
 """
 
 from collections.abc import Callable
@@ -25,20 +25,20 @@ from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
 LOOK_AHEAD = 16
-"""Requests of the order that are looked at: more than start during a load. Further ahead the order
-may still change, and pages would lie idle until it is their turn."""
+"""Requests of the order that are considered: more than start during a load. Further ahead the order
+may still change, and the pages would be unused for long."""
 
 MAX_LOADS = 4
-"""Loads in flight, of any kind, at which none is begun ahead. Loads go over the link one after the
-other, and one that a request waits for must not queue behind many that nobody needs yet: at 80 MB
-an adapter, four are 6 ms."""
+"""Loads in flight, of any kind, at which none begins ahead. Loads are copied one after the other,
+and a load that a request waits for must not queue behind many: at 80 MB an adapter, four take
+6 ms."""
 
 LOAD_STEPS = 8
-"""Steps for which running requests have pages to grow by: more than a load from disk takes."""
+"""Steps for which running requests keep pages to grow: more than a load from disk takes."""
 
 
 class Prefetcher:
-    """Chooses the loads; `begin` has one done, for which room has been made."""
+    """Chooses the loads; `begin` starts one, for which room has been made."""
 
     def __init__(
         self,
@@ -52,15 +52,16 @@ class Prefetcher:
         self._waiting = waiting
         self._policy = policy
         self._begin = begin
-        self._num_waiting = 0  # when it looked last
-        self.is_stale = True  # something has changed since it looked last
+        self._num_waiting = 0  # at the last run
+        self.is_stale = True  # something has changed since the last run
 
     def run(self, context: Context, *, running: RunningRequests, num_loading: int) -> None:
-        """Begin the loads that nobody pays for; costs O(LOOK_AHEAD), or nothing if all is as it
-        was the last time.
+        """Begin the loads that delay no other request.
+
+        Takes O(LOOK_AHEAD), or O(1) if nothing has changed since the last run.
 
         Args:
-            context: as for an admission that has seats to give.
+            context: the context of an admission that has free slots.
             num_loading: adapters being loaded.
         """
         num_waiting = min(LOOK_AHEAD, len(self._waiting.by_age))
@@ -70,7 +71,7 @@ class Prefetcher:
         window = list(islice(self._policy.order(self._waiting, context), LOOK_AHEAD))
         memory, counted = self._memory, set[str]()
         num_growth: int | None = None
-        num_needed = 0  # by those before
+        num_needed = 0  # by the requests before
         for request in window:
             version = request.adapter_version
             if version is not None and version.content_hash not in counted:
@@ -94,7 +95,7 @@ class Prefetcher:
                 return
 
     def _growth(self, running: RunningRequests) -> int:
-        """Pages that the running requests may take during a load."""
+        """Count the pages that running requests may take during a load."""
         num_pages_for = self._memory.kv.num_pages_for
         return sum(
             num_pages_for(num_tokens - request.capacity)
@@ -113,7 +114,7 @@ class Prefetcher:
         return True
 
     def _make_room(self, version: AdapterVersion, window: list[Request]) -> bool:
-        """Free a slot and pages at the cost of what is cheaper to bring back."""
+        """Free a slot and pages by evicting only what is cheaper to bring back."""
         memory, num_pages = self._memory, version.num_pages
         cost_ns = memory.adapters.load_cost_ns(version.content_hash, version.num_bytes)
         below = memory.clock.stamp(cost_ns, num_pages)
@@ -124,10 +125,10 @@ class Prefetcher:
         }
         kept = [a for h in sorted(soon_used) if (a := memory.adapters.get(h)) and a.is_idle]
         for adapter in kept:
-            memory.adapters.pin(adapter.content_hash)
+            memory.adapters.reserve(adapter.content_hash)
         has_room = memory.make_adapter_slot(below=below) and memory.make_room(
             num_pages, below=below
         )
         for adapter in kept:
-            memory.adapters.unpin(adapter.content_hash, adapter.last_use)
+            memory.adapters.unreserve(adapter.content_hash, adapter.last_use)
         return has_room

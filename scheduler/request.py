@@ -50,11 +50,11 @@ class Request:
     state: RequestState = field(default=RequestState.WAITING, init=False)
     order: int = field(default=0, init=False)  # of arrival, unique
     key: Rank = field(default=(0.0, 0), init=False)  # place in its flow, see Policy
-    rank: Rank = field(default=(0.0, 0), init=False)  # place among the chosen ones
+    rank: Rank = field(default=(0.0, 0), init=False)  # place among the admitted ones
     flow: Hashable = field(default=None, init=False)  # the one it waits in
-    chosen_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
+    admitted_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
     adapter_version: AdapterVersion | None = field(default=None, init=False)
-    pins_adapter: bool = field(default=False, init=False)
+    reserves_adapter: bool = field(default=False, init=False)
     parked_on: Hashable = field(default=None, init=False)  # see WaitingQueue
     was_prefetched: bool = field(default=False, init=False)  # its adapter was loaded ahead, once
     chain: BlockChain | None = field(default=None, init=False)

@@ -1,4 +1,4 @@
-"""What a request must satisfy to be let in: whoever passes can be served to the end."""
+"""Checks of a new request. A request that passes can be served to its end."""
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
@@ -6,10 +6,10 @@ from loraplex.scheduler.request import Request, RequestRefused
 
 
 def check_lengths(request: Request, max_model_len: int) -> None:
-    """Fix how long the request may grow.
+    """Set the length to which the request may grow.
 
     Raises:
-        RequestRefused: it leaves no token to compute or none to generate.
+        RequestRefused: there is no token to compute, or none to generate.
     """
     num_prompt, max_tokens = request.num_prompt_tokens, request.sampling.max_tokens
     if not num_prompt:
@@ -28,11 +28,13 @@ def check_lengths(request: Request, max_model_len: int) -> None:
 def capacity_problem(
     request: Request, version: AdapterVersion | None, memory: PageManager, num_pinned: int
 ) -> str:
-    """Why the request would not fit even an empty pool, or nothing if it would.
+    """Return the reason if the request would not fit even an empty pool, else "".
 
-    `num_pinned` pages are taken for good, by adapters that are pinned and not its own. The KV of
-    the last token is never computed. An adapter that was not inspected counts nothing yet; the
-    question is asked again when it was.
+    The KV of the last token is never computed. An adapter that was not inspected counts as 0 pages;
+    the check is repeated when it was.
+
+    Args:
+        num_pinned: pages of pinned adapters other than the request's own.
     """
     num_kv = memory.kv.num_pages_for(request.max_total - 1)
     num_weights = version.num_pages if version else 0

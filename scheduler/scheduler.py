@@ -168,7 +168,7 @@ class Scheduler:
             self._planner.vacate(request, now)
         else:
             self._waiting.remove(request)
-            self._admission.unpin(request, now)
+            self._admission.unreserve_adapter(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
         self._adapters.usage_stats.on_end(request)
@@ -212,7 +212,7 @@ class Scheduler:
 
     def _give_up(self, now: float) -> None:
         """Fail the waiting requests that the policy has no hope for."""
-        for request in self._policy.hopeless(self._waiting, self._planner.context(now)):
+        for request in self._policy.requests_to_drop(self._waiting, self._planner.context(now)):
             self._stats.num_deadline_drops += 1
             text = (
                 f"the first token would have come later than ttft_slo_s "
@@ -364,7 +364,7 @@ class Scheduler:
             running=self._running,
             waiting=self._waiting,
             memory=self._memory,
-            pinned=self._adapters.pins.held(),
+            pinned=self._adapters.pins.reserved(),
         )
         self._adapters.pins.check_integrity()
         self._policy.check_integrity(self._requests.values())

@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from loraplex.memory.accounting.block_manager import IntegrityError
-from loraplex.scheduler.policies.policy import CHOSEN, Policy
+from loraplex.scheduler.policies.policy import ADMITTED, Policy
 from loraplex.scheduler.request import Request
 
 _BULK = 32  # pushes from which on sorting the lists once is cheaper
@@ -98,8 +98,8 @@ class WaitingQueue:
                 raise IntegrityError(f"flow {name!r} is out of order")
 
     def _open_flow(self, request: Request) -> list[Request]:
-        again = self._policy.chosen_first and request.chosen_at >= 0
-        request.flow = CHOSEN if again else self._policy.flow(request)
+        again = self._policy.admitted_first and request.admitted_at >= 0
+        request.flow = ADMITTED if again else self._policy.flow(request)
         flow = self.flows.get(request.flow)
         if flow is None:
             flow = self.flows[request.flow] = []
@@ -108,7 +108,7 @@ class WaitingQueue:
 
 
 def _sort_key(flow: Hashable) -> Callable[[Request], Any]:
-    return _rank if flow is CHOSEN else _key
+    return _rank if flow is ADMITTED else _key
 
 
 def _delete(requests: list[Request], request: Request, key: Callable[[Request], Any]) -> None:

@@ -104,7 +104,7 @@ class PageManager:
 
     def evict_adapter(self, content_hash: str) -> None:
         """Free the slot and pages of an idle adapter."""
-        self._unload(self.adapters.release(content_hash))
+        self._unload(self.adapters.evict(content_hash))
 
     def num_owned(self) -> dict[str, int]:
         """Return the number of pages of each owner, by its name in lower case."""

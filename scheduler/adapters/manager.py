@@ -1,4 +1,4 @@
-"""Adapters as the user sees them: names, outcomes of commands, pins, and what is where."""
+"""Adapters as the user sees them: names, answers to commands, pins, and where each one is."""
 
 import logging
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.memory.accounting.adapter_cache import CachedAdapter, Residency
+from loraplex.memory.accounting.adapter_cache import CachedAdapter
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.pins import AdapterPins
 from loraplex.scheduler.adapters.registry import AdapterRegistry
@@ -25,7 +25,7 @@ logger = logging.getLogger("loraplex.scheduler")
 
 @dataclass(slots=True)
 class AdapterUpdate:
-    """The outcome of load_adapter() or pin_adapter(), for whoever gave `reply_key`."""
+    """The answer to a load_adapter() or pin_adapter(), for the caller that gave `reply_key`."""
 
     reply_key: Hashable
     name: str
@@ -35,9 +35,9 @@ class AdapterUpdate:
 
 
 class AdapterManager:
-    """Joins the registry of names with the cache of contents, the user's pins and the statistics.
+    """Joins the registry of names with the adapter cache, the user's pins and the statistics.
 
-    A content leaves pages and host memory when no name and no unfinished request refers to it.
+    An adapter leaves pages and host memory when no name and no unfinished request refers to it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AdapterManager:
         load: Callable[[AdapterVersion, float], None],
         clock: Callable[[], float],
     ) -> None:
-        """`requests` are the unfinished ones; `load` begins to load an adapter into free pages."""
+        """`requests` are the unfinished ones; `load` begins a load, for which there is room."""
         self._memory = memory
         self._send = send
         self._clock = clock
@@ -60,17 +60,17 @@ class AdapterManager:
         self.registry = AdapterRegistry(
             max_pages=memory.blocks.num_usable,
             send=send,
-            orphan=self._release_unwanted,
-            retire=self._on_retired,
+            on_unused=self._free_unused,
+            on_replaced=self._on_replaced,
         )
 
     def on_inspected(self, event: AdapterInspected) -> AdapterVersion:
-        """Record an inspection and answer whoever asked for it."""
+        """Record an inspection and answer those who asked for it."""
         if event.content_hash:
-            self._memory.adapters.set_in_host(event.content_hash, True)
+            self._memory.adapters.set_on_host(event.content_hash, True)
         version, refusal = self.registry.on_inspected(event)
         if refusal and event.content_hash:
-            self._release_unwanted(event.content_hash)
+            self._free_unused(event.content_hash)
         for reply_key in version.reply_keys:
             self._reply(reply_key, version, refusal)
         version.reply_keys.clear()
@@ -81,7 +81,7 @@ class AdapterManager:
     def on_loaded(
         self, event: AdapterLoaded, version: AdapterVersion, waited: Iterable[Request]
     ) -> None:
-        """Record the end of a load, after the cache did."""
+        """Record the end of a load that the adapter cache knows of."""
         now = self._clock()
         self.usage_stats.on_loaded(event, version, waited)
         if event.error:
@@ -90,16 +90,16 @@ class AdapterManager:
             self.pins.unpin(version, now)
             self.registry.fail(version, event.error)
         else:
-            self._memory.adapters.set_in_host(event.content_hash, True)
+            self._memory.adapters.set_on_host(event.content_hash, True)
             self.pins.keep(now)
-        self._release_unwanted(event.content_hash)
+        self._free_unused(event.content_hash)
 
     def on_evicted(self, content_hash: str) -> None:
-        """The host store has it no more."""
-        self._memory.adapters.set_in_host(content_hash, False)
+        """Record that the host store evicted an adapter."""
+        self._memory.adapters.set_on_host(content_hash, False)
 
     def pin(self, name: str, reply_key: Hashable) -> None:
-        """Pin what the name means; answered by an update, once its files are inspected."""
+        """Pin what the name means; an update answers once its files are inspected."""
         version = self.registry.resolve(name)
         if version.state is AdapterState.READY:
             self._reply(reply_key, version, self.pins.pin(version))
@@ -135,8 +135,8 @@ class AdapterManager:
             self._reply(reply_key, version, refusal)
         version.pin_keys.clear()
 
-    def _on_retired(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
-        """A pin is the name's: the next version takes it over, if it fits the share."""
+    def _on_replaced(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
+        """Give the pin of a name to its next version, if that fits the share."""
         was_pinned = version.is_pinned or version.wants_pin
         self.pins.unpin(version, self._clock())
         if successor is None:
@@ -151,9 +151,11 @@ class AdapterManager:
             elif successor.state is AdapterState.REGISTERED:
                 self.registry.inspect_once(successor)
 
-    def _release_unwanted(self, content_hash: str) -> None:
-        """Free a content that no name and no request refers to; one that still loads is asked
-        about again when it is loaded."""
+    def _free_unused(self, content_hash: str) -> None:
+        """Free an adapter that no name and no request refers to.
+
+        One that is loading stays; on_loaded() calls this again.
+        """
         if self.registry.with_hash(content_hash):
             return
         adapter = self._memory.adapters.get(content_hash)
@@ -161,11 +163,11 @@ class AdapterManager:
             if not adapter.is_idle:
                 return
             self._memory.evict_adapter(content_hash)
-        self._memory.adapters.set_in_host(content_hash, False)
+        self._memory.adapters.set_on_host(content_hash, False)
         self._send(DropAdapter(content_hash))
 
     def describe_all(self, name: str, running: Iterable[Request]) -> list[dict[str, Any]]:
-        """The adapter of this name, or all for an empty one, as plain values."""
+        """Describe the adapter of this name, or all for an empty name, as plain values."""
         num_running = Counter(request.adapter_version for request in running)
         versions = [self.registry.find(name)] if name else self.registry
         return [self.describe(version, num_running) for version in versions]
@@ -173,10 +175,10 @@ class AdapterManager:
     def describe(
         self, version: AdapterVersion, num_running: Mapping[AdapterVersion | None, int]
     ) -> dict[str, Any]:
-        """One named adapter as plain values; `num_running` counts running requests by version."""
+        """Describe a named adapter; `num_running` counts running requests by version."""
         adapter = self._memory.adapters.get(version.content_hash) if version.content_hash else None
-        is_resident = adapter is not None and adapter.residency is Residency.RESIDENT
-        in_host = self._memory.adapters.is_in_host(version.content_hash)
+        is_resident = adapter is not None and not adapter.is_loading
+        on_host = self._memory.adapters.is_on_host(version.content_hash)
         last_use = self._clock() if version.num_requests else version.last_use
         return {
             "name": version.name,
@@ -188,8 +190,8 @@ class AdapterManager:
             "num_bytes": version.num_bytes,
             "max_rank": version.max_rank,
             "modules": list(version.modules),
-            "tier": "pages" if is_resident else "host" if in_host else "disk",
-            "residency": adapter.residency.value if adapter else "none",
+            "tier": "pages" if is_resident else "host" if on_host else "disk",
+            "residency": _residency(adapter),
             "pinned": version.is_pinned or version.wants_pin,
             "num_requests": version.num_requests,
             "num_running": num_running.get(version, 0),
@@ -200,7 +202,7 @@ class AdapterManager:
         }
 
     def describe_resident(self) -> list[dict[str, Any]]:
-        """Every content in pages as plain values."""
+        """Describe every adapter in pages."""
         return [
             {
                 "content_hash": adapter.content_hash,
@@ -208,8 +210,8 @@ class AdapterManager:
                     version.name for version in self.registry.with_hash(adapter.content_hash)
                 ],
                 "num_pages": len(adapter.page_ids),
-                "residency": adapter.residency.value,
-                "pinned": self.pins.is_held(adapter.content_hash),
+                "residency": _residency(adapter),
+                "pinned": self.pins.is_reserved(adapter.content_hash),
                 "adapter_slot": adapter.slot,
                 "num_users": self._num_users(adapter),
                 "seconds_since_use": self._idle_seconds(adapter),
@@ -218,11 +220,11 @@ class AdapterManager:
         ]
 
     def stats(self) -> dict[str, Any]:
-        """Counts over all adapters, and the base model's."""
+        """Return counts over all adapters, and those of the base model."""
         return {
             "registered_adapters": len(self.registry),
             "resident_adapters": self.describe_resident(),
-            "host_adapters": self._memory.adapters.num_in_host,
+            "host_adapters": self._memory.adapters.num_on_host,
             "pinned_adapters": len(self.pins),
             "pages_pinned": self.pins.num_pages,
             "adapter_usage": self.usage_stats.adapters.snapshot(),
@@ -230,7 +232,13 @@ class AdapterManager:
         }
 
     def _num_users(self, adapter: CachedAdapter) -> int:
-        return adapter.num_pins - self.pins.is_held(adapter.content_hash)
+        return adapter.num_reservations - self.pins.is_reserved(adapter.content_hash)
 
     def _idle_seconds(self, adapter: CachedAdapter) -> float:
         return 0.0 if self._num_users(adapter) else self._clock() - adapter.last_use
+
+
+def _residency(adapter: CachedAdapter | None) -> str:
+    if adapter is None:
+        return "none"
+    return "loading" if adapter.is_loading else "resident"

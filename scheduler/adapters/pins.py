@@ -1,8 +1,7 @@
-"""Adapters that the user wants in pages whether they are used or not."""
+"""Pins: adapters that the user wants in pages whether they are used or not."""
 
 from collections.abc import Callable, Hashable, Mapping
 
-from loraplex.memory.accounting.adapter_cache import Residency
 from loraplex.memory.accounting.block_manager import IntegrityError
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
@@ -10,15 +9,17 @@ from loraplex.scheduler.request import Request
 from loraplex.scheduler.request_checks import capacity_problem
 
 MAX_SHARE = 0.5
-"""Of the pages, and of the adapter slots, that pinned adapters may take."""
+"""Share of the pages, and of the adapter slots, that pinned adapters may take."""
 
 
 class AdapterPins:
-    """Pinned versions by content. A content is held in the adapter cache once it is resident; until
-    then it is missing, and loaded when there is room: at the latest for its first request.
+    """Pinned versions by content hash.
 
-    A pin is refused if it could leave an unfinished request without room; what is pinned counts
-    against every later request, so none that was accepted can be starved by pins.
+    A pin reserves its adapter once that is resident. Until then the adapter is missing. A missing
+    adapter is loaded when there is room, at the latest for its first request.
+
+    A pin is refused if it could leave an unfinished request without room. Pinned pages count
+    against every later request, so pins cannot starve a request that was accepted.
     """
 
     def __init__(
@@ -29,80 +30,82 @@ class AdapterPins:
         requests: Mapping[Hashable, Request],
         load: Callable[[AdapterVersion, float], None],
     ) -> None:
-        """`requests` are the unfinished ones; `load` begins to load an adapter into free pages."""
+        """`requests` are the unfinished ones; `load` begins a load, for which there is room."""
         self._memory = memory
         self._max_pages = int(memory.blocks.num_usable * MAX_SHARE)
         self._max_slots = int(max_slots * MAX_SHARE)
         self._requests = requests
         self._load = load
-        self._records: dict[str, dict[AdapterVersion, None]] = {}  # content hash -> pinned versions
+        self._pinned: dict[str, dict[AdapterVersion, None]] = {}  # content hash -> pinned versions
         self._missing: dict[str, None] = {}  # content hashes, to be loaded in this order
-        self.num_pages = 0  # of all pinned contents, whether resident or not
+        self.num_pages = 0  # of all pinned adapters, be they resident or missing
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._pinned)
 
-    def held(self) -> list[str]:
-        """Content hashes that have a pin in the adapter cache."""
-        return [content_hash for content_hash in self._records if content_hash not in self._missing]
+    def reserved(self) -> list[str]:
+        """Return the content hashes that pins reserve in the adapter cache."""
+        return [content_hash for content_hash in self._pinned if content_hash not in self._missing]
 
-    def is_held(self, content_hash: str) -> bool:
-        return content_hash in self._records and content_hash not in self._missing
+    def is_reserved(self, content_hash: str) -> bool:
+        """Whether a pin reserves the adapter in the adapter cache."""
+        return content_hash in self._pinned and content_hash not in self._missing
 
     def num_pages_besides(self, content_hash: str) -> int:
-        """Pages that a request of this content (empty: the base model) cannot have."""
-        own = self._records.get(content_hash)
+        """Count pinned pages that a request of this adapter (empty: the base model) cannot use."""
+        own = self._pinned.get(content_hash)
         return self.num_pages - (next(iter(own)).num_pages if own else 0)
 
     def pin(self, version: AdapterVersion) -> str:
-        """Pin a READY version; returns why it cannot be, if so."""
-        if version.content_hash not in self._records:
+        """Pin a READY version; returns the reason if it cannot be pinned."""
+        if version.content_hash not in self._pinned:
             if refusal := self._refusal(version):
                 return f"adapter {version.name!r} cannot be pinned: {refusal}"
-            self._records[version.content_hash] = {}
+            self._pinned[version.content_hash] = {}
             self._missing[version.content_hash] = None
             self.num_pages += version.num_pages
-        self._records[version.content_hash][version] = None
+        self._pinned[version.content_hash][version] = None
         version.is_pinned = True
         return ""
 
     def unpin(self, version: AdapterVersion, now: float) -> None:
-        """Idempotent. An adapter without other users is idle then."""
+        """End a pin, if there is one. An adapter without other users is idle then."""
         if not version.is_pinned:
             return
         version.is_pinned = False
         content_hash = version.content_hash
-        versions = self._records[content_hash]
+        versions = self._pinned[content_hash]
         del versions[version]
         if versions:
             return
-        if self.is_held(content_hash):
-            self._memory.adapters.unpin(content_hash, now)
+        if self.is_reserved(content_hash):
+            self._memory.adapters.unreserve(content_hash, now)
         self._missing.pop(content_hash, None)
-        del self._records[content_hash]
+        del self._pinned[content_hash]
         self.num_pages -= version.num_pages
 
     def keep(self, now: float) -> None:
-        """Hold what has become resident, and load what is missing while there is room."""
+        """Reserve what has become resident, and load what is missing while there is room."""
         for content_hash in list(self._missing):
             adapter = self._memory.adapters.get(content_hash)
             if adapter is None:
-                version = next(iter(self._records[content_hash]))
+                version = next(iter(self._pinned[content_hash]))
                 has_room = self._memory.num_available >= version.num_pages
                 if has_room and self._memory.has_adapter_slot:
                     self._load(version, now)
-            elif adapter.residency is Residency.RESIDENT:
-                self._memory.adapters.pin(content_hash)
+            elif not adapter.is_loading:
+                self._memory.adapters.reserve(content_hash)
                 del self._missing[content_hash]
 
     def _refusal(self, version: AdapterVersion) -> str:
         num_pages = self.num_pages + version.num_pages
         if num_pages > self._max_pages:
             return (
-                f"it needs {version.num_pages} pages, and of the {self._max_pages} that pinned "
-                f"adapters may take {self.num_pages} are taken; unpin others or enlarge the pool"
+                f"it needs {version.num_pages} pages, and {self.num_pages} of the "
+                f"{self._max_pages} pages for pinned adapters are taken; unpin others or enlarge "
+                "the pool"
             )
-        if len(self._records) >= self._max_slots:
+        if len(self._pinned) >= self._max_slots:
             return (
                 f"pinned adapters may take {self._max_slots} of the adapter slots and have them; "
                 "unpin others or raise max_adapter_slots"
@@ -121,14 +124,14 @@ class AdapterPins:
         return ""
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless the counts are right and what is held is resident."""
-        num_pages = sum(next(iter(versions)).num_pages for versions in self._records.values())
+        """Raise IntegrityError unless counts are exact and reserved adapters are resident."""
+        num_pages = sum(next(iter(versions)).num_pages for versions in self._pinned.values())
         if num_pages != self.num_pages or not 0 <= num_pages <= self._max_pages:
             raise IntegrityError(f"{num_pages} pages are pinned, counted as {self.num_pages}")
-        for content_hash, versions in self._records.items():
-            if not all(r.is_pinned and r.content_hash == content_hash for r in versions):
+        for content_hash, versions in self._pinned.items():
+            if not all(v.is_pinned and v.content_hash == content_hash for v in versions):
                 raise IntegrityError(f"a version is pinned as {content_hash} and is not")
             adapter = self._memory.adapters.get(content_hash)
-            is_resident = adapter is not None and adapter.residency is Residency.RESIDENT
-            if self.is_held(content_hash) and not is_resident:
-                raise IntegrityError(f"adapter {content_hash} is held and not resident")
+            is_resident = adapter is not None and not adapter.is_loading
+            if self.is_reserved(content_hash) and not is_resident:
+                raise IntegrityError(f"adapter {content_hash} is reserved and not resident")

@@ -1,7 +1,7 @@
-"""Which adapters are known by which name, and what inspecting their files brought.
+"""The registry of adapter names, and what the inspection of their files found.
 
-A version is one version of one name. Requests are bound to the version that the name meant when
-they arrived, so replacing an adapter never mixes two contents in one answer.
+A version is one version of one name. A request is bound to the version that its name meant when the
+request arrived, so no answer comes from two adapters.
 """
 
 from collections import deque
@@ -16,22 +16,28 @@ MAX_LISTED = 20  # names in an error
 
 
 class AdapterRegistry:
-    """Name -> version. Emits InspectAdapter through `send`. `orphan` is told a content hash that no
-    name and no request refers to any more; `retire` a version before it loses its name, and the one
-    that takes its place, if any."""
+    """Name -> version.
+
+    Args:
+        max_pages: pages of the pool that tenants can own.
+        send: takes an InspectAdapter for the workers.
+        on_unused: called with a content hash that no name and no request refers to any more.
+        on_replaced: called with a version before it loses its name, and with the version that takes
+            its place, if there is one.
+    """
 
     def __init__(
         self,
         *,
         max_pages: int,
         send: Callable[[InspectAdapter], None],
-        orphan: Callable[[str], None],
-        retire: Callable[[AdapterVersion, AdapterVersion | None], None],
+        on_unused: Callable[[str], None],
+        on_replaced: Callable[[AdapterVersion, AdapterVersion | None], None],
     ) -> None:
         self._max_pages = max_pages
         self._send = send
-        self._retired = retire
-        self._orphan = orphan
+        self._on_replaced = on_replaced
+        self._on_unused = on_unused
         self._by_name: dict[str, AdapterVersion] = {}
         self._by_hash: dict[str, list[AdapterVersion]] = {}  # READY, named or in use
         self._inspecting: dict[tuple[str, str], deque[AdapterVersion]] = {}
@@ -47,8 +53,10 @@ class AdapterRegistry:
         return self._by_hash.get(content_hash, [])
 
     def register(self, name: str, path: str) -> AdapterVersion:
-        """Remember a path, to be read on first use. The same path again changes nothing, unless
-        reading it had failed."""
+        """Register a path, to be read on first use.
+
+        The same path again changes nothing, unless reading it has failed.
+        """
         version = self._by_name.get(name)
         if version and version.path == path and version.state is not AdapterState.FAILED:
             return version
@@ -57,8 +65,11 @@ class AdapterRegistry:
         return version
 
     def load(self, name: str, path: str, reply_key: Hashable) -> AdapterVersion:
-        """Inspect `path` now. The version that the name has goes on serving until the new one is
-        found good; where there is none, or it has failed, new requests wait for the new one."""
+        """Inspect `path` now.
+
+        The name keeps its version until the new one is READY. Where it has none, or a failed one,
+        new requests wait for the new version.
+        """
         current = self._by_name.get(name)
         version = self._create(name, path)
         version.reply_keys.append(reply_key)
@@ -68,18 +79,14 @@ class AdapterRegistry:
         return version
 
     def unload(self, name: str) -> AdapterVersion:
-        """Forget a name; requests that have its versions keep them."""
+        """Forget a name; requests bound to its versions keep them."""
         version = self.find(name)
         del self._by_name[name]
-        for (inspected_name, _), pending in self._inspecting.items():
-            if inspected_name == name:
-                for other in pending:
-                    other.is_unloaded = True
-        self._retire(version, None)
+        self._take_name(version, None)
         return version
 
     def find(self, name: str) -> AdapterVersion:
-        """The version that a name means now.
+        """Return the version that a name means now.
 
         Raises:
             RequestRefused: the name is unknown.
@@ -90,7 +97,7 @@ class AdapterRegistry:
         return version
 
     def resolve(self, name: str) -> AdapterVersion:
-        """The version for a new request.
+        """Return the version for a new request.
 
         Raises:
             RequestRefused: the name is unknown, or its adapter could not be read.
@@ -101,13 +108,13 @@ class AdapterRegistry:
         return version
 
     def bind(self, version: AdapterVersion, now: float) -> None:
-        """Count a request of this version; the first one has the files inspected."""
+        """Count a request of this version; the first one causes the inspection of the files."""
         version.num_requests += 1
         version.last_use = now
         self.inspect_once(version)
 
     def inspect_once(self, version: AdapterVersion) -> None:
-        """Have the files inspected unless they were, or are being."""
+        """Have the files inspected unless that was asked for before."""
         if version.state is AdapterState.REGISTERED:
             self._inspect(version)
 
@@ -117,14 +124,19 @@ class AdapterRegistry:
         self._forget_unused(version)
 
     def on_inspected(self, event: AdapterInspected) -> tuple[AdapterVersion, str]:
-        """Take in the answer to an InspectAdapter.
+        """Record the answer to an InspectAdapter.
 
         Returns:
-            The version it is about, and why it cannot become what its name means (empty if it did).
+            The version, and the reason if it cannot become what its name means, else "".
+
+        Raises:
+            ValueError: no such inspection was asked for.
         """
         pending = self._inspecting.get((event.name, event.path))
         if not pending:
-            raise ValueError(f"nobody asked to inspect adapter {event.name!r} at {event.path}")
+            raise ValueError(
+                f"no inspection of adapter {event.name!r} at {event.path} was asked for"
+            )
         version = pending.popleft()
         if not pending:
             del self._inspecting[event.name, event.path]
@@ -144,20 +156,20 @@ class AdapterRegistry:
         return version, refusal
 
     def fail(self, version: AdapterVersion, error: str) -> None:
-        """Mark a version as unusable; a READY one gives up its hash."""
+        """Mark a version as FAILED."""
         if version.state is AdapterState.READY:
             self._drop_hash(version)
         version.state = AdapterState.FAILED
         version.error = error
 
     def _promote(self, version: AdapterVersion) -> str:
-        """Let an inspected version serve its name; returns why not, if it cannot."""
+        """Let an inspected version serve its name; returns the reason if it cannot."""
         if version.is_named:
             return ""
-        if version.is_unloaded:
-            return f"adapter {version.name!r} was unloaded while it was being read"
         current = self._by_name.get(version.name)
-        if current is not None and current.generation > version.generation:
+        if current is None:
+            return f"adapter {version.name!r} was unloaded while it was being read"
+        if current.generation > version.generation:
             return f"adapter {version.name!r} was replaced while it was being read"
         self._set_current(version)
         return ""
@@ -185,10 +197,10 @@ class AdapterRegistry:
         if old is not None:
             version.usage = old.usage
             version.last_use = old.last_use
-            self._retire(old, version)
+            self._take_name(old, version)
 
-    def _retire(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
-        self._retired(version, successor)
+    def _take_name(self, version: AdapterVersion, successor: AdapterVersion | None) -> None:
+        self._on_replaced(version, successor)
         version.is_named = False
         self._forget_unused(version)
 
@@ -203,13 +215,13 @@ class AdapterRegistry:
             self._drop_hash(version)
 
     def _drop_hash(self, version: AdapterVersion) -> None:
-        """Idempotent: a version may be unused more than once."""
+        """Forget the hash of a version; does nothing the second time."""
         versions = self._by_hash.get(version.content_hash, [])
         if version in versions:
             versions.remove(version)
             if not versions:
                 del self._by_hash[version.content_hash]
-                self._orphan(version.content_hash)
+                self._on_unused(version.content_hash)
 
     def _unknown(self, name: str) -> RequestRefused:
         more = ", ..." if len(self._by_name) > MAX_LISTED else ""

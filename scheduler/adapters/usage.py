@@ -1,4 +1,4 @@
-"""Counts of what one adapter did for its requests; their size never grows."""
+"""Counts of what one adapter did for its requests, of fixed size."""
 
 from array import array
 from dataclasses import dataclass
@@ -7,17 +7,16 @@ from typing import Any
 from loraplex.scheduler.worker_protocol import AdapterLoaded
 
 TIERS = ("pages", "host", "disk")
-"""Where an adapter is, from near to far."""
+"""Places of an adapter, the fastest first."""
 
 NUM_TTFT_BUCKETS = 20
 FIRST_TTFT_US = 512
-"""Bucket 0 counts first tokens within so many microseconds, each further one twice as many, the
-last all the rest."""
+"""Upper bound of bucket 0, in microseconds. Each bucket doubles the bound; the last has none."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """Of one name since it was registered, through all its versions; or of many together."""
+    """Counts of one name since it was registered, over all its versions; or of many names."""
 
     num_requests: int = 0  # accepted
     num_ended: int = 0
@@ -25,7 +24,7 @@ class Usage:
     num_generated_tokens: int = 0  # of requests that have ended
     num_first_tokens: int = 0
     ttft_us: int = 0  # sum
-    ttft_counts: "array[int] | None" = None  # [NUM_TTFT_BUCKETS], once there is something to count
+    ttft_counts: "array[int] | None" = None  # [NUM_TTFT_BUCKETS]; None: no first token yet
     tier_counts: "array[int] | None" = None  # by TIERS: requests with a first token
     num_loads: int = 0
     num_load_failures: int = 0
@@ -33,7 +32,7 @@ class Usage:
     max_load_us: int = 0
 
     def add_first_token(self, num_prompt_tokens: int, ttft_us: int, tier: int) -> None:
-        """`tier` indexes TIERS."""
+        """Count a first token; `tier` indexes TIERS."""
         if self.ttft_counts is None or self.tier_counts is None:
             self.ttft_counts = array("I", bytes(4 * NUM_TTFT_BUCKETS))
             self.tier_counts = array("I", bytes(4 * len(TIERS)))
@@ -53,7 +52,7 @@ class Usage:
         self.max_load_us = max(self.max_load_us, event.load_us)
 
     def ttft_quantile_ms(self, share: float) -> float:
-        """Linear within its bucket; the true value lies in the same one. 0 without any tokens."""
+        """Estimate a quantile within the bucket that holds it, linearly; 0 without any tokens."""
         left = share * self.num_first_tokens
         for bucket, count in enumerate(self.ttft_counts or ()):
             if count and left <= count:
@@ -64,7 +63,7 @@ class Usage:
         return 0.0
 
     def snapshot(self) -> dict[str, Any]:
-        """As plain values; times in milliseconds."""
+        """Return plain values; times in milliseconds."""
         return {
             "num_requests": self.num_requests,
             "num_ended": self.num_ended,

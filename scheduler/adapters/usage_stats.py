@@ -1,4 +1,4 @@
-"""What each adapter did for its requests: counts of fixed size, touched once or twice a request."""
+"""Usage counts of the base model and of each adapter, updated once or twice a request."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from loraplex.scheduler.worker_protocol import AdapterLoaded
 class UsageStats:
     """Keeps Usage of the base model, of each adapter, and of all adapters together.
 
-    A request's tier is where its adapter was when the request needed it: on disk if its files had
-    not been inspected or had to be read again, in the host store if it only had to be copied.
+    A request's tier says where its adapter was when the request needed it: "disk" if files had to
+    be read, "host" if the host store had it, "pages" if it was resident.
     """
 
     def __init__(self) -> None:
@@ -37,14 +37,14 @@ class UsageStats:
     def on_loaded(
         self, event: AdapterLoaded, version: AdapterVersion, waited: Iterable[Request]
     ) -> None:
-        """`version` is the one whose path was given; `waited` are the requests that were parked."""
+        """Count a load; `version` gave its path, `waited` are the requests that were parked."""
         for usage in self._of(version):
             usage.add_load(event)
         for request in waited:
             request.tier = request.tier or ("host" if event.from_host else "disk")
 
     def on_result(self, step: StepBuilder, now: float) -> None:
-        """Before the step's tokens are handed out."""
+        """Count first tokens; call it before the step's tokens are appended."""
         for row in [i for i, request in enumerate(step.requests) if request.first_token_at < 0]:
             request = step.requests[row]
             if step.samples[row] and request.state is not RequestState.FINISHED:

@@ -1,4 +1,4 @@
-"""One version of a named adapter: where it lies, what its files held, who waits for it."""
+"""One version of a named adapter: its path, what its files hold, and who waits for it."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ class AdapterVersion:
     generation: int
     state: AdapterState = AdapterState.REGISTERED
     is_named: bool = False  # new requests for `name` get this version
-    is_unloaded: bool = False  # unloaded before it was inspected
     error: str = ""
     content_hash: str = ""
     num_pages: int = 0
@@ -31,13 +30,14 @@ class AdapterVersion:
     max_rank: int = 0
     modules: list[str] = field(default_factory=list)
     num_requests: int = 0  # unfinished ones
-    reply_keys: list[Hashable] = field(default_factory=list)  # who awaits the inspection
-    pin_keys: list[Hashable] = field(default_factory=list)  # who awaits it to have it pinned
+    reply_keys: list[Hashable] = field(default_factory=list)  # of those who wait for the inspection
+    pin_keys: list[Hashable] = field(default_factory=list)  # of those who wait for it to be pinned
     wants_pin: bool = False  # to be pinned once it is inspected
     is_pinned: bool = False
     last_use: float = -1.0  # seconds: when a request came or ended last; negative: never
-    usage: Usage | None = None  # of the name; shared by its versions
+    usage: Usage | None = None  # counts of the name, shared by its versions
 
 
 def failure(version: AdapterVersion) -> str:
+    """Return the error text of a FAILED version."""
     return f"adapter {version.name!r} at {version.path} cannot be served: {version.error}"

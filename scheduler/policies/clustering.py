@@ -1,38 +1,41 @@
-"""AdapterVersion clustering (S-LoRA, arXiv 2311.03285, section 4.2): few adapters at a time."""
+"""Adapter clustering (S-LoRA, arXiv 2311.03285, section 4.2): run few adapters at a time."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from heapq import heappop, heappush
 
 from loraplex.memory.accounting.block_manager import IntegrityError
-from loraplex.scheduler.policies.policy import CHOSEN, Context, Policy, WaitingView, aged_prefix
+from loraplex.scheduler.policies.policy import ADMITTED, Context, Policy, WaitingView, aged_prefix
 from loraplex.scheduler.request import Request
 
 BASE = ""  # the flow of the base model, which costs a step no adapter
 
 
 class AdapterClustering(Policy):
-    """First come, first served until `max_adapters` adapters are active; then requests for the
-    active ones, for those in pages, and for others only as far as seats are left.
+    """Serves first come, first served until `max_adapters` adapters are active. Then requests for
+    active adapters go first, then those for adapters in pages, then others while slots are free.
 
-    An adapter is active while a request of it runs or was chosen to. Bound: once a request has
-    waited `max_wait_s`, nothing that arrived later is chosen before it.
+    An adapter is active while an admitted request uses it. Bound: once a request has waited
+    `max_wait_s`, nothing that arrived later is admitted before it.
     """
 
     def __init__(self, *, max_adapters: int, max_wait_s: float) -> None:
         self._max_adapters = max_adapters
         self._max_wait_s = max_wait_s
-        self._active: Counter[Hashable] = Counter()  # content hash -> chosen requests
+        self._active: Counter[Hashable] = Counter()  # content hash -> admitted requests
 
     def flow(self, request: Request) -> Hashable:
         return _adapter(request)
 
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
-        """Costs O(active adapters + log n for each request), in pages those if they are reached."""
-        yield from view.flows.get(CHOSEN, ())
+        """Take O(active adapters) a walk and O(log n) a request.
+
+        A walk that gets to adapters in pages takes O(adapters in pages) more.
+        """
+        yield from view.flows.get(ADMITTED, ())
         cursor = _Cursor(view)
         for aged in aged_prefix(view.by_age, now=context.now, max_wait_s=self._max_wait_s):
-            if aged.flow is not CHOSEN:
+            if aged.flow is not ADMITTED:
                 cursor.tried.add(aged)
                 yield aged
         active = _Heads(cursor, [BASE, *self._active])
@@ -56,20 +59,20 @@ class AdapterClustering(Policy):
             elif source is not None:
                 source.push(request.flow)
 
-    def on_chosen(self, request: Request, now: float) -> None:
+    def on_admitted(self, request: Request, now: float) -> None:
         if request.adapter_version is not None:
             self._active[_adapter(request)] += 1
 
     def on_end(self, request: Request) -> None:
-        if request.adapter_version is not None and request.chosen_at >= 0:
+        if request.adapter_version is not None and request.admitted_at >= 0:
             adapter = _adapter(request)
             self._active[adapter] -= 1
             if not self._active[adapter]:
                 del self._active[adapter]
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        chosen = (r for r in requests if r.adapter_version is not None and r.chosen_at >= 0)
-        if Counter(map(_adapter, chosen)) != self._active:
+        admitted = (r for r in requests if r.adapter_version is not None and r.admitted_at >= 0)
+        if Counter(map(_adapter, admitted)) != self._active:
             raise IntegrityError("active adapters are counted wrongly")
 
 
@@ -78,7 +81,7 @@ def _adapter(request: Request) -> str:
 
 
 class _Cursor:
-    """How far a walk has come in each list; `tried` requests are passed over."""
+    """Positions of one walk in each list; it passes over `tried` requests."""
 
     def __init__(self, view: WaitingView) -> None:
         self._view = view
@@ -87,14 +90,14 @@ class _Cursor:
         self.tried: set[Request] = set()
 
     def oldest(self) -> Request | None:
-        """The next untried one of all; each call moves on."""
+        """Return the next untried request of all, and move on."""
         for request in self._oldest:
-            if request.flow is not CHOSEN and request not in self.tried:
+            if request.flow is not ADMITTED and request not in self.tried:
                 return request
         return None
 
     def head(self, flow: Hashable) -> Request | None:
-        """The first untried one of a flow."""
+        """Return the first untried request of a flow."""
         requests = self._view.flows.get(flow, ())
         position = self._positions.get(flow, 0)
         while position < len(requests) and requests[position] in self.tried:
@@ -104,7 +107,7 @@ class _Cursor:
 
 
 class _Heads:
-    """The first requests of some flows, oldest first."""
+    """First requests of some flows, oldest first."""
 
     def __init__(self, cursor: _Cursor, flows: Iterable[Hashable]) -> None:
         self._cursor = cursor

@@ -1,4 +1,4 @@
-"""Fair shares by Virtual Token Counter (Sheng et al., OSDI 2024, arXiv 2401.00588)."""
+"""Fair shares by virtual token counters (Sheng et al., OSDI 2024, arXiv 2401.00588)."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -7,7 +7,7 @@ from heapq import heappop, heappush, heapreplace
 from itertools import takewhile
 
 from loraplex.memory.accounting.block_manager import IntegrityError
-from loraplex.scheduler.policies.policy import CHOSEN, Context, Policy, WaitingView
+from loraplex.scheduler.policies.policy import ADMITTED, Context, Policy, WaitingView
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.step_builder import StepBuilder
 
@@ -19,29 +19,28 @@ _MIN_KNOWN = 1024  # clients remembered before any is forgotten
 
 @dataclass(slots=True)
 class _Client:
-    """Service received, divided by weight, and requests that are waiting, or not ended."""
+    """One client: the service it received, divided by its weight, and its requests."""
 
     weight: float
     counter: float = 0.0
-    num_waiting: int = 0  # never chosen
+    num_waiting: int = 0  # never admitted
     num_unfinished: int = 0
 
 
 class VirtualTokenCounters(Policy):
-    """The client (tenant or adapter) that got least service per weight is served next.
+    """Serves next the client (tenant or adapter) that got the least service per weight.
 
-    A request is charged PROMPT_WEIGHT for each prompt token when it is chosen and OUTPUT_WEIGHT for
-    each token when it is generated. A client that comes back from idleness is lifted to the least
-    counter of those that wait, so that nobody saves up.
+    A request is charged PROMPT_WEIGHT for each prompt token when it is admitted and OUTPUT_WEIGHT
+    for each token when it is generated. A client that comes back after a pause is lifted to the
+    least counter of the clients that wait, so that no client saves up service.
 
     Bounds:
     - Fairness: over any time in which two clients of equal weight always have requests waiting that
       can start, their service differs by at most 2 * max(w_p * L, w_q * M), L the longest prompt, M
-      the tokens that chosen requests may hold (their KV; with preemptions, what they may still
+      the tokens that admitted requests may hold (their KV; with preemptions, what they may still
       generate). Weights divide the service.
-    - Wait: a client unserved for `max_wait_s` goes before all that were served, or came, later;
-      this takes an endless stream of new clients, or a long wait for room. So a request with k of
-      its client ahead is chosen after at most k + 1 such turns.
+    - Wait: a client unserved for `max_wait_s` goes before all that were served, or came, later.
+      So a request with k requests of its client ahead is admitted after at most k + 1 such turns.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class VirtualTokenCounters(Policy):
         self._max_wait_s = max_wait_s
         self._clients: dict[str, _Client] = {}
         self._max_known = _MIN_KNOWN
-        self._last_left = 0.0  # counter of the client that ceased to wait last
+        self._last_left = 0.0  # counter of the client that stopped waiting last
         self._unserved: OrderedDict[str, float] = OrderedDict()  # waiting client -> since when
         # (counter, order, client) of all flows; a counter only grows, so a stale entry is too low
         self._heap: list[tuple[float, int, str]] = []
@@ -60,7 +59,7 @@ class VirtualTokenCounters(Policy):
         self._exhausted: list[tuple[float, int, str]] = []  # taken out during the last walk
 
     def counters(self) -> dict[str, float]:
-        """Weighted service of each client that is remembered."""
+        """Return the weighted service of each known client."""
         return {name: client.counter for name, client in self._clients.items()}
 
     def flow(self, request: Request) -> Hashable:
@@ -70,8 +69,8 @@ class VirtualTokenCounters(Policy):
         return request.adapter if self._by_adapter else request.salt
 
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
-        """Costs O(log n) for each request."""
-        yield from view.flows.get(CHOSEN, ())
+        """Take O(log n) for each request."""
+        yield from view.flows.get(ADMITTED, ())
         self._restore()
         flows, taken = view.flows, Counter[str]()
         oldest_served = context.now - self._max_wait_s
@@ -105,7 +104,7 @@ class VirtualTokenCounters(Policy):
 
     def on_flow(self, request: Request) -> None:
         name = self._name(request)
-        if request.flow is not CHOSEN and name not in self._in_heap:
+        if request.flow is not ADMITTED and name not in self._in_heap:
             self._in_heap.add(name)
             heappush(self._heap, (self._clients[name].counter, request.order, name))
 
@@ -117,7 +116,7 @@ class VirtualTokenCounters(Policy):
         client.num_waiting += 1
         client.num_unfinished += 1
 
-    def on_chosen(self, request: Request, now: float) -> None:
+    def on_admitted(self, request: Request, now: float) -> None:
         name = self._name(request)
         client = self._clients[name]
         client.counter += PROMPT_WEIGHT * request.num_prompt_tokens / client.weight
@@ -136,11 +135,11 @@ class VirtualTokenCounters(Policy):
     def on_end(self, request: Request) -> None:
         name = self._name(request)
         self._clients[name].num_unfinished -= 1
-        if request.chosen_at < 0:
+        if request.admitted_at < 0:
             self._leave(name)
 
     def _leave(self, name: str) -> None:
-        """One request of the client waits no longer."""
+        """Count one waiting request of the client less."""
         client = self._clients[name]
         client.num_waiting -= 1
         if not client.num_waiting:
@@ -156,15 +155,17 @@ class VirtualTokenCounters(Policy):
         return client
 
     def _forget(self) -> None:
-        """Drop clients that would come back as new ones do. Cheap on average: the limit doubles."""
+        """Forget clients whose counters no longer matter. Amortized O(1), as the limit doubles."""
         floor = self._least_waiting()
         kept = {n: c for n, c in self._clients.items() if c.num_unfinished or c.counter > floor}
         self._clients = kept
         self._max_known = max(_MIN_KNOWN, 2 * len(kept))
 
     def _least_waiting(self) -> float:
-        """The least counter of clients with requests that can start; if none can, of the client
-        that ceased to wait last."""
+        """Return the least counter of the clients whose requests can start.
+
+        If none can, return that of the client that stopped waiting last.
+        """
         self._restore()
         while self._heap:
             counter, order, name = self._heap[0]
@@ -183,7 +184,7 @@ class VirtualTokenCounters(Policy):
         waiting: Counter[str] = Counter()
         for request in requests:
             unfinished[self._name(request)] += 1
-            waiting[self._name(request)] += request.chosen_at < 0
+            waiting[self._name(request)] += request.admitted_at < 0
         for name, client in self._clients.items():
             if (client.num_unfinished, client.num_waiting) != (unfinished[name], waiting[name]):
                 raise IntegrityError(f"the requests of client {name!r} are counted wrongly")

@@ -8,12 +8,12 @@ from loraplex.scheduler.request import Rank, Request
 
 
 class FirstComeFirstServed(Policy):
-    """Lower priority numbers first, then order of arrival.
+    """Serves lower priority numbers first, then in order of arrival.
 
     Bound: once a request has waited `max_wait_s`, nothing that arrived later starts before it.
     """
 
-    chosen_first = False  # the key says all
+    admitted_first = False  # the order of keys never changes
 
     def __init__(self, *, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
@@ -25,7 +25,7 @@ class FirstComeFirstServed(Policy):
         return (request.priority, request.order)
 
     def rank(self, request: Request, now: float) -> Rank:
-        """One that starts by its age alone must not be the first to be preempted."""
+        """Rank an aged request before all others, or it would be preempted first."""
         aged = now - request.arrival >= self._max_wait_s
         return (-math.inf, request.order) if aged else request.key
 

@@ -1,12 +1,13 @@
-"""In which order waiting requests start: what every policy answers, and the two simplest ones.
+"""The interface of a scheduling policy, which orders the waiting requests.
 
-A policy sorts requests into flows. Within a flow the order is fixed at arrival (`Request.key`);
-between flows the policy decides on each walk, by the waiting requests and the context, so nothing
-is sorted anew. The other policies are in policy_cluster.py, policy_abort.py and policy_vtc.py.
+A policy sorts requests into flows. Within a flow the order is fixed at arrival (`Request.key`).
+Between flows the policy decides on each walk, by the waiting requests and the context, so nothing
+is sorted again.
 
-Once a request is chosen (started, or its adapter loaded for it) its `rank` holds until it ends: the
-running request of the highest rank is preempted first, and goes before all that were never chosen.
-No change of mind of the policy can therefore make two requests push each other out in turns.
+A request is admitted when it starts, or when its adapter is loaded for it. From then on its `rank`
+holds until it ends. The running request of the highest rank is preempted first, and starts again
+before all that were never admitted. So a policy cannot make two requests preempt each other in
+turns.
 """
 
 from abc import ABC, abstractmethod
@@ -17,34 +18,34 @@ from typing import Final, Protocol
 from loraplex.scheduler.request import Rank, Request
 from loraplex.scheduler.step_builder import StepBuilder
 
-CHOSEN: Final = ("chosen",)
-"""The flow of requests that were chosen and wait again, of policies with `chosen_first`."""
+ADMITTED: Final = ("admitted",)
+"""The flow of admitted requests that wait again, in policies with `admitted_first`."""
 
 
 class WaitingView(Protocol):
-    """The requests that may start; nothing is added or removed during a walk."""
+    """The requests that may start. It does not change during a walk."""
 
     @property
     def by_age(self) -> Sequence[Request]:
-        """All, in order of arrival."""
+        """All requests, in order of arrival."""
 
     @property
     def flows(self) -> Mapping[Hashable, Sequence[Request]]:
-        """The same by flow, each in order of `key` (CHOSEN: of `rank`); none is empty."""
+        """The requests by flow, each in order of `key` (ADMITTED: of `rank`). No flow is empty."""
 
 
 @dataclass(slots=True)
 class Context:
-    """What else a policy may look at. `num_free` counts down while a walk chooses requests."""
+    """Further inputs of a policy. `num_free` counts down while a walk admits requests."""
 
     now: float  # seconds
-    num_free: int  # seats for further requests: free ones, less those that are spoken for
+    num_free: int  # free slots, less those of requests that wait for their adapter
     lacked_room: bool  # the last walk ended because pages were short
     resident: Callable[[], Iterable[str]]  # content hashes of the adapters in pages
 
 
 class PolicyHooks:
-    """What a policy hears of, to keep its counts; most need nothing of it."""
+    """Events that a policy may count."""
 
     def on_arrival(self, request: Request, now: float) -> None:
         """The request was accepted."""
@@ -52,8 +53,8 @@ class PolicyHooks:
     def on_flow(self, request: Request) -> None:
         """The request is the first of a flow that was empty."""
 
-    def on_chosen(self, request: Request, now: float) -> None:
-        """The request starts, or its adapter is loaded for it, for the first time."""
+    def on_admitted(self, request: Request, now: float) -> None:
+        """The request was admitted for the first time."""
 
     def on_result(self, step: StepBuilder, now: float) -> None:
         """The step's tokens are about to be handed to its requests."""
@@ -66,33 +67,33 @@ class PolicyHooks:
 
 
 class Policy(PolicyHooks, ABC):
-    """Answers are pure functions of view, context and the counts that the hooks keep."""
+    """Answers depend on view, context and the counts that the hooks keep alone."""
 
-    chosen_first = True  # whether requests that were chosen and wait again go before all others
+    admitted_first = True  # whether admitted requests that wait again go before all others
 
     @abstractmethod
     def flow(self, request: Request) -> Hashable:
-        """Which flow a request belongs to; called when it is READY to start."""
+        """Return the flow of a request that may start."""
 
     @abstractmethod
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
-        """Requests in the order in which to try them, each at most once."""
+        """Yield requests in the order in which to try them, each at most once."""
 
     def key(self, request: Request) -> Rank:
-        """Place within its flow, fixed at arrival."""
+        """Return the place within its flow, fixed at arrival."""
         return (0.0, request.order)
 
     def rank(self, request: Request, now: float) -> Rank:
-        """Place among the chosen ones; asked for on every attempt to start the request."""
-        return request.rank if request.chosen_at >= 0 else (now, request.order)
+        """Return the place among admitted requests; called on every attempt to start it."""
+        return request.rank if request.admitted_at >= 0 else (now, request.order)
 
-    def hopeless(self, view: WaitingView, context: Context) -> Sequence[Request]:
-        """Requests to give up now; asked for once a plan."""
+    def requests_to_drop(self, view: WaitingView, context: Context) -> Sequence[Request]:
+        """Return the requests to fail now; called once a plan."""
         return ()
 
 
 def aged_prefix(by_age: Sequence[Request], *, now: float, max_wait_s: float) -> Iterator[Request]:
-    """Those that have waited `max_wait_s`, oldest first."""
+    """Yield the requests that have waited `max_wait_s`, oldest first."""
     for request in by_age:
         if now - request.arrival < max_wait_s:
             return

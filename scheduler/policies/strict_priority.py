@@ -7,14 +7,14 @@ from loraplex.scheduler.request import Rank, Request
 
 
 class StrictPriority(Policy):
-    """Priorities that age: each `max_wait_s` of waiting makes up for one level.
+    """Serves by priority, where each `max_wait_s` of waiting makes up for one level.
 
-    Two requests age alike, so their order never changes and is that of `arrival + max_wait_s *
+    All requests age alike, so their order never changes: it is that of `arrival + max_wait_s *
     priority`. Bound: a request of priority p lets one of priority q < p go first only if that
     arrived less than `max_wait_s * (p - q)` after it, and one of q >= p only if it came before.
     """
 
-    chosen_first = False
+    admitted_first = False
 
     def __init__(self, *, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s

@@ -33,7 +33,7 @@ def test_lru_evicts_what_became_idle_first_whatever_it_costs() -> None:
     memory = memory_of(variants.lru_page_manager)
     load(memory, "expensive", 2, num_bytes=80_000_000)
     load(memory, "cheap", 2)
-    memory.adapters.set_in_host("expensive", True)
+    memory.adapters.set_on_host("expensive", True)
     first = memory.adapters.first_idle()
     assert first is not None
     assert first[1] == "expensive"

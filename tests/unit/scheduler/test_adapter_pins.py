@@ -65,7 +65,7 @@ def test_the_share_is_bounded_in_pages_and_in_slots() -> None:
         harness.register(name, num_pages=num_pages)
     harness.register("same", "a", num_pages=6)
     assert pin(harness, "a") == ""
-    assert "of the 10 that pinned adapters may take 6 are taken" in pin(harness, "b")
+    assert "6 of the 10 pages for pinned adapters are taken" in pin(harness, "b")
     assert pin(harness, "same") == "", "equal content takes its pages once"
     assert pin(harness, "c") == ""
     harness.scheduler.unpin_adapter("a")

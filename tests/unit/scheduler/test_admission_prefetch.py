@@ -238,7 +238,7 @@ def test_no_load_ahead_delays_who_could_run_or_costs_one_its_pages(seed: int) ->
         if is_loading:
             assert scheduler._stats.num_preemptions == num_before
         waiting = scheduler._waiting.by_age
-        if waiting and waiting[0].chosen_at < 0 and scheduler._running.has_free_slot:
+        if waiting and waiting[0].admitted_at < 0 and scheduler._running.has_free_slot:
             num_short += 1
             assert not pages_in_the_way(harness, waiting[0], waited)
         waited = {key: waited.get(key) or set(waiting) for key in ahead}

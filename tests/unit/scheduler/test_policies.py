@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.policies.early_abort import LatencyEstimate, ServiceRate, num_hopeless
+from loraplex.scheduler.policies.early_abort import LatencyEstimate, ServiceRate, num_to_drop
 from loraplex.scheduler.policies.fair_share import VirtualTokenCounters
 from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.policies.registry import make_policy
@@ -78,9 +78,9 @@ class Desk:
         for request in self.policy.order(self.queue, context):
             request.rank = self.policy.rank(request, now)
             context.num_free -= 1
-            if request.chosen_at < 0:
-                request.chosen_at = now
-                self.policy.on_chosen(request, now)
+            if request.admitted_at < 0:
+                request.admitted_at = now
+                self.policy.on_admitted(request, now)
             taken.append(request)
             if len(taken) == num:
                 break
@@ -185,7 +185,7 @@ def test_preempted_requests_resume_before_others_by_when_they_were_chosen(name: 
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_num_hopeless_is_the_least_that_lets_all_others_be_in_time(seed: int) -> None:
+def test_num_to_drop_is_the_least_that_lets_all_others_be_in_time(seed: int) -> None:
     rng = random.Random(seed)
     desk, now = Desk("abort"), 10.0
     for index in range(rng.randint(0, 30)):
@@ -207,18 +207,18 @@ def test_num_hopeless_is_the_least_that_lets_all_others_be_in_time(seed: int) ->
         return True
 
     expected = next(n for n in range(len(requests) + 1) if all_in_time(n))
-    found = num_hopeless(
+    found = num_to_drop(
         requests, first_token_at=now + first_token_s, slo_s=slo_s, rate=rate, num_free=num_free
     )
     assert found == expected
 
 
-def test_num_hopeless_of_a_long_queue_is_found_within_the_stride() -> None:
+def test_num_to_drop_of_a_long_queue_is_found_within_the_stride() -> None:
     desk = Desk("abort")
     for index in range(2000):
         desk.add(str(index), at=index / 1000)
         desk.check = lambda: None  # type: ignore[method-assign]  # quadratic from here on
-    found = num_hopeless(desk.queue.by_age, first_token_at=2.0, slo_s=6.0, rate=100.0, num_free=10)
+    found = num_to_drop(desk.queue.by_age, first_token_at=2.0, slo_s=6.0, rate=100.0, num_free=10)
     assert 2000 - 10 - 600 - 2000 // 256 <= found <= 2000 - 10 - 600 + 1
 
 
@@ -244,7 +244,7 @@ def test_abort_gives_up_the_oldest_and_keeps_order() -> None:
     desk = Desk("abort", ttft_slo_s=6.0)
     for second in range(8):
         desk.add(str(second), at=float(second))
-    dropped = desk.policy.hopeless(desk.queue, desk.context(now=7.5, num_free=0))
+    dropped = desk.policy.requests_to_drop(desk.queue, desk.context(now=7.5, num_free=0))
     assert [request.request_id for request in dropped] == ["0", "1"]
     for request in list(dropped):
         desk.end(str(request.request_id))
@@ -256,7 +256,7 @@ def test_abort_never_gives_up_what_has_started() -> None:
     desk.add("a")
     assert desk.walk(1) == "a"
     desk.preempt("a")
-    assert not desk.policy.hopeless(desk.queue, desk.context(now=100.0))
+    assert not desk.policy.requests_to_drop(desk.queue, desk.context(now=100.0))
 
 
 def test_vtc_serves_whoever_got_least() -> None:

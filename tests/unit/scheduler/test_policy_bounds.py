@@ -42,13 +42,13 @@ class Witness:
         unserved = self._unserved()
         self.harness.plan()
         left = set(self.scheduler._waiting.by_age)
-        chosen = [r for r in waiting if r.chosen_at == self.harness.now and r not in left]
-        resumed_late = [r for r in waiting if r in left and 0 <= r.chosen_at < self.harness.now]
+        chosen = [r for r in waiting if r.admitted_at == self.harness.now and r not in left]
+        resumed_late = [r for r in waiting if r in left and 0 <= r.admitted_at < self.harness.now]
         if self.policy in ("cluster", "abort", "vtc"):
             assert not (chosen and resumed_late), "a preempted request waits behind a new one"
         for started in chosen:
             for passed in waiting:
-                if passed in left and passed.chosen_at < 0 and passed.order < started.order:
+                if passed in left and passed.admitted_at < 0 and passed.order < started.order:
                     self.num_overtaken += 1
                     assert self.may_pass(started, passed, chosen, unserved)
         self.check_preempted(running)
@@ -118,7 +118,7 @@ def test_nobody_is_passed_over_for_longer_than_the_bound(policy: str, seed: int)
         if policy == "abort":
             late = [
                 r for r in harness.scheduler._waiting.by_age
-                if r.chosen_at < 0 and r.arrival + SLO_S < harness.now - 1.0
+                if r.admitted_at < 0 and r.arrival + SLO_S < harness.now - 1.0
             ]  # fmt: skip
             assert not late, "a hopeless request still waits"
     harness.run()

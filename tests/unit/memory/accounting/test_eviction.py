@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.memory.accounting.adapter_cache import Residency
 from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.eviction import (
     LOAD_FIXED_NS,
@@ -80,12 +79,12 @@ def test_what_the_host_store_lost_outlives_what_it_has() -> None:
     memory = make_memory()
     for name in ("lost", "kept"):
         memory.adapters.allocate(name, 2, 0.0, num_bytes=80_000_000)
-        memory.adapters.set_in_host(name, True)
+        memory.adapters.set_on_host(name, True)
         memory.adapters.finish_load(name, 0.0)
-    memory.adapters.set_in_host("lost", False)
+    memory.adapters.set_on_host("lost", False)
     first = memory.adapters.first_idle()
     assert first is not None and first[1] == "kept"
-    memory.adapters.set_in_host("lost", True)
+    memory.adapters.set_on_host("lost", True)
     first = memory.adapters.first_idle()
     assert first is not None and first[1] == "lost", "it fell idle first"
 
@@ -139,9 +138,9 @@ class Traffic:
         self.naive = NaivePolicy()
         self.num_requests = 0
         self.requests: list[int] = []
-        self.pins: list[str] = []
+        self.reserved: list[str] = []
         self.num_bytes: dict[str, int] = {}
-        self.in_host: set[str] = set()
+        self.on_host: set[str] = set()
         self.parents: dict[bytes, bytes] = {}
 
     def run(self, tokens: list[int]) -> None:
@@ -192,7 +191,7 @@ class Traffic:
             self.naive.add(name, self.cost_ns(name), len(adapter.page_ids))
 
     def cost_ns(self, name: str) -> int:
-        disk_ns = 0 if name in self.in_host else self.num_bytes[name] // 7
+        disk_ns = 0 if name in self.on_host else self.num_bytes[name] // 7
         return 1_000_000 + self.num_bytes[name] // 50 + disk_ns
 
     def move_host_copy(self, name: str) -> None:
@@ -200,27 +199,27 @@ class Traffic:
         adapter = self.memory.adapters.get(name)
         num_pages = len(adapter.page_ids) if adapter else 1
         before = self.cost_ns(name) // num_pages if adapter else 0
-        self.in_host ^= {name}
-        self.memory.adapters.set_in_host(name, name in self.in_host)
+        self.on_host ^= {name}
+        self.memory.adapters.set_on_host(name, name in self.on_host)
         if name in self.naive.idle:
             self.naive.dearer(name, self.cost_ns(name) // num_pages - before)
 
     def finish_loads(self) -> None:
         for adapter in list(self.memory.adapters):
-            if adapter.residency is Residency.LOADING:
+            if adapter.is_loading:
                 self.memory.adapters.finish_load(adapter.content_hash, 0.0)
                 self.adapter_idle(adapter.content_hash)
 
-    def pin(self, name: str) -> None:
+    def reserve(self, name: str) -> None:
         if self.memory.adapters.get(name):
             self.naive.idle.pop(name, None)
-            self.memory.adapters.pin(name)
-            self.pins.append(name)
+            self.memory.adapters.reserve(name)
+            self.reserved.append(name)
 
-    def unpin(self, index: int) -> None:
-        if self.pins:
-            name = self.pins.pop(index % len(self.pins))
-            self.memory.adapters.unpin(name, 0.0)
+    def unreserve(self, index: int) -> None:
+        if self.reserved:
+            name = self.reserved.pop(index % len(self.reserved))
+            self.memory.adapters.unreserve(name, 0.0)
             self.adapter_idle(name)
 
     def make_room(self, num_pages: int) -> None:
@@ -246,7 +245,7 @@ class Traffic:
         memory.check_integrity()
         idle = {a.content_hash for a in memory.adapters if a.is_idle} | set(memory.kv._idle)
         assert idle == set(self.naive.idle), "something else was evicted than the policy says"
-        assert all(memory.adapters.get(name) for name in self.pins)
+        assert all(memory.adapters.get(name) for name in self.reserved)
         cached = memory.kv._page_of
         assert all(self.parents[key] in cached for key in cached if key in self.parents)
 
@@ -266,9 +265,9 @@ def test_evicts_what_the_naive_policy_evicts(seed: int) -> None:
             case 3:
                 traffic.finish_loads()
             case 4:
-                traffic.pin(name)
+                traffic.reserve(name)
             case 5:
-                traffic.unpin(index)
+                traffic.unreserve(index)
             case 6:
                 traffic.make_room(rng.randrange(NUM_PAGES))
             case 7:

@@ -7,7 +7,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraplex.memory.accounting.adapter_cache import Residency
 from loraplex.memory.accounting.block_manager import OutOfPagesError
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.memory.accounting.page_manager import PageManager
@@ -29,7 +28,7 @@ class PoolTraffic(RuleBasedStateMachine):
         self.now = 0.0
         self.num_requests = 0
         self.requests: dict[int, array[int]] = {}
-        self.pins: list[str] = []
+        self.reserved: list[str] = []
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
     def open(self, tokens: list[int]) -> None:
@@ -73,19 +72,19 @@ class PoolTraffic(RuleBasedStateMachine):
     @rule()
     def finish_loads(self) -> None:
         for adapter in list(self.memory.adapters):
-            if adapter.residency is Residency.LOADING:
+            if adapter.is_loading:
                 self.memory.adapters.finish_load(adapter.content_hash, self.now)
 
     @rule(name=st.sampled_from("abcdef"))
-    def pin(self, name: str) -> None:
+    def reserve(self, name: str) -> None:
         if self.memory.adapters.get(name):
-            self.memory.adapters.pin(name)
-            self.pins.append(name)
+            self.memory.adapters.reserve(name)
+            self.reserved.append(name)
 
-    @precondition(lambda self: self.pins)
+    @precondition(lambda self: self.reserved)
     @rule()
-    def unpin(self) -> None:
-        self.memory.adapters.unpin(self.pins.pop(0), self.now)
+    def unreserve(self) -> None:
+        self.memory.adapters.unreserve(self.reserved.pop(0), self.now)
 
     @rule(num_pages=st.integers(1, NUM_PAGES))
     def make_room(self, num_pages: int) -> None:
@@ -105,16 +104,16 @@ class PoolTraffic(RuleBasedStateMachine):
         self.now += 1.0
         self.memory.check_integrity()
         held = {page for request in self.requests for page in self.memory.kv.page_ids(request)}
-        for name in self.pins:
+        for name in self.reserved:
             adapter = self.memory.adapters.get(name)
-            assert adapter is not None, "a pinned adapter was evicted"
+            assert adapter is not None, "a reserved adapter was evicted"
             assert held.isdisjoint(adapter.page_ids)
 
     def teardown(self) -> None:
         for request_id in self.requests:
             self.memory.kv.release(request_id)
-        for name in self.pins:
-            self.memory.adapters.unpin(name, self.now)
+        for name in self.reserved:
+            self.memory.adapters.unreserve(name, self.now)
         self.finish_loads()
         assert self.memory.num_available == NUM_PAGES - 1
         self.memory.make_room(NUM_PAGES - 1)
