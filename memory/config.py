@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
-    """How the one pool of pages, shared by KV cache and adapters, is sized and cut."""
+    """Sizes of the page pool, which KV cache and adapters share, and of the host store."""
 
     block_tokens: int = field(
         default=16, metadata={"help": "tokens of KV cache that one page holds"}
@@ -29,7 +29,7 @@ class MemoryConfig:
     adapter_host_bytes: int = field(
         default=4 << 30,
         metadata={
-            "help": "bytes of host memory for packed adapters (LRU); 0 keeps none but the last, so "
+            "help": "bytes of host memory for packed adapters (LRU); 0 keeps only the last one, so "
             "that every load reads its file again"
         },
     )

@@ -47,7 +47,7 @@ class Load:
     command: LoadAdapter
     wait_for: Event  # the last step that used the pages or the slot for what they held before
     started_at: float = field(default_factory=time.perf_counter)
-    adapter: PackedAdapter | None = None  # pinned in the host store until the copy has ended
+    adapter: PackedAdapter | None = None  # in use in the host store until the copy has ended
     from_host: bool = False
     copied: Event | None = None  # the end of the copy; None: not enqueued
     error: str = ""
@@ -104,7 +104,7 @@ class AdapterLoader:
         when the last step that used them before has ended.
         """
         load = Load(command, wait_for)
-        load.adapter = self._store.pin(command.content_hash)
+        load.adapter = self._store.acquire(command.content_hash)
         if load.adapter is not None:
             load.from_host = True
             self._queue.put(load)
@@ -147,9 +147,9 @@ class AdapterLoader:
         try:
             adapter = self._store.add(
                 lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
-                pin=True,
+                acquire=True,
             )
-            self._tell(_describe(command, adapter), unpin=adapter.content_hash)
+            self._tell(_describe(command, adapter), release=adapter.content_hash)
         except Exception as error:
             text = _explain(command.name, error)
             self._tell(AdapterInspected(name=command.name, path=command.path, error=text))
@@ -169,7 +169,7 @@ class AdapterLoader:
             return adapter
 
         try:
-            load.adapter = self._store.add(read, pin=True)
+            load.adapter = self._store.add(read, acquire=True)
             self._queue.put(load)
         except Exception as error:
             load.error = _explain(name, error)
@@ -219,14 +219,14 @@ class AdapterLoader:
     def _end(self, load: Load) -> None:
         if load.copied is not None:
             load.copied.synchronize()
-        self._tell(load, unpin=load.command.content_hash if load.adapter is not None else "")
+        self._tell(load, release=load.command.content_hash if load.adapter is not None else "")
 
-    def _tell(self, item: AdapterInspected | Load | None = None, unpin: str = "") -> None:
+    def _tell(self, item: AdapterInspected | Load | None = None, release: str = "") -> None:
         """Report an item after all evictions so far, and before its own content's."""
         with self._telling:
             self._tell_evicted()
-            if unpin:
-                self._store.unpin(unpin)
+            if release:
+                self._store.release(release)
             if item is not None:
                 self._report(item)
             self._tell_evicted()

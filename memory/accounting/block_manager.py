@@ -1,7 +1,7 @@
-"""The one allocator of pages: who owns each page id and how many tenants hold it.
+"""The allocator of pages: the owner and the reference count of each page id.
 
-Page ids are ``1 .. num_pages - 1``; page 0 is the null page that padding writes into and
-nobody owns. Integers only: the page's bytes live in the worker's pool.
+Page ids are ``1 .. num_pages - 1``. Page 0 is the null page: padding writes into it, and it has no
+owner. The block manager holds integers only; the bytes lie in the worker's pool.
 """
 
 from array import array
@@ -11,42 +11,42 @@ from enum import IntEnum
 
 
 class Owner(IntEnum):
-    """What a page is used for."""
+    """Use of a page."""
 
     FREE = 0
-    KV = 1  # in the page table of at least one running request
-    PREFIX = 2  # a cached prefix block that no running request uses; may be evicted
-    ADAPTER = 3  # weights of an adapter that is loading or resident
+    KV = 1  # in the page table of a running request, or of several
+    PREFIX = 2  # an idle prefix block, which may be evicted
+    ADAPTER = 3  # of an adapter that is loading or resident
 
 
-# Plain integers for the paths taken once a page.
+# Plain integers, as enum members are slow in code that runs once a page.
 _FREE, _KV, _PREFIX = int(Owner.FREE), int(Owner.KV), int(Owner.PREFIX)
 
 
 class OutOfPagesError(RuntimeError):
-    """More pages were asked for than are free; the caller must evict or wait first."""
+    """More pages were asked for than are free. The caller must evict or wait first."""
 
 
 class IntegrityError(RuntimeError):
-    """The books do not balance: a page is lost, shared by mistake, leaked or released twice."""
+    """The accounting is wrong: a page is lost, shared by mistake, leaked or released twice."""
 
 
 class BlockManager:
-    """Free list, owner and reference count of every page; each operation is O(1) per page.
+    """Free list, owner and reference count of every page. Each operation takes O(1) a page.
 
-    A page with references is pinned. A KV page holds one reference for each request whose page
-    table lists it, an adapter's page exactly one; free pages and idle prefix blocks hold none.
+    A KV page has one reference for each request whose page table lists it. An adapter's page has
+    exactly one. Free pages and idle prefix blocks have none.
 
     Attributes:
-        num_planned: steps planned so far, kept by the scheduler: a page that is released now may
-            be in use by the last of them.
+        num_planned: steps planned so far; the scheduler sets it. The last of these steps may use a
+            page that is released now.
     """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 2:
             raise ValueError(f"a pool needs at least 2 pages (page 0 is reserved), got {num_pages}")
         self.num_pages = num_pages
-        self._free = deque(range(1, num_pages))  # handed out first: what was freed first
+        self._free = deque(range(1, num_pages))  # the page freed first is handed out first
         self._owners = bytearray(num_pages)
         self._ref_counts = array("i", bytes(4 * num_pages))
         self._num_owned = [num_pages - 1, 0, 0, 0]
@@ -59,7 +59,7 @@ class BlockManager:
 
     @property
     def num_usable(self) -> int:
-        """Pages that tenants can own: all but the null page."""
+        """Number of pages that tenants can own: all but the null page."""
         return self.num_pages - 1
 
     def num_owned(self, owner: Owner) -> int:
@@ -87,11 +87,11 @@ class BlockManager:
         return page_ids
 
     def num_planned_at_release(self, page_ids: Sequence[int]) -> int:
-        """How many steps were planned when the last user of any of these pages ended."""
+        """Return the number of steps planned when the last user of any of these pages ended."""
         return max(map(self._num_planned_at_release.__getitem__, page_ids), default=0)
 
     def share(self, page_id: int) -> None:
-        """Add a reference to a KV page; an idle prefix block is a KV page again."""
+        """Add a reference to a KV page or to an idle prefix block, which becomes a KV page."""
         owner = self._owners[page_id]
         if owner == _PREFIX:
             self._owners[page_id] = _KV
@@ -101,12 +101,12 @@ class BlockManager:
         self._ref_counts[page_id] += 1
 
     def release(self, page_id: int, *, keep: bool = False, num_planned: int | None = None) -> bool:
-        """Drop one reference; True if it was the last.
+        """Drop one reference; returns whether it was the last.
 
-        The page is free then or, with `keep`, an idle prefix block.
+        After the last one the page is free or, with `keep`, an idle prefix block.
 
         Args:
-            num_planned: how many steps were planned when its last user ended, if that was before.
+            num_planned: steps planned when its last user ended; default: those planned by now.
         """
         count = self._ref_counts[page_id] - 1
         if count < 0:
@@ -122,18 +122,18 @@ class BlockManager:
                 raise IntegrityError(
                     f"page {page_id} of {Owner(owner).name} cannot be a prefix block"
                 )
-            self._retire(page_id, owner, _PREFIX)
+            self._set_owner(page_id, owner, _PREFIX)
         else:
-            self._retire(page_id, owner, _FREE)
+            self._set_owner(page_id, owner, _FREE)
         return True
 
     def discard(self, page_id: int) -> None:
         """Free an idle prefix block."""
         if self._owners[page_id] != _PREFIX:
             raise IntegrityError(f"page {page_id} is no idle prefix block")
-        self._retire(page_id, _PREFIX, _FREE)
+        self._set_owner(page_id, _PREFIX, _FREE)
 
-    def _retire(self, page_id: int, old: int, new: int) -> None:
+    def _set_owner(self, page_id: int, old: int, new: int) -> None:
         self._owners[page_id] = new
         if new == _FREE:
             self._free.append(page_id)
@@ -144,11 +144,11 @@ class BlockManager:
         self._num_owned[new] += num_pages
 
     def check_integrity(self, claims: Iterable[tuple[int, Owner, int]]) -> None:
-        """Compare the books with what the tenants claim: (page id, owner, references).
+        """Compare the accounts with the tenants' claims: (page id, owner, references).
 
         Raises:
-            IntegrityError: a page is neither free nor claimed, or both, claimed twice, or held
-                otherwise than claimed.
+            IntegrityError: a page is neither free nor claimed, or both, is claimed twice, or has
+                another owner or count than claimed.
         """
         expected: dict[int, tuple[Owner, int]] = {}
         for page_id, owner, num_refs in claims:

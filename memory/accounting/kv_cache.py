@@ -23,7 +23,7 @@ _DIGEST_BYTES = 32
 
 
 def prefix_root(salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
-    """The start of a hash chain; `adapter_hash` is empty for the base model."""
+    """Return the start of a hash chain; `adapter_hash` is empty for the base model."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for text in (salt, base_fingerprint, adapter_hash):
         raw = text.encode("utf-8", "surrogatepass")
@@ -33,10 +33,10 @@ def prefix_root(salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
 
 
 class BlockChain:
-    """Chained hashes of one request's full blocks, computed when first asked for.
+    """Chained hashes of one request's full blocks.
 
-    `hashes[i]` covers tokens 0 to (i + 1) * block_tokens - 1. Tokens are only ever appended, so a
-    chain outlives preemptions.
+    `hashes[i]` covers tokens 0 to (i + 1) * block_tokens - 1. Tokens are only appended, so a chain
+    stays valid through preemptions.
     """
 
     __slots__ = ("_block_tokens", "_root", "hashes")
@@ -75,20 +75,21 @@ class _Table:
     def __init__(self, chain: BlockChain, page_ids: list[int]) -> None:
         self.chain = chain
         self.page_ids = page_ids
-        self.num_registered = len(page_ids)  # leading blocks already offered to the prefix cache
+        self.num_registered = len(page_ids)  # leading blocks that were registered
 
 
 class KVCache:
     """Page tables of running requests, and prefix blocks that outlive them.
 
-    A prefix block in use is held by reference; an idle one stays findable until it is evicted,
-    and a hit revives it. Of equal blocks computed twice only the first is findable.
+    A prefix block in use has a reference for each user. An idle one stays cached until it is
+    evicted, and a hit makes it a block in use again. If two requests compute equal blocks, only the
+    first one is cached.
 
-    Every block costs the same to compute again, so a later stamp is never lower and idle blocks
-    are in order of eviction as they fall idle. A request that uses a block uses all before it, so
-    those fall idle no earlier and the block is evicted before them. (If another request's equal
-    copy of an earlier block is the findable one, that may go first; the block is of no use then
-    until the earlier one is computed again, or it is evicted itself.)
+    Every block costs the same to compute again, so a later stamp is never lower, and idle blocks
+    are evicted in the order in which they became idle. A request that uses a block uses all before
+    it, so those become idle no earlier, and the block is evicted before them. There is one
+    exception: where an earlier block is cached from another request, it may be evicted first. The
+    later block is then useless until the earlier one is computed again.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class KVCache:
         self._tables: dict[Hashable, _Table] = {}
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, first to go first
+        self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, in order of eviction
         self._written: set[bytes] = set()  # hashes of blocks that step `_written_in` writes
         self._written_in = 0
 
@@ -120,7 +121,7 @@ class KVCache:
         return -(-num_tokens // self.block_tokens)
 
     def request_ids(self) -> Iterator[Hashable]:
-        """Requests that have a page table."""
+        """Iterate over the requests that have a page table."""
         return iter(self._tables)
 
     def page_ids(self, request_id: Hashable) -> list[int]:
@@ -156,7 +157,7 @@ class KVCache:
         return sum(page_id in self._idle for page_id in page_ids)
 
     def open(self, request_id: Hashable, chain: BlockChain, prefix: list[int]) -> None:
-        """Start a page table with the pages that find_prefix() gave."""
+        """Start a page table with the pages that find_prefix() returned."""
         if request_id in self._tables:
             raise IntegrityError(f"request {request_id!r} already has a page table")
         for page_id in prefix:
@@ -209,8 +210,10 @@ class KVCache:
         return added
 
     def release(self, request_id: Hashable) -> None:
-        """End a page table. Its findable blocks go idle, the deepest first: a block is of use only
-        while all before it are there."""
+        """End a page table. Its cached blocks become idle, the last first.
+
+        A block is useful only while all before it are cached, so the last one is evicted first.
+        """
         table = self._tables.pop(request_id)
         priority = self._clock.stamp(self._recompute_cost_ns, 1)
         for page_id in reversed(table.page_ids):
@@ -219,19 +222,19 @@ class KVCache:
                 self._idle[page_id] = priority
 
     def evict(self, page_id: int) -> None:
-        """Forget an idle prefix block and free its page."""
+        """Remove an idle prefix block from the cache and free its page."""
         del self._idle[page_id]
         del self._page_of[self._hash_of.pop(page_id)]
         self._blocks.discard(page_id)
 
     def first_idle(self) -> tuple[Priority, int] | None:
-        """Priority and page id of the idle prefix block to evict first."""
+        """Return priority and page id of the idle prefix block to evict first."""
         for page_id, priority in self._idle.items():
             return priority, page_id
         return None
 
     def claims(self) -> Iterator[tuple[int, Owner, int]]:
-        """What the block manager's books must say: (page id, owner, references)."""
+        """Yield what the block manager must have on record: (page id, owner, references)."""
         num_refs: dict[int, int] = {}
         for table in self._tables.values():
             for page_id in table.page_ids:
@@ -242,7 +245,7 @@ class KVCache:
             yield page_id, Owner.PREFIX, 0
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless every shared page is the same block of the same content."""
+        """Raise IntegrityError unless every shared page is the same block of equal tokens."""
         if {h: p for p, h in self._hash_of.items()} != self._page_of:
             raise IntegrityError("the prefix cache maps a hash and a page differently")
         in_use: set[int] = set()
@@ -256,7 +259,7 @@ class KVCache:
                 ):
                     raise IntegrityError(
                         f"block {block} of request {request_id!r} is page {page_id}, which caches "
-                        "another content"
+                        "other tokens"
                     )
                 in_use.add(page_id)
         for page_id in self._hash_of:

@@ -1,4 +1,4 @@
-"""The one allocation of pages, shared by KV cache and adapters: the physical half."""
+"""The page pool on a device: one allocation that KV cache and adapters share."""
 
 import os
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from loraplex.memory.adapter_layout import ROW_ALIGN
 from loraplex.memory.config import MemoryConfig
 
 CPU_POOL_BYTES = 1 << 30
-"""Largest pool on a CPU unless a size is asked for."""
+"""Largest pool on a CPU by default."""
 
 
 class PoolSizeError(ValueError):
-    """The pool cannot be made as asked; the text says what to change."""
+    """The pool cannot be made as configured; the text says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """What one page holds in each layer: `block_tokens` rows of K, then as many of V."""
+    """Sizes of a page, which holds `block_tokens` rows of K, then of V, in each layer."""
 
     num_layers: int
     block_tokens: int
@@ -47,16 +47,18 @@ class PageShape:
 
     @property
     def bytes_over_layers(self) -> int:
-        """What a page costs in all."""
+        """Bytes of one page over all layers."""
         return self.page_bytes * self.num_layers
 
 
 class PagePool:
-    """Attributes:
-    pages: [num_layers, num_pages, page_elems].
-    kv: the same memory, [num_layers, num_pages, 2, block_tokens, num_kv_heads, head_dim].
+    """The memory of all pages.
 
-    It starts as zeros: what lies beyond a sequence's end in its last page is always finite.
+    It starts as zeros, so what lies behind a sequence's end in its last page is always finite.
+
+    Attributes:
+        pages: [num_layers, num_pages, page_elems].
+        kv: the same memory, [num_layers, num_pages, 2, block_tokens, num_kv_heads, head_dim].
     """
 
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
@@ -70,23 +72,24 @@ class PagePool:
         )
 
     def write_pages(self, page_ids: torch.Tensor, packed: torch.Tensor) -> None:
-        """Copy an adapter into its pages. On a GPU only enqueued, on the current stream.
+        """Copy an adapter into its pages; on a GPU, enqueue that on the current stream.
 
         Args:
             page_ids: int64 [n], on the pool's device.
-            packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, pinned for a GPU.
+            packed: [num_layers, n * page_elems] of the pool's dtype, on the CPU, page-locked for
+                a GPU.
         """
         per_layer = packed.view(self.shape.num_layers, -1, self.shape.page_elems)
-        # One layer at a time bounds the staging memory on the device.
+        # One layer at a time limits the temporary memory on the device.
         for layer, source in zip(self.pages, per_layer, strict=True):
             layer.index_copy_(0, page_ids, source.to(layer.device, non_blocking=True))
 
 
 def choose_num_pages(config: MemoryConfig, shape: PageShape, free_bytes: int) -> int:
-    """Pages of the pool: as asked, or as many as fit in `free_bytes`.
+    """Return the pages of the pool: as configured, or as many as fit in `free_bytes`.
 
     Raises:
-        PoolSizeError: fewer than two pages: the null page and one to use.
+        PoolSizeError: there is no page beside the null page.
     """
     if config.num_pages is not None:
         num_pages, source = config.num_pages, f"num_pages {config.num_pages}"
@@ -105,12 +108,12 @@ def choose_num_pages(config: MemoryConfig, shape: PageShape, free_bytes: int) ->
 
 
 def free_cpu_bytes() -> int:
-    """What a pool on the CPU may take by default: a quarter of the available memory, 1 GiB most."""
+    """Return the default pool size on a CPU: a quarter of the available memory, at most 1 GiB."""
     return min(CPU_POOL_BYTES, available_ram_bytes() // 4)
 
 
 def available_ram_bytes() -> int:
-    """As the kernel estimates it; all of it where it does not say."""
+    """Return the available memory as the kernel estimates it, or all memory if it does not."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -123,15 +126,15 @@ def available_ram_bytes() -> int:
 def free_gpu_bytes(
     device: torch.device, utilization: float, *, activation_bytes: int, margin_bytes: int
 ) -> int:
-    """Bytes the pool may take of the engine's share, once weights are loaded.
+    """Return the bytes that the pool may take once weights are loaded.
 
     Args:
-        utilization: share of the GPU's memory that all of the engine may use.
-        activation_bytes: what a step needs besides; it is kept free.
-        margin_bytes: kept free for fragmentation and library workspaces.
+        utilization: share of the GPU's memory that the whole engine may use.
+        activation_bytes: bytes that a step needs; they are kept free.
+        margin_bytes: bytes kept free for fragmentation and library workspaces.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    # Memory that other processes hold counts as used, so it is never handed out twice.
+    # Memory that other processes use counts as used.
     allowed = int(total * utilization) - (total - free)
     return allowed - activation_bytes - margin_bytes

@@ -1,10 +1,13 @@
-"""Slabs of host memory for packed adapters: of this process alone, or shared with the process that
-reads adapters and page-locked for a GPU.
+"""Slabs of host memory for packed adapters.
 
-A thread that page-locks memory keeps all others out of the driver, the one that launches steps
-too, and longer where the memory is not there yet. So a shared slab is first filled in by the
-kernel, which holds up nobody, and then locked a piece at a time with pauses between. CUDA copies
-from one piece at a time: see memory/device/page_copier.py.
+A slab is private to this process, or it is shared with the process that reads adapters. A shared
+slab may be page-locked for a GPU.
+
+While a thread page-locks memory, no other thread can enter the driver, and the thread that launches
+steps must wait. Page-locking takes longer if the kernel must first allocate the pages. So the
+kernel allocates all pages of a shared slab first, which blocks no other thread, and then the slab
+is page-locked piece by piece with pauses between. A CUDA copy must not cross from one piece to the
+next: see memory/device/page_copier.py.
 """
 
 import itertools
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 
 PIECE_BYTES = 16 << 20
-"""A piece ends where an address is a multiple of this."""
+"""A page-locked piece ends where its address is a multiple of this."""
 
 PAUSE_S = 0.002
 
@@ -32,16 +35,16 @@ _ids = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class SlabPlace:
-    """Where in shared memory a tensor lies. `fd` is open as long as a tensor of the slab lives."""
+    """Place of a tensor in shared memory. `fd` is open as long as a tensor of the slab lives."""
 
-    slab_id: int  # no other slab of this process ever has the same
+    slab_id: int  # unique in this process for ever
     slab_bytes: int
     fd: int
     offset: int  # bytes
 
 
 class _Memory:
-    """A mapping of shared memory; NumPy keeps it alive under every array over it."""
+    """A mapping of shared memory. Every NumPy array over it keeps it alive."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.mapping = mmap.mmap(fd, num_bytes)
@@ -63,11 +66,13 @@ class _Locked:
 
 
 class _Slab(_Memory):
-    """Memory that other processes may map by its file descriptor, too."""
+    """Memory that other processes may map by its file descriptor."""
 
     def __init__(self, num_bytes: int) -> None:
         if num_bytes > (available := available_bytes()):
-            raise MemoryError(f"{num_bytes} bytes are wanted, and {available} are available")
+            raise MemoryError(
+                f"{num_bytes} bytes of host memory are needed, and {available} are available"
+            )
         self.fd = os.memfd_create("loraplex-adapters", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.fd, 0, num_bytes)
@@ -81,10 +86,10 @@ class _Slab(_Memory):
         _shared[self.address] = self
 
     def lock_pages(self) -> None:
-        """Raises RuntimeError: the driver refuses."""
+        """Page-lock the slab; raises RuntimeError if the driver refuses."""
         self.locked.device = torch.cuda.current_device()
-        there = np.asarray(self)
-        there[:: mmap.PAGESIZE] = 0  # maps the pages, so that the driver need not
+        content = np.asarray(self)
+        content[:: mmap.PAGESIZE] = 0  # maps the pages, or the driver would have to
         for address, num_bytes in pieces(self.address, self.num_bytes):
             status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
             if int(status):
@@ -94,19 +99,19 @@ class _Slab(_Memory):
 
 
 _shared: weakref.WeakValueDictionary[int, _Slab] = weakref.WeakValueDictionary()
-"""By address."""
+"""Shared slabs of this process by address."""
 
 
 def plain_slab(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes], for this process alone."""
+    """Allocate uint8 [num_bytes] for this process alone."""
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def shared_slab(num_bytes: int, *, page_locked: bool) -> torch.Tensor:
-    """uint8 [num_bytes]; given back to the system with the last tensor over it.
+    """Allocate uint8 [num_bytes] of shared memory, which is freed with the last tensor over it.
 
     Raises:
-        MemoryError, OSError, RuntimeError: the host has no such memory.
+        MemoryError, OSError, RuntimeError: the host has too little memory.
     """
     slab = _Slab(num_bytes)
     if page_locked:
@@ -115,15 +120,15 @@ def shared_slab(num_bytes: int, *, page_locked: bool) -> torch.Tensor:
 
 
 def mapped_slab(fd: int, num_bytes: int) -> torch.Tensor:
-    """Another process's slab, uint8 [num_bytes]. `fd` may be closed."""
+    """Map another process's slab, uint8 [num_bytes]. `fd` may be closed afterwards."""
     return _Memory(fd, num_bytes).tensor()
 
 
 def place_of(tensor: torch.Tensor) -> SlabPlace:
-    """Of a uint8 tensor that lies in a shared slab.
+    """Return the place of a uint8 tensor in its shared slab.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it lies in no shared slab.
     """
     slab = _shared.get(tensor.untyped_storage().data_ptr())
     if slab is None:
@@ -132,31 +137,33 @@ def place_of(tensor: torch.Tensor) -> SlabPlace:
 
 
 def live_slabs() -> list[int]:
-    """Ids of the shared slabs of this process."""
+    """Return the ids of the shared slabs of this process."""
     return [slab.id for slab in list(_shared.values())]
 
 
 def available_bytes() -> int:
-    """Of host memory that can be had without swapping: asked for more, the kernel would not refuse,
-    but kill a process."""
+    """Return the bytes of host memory that are available without swapping.
+
+    The kernel does not refuse to give more; it kills a process later.
+    """
     available = _read_sizes(Path("/proc/meminfo"))["MemAvailable:"] << 10
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
         cached = _read_sizes(_CGROUP / "memory.stat")["inactive_file"]
-    except (OSError, ValueError, KeyError):  # no limit, or none that can be seen
+    except (OSError, ValueError, KeyError):  # no limit, or an unreadable one
         return available
     return max(0, min(available, limit - used + cached))
 
 
 def _read_sizes(path: Path) -> dict[str, int]:
-    """Of a file of lines that begin with a name and a number."""
+    """Read a file of lines that begin with a name and a number."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}
 
 
 def pieces(address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """(address, bytes), cut at multiples of PIECE_BYTES."""
+    """Yield (address, bytes) of each piece, cut at multiples of PIECE_BYTES."""
     end = address + num_bytes
     while address < end:
         stop = min(end, (address // PIECE_BYTES + 1) * PIECE_BYTES)
@@ -165,7 +172,8 @@ def pieces(address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _free(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
-    """Unlocking takes its time, and the last tensor may have been the launching thread's."""
+    """Free a slab; page-locked memory in a thread of its own, as unlocking it takes long and the
+    caller may be the thread that launches steps."""
     if locked.pieces:
         threading.Thread(
             target=_unlock, args=(mapping, fd, locked), name="slab-unlocker", daemon=True
@@ -175,7 +183,7 @@ def _free(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
 
 
 def _unlock(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
-    torch.cuda.set_device(locked.device)  # or the driver would make itself at home on GPU 0
+    torch.cuda.set_device(locked.device)  # otherwise the driver creates a context on GPU 0
     for address in locked.pieces:
         torch.cuda.cudart().cudaHostUnregister(address)
         time.sleep(PAUSE_S)
@@ -184,5 +192,5 @@ def _unlock(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
 
 def _close(mapping: mmap.mmap, fd: int) -> None:
     mapping.close()
-    os.ftruncate(fd, 0)  # the pages go now, also where another process has them mapped
+    os.ftruncate(fd, 0)  # frees the pages, even where another process maps them
     os.close(fd)

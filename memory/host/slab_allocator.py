@@ -1,4 +1,4 @@
-"""Where in a few large slabs of memory each chunk lies. Integers only, no memory of its own."""
+"""The allocator of chunks in a few large slabs. It holds integers only, no memory."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from loraplex.memory.accounting.block_manager import IntegrityError
 
 CHUNK_ALIGN = 512
-"""Bytes at whose multiples chunks start: no DMA of two adapters shares a line of any bus."""
+"""Chunks start at multiples of so many bytes, so that no two adapters share a cache line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +19,17 @@ class Chunk:
 
 
 class SlabAllocator:
-    """First fit in the oldest slab, so that younger ones empty; neighbours coalesce when freed."""
+    """Allocates first fit in the oldest slab, so that younger ones empty."""
 
     def __init__(self) -> None:
         self._slab_bytes: dict[int, int] = {}  # by slab id, oldest first
-        self._spans: dict[int, list[tuple[int, int]]] = {}  # free ones: (offset, bytes), sorted
+        self._spans: dict[int, list[tuple[int, int]]] = {}  # free spans: (offset, bytes), sorted
         self._chunks: set[Chunk] = set()
         self._num_created = 0
 
     @property
     def num_bytes(self) -> int:
-        """Of all slabs."""
+        """Bytes of all slabs."""
         return sum(self._slab_bytes.values())
 
     @property
@@ -37,12 +37,12 @@ class SlabAllocator:
         return sum(size for spans in self._spans.values() for _, size in spans)
 
     def num_fitting(self, num_bytes: int) -> int:
-        """Chunks of this size that fit now."""
+        """Return how many chunks of this size fit now."""
         size = _chunk_bytes(num_bytes)
         return sum(length // size for spans in self._spans.values() for _, length in spans)
 
     def add_slab(self, num_bytes: int) -> int:
-        """A new slab, all free; returns its id."""
+        """Add a slab, all of it free; returns its id."""
         slab_id = self._num_created
         self._num_created += 1
         self._slab_bytes[slab_id] = num_bytes
@@ -50,7 +50,7 @@ class SlabAllocator:
         return slab_id
 
     def remove_slab(self, slab_id: int) -> None:
-        """Raises IntegrityError: a chunk of it is in use."""
+        """Remove a slab; raises IntegrityError if a chunk of it is in use."""
         if not self.is_empty(slab_id):
             raise IntegrityError(f"slab {slab_id} is in use")
         del self._slab_bytes[slab_id], self._spans[slab_id]
@@ -62,7 +62,7 @@ class SlabAllocator:
         return [slab_id for slab_id in self._slab_bytes if self.is_empty(slab_id)]
 
     def allocate(self, num_bytes: int) -> Chunk | None:
-        """A chunk of at least `num_bytes`, or None: no free span is as long."""
+        """Allocate a chunk of at least `num_bytes`; returns None if no free span is as long."""
         size = _chunk_bytes(num_bytes)
         for slab_id, spans in self._spans.items():
             for index, (offset, length) in enumerate(spans):
@@ -75,7 +75,7 @@ class SlabAllocator:
         return None
 
     def free(self, chunk: Chunk) -> None:
-        """Raises IntegrityError: it is not allocated."""
+        """Free a chunk; raises IntegrityError if it is not allocated."""
         if chunk not in self._chunks:
             raise IntegrityError(f"{chunk} is not allocated")
         self._chunks.remove(chunk)
@@ -90,7 +90,7 @@ class SlabAllocator:
         spans[first:last] = [(start, end - start)]
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless chunks and free spans tile every slab, spans coalesced."""
+        """Raise IntegrityError unless chunks and merged free spans cover each slab exactly."""
         for slab_id, num_bytes in self._slab_bytes.items():
             free = self._spans[slab_id]
             used = [(c.offset, c.num_bytes) for c in self._chunks if c.slab_id == slab_id]
@@ -103,7 +103,7 @@ class SlabAllocator:
                 raise IntegrityError(f"slab {slab_id} ends at {end}, not at {num_bytes}")
             ends = {offset + size for offset, size in free}
             if free != sorted(free) or ends & {offset for offset, _ in free}:
-                raise IntegrityError(f"free spans of slab {slab_id} are not sorted and coalesced")
+                raise IntegrityError(f"free spans of slab {slab_id} are not sorted and merged")
         if {chunk.slab_id for chunk in self._chunks} - set(self._slab_bytes):
             raise IntegrityError("a chunk lies in no slab")
 

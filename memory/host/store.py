@@ -1,8 +1,8 @@
-"""Packed adapters in host memory, by content: the tier between disk and pages.
+"""The host store: packed adapters in host memory, the tier between disk and pages.
 
-On a GPU the memory must be page-locked to be copied at the link's speed, and page-locking costs
-a tenth of a second or two whenever it is asked for. So it is taken in slabs
-(memory/host/slab.py) and ahead of need, and adapters come and go within them.
+A GPU copies at full speed from page-locked memory only, and page-locking a slab takes a tenth of a
+second or two. So the store allocates memory in slabs (memory/host/slab.py), ahead of need, and
+places adapters within them.
 """
 
 import logging
@@ -21,22 +21,22 @@ logger = logging.getLogger("loraplex")
 SLAB_BYTES = 256 << 20
 
 NUM_SPARE = 2
-"""As many adapters as are read while a slab is taken."""
+"""Number of adapters that may be read while a slab is allocated."""
 
 Allocate = Callable[[int], torch.Tensor]
-"""Of a number of bytes: uint8 [that many], of any content, which the caller fills."""
+"""Allocates uint8 [number of bytes], uninitialized."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """An adapter in page layout (memory/adapter_layout.py), ready to be copied into pages.
 
-    L layers, M modules; a module that the adapter leaves alone has rank 0.
+    L is the number of layers, M of modules. A module that the adapter does not change has rank 0.
     """
 
     content_hash: str
     num_pages: int
-    data: torch.Tensor  # [L, num_pages * page_elems] of the model's dtype; pinned for a GPU
+    data: torch.Tensor  # [L, num_pages * page_elems] of the model's dtype; page-locked for a GPU
     rank: torch.Tensor  # int32 [L, M]
     a_start: torch.Tensor  # int32 [L, M]
     b_start: torch.Tensor  # int32 [L, M]
@@ -51,15 +51,16 @@ class PackedAdapter:
 class _Entry:
     adapter: PackedAdapter
     chunks: list[Chunk]
-    num_pins: int = 0
-    is_dropped: bool = False  # goes with its last pin
+    num_users: int = 0
+    is_dropped: bool = False  # is evicted with its last user
 
 
 class HostStore:
-    """Least recently used out first; pinned ones stay. Safe to use from several threads.
+    """Keeps adapters and evicts the least recently used. Safe to use from several threads.
 
-    What does not fit the budget beside pinned ones gets a slab of its own, until another comes
-    after it is no longer pinned: what has just been read is about to be loaded.
+    An adapter stays while a load uses it (`acquire` to `release`). An adapter that does not fit the
+    budget beside those in use gets a slab beyond the budget, as it is about to be loaded. That slab
+    is freed when another adapter is added after its use.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class HostStore:
         make_slab: Allocate = plain_slab,
         slab_bytes: int = SLAB_BYTES,
     ) -> None:
-        """`make_slab` raises MemoryError, OSError or RuntimeError where the host has no more."""
+        """`make_slab` raises MemoryError, OSError or RuntimeError where the host has too little."""
         self._budget_bytes = budget_bytes
         self._make_slab = make_slab
         self._slab_bytes = min(slab_bytes, budget_bytes) // CHUNK_ALIGN * CHUNK_ALIGN
@@ -81,11 +82,11 @@ class HostStore:
         self._largest = 0  # bytes of the largest chunk so far
         self._evicted: list[str] = []
         self._lock = threading.Lock()
-        self._growing = threading.Lock()  # taken before _lock: one thread at a time page-locks
+        self._growing = threading.Lock()  # taken before _lock; one thread at a time page-locks
 
     @property
     def num_bytes(self) -> int:
-        """Of the adapters; slabs are larger."""
+        """Bytes of the adapters; slabs are larger."""
         with self._lock:
             return sum(entry.adapter.num_bytes for entry in self._entries.values())
 
@@ -99,14 +100,16 @@ class HostStore:
     def __contains__(self, content_hash: str) -> bool:
         return content_hash in self._entries
 
-    def add(self, read: Callable[[Allocate], PackedAdapter], *, pin: bool = False) -> PackedAdapter:
-        """Keep the adapter that `read` returns; others are evicted to make room for it.
+    def add(
+        self, read: Callable[[Allocate], PackedAdapter], *, acquire: bool = False
+    ) -> PackedAdapter:
+        """Add the adapter that `read` returns, and evict others to make room.
 
-        If its content is here already, that copy stays and is the one returned. What `read`
-        raises is raised, and the memory that it was given is free again.
+        If the store has an equal adapter already, it keeps and returns that copy. If `read` raises,
+        its memory is freed and the error is raised.
 
         Raises:
-            MemoryError: the host gives no more memory and every adapter here is pinned.
+            MemoryError: the host has no more memory and every adapter here is in use.
         """
         chunks: list[Chunk] = []
         try:
@@ -123,53 +126,58 @@ class HostStore:
             else:
                 self._free(chunks)
                 self._entries.move_to_end(adapter.content_hash)
-            entry.num_pins += pin
+            entry.num_users += acquire
             entry.is_dropped = False
             self._evict_extra(keep=adapter.content_hash)
             return entry.adapter
 
-    def pin(self, content_hash: str) -> PackedAdapter | None:
-        """The adapter, which then stays until `unpin`; None when it is not here."""
+    def acquire(self, content_hash: str) -> PackedAdapter | None:
+        """Return the adapter and keep it until `release`; None if it is not here."""
         with self._lock:
             entry = self._entries.get(content_hash)
             if entry is None:
                 return None
             self._entries.move_to_end(content_hash)
-            entry.num_pins += 1
+            entry.num_users += 1
             entry.is_dropped = False
             return entry.adapter
 
-    def unpin(self, content_hash: str) -> None:
-        """Raises ValueError: it is not pinned."""
+    def release(self, content_hash: str) -> None:
+        """End one use of the adapter; raises ValueError if there is none."""
         with self._lock:
             entry = self._entries.get(content_hash)
-            if entry is None or not entry.num_pins:
-                raise ValueError(f"adapter {content_hash} is unpinned without a pin")
-            entry.num_pins -= 1
-            if entry.is_dropped and not entry.num_pins:
+            if entry is None or not entry.num_users:
+                raise ValueError(f"adapter {content_hash} is released without a use")
+            entry.num_users -= 1
+            if entry.is_dropped and not entry.num_users:
                 self._drop(content_hash)
 
     def drop(self, content_hash: str) -> None:
-        """Free an adapter's memory, if it is here: at once, or with its last pin unless it is asked
-        for again. Of the slabs that are empty then, one is kept."""
+        """Free an adapter's memory, if it is here.
+
+        An adapter in use is freed with its last `release`, unless it is asked for again. One empty
+        slab is kept, others are freed.
+        """
         with self._lock:
             entry = self._entries.get(content_hash)
             if entry is None:
                 return
             entry.is_dropped = True
-            if not entry.num_pins:
+            if not entry.num_users:
                 self._drop(content_hash)
 
     def take_evicted(self) -> list[str]:
-        """Contents that have left since the last call, in order."""
+        """Return the content hashes evicted since the last call, in order."""
         with self._lock:
             evicted, self._evicted = self._evicted, []
             return evicted
 
     def prepare(self) -> None:
-        """Take the next slab before it is needed, if the budget has room for it and NUM_SPARE
-        adapters as large as the largest so far would not fit; for a thread that nobody waits
-        for."""
+        """Allocate the next slab before it is needed.
+
+        Does so if NUM_SPARE adapters as large as the largest so far do not fit and the budget has
+        room. May take long: call it from a thread of its own.
+        """
         with self._growing:
             with self._lock:
                 is_short = self._space.num_fitting(self._largest) < NUM_SPARE
@@ -177,7 +185,7 @@ class HostStore:
                 self._grow(max(self._slab_bytes, self._largest), may_exceed_budget=False)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError or AssertionError when the books do not balance."""
+        """Raise IntegrityError or AssertionError unless chunks, slabs and adapters agree."""
         with self._lock:
             self._space.check_integrity()
             chunks = [chunk for entry in self._entries.values() for chunk in entry.chunks]
@@ -188,7 +196,7 @@ class HostStore:
             assert sum(slab.nbytes for slab in self._slabs.values()) == self._space.num_bytes
             extra = sum(self._slabs[slab_id].nbytes for slab_id in self._extra_slabs)
             assert self._space.num_bytes - extra <= self._budget_bytes
-            assert all(entry.num_pins >= 0 for entry in self._entries.values())
+            assert all(entry.num_users >= 0 for entry in self._entries.values())
             for entry in self._entries.values():
                 assert sum(c.num_bytes for c in entry.chunks) >= entry.adapter.num_bytes
 
@@ -209,7 +217,7 @@ class HostStore:
             return chunk
 
     def _take_slowly(self, num_bytes: int) -> Chunk:
-        """A new slab while the budget has room, then the place of others, then beyond it."""
+        """Allocate a slab within the budget, else evict others, else exceed the budget."""
         size = -(-num_bytes // CHUNK_ALIGN) * CHUNK_ALIGN
         while (chunk := self._take(num_bytes)) is None:
             if self._grow(max(self._slab_bytes, size), may_exceed_budget=False):
@@ -219,13 +227,13 @@ class HostStore:
                     continue
             if not self._grow(size, may_exceed_budget=True):
                 raise MemoryError(
-                    f"the host gives no {size} bytes of page-locked memory for an adapter, and "
-                    f"the {self._space.num_bytes} bytes there are in use: lower adapter_host_bytes"
+                    f"the host has no {size} bytes of memory for an adapter, and all bytes of the "
+                    f"store ({self._space.num_bytes}) are in use: lower adapter_host_bytes"
                 )
         return chunk
 
     def _grow(self, num_bytes: int, *, may_exceed_budget: bool) -> bool:
-        """Add a slab; `_growing` is held, `_lock` is not, as page-locking takes long."""
+        """Add a slab; returns whether it could. The caller holds `_growing` and not `_lock`."""
         is_extra = self._space.num_bytes + num_bytes > self._budget_bytes
         if num_bytes < 1 or (is_extra and not may_exceed_budget):
             return False
@@ -234,7 +242,7 @@ class HostStore:
         except (MemoryError, OSError, RuntimeError) as error:
             self._budget_bytes = min(self._budget_bytes, self._space.num_bytes)
             logger.warning(
-                "no more host memory for adapters: %d bytes it is, not adapter_host_bytes (%s)",
+                "the host has no more memory for adapters: the store keeps to %d bytes (%s)",
                 self._space.num_bytes,
                 error,
             )
@@ -247,7 +255,7 @@ class HostStore:
         return True
 
     def _drop_empty_slabs(self) -> bool:
-        """What is empty and did not serve is too small: let a larger slab take its place."""
+        """Drop empty slabs that were too small, so that a larger one fits the budget."""
         slab_ids = self._space.empty_slabs()
         for slab_id in slab_ids:
             self._drop_slab(slab_id)
@@ -260,7 +268,7 @@ class HostStore:
 
     def _evict_oldest(self) -> bool:
         for content_hash, entry in self._entries.items():
-            if not entry.num_pins:
+            if not entry.num_users:
                 self._evict(content_hash)
                 return True
         return False
@@ -275,11 +283,11 @@ class HostStore:
             self._drop_slab(slab_id)
 
     def _evict_extra(self, keep: str) -> None:
-        """Bring the store back into its budget as far as pins allow."""
+        """Bring the store back into its budget, as far as adapters are not in use."""
         if self._extra_slabs:
             for content_hash, entry in list(self._entries.items()):
                 is_extra = any(chunk.slab_id in self._extra_slabs for chunk in entry.chunks)
-                if is_extra and not entry.num_pins and content_hash != keep:
+                if is_extra and not entry.num_users and content_hash != keep:
                     self._evict(content_hash)
 
     def _free(self, chunks: list[Chunk]) -> None:

@@ -295,8 +295,8 @@ class LoadWorld:
             self.streams.advance(50)
         assert self.bad.tolist() == [0, 0, 0], "wrong pages, rows or KV"
         self.loader._store.check_integrity()
-        pins = [entry.num_pins for entry in self.loader._store._entries.values()]
-        assert not any(pins)
+        num_users = [entry.num_users for entry in self.loader._store._entries.values()]
+        assert not any(num_users)
 
     def close(self) -> None:
         self.loader.close()

@@ -96,7 +96,7 @@ class Recorder:
 def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     self_hash = recorder.content_hash()
-    pages = recorder.loader._store.pin(self_hash).num_pages
+    pages = recorder.loader._store.acquire(self_hash).num_pages
     recorder.load(recorder.command(self_hash, pages))
     load = recorder.next()
     assert isinstance(load, Load)
@@ -115,7 +115,7 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
     pool = PagePool(PAGE_SHAPE, 4, CPU)
     recorder = Recorder(tmp_path, copier=Broken(pool))
     content_hash = recorder.content_hash()
-    pages = recorder.loader._store.pin(content_hash).num_pages
+    pages = recorder.loader._store.acquire(content_hash).num_pages
     recorder.load(recorder.command(content_hash, pages))
     assert isinstance(recorder.next(), RuntimeError)
     recorder.loader.close()
@@ -125,9 +125,9 @@ def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, host_bytes=60_000)  # for either of two adapters
     content_hash = recorder.content_hash()
     store = recorder.loader._store
-    adapter = store.pin(content_hash)
+    adapter = store.acquire(content_hash)
     assert adapter is not None
-    store.unpin(content_hash)
+    store.release(content_hash)
     command = recorder.command(content_hash, adapter.num_pages)
     recorder.load(command)
     assert recorder.loader.finish(recorder.next()).from_host
@@ -202,10 +202,10 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
     for path, adapter in zip(paths, expected, strict=True):
         loader.inspect(InspectAdapter(path.name, str(path)))
         assert reports.get(timeout=20).content_hash == adapter.content_hash
-        kept = store.pin(adapter.content_hash)
+        kept = store.acquire(adapter.content_hash)
         assert kept is not None and torch.equal(kept.data, adapter.data)
         assert any(a <= kept.data.data_ptr() < a + n for a, n in cudart.locked.items())
-        store.unpin(adapter.content_hash)
+        store.release(adapter.content_hash)
         store.check_integrity()
     loader.close()
     assert len(store) == 9

@@ -85,10 +85,10 @@ def test_the_same_adapters_from_several_threads(
                 folder = folders[index]
                 got = store.add(
                     lambda allocate, path=folder: shared_reader.read(path.name, path, allocate),
-                    pin=True,
+                    acquire=True,
                 )
                 check_same(got, expected[index])
-                store.unpin(got.content_hash)
+                store.release(got.content_hash)
                 store.drop(got.content_hash)
                 store.check_integrity()
         except BaseException as error:

@@ -182,7 +182,7 @@ def test_unload_overtakes_a_load(root: Path) -> None:
     wrong = ask(worker, LoadAdapter(3, one.content_hash, one.path, int_array([9, 10])))
     assert "needs 1 pages, not 2" in wrong.error
     entries = worker._loader._store._entries.values()
-    assert not any(entry.num_pins for entry in entries)
+    assert not any(entry.num_users for entry in entries)
 
 
 def test_drop_frees_host_memory(root: Path) -> None:

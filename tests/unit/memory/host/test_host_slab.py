@@ -78,7 +78,9 @@ def test_ids_are_never_used_again() -> None:
 
 def test_a_host_without_the_memory_says_so() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(MemoryError, match="4611686018427387904 bytes are wanted, and"):
+    with pytest.raises(
+        MemoryError, match="4611686018427387904 bytes of host memory are needed, and"
+    ):
         shared_slab(1 << 62, page_locked=False)
     assert 1 << 20 < available_bytes() < 1 << 50
     assert len(os.listdir("/proc/self/fd")) == before

@@ -30,17 +30,17 @@ def check(store: HostStore, *names: str) -> None:
     store.check_integrity()
     assert {name for name in "abcdefg" if name in store} == set(names)
     for name in names:
-        adapter = store.pin(name)
+        adapter = store.acquire(name)
         assert adapter is not None and (adapter.data == ord(name)).all()
-        store.unpin(name)
+        store.release(name)
 
 
 def test_least_recently_used_goes_first() -> None:
     store = HostStore(3 * UNIT)
     for name in "abc":
         store.add(reading(name))
-    assert store.pin("a") is not None
-    store.unpin("a")
+    assert store.acquire("a") is not None
+    store.release("a")
     store.add(reading("d"))
     check(store, "a", "c", "d")
     first = store.add(reading("a"))
@@ -54,31 +54,31 @@ def test_least_recently_used_goes_first() -> None:
 
 def test_pinned_stay_and_oversized_is_kept_until_the_next() -> None:
     store = HostStore(2 * UNIT)
-    store.add(reading("a"), pin=True)
-    assert store.pin("a") is not None
+    store.add(reading("a"), acquire=True)
+    assert store.acquire("a") is not None
     store.add(reading("b", 5))
     check(store, "a", "b")
     assert store.num_slab_bytes == 7 * UNIT
     store.add(reading("c"))
     check(store, "a", "c")
     assert store.num_slab_bytes == 2 * UNIT
-    store.add(reading("d"), pin=True)
+    store.add(reading("d"), acquire=True)
     check(store, "a", "d")
-    store.add(reading("e"), pin=True)  # beyond the budget while all are pinned
+    store.add(reading("e"), acquire=True)  # beyond the budget while all are in use
     check(store, "a", "d", "e")
     assert store.num_slab_bytes == 3 * UNIT
-    store.unpin("e")
+    store.release("e")
     check(store, "a", "d", "e")
-    store.unpin("a")
-    store.unpin("a")
+    store.release("a")
+    store.release("a")
     store.add(reading("f"))
     check(store, "d", "f")
     assert store.num_slab_bytes == 2 * UNIT
-    assert store.pin("zz") is None
-    store.unpin("d")
+    assert store.acquire("zz") is None
+    store.release("d")
     for name in ("never", "d"):
-        with pytest.raises(ValueError, match="without a pin"):
-            store.unpin(name)
+        with pytest.raises(ValueError, match="without a use"):
+            store.release(name)
 
 
 def test_slabs_of_other_sizes_make_way() -> None:
@@ -151,10 +151,10 @@ def test_a_host_that_gives_no_more(error: Exception) -> None:
         return slabs.pop()
 
     store = HostStore(9 * UNIT, slab_bytes=2 * UNIT, make_slab=make_slab)
-    store.add(reading("a", 2), pin=True)
+    store.add(reading("a", 2), acquire=True)
     with pytest.raises(MemoryError, match="lower adapter_host_bytes"):
         store.add(reading("b"))
-    store.unpin("a")
+    store.release("a")
     store.add(reading("b"))
     check(store, "b")
 
@@ -169,10 +169,10 @@ def test_under_threads() -> None:
         try:
             for _ in range(150):
                 name = rng.choice("abcdefg")
-                adapter = store.add(reading(name, 1 + "abcdefg".index(name) % 5), pin=True)
+                adapter = store.add(reading(name, 1 + "abcdefg".index(name) % 5), acquire=True)
                 store.prepare()
                 assert name in store and (adapter.data == ord(name)).all()
-                store.unpin(name)
+                store.release(name)
                 store.check_integrity()
         except BaseException as error:
             errors.append(error)
@@ -195,23 +195,23 @@ def test_dropped_ones_free_their_memory_at_once_or_with_their_last_pin() -> None
     store.drop("never")
     check(store, "b")
     assert store.num_bytes == 2 * UNIT and store.take_evicted() == ["a"]
-    assert store.pin("b") is not None and store.pin("b") is not None
+    assert store.acquire("b") is not None and store.acquire("b") is not None
     store.drop("b")
     check(store, "b")  # which asks for it, so that it stays
-    store.unpin("b")
-    store.unpin("b")
+    store.release("b")
+    store.release("b")
     check(store, "b")
-    assert store.pin("b") is not None
+    assert store.acquire("b") is not None
     store.drop("b")
     store.drop("b")
-    store.unpin("b")
+    store.release("b")
     check(store)
     assert store.num_bytes == 0 and store.take_evicted() == ["b"]
     assert store.num_slab_bytes == 2 * UNIT, "one empty slab is kept"
-    store.add(reading("c"), pin=True)
+    store.add(reading("c"), acquire=True)
     store.drop("c")
     store.add(reading("c"))  # read again meanwhile: it is wanted
-    store.unpin("c")
+    store.release("c")
     check(store, "c")
 
 
