@@ -1,23 +1,24 @@
-"""Where each row of an adapter's weights lies in its pages. Plain integers, no torch.
+"""The layout of an adapter's weights in its pages. Plain integers, no torch.
 
-In every layer an adapter is one virtual array of elements: for each of its modules r rows of A
-(each `in_features` long), then r rows of B transposed (each `out_features` long). The array is
-cut into the adapter's pages in order, so element e lies in page `page_ids[e // page_elems]` at
-`e % page_elems`. Rows start at multiples of ROW_ALIGN elements, so no aligned vector load
-straddles a page. Ranks may differ from layer to layer; the pages must hold the largest layer.
+In every layer an adapter is one virtual array of elements: for each of its modules r rows of A,
+each `in_features` long, then r rows of B transposed, each `out_features` long. The array is cut
+into the adapter's pages in order, so element e lies in page `page_ids[e // page_elems]` at
+`e % page_elems`. Ranks may differ from layer to layer; the pages must hold the largest layer.
 """
 
 from dataclasses import dataclass
 
 ROW_ALIGN = 64
+"""Rows start at multiples of this many elements, so no aligned vector load crosses a page. The LoRA
+kernels get it with each LoRAGroup."""
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The projections an adapter may touch; the index in this tuple is the module's id."""
+"""The projections that an adapter may change. The index in this tuple is the module's id."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """Sizes of one projection on one worker (its shard under tensor parallelism)."""
+    """Sizes of one projection on one worker, which is a shard under tensor parallelism."""
 
     in_features: int
     out_features: int
@@ -58,7 +59,7 @@ def place_layer(
 def num_pages(
     layer_ranks: list[dict[int, int]], shapes: tuple[ModuleShape, ...], page_elems: int
 ) -> int:
-    """Pages that hold an adapter with these ranks per layer; at least one."""
+    """Return the pages that an adapter with these ranks per layer needs, at least one."""
     if page_elems % ROW_ALIGN:
         raise ValueError(f"page_elems must be a multiple of {ROW_ALIGN}, got {page_elems}")
     largest = max((place_layer(ranks, shapes)[1] for ranks in layer_ranks), default=0)

@@ -19,14 +19,6 @@ import torch
 
 Int32Array = npt.NDArray[np.int32]
 
-ROW_ALIGN = 64
-"""Rows of weights start at multiples of this many elements; equals memory.adapter_layout's."""
-
-
-def row_stride(num_features: int) -> int:
-    """Returns the elements from one row of weights to the next."""
-    return -(-num_features // ROW_ALIGN) * ROW_ALIGN
-
 
 @dataclass(frozen=True, slots=True)
 class LoRAGroup:
@@ -36,6 +28,11 @@ class LoRAGroup:
     in_features: int
     out_starts: tuple[int, ...]  # first column of each module in y
     out_features: tuple[int, ...]
+    row_align: int  # rows of weights start at multiples of this many elements
+
+    def row_stride(self, num_features: int) -> int:
+        """Returns the elements from one row of weights to the next."""
+        return -(-num_features // self.row_align) * self.row_align
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,7 @@ class LoRATable:
     An adapter's weights of one layer are one virtual array over its pages (see
     memory/adapter_layout.py): element e is pool[layer, page_table[s, e // page_elems],
     e % page_elems]. Row i of A starts at a_start + i * stride(in_features). Row i of B
-    transposed starts at b_start + i * stride(out_features). The stride is rounded up to ROW_ALIGN.
+    transposed starts at b_start + i * stride(out_features). See LoRAGroup.row_stride.
 
     The fields [L, M, S] on the device have equal strides, and any strides are allowed. The fastest
     layout keeps an adapter's modules side by side, so that one read fetches a whole layer's.

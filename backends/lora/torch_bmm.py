@@ -17,7 +17,6 @@ from loraplex.backends.lora.contract import (
     LoRAGroup,
     LoRASpec,
     LoRATable,
-    row_stride,
 )
 
 MAX_BUCKET_SEGMENTS = 32
@@ -225,8 +224,8 @@ def _apply_bucket(
         rank = layout.rank[module]
         if rank == 0:
             continue
-        a = _matrix(weights, layout.a_start[module] - base, rank, group.in_features)
-        b = _matrix(weights, layout.b_start[module] - base, rank, width)
+        a = _matrix(group, weights, layout.a_start[module] - base, rank, group.in_features)
+        b = _matrix(group, weights, layout.b_start[module] - base, rank, width)
         shrunk = torch.bmm(x32, a.transpose(1, 2)).mul_(bucket.scale[layer, module])
         delta = torch.bmm(shrunk, b).view(-1, width)
         if bucket.valid is not None:
@@ -243,7 +242,10 @@ def _gather_weights(
     them in the virtual array."""
     layout = bucket.layout
     used = [
-        (layout.a_start[module], layout.b_start[module] + layout.rank[module] * row_stride(width))
+        (
+            layout.a_start[module],
+            layout.b_start[module] + layout.rank[module] * group.row_stride(width),
+        )
         for module, width in zip(group.modules, group.out_features, strict=True)
         if layout.rank[module]
     ]
@@ -260,8 +262,10 @@ def _gather_weights(
     return weights, first * page_elems
 
 
-def _matrix(weights: torch.Tensor, start: int, rank: int, features: int) -> torch.Tensor:
+def _matrix(
+    group: LoRAGroup, weights: torch.Tensor, start: int, rank: int, features: int
+) -> torch.Tensor:
     """Returns float32 [n, rank, features], a view if the weights are float32."""
-    stride = row_stride(features)
+    stride = group.row_stride(features)
     rows = weights[:, start : start + rank * stride].unflatten(1, (rank, stride))
     return rows[:, :, :features].float()

@@ -31,7 +31,7 @@ from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 from loraplex.entrypoints.bench.plot import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
-from loraplex.memory.adapter_layout import ModuleShape, num_pages, place_layer
+from loraplex.memory.adapter_layout import ROW_ALIGN, ModuleShape, num_pages, place_layer
 
 BLOCK_TOKENS = 16
 
@@ -181,7 +181,7 @@ class Setup:
         shapes = self.model.shapes
         outs = tuple(shapes[module].out_features for module in modules)
         starts = tuple(sum(outs[:i]) for i in range(len(outs)))
-        return LoRAGroup(modules, shapes[modules[0]].in_features, starts, outs)
+        return LoRAGroup(modules, shapes[modules[0]].in_features, starts, outs, ROW_ALIGN)
 
     @property
     def num_bytes(self) -> int:

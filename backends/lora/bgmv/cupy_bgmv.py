@@ -33,7 +33,6 @@ from loraplex.backends.lora.contract import (
     LoRASpec,
     LoRATable,
     check_graph_batch,
-    row_stride,
 )
 
 
@@ -215,7 +214,7 @@ def _make_macros(spec: LoRASpec, kind: Kind, group: LoRAGroup, pdl: bool) -> tup
     values = {
         "BF16": int(spec.dtype == torch.bfloat16), "PDL": int(pdl), "PAGE": spec.page_elems,
         "NUM_MODULES": len(group.modules), "K": group.in_features,
-        "K_ROW": row_stride(group.in_features), "GROUP": spec.groups.index(group),
+        "K_ROW": group.row_stride(group.in_features), "GROUP": spec.groups.index(group),
         "NUM_GROUPS": len(spec.groups),
         "MAX_SPLITS": MAX_SPLITS, "MAX_RANK": spec.max_rank,
         "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,

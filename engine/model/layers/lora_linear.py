@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import ForwardContext
-from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape
 
 
 def make_group(modules: tuple[str, ...], shapes: tuple[ModuleShape, ...]) -> LoRAGroup:
@@ -23,6 +23,7 @@ def make_group(modules: tuple[str, ...], shapes: tuple[ModuleShape, ...]) -> LoR
         in_features=shapes[ids[0]].in_features,
         out_starts=tuple(sum(widths[:i]) for i in range(len(widths))),
         out_features=widths,
+        row_align=ROW_ALIGN,
     )
 
 

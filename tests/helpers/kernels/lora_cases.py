@@ -6,13 +6,12 @@ import numpy as np
 import torch
 
 from loraplex.backends.lora.contract import (
-    ROW_ALIGN,
     LoRABatch,
     LoRAGroup,
     LoRASpec,
     LoRATable,
 )
-from loraplex.memory.adapter_layout import MODULES, ModuleShape, num_pages, place_layer
+from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape, num_pages, place_layer
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
 
@@ -39,7 +38,7 @@ def make_groups(shapes: tuple[ModuleShape, ...]) -> list[LoRAGroup]:
     for modules in ((0, 1, 2), (3,), (4, 5), (6,)):
         widths = tuple(shapes[m].out_features for m in modules)
         starts = tuple(sum(widths[:i]) for i in range(len(widths)))
-        groups.append(LoRAGroup(modules, shapes[modules[0]].in_features, starts, widths))
+        groups.append(LoRAGroup(modules, shapes[modules[0]].in_features, starts, widths, ROW_ALIGN))
     return groups
 
 

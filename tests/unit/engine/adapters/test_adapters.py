@@ -24,7 +24,7 @@ from loraplex.engine.adapters.peft_files import (
 )
 from loraplex.engine.adapters.table import AdapterTable, group_rows
 from loraplex.engine.errors import AdapterError
-from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape
 from loraplex.memory.device.pool import PagePool, PageShape
 
 from helpers.models.hf_models import make_hf_model
@@ -98,7 +98,7 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
     table.write_device(2, packed, pages)
     table.write_host(2, packed, pages)
     groups = {
-        module: LoRAGroup((module,), sizes.in_features, (0,), (sizes.out_features,))
+        module: LoRAGroup((module,), sizes.in_features, (0,), (sizes.out_features,), ROW_ALIGN)
         for module, sizes in enumerate(SHAPES)
     }
     spec = LoRASpec(64, 64, torch.float32, torch.device("cpu"), PAGE_ELEMS, tuple(groups.values()))
