@@ -8,6 +8,8 @@ from loraplex.scheduler.worker_protocol import AdapterLoaded
 
 from helpers.scheduling.scheduler_harness import Harness
 
+SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 40))]
+
 
 def run_without_loads(harness: Harness, max_turns: int = 200) -> None:
     """Plan and commit until nothing more happens; answers to loads are withheld."""
@@ -85,7 +87,7 @@ def test_name_unloaded_during_its_load_frees_the_pages_with_the_answer() -> None
     harness.run()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_traffic_over_a_pool_too_small_for_its_loads(seed: int) -> None:
     """Answers to loads come only when nothing else moves; every request still ends as it should."""
     rng = random.Random(seed)

@@ -1,7 +1,7 @@
-"""Random traffic over tiny pools: every request ends once, with what the oracle says.
+"""Random traffic over tiny pools: every request ends once, with the tokens of the oracle.
 
-The harness checks the integrity of all books after every single operation, the fake worker checks
-every page that a step reads or writes.
+The harness checks the scheduler's integrity after every operation. The fake worker checks every
+page that a step reads or writes.
 """
 
 import random
@@ -49,7 +49,7 @@ def random_harness(rng: random.Random, policy: str) -> Harness:
 
 
 class Traffic:
-    """What clients, files and the engine may do, with every choice made by `rng`."""
+    """Actions of clients, files and the engine; `rng` makes every choice."""
 
     def __init__(self, rng: random.Random, policy: str = "fcfs") -> None:
         self.rng = rng
@@ -131,7 +131,10 @@ class Traffic:
         assert len(self.harness.adapter_updates) == self.num_loads
 
 
-@pytest.mark.parametrize("seed", range(30))
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 30))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_random_traffic(policy: str, seed: int) -> None:
     traffic = Traffic(random.Random(seed), policy)
@@ -153,7 +156,7 @@ def test_random_traffic(policy: str, seed: int) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_random_traffic_provokes_what_it_should(policy: str) -> None:
-    """The seeds above are worth nothing unless they reach the rare paths."""
+    """The traffic reaches the rare paths."""
     totals: dict[str, int] = {}
     for seed in range(12):
         traffic = Traffic(random.Random(1000 + seed), policy)
@@ -176,7 +179,7 @@ def test_random_traffic_provokes_what_it_should(policy: str) -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """The same traffic with hypothesis in charge of the order, so that failures shrink."""
+    """The same traffic in an order that hypothesis chooses, so that failures shrink."""
 
     @initialize(seed=st.integers(0, 2**32), policy=st.sampled_from(list(POLICIES)))
     def begin(self, seed: int, policy: str) -> None:
@@ -225,10 +228,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.traffic.finish()
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
+SETTINGS = settings(
+    max_examples=8,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = SETTINGS
+
+
+@pytest.mark.long
+class TestLongSchedulerMachine(SchedulerMachine.TestCase):
+    settings = settings(SETTINGS, max_examples=100, stateful_step_count=50)

@@ -13,6 +13,8 @@ from helpers.scheduling.scheduler_harness import Harness
 
 LONG = [i % 40 for i in range(1024)]
 
+SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(8, 50))]
+
 
 def num_planned(harness: Harness) -> int:
     """Prompt tokens planned so far, of tests in which every request generates one token."""
@@ -163,7 +165,7 @@ def test_preempted_twins_share_again() -> None:
     assert stats["prefix_hit_tokens"] >= 3 * 12
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_bursts_of_equal_prompts(seed: int) -> None:
     """Few prompts, many requests, small budgets and pools; the harness checks after each call."""
     rng = random.Random(seed)
