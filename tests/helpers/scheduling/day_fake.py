@@ -168,7 +168,7 @@ class FakeDay:
         for service in (stats["adapter_usage"], stats["base_usage"]):
             assert service["num_requests"] == service["num_ended"]
             assert service["num_first_tokens"] == sum(service["hits"].values())
-        assert self.scheduler._memory.adapters._in_host == set(harness.worker.host)
+        assert self.scheduler.stats()["host_adapters"] == len(harness.worker.host)
         for info in self.scheduler.list_adapters():
             self.scheduler.unload_adapter(info["name"])
             harness.verify()
