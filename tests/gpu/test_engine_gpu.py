@@ -85,8 +85,7 @@ class Oracles:
             for at, n in ((90, 1), (91, 2), (93, 17), (110, 64), (80, 600))
         ]
         self.judge, self.exact = (
-            PeftOracle(root, self.adapters, num_new_tokens=0, model=model, names=self.names,
-                       device=DEVICE)
+            PeftOracle(root, self.adapters, model=model, names=self.names, device=DEVICE)
             for model in (judge, exact)
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face: logits of random models of each architecture, and SmolLM2."""
+"""The decoder against Hugging Face: logits of random models of each architecture."""
 
 from pathlib import Path
 
@@ -8,15 +8,9 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 
-from loraplex.engine.checkpoint.locate import resolve_model
-from loraplex.engine.checkpoint.spec_loading import load_spec
-from loraplex.engine.checkpoint.weights import load_weights
-from loraplex.engine.model.decoder import Decoder
-from loraplex.engine.tokenizer.loading import load_tokenizer
-
-from helpers.kernels.naive_attention import PagedSequences
 from helpers.models.gguf_files import write_gguf
 from helpers.models.hf_models import LLAMA3_ROPE, make_hf_model
+from helpers.models.logits import load_decoder, prompt_logits
 
 CASES = {
     "llama-gqa": ("llama", {}),
@@ -37,30 +31,9 @@ CASES = {
 }  # fmt: skip
 
 
-def _load(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    model = Decoder(load_spec(path), dtype=dtype, device="cpu")
-    load_weights(model, path, progress=False)
-    return model
-
-
 def _tokens(count: int, vocab_size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (count,), generator=generator)
-
-
-@torch.inference_mode()
-def _logits(model: Decoder, prompts: list[torch.Tensor], chunk: int = 1000) -> list[torch.Tensor]:
-    """Of every position of every prompt, in steps of at most `chunk` tokens a prompt."""
-    sequences = PagedSequences(model.spec, len(prompts), max(map(len, prompts)), model.dtype)
-    done, parts = [0] * len(prompts), [[] for _ in prompts]
-    while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
-        counts = [min(chunk, len(p) - at) for at, p in zip(done, prompts, strict=True)]
-        tokens = torch.cat([p[at : at + n] for p, at, n in zip(prompts, done, counts, strict=True)])
-        hidden = model.forward(tokens, sequences.context(done, counts))
-        for part, rows in zip(parts, model.logits(hidden).split(counts), strict=True):
-            part.append(rows)
-        done = [at + n for at, n in zip(done, counts, strict=True)]
-    return [torch.cat(part) for part in parts]
 
 
 @torch.inference_mode()
@@ -72,20 +45,20 @@ def _hf_logits(model: transformers.PreTrainedModel, prompt: torch.Tensor) -> tor
 def test_logits_equal_hugging_face(case: str, tmp_path: Path) -> None:
     arch, overrides = CASES[case]
     reference = make_hf_model(arch, tmp_path, seed=3, **overrides)
-    model = _load(tmp_path)
+    model = load_decoder(tmp_path)
     prompts = [_tokens(n, model.spec.vocab_size, seed=n) for n in (1, 17, 90)]
-    for got, prompt in zip(_logits(model, prompts), prompts, strict=True):
+    for got, prompt in zip(prompt_logits(model, prompts), prompts, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
 
 
 def test_chunks_and_decode_steps_equal_one_prefill(tmp_path: Path) -> None:
     make_hf_model("llama3", tmp_path)
-    model = _load(tmp_path)
+    model = load_decoder(tmp_path)
     prompts = [_tokens(n, model.spec.vocab_size, seed=n) for n in (23, 9)]
-    whole = _logits(model, prompts)
+    whole = prompt_logits(model, prompts)
     for chunk in (1, 7):
-        for got, want in zip(_logits(model, prompts, chunk), whole, strict=True):
+        for got, want in zip(prompt_logits(model, prompts, chunk), whole, strict=True):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
@@ -93,9 +66,9 @@ def test_chunks_and_decode_steps_equal_one_prefill(tmp_path: Path) -> None:
 def test_bfloat16_stays_within_rounding(arch: str, tmp_path: Path) -> None:
     """Both round at the same places; what is left is the order of sums."""
     reference = make_hf_model(arch, tmp_path).to(torch.bfloat16)
-    model = _load(tmp_path, torch.bfloat16)
+    model = load_decoder(tmp_path, torch.bfloat16)
     prompt = _tokens(30, model.spec.vocab_size, seed=1)
-    (got,) = _logits(model, [prompt])
+    (got,) = prompt_logits(model, [prompt])
     want = _hf_logits(reference, prompt)
     exact = _hf_logits(reference.float(), prompt)
     assert (got - want).abs().max() < 0.1
@@ -117,9 +90,9 @@ def test_gguf_logits_equal_hugging_face(
 ) -> None:
     reference = make_hf_model(arch, tmp_path / "hf", **overrides)
     write_gguf(tmp_path / "model.gguf", reference)
-    model = _load(tmp_path / "model.gguf")
+    model = load_decoder(tmp_path / "model.gguf")
     prompt = _tokens(40, model.spec.vocab_size, seed=0)
-    (got,) = _logits(model, [prompt])
+    (got,) = prompt_logits(model, [prompt])
     torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
 
 
@@ -128,14 +101,14 @@ def test_gguf_types_are_dequantized(quantization: str, tmp_path: Path) -> None:
     """The reference takes the same rounded weights, read back through the decoder's parameters."""
     reference = make_hf_model("qwen2", tmp_path / "hf")
     write_gguf(tmp_path / "model.gguf", reference, GGMLQuantizationType[quantization])
-    model = _load(tmp_path / "model.gguf")
+    model = load_decoder(tmp_path / "model.gguf")
     parameters = model.parameters()
     for name, weight in reference.state_dict().items():
         step = weight.abs().max() / (100 if quantization == "Q8_0" else 200)
         assert (parameters[name] - weight).abs().max() <= step, name
     reference.load_state_dict(parameters)
     prompt = _tokens(12, model.spec.vocab_size, seed=0)
-    (got,) = _logits(model, [prompt])
+    (got,) = prompt_logits(model, [prompt])
     torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
 
 
@@ -147,38 +120,5 @@ def test_gguf_rope_divisors_are_llama3_scaling(tmp_path: Path) -> None:
     assert divisors.max() == pytest.approx(LLAMA3_ROPE["factor"])
     write_gguf(tmp_path / "model.gguf", reference, rope_divisors=divisors)
     prompt = _tokens(100, 512, seed=0)
-    (got,) = _logits(_load(tmp_path / "model.gguf"), [prompt])
+    (got,) = prompt_logits(load_decoder(tmp_path / "model.gguf"), [prompt])
     torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=1e-4, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def smollm() -> Decoder:
-    return _load(resolve_model(""))
-
-
-@torch.inference_mode()
-def test_smollm_answers(smollm: Decoder) -> None:
-    tokenizer = load_tokenizer(resolve_model(""))
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    tokens = tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False)
-    sequences = PagedSequences(smollm.spec, 1, len(tokens) + 16)
-    start, answer = 0, []
-    while True:
-        ctx = sequences.context([start], [len(tokens)])
-        hidden = smollm.forward(torch.tensor(tokens), ctx)
-        best = int(smollm.logits(hidden[-1:]).argmax())
-        if best in smollm.spec.eos_token_ids or len(answer) == 15:
-            break
-        answer.append(best)
-        start, tokens = start + len(tokens), [best]
-    assert tokenizer.decode(answer) == "The capital of France is Paris."
-
-
-def test_smollm_equals_hugging_faces_gguf_loading(smollm: Decoder) -> None:
-    path = resolve_model("")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    prompt = _tokens(24, smollm.spec.vocab_size, seed=5)
-    (got,) = _logits(smollm, [prompt])
-    torch.testing.assert_close(got, _hf_logits(reference, prompt), atol=3e-4, rtol=0)

@@ -1,4 +1,7 @@
-"""The packaged model with adapters, against Hugging Face + PEFT in fp32, token for token."""
+"""The packaged model with adapters, against Hugging Face + PEFT in fp32, token for token.
+
+Reading the GGUF file takes Hugging Face half a minute, so every test of that model is here.
+"""
 
 from pathlib import Path
 
@@ -9,95 +12,104 @@ from transformers import AutoModelForCausalLM
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.checkpoint.locate import resolve_model
 
+from helpers.models.logits import load_decoder, prompt_logits
 from helpers.models.peft_oracle import Case, PeftOracle, make_adapters, make_cases, tight_num_pages
 
-TRAINED = sorted(
-    path.parent.name
-    for path in (Path(__file__).parents[2] / "examples" / "adapters").glob("*/adapter_config.json")
-)
 TRAINED_ROOT = Path(__file__).parents[2] / "examples" / "adapters"
-NUM_NEW_TOKENS = 12
+TRAINED = sorted(path.parent.name for path in TRAINED_ROOT.glob("*/adapter_config.json"))
+BLOCK_TOKENS = 4
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-def load_hf(dtype: torch.dtype):
-    path = resolve_model("")
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+ANSWER = "The capital of France is Paris."
 
 
 @pytest.fixture(scope="module")
 def hf_model():
-    torch.set_num_threads(2)
-    return load_hf(torch.float32)
+    path = resolve_model("")
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def oracle(hf_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     make_adapters(hf_model, root)
-    return PeftOracle(Path(), root, num_new_tokens=NUM_NEW_TOKENS, model=hf_model)
+    return PeftOracle(Path(), root, model=hf_model)
 
 
-def answer(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> tuple:
-    """The engine's results, all cases submitted at once, and its stats after that."""
-    names = sorted({case.adapter for case in cases if case.adapter})
-    adapters = {name: str(oracle.adapters / name) for name in names}
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
-    options = {"pool_bytes": 1 << 29} | options
-    with LLM(adapters=adapters, device="cpu", in_process=True, **options) as llm:
-        for _ in range(repeat):
-            outputs = llm.generate(
-                [{"prompt_token_ids": case.prompt} for case in cases],
-                params,
-                lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
-                use_tqdm=False,
-            )
-        stats = llm.client.stats()
-        stats["adapter_pages"] = sum(a["num_pages"] for a in llm.client.list_adapters())
+def adapter_paths(oracle: PeftOracle, cases: list[Case]) -> dict[str, str]:
+    return {c.adapter: str(oracle.adapters / c.adapter) for c in cases if c.adapter}
+
+
+def answer(llm: LLM, oracle: PeftOracle, cases: list[Case], *, num_new_tokens: int = 8) -> None:
+    """Submits all cases at once; every answer must be the oracle's greedy one."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": case.prompt} for case in cases],
+        SamplingParams(temperature=0.0, max_tokens=num_new_tokens, ignore_eos=True),
+        lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
+        use_tqdm=False,
+    )
     for case, output in zip(cases, outputs, strict=True):
-        assert list(output.outputs[0].token_ids) == oracle.greedy(case), (
+        got = list(output.outputs[0].token_ids)
+        assert len(got) == num_new_tokens
+        assert got == oracle.choices(case, got), (
             f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
         )
-    return outputs, stats
 
 
-def test_random_adapters_of_every_kind(oracle):
-    cases = make_cases(oracle, lengths=(1, 19))
-    cases += make_cases(oracle, lengths=(600,), adapters=("", "r16-all-rslora"))
-    outputs, _ = answer(oracle, cases, repeat=2)
-    for case, output in zip(cases, outputs, strict=True):
-        assert output.num_cached_tokens == (len(case.prompt) - 1) // 16 * 16
-
-
-def test_chunked_prefill_and_preemption(oracle):
-    small = ("", "r1-q", "r4-regex", "r8-qkvo")
-    cases = make_cases(oracle, lengths=(17, 19, 40), adapters=small)
-    options = {"block_tokens": 4, "max_num_seqs": 16, "max_num_batched_tokens": 23}
-    _, stats = answer(oracle, cases[:4], pool_bytes=1 << 29, **options)
-    num_pages = tight_num_pages(
-        cases, stats["adapter_pages"], num_new_tokens=NUM_NEW_TOKENS, block_tokens=4
+def test_logits_equal_hugging_faces_gguf_loading(hf_model):
+    decoder = load_decoder(resolve_model(""))
+    prompt = torch.randint(
+        0, decoder.spec.vocab_size, (12,), generator=torch.Generator().manual_seed(5)
     )
-    options["max_num_batched_tokens"] = 97
-    _, stats = answer(oracle, cases, pool_bytes=None, num_pages=num_pages, **options)
-    assert stats["num_preemptions"] > 0
+    (got,) = prompt_logits(decoder, [prompt])
+    with torch.inference_mode():
+        want = hf_model(prompt[None]).logits[0]
+    torch.testing.assert_close(got, want, atol=3e-4, rtol=0)
+
+
+def test_adapters_of_every_kind_in_chunks_and_with_too_few_pages(oracle):
+    """The second engine has room for all cases at their start, but not at their end."""
+    cases = make_cases(oracle, lengths=(19,))
+    cases += make_cases(oracle, lengths=(1, 150), adapters=("", "r16-all-rslora"))
+    options = {"in_process": True, "block_tokens": BLOCK_TOKENS, "max_num_seqs": 16}
+    paths = adapter_paths(oracle, cases)
+    with LLM(
+        adapters=paths, pool_bytes=1 << 29, max_num_batched_tokens=23, device="cpu", **options
+    ) as llm:
+        answer(llm, oracle, cases)
+        pages = {info["name"]: info["num_pages"] for info in llm.client.list_adapters()}
+
+    cases = make_cases(oracle, lengths=(17, 19, 40), adapters=("", "r1-q", "r8-qkvo"))
+    paths = adapter_paths(oracle, cases)
+    num_pages = tight_num_pages(
+        cases, sum(pages[name] for name in paths),
+        num_new_tokens=16, block_tokens=BLOCK_TOKENS,
+    )  # fmt: skip
+    with LLM(
+        adapters=paths, num_pages=num_pages, max_num_batched_tokens=97, device="cpu", **options
+    ) as llm:
+        answer(llm, oracle, cases, num_new_tokens=16)
+        assert llm.client.stats()["num_preemptions"] > 0
 
 
 @pytest.mark.e2e
 def test_trained_adapters_through_the_processes(hf_model):
     names = ["", *TRAINED]
+    assert len(TRAINED) >= 4
     adapters = {name: str(TRAINED_ROOT / name) for name in TRAINED}
     with LLM(adapters=adapters, device="cpu", pool_bytes=1 << 29) as llm:
         outputs = llm.chat(
             [QUESTION] * len(names),
-            SamplingParams(temperature=0.0, max_tokens=20),
+            SamplingParams(temperature=0.0, max_tokens=12),
             lora_request=[LoRARequest(name, 1) if name else None for name in names],
             use_tqdm=False,
         )
-    texts = {name: output.outputs[0].text for name, output in zip(names, outputs, strict=True)}
-    assert texts[""] == "The capital of France is Paris."
-    assert len(set(texts.values())) == len(names)
-    oracle = PeftOracle(Path(), TRAINED_ROOT, num_new_tokens=20, model=hf_model, names=TRAINED)
+    texts = [output.outputs[0].text for output in outputs]
+    assert texts[0] == ANSWER
+    assert ANSWER not in texts[1:], "an adapter gave the base model's answer"
+    assert len(set(texts)) == len(names)
+    oracle = PeftOracle(Path(), TRAINED_ROOT, model=hf_model, names=TRAINED)
     for name, output in zip(names, outputs, strict=True):
-        answer = list(output.outputs[0].token_ids)
-        expected = oracle.greedy(Case(name, tuple(output.prompt_token_ids)))
-        assert answer == expected[: len(answer)], name
+        got = list(output.outputs[0].token_ids)
+        assert got == oracle.choices(Case(name, tuple(output.prompt_token_ids)), got), name

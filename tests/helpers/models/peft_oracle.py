@@ -1,4 +1,4 @@
-"""Greedy answers of Hugging Face + PEFT, and the adapters that parity tests share."""
+"""Judges answers by Hugging Face + PEFT, and defines the adapters that parity tests share."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,37 +52,40 @@ def adapter_names() -> list[str]:
 
 
 def make_adapters(model: Any, root: Path, *, strength: float = 2.0) -> None:
-    """`strength`: the size of each update beside that of the weight it is added to."""
+    """Save every adapter of ADAPTERS below `root`.
+
+    `strength` is the size of each update relative to the weight that it is added to.
+    """
     for seed, (name, spec) in enumerate(ADAPTERS.items()):
         make_adapter(model, root / name, seed=seed, strength=strength, **spec.options)
 
 
 class PeftOracle:
-    """Answers one case at a time, with no batching, no cache reuse and no code of ours."""
+    """Judges one answer at a time, with no batching, no cache and no code of ours.
+
+    `model` is the base model where the caller has one already; otherwise `base` names its folder.
+    """
 
     def __init__(
         self,
         base: Path,
         adapters: Path,
         *,
-        num_new_tokens: int,
         model: Any = None,
         names: list[str] | None = None,
-        dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
         self.base, self.adapters = base, adapters
         self._names = adapter_names() if names is None else names
-        self.num_new_tokens = num_new_tokens
         self._device = device
-        self._given_model, self._dtype = model, dtype
-        self._answers: dict[Case, list[int]] = {}
+        self._given_model = model
+        self._choices: dict[tuple[Case, tuple[int, ...]], list[int]] = {}
 
     @cached_property
     def model(self) -> PeftModel:
         base = self._given_model
         if base is None:
-            base = AutoModelForCausalLM.from_pretrained(self.base, dtype=self._dtype)
+            base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         base = base.to(self._device)
         first, *rest = self._names
         model = PeftModel.from_pretrained(base, self.adapters / first, adapter_name=first)
@@ -95,7 +98,7 @@ class PeftOracle:
         return self.model.config.vocab_size
 
     def logits(self, case: Case, tokens: list[int]) -> torch.Tensor:
-        """float32 [len(tokens), vocabulary], of the case's adapter."""
+        """Returns the logits of the case's adapter: float32 [len(tokens), vocabulary]."""
         ids = torch.tensor([tokens], device=self._device)
         with torch.inference_mode():
             if not case.adapter:
@@ -104,34 +107,26 @@ class PeftOracle:
             self.model.set_adapter(case.adapter)
             return self.model(ids).logits[0].float()
 
-    def greedy(self, case: Case) -> list[int]:
-        """The next tokens by Hugging Face's own generate, one sequence at a time."""
-        if case not in self._answers:
-            ids = torch.tensor([case.prompt], device=self._device)
-            self._answers[case] = self._generate(case, ids)[0, len(case.prompt) :].tolist()
-        return self._answers[case]
+    def choices(self, case: Case, answer: list[int]) -> list[int]:
+        """Returns the best token at each place of `answer`, given the tokens before that place.
 
-    def _generate(self, case: Case, ids: torch.Tensor) -> torch.Tensor:
-        options = {
-            "attention_mask": torch.ones_like(ids),
-            "do_sample": False,
-            "min_new_tokens": self.num_new_tokens,
-            "max_new_tokens": self.num_new_tokens,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-        }
-        with torch.inference_mode():
-            if not case.adapter:
-                with self.model.disable_adapter():
-                    return self.model.generate(ids, **options)
-            self.model.set_adapter(case.adapter)
-            return self.model.generate(ids, **options)
+        By induction this equals `answer` if and only if `answer` is the greedy continuation of the
+        prompt. One forward pass judges the whole answer.
+        """
+        key = (case, tuple(answer))
+        if key not in self._choices:
+            logits = self.logits(case, [*case.prompt, *answer[:-1]])
+            self._choices[key] = logits[len(case.prompt) - 1 :].argmax(dim=-1).tolist()
+        return self._choices[key]
 
 
 def tight_num_pages(
     cases: list[Case], adapter_pages: int, *, num_new_tokens: int, block_tokens: int = 16
 ) -> int:
-    """A pool in which all cases can start, with a page to spare for each, but not all go on."""
+    """Returns a number of pages that lets every case start, but not every case finish.
+
+    Each case has a page to spare at its start.
+    """
 
     def num_kv_pages(num_tokens: int) -> int:
         return sum(-(-(len(case.prompt) + num_tokens) // block_tokens) for case in cases)
@@ -145,7 +140,10 @@ def tight_num_pages(
 def make_cases(
     oracle: PeftOracle, lengths: tuple[int, ...], adapters: tuple[str, ...] = ("", *ADAPTERS)
 ) -> list[Case]:
-    """Each of the adapters, "" the base model, on a prompt of each length, interleaved."""
+    """Returns a case for each adapter and length, interleaved; "" is the base model.
+
+    Adapters share the prompt of a length.
+    """
     generator = torch.Generator().manual_seed(11)
     cases = []
     for length in lengths:
