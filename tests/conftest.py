@@ -1,6 +1,8 @@
-"""Shares the cores among the test processes. Runs before any test imports torch."""
+"""Keeps test processes apart. Runs before any test imports torch."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,3 +21,21 @@ if NUM_PROCESSES > 1:
 def pytest_xdist_auto_num_workers() -> int:
     """Returns the number of test processes of ``-n auto``: one for each core, at most 16."""
     return min(NUM_CORES or 1, MAX_PROCESSES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of this test process, and only they, have their folders in its TMPDIR.
+
+    The path is short, because it becomes part of the paths of sockets.
+    """
+    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
+    given = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True) as path:
+        os.environ["TMPDIR"] = tempfile.tempdir = path
+        yield
+        tempfile.tempdir = None
+        if given is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = given

@@ -18,7 +18,7 @@ from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.client.sync_client import Client
 
 from helpers.fakes.fake_engine import expected_tokens, fake_config
-from helpers.running.processes import running_engine, wait_until
+from helpers.running.processes import GUARD_S, running_engine, wait_until
 
 pytestmark = pytest.mark.e2e
 MAX_BYTES = 1 << 20
@@ -108,15 +108,16 @@ def hostile_frames(rng: random.Random) -> list[bytes]:
     return [bytes(frame)]
 
 
-def test_ten_thousand_malformed_frames_leave_the_server_answering(
-    engine: Engine, socket: Any
+@pytest.mark.parametrize("num_frames", [3000, pytest.param(30_000, marks=pytest.mark.long)])
+def test_malformed_frames_leave_the_server_answering(
+    engine: Engine, socket: Any, num_frames: int
 ) -> None:
     rng = random.Random(0)
     frontend = psutil.Process(engine.pids["frontend 0"])
     with Client(engine.endpoint) as client:
         memory = frontend.memory_info().rss
         codes: dict[str, int] = {}
-        for i in range(10_000):
+        for i in range(num_frames):
             socket.send_multipart(hostile_frames(rng))
             while socket.poll(0):
                 reply = msgpack.unpackb(socket.recv(), strict_map_key=False)
@@ -131,9 +132,9 @@ def test_ten_thousand_malformed_frames_leave_the_server_answering(
         stats = client.stats()
         assert stats["pages_kv"] == 0
         assert stats["frontend"]["waiting_clients"] <= 1
-        assert stats["frontend"]["malformed"] > 1000
-        assert codes["malformed"] > 1000
-        assert codes["bad_request"] > 1000
+        assert stats["frontend"]["malformed"] > num_frames // 10
+        assert codes["malformed"] > num_frames // 10
+        assert codes["bad_request"] > num_frames // 10
         assert "internal" not in codes, codes
         assert frontend.memory_info().rss - memory < 100 << 20
     assert engine.dead_reason is None
@@ -183,7 +184,13 @@ def curve_server(keys: Path, *, friends_only: bool) -> ServerConfig:
 
 def connect(engine: Engine, **options: Any) -> Client:
     endpoint = engine.endpoint.replace("0.0.0.0", "127.0.0.1")
-    return Client(endpoint, timeout_s=3, **options)
+    return Client(endpoint, **{"timeout_s": GUARD_S, **options})
+
+
+def check_refused(engine: Engine, **options: Any) -> None:
+    """No answer ever comes, so that the time limit may be short on any machine."""
+    with pytest.raises(EngineDeadError, match="keys|no answer"):
+        connect(engine, timeout_s=1.0, **options)
 
 
 def test_curve_keys_of_the_server_are_demanded(keys: Path) -> None:
@@ -193,11 +200,9 @@ def test_curve_keys_of_the_server_are_demanded(keys: Path) -> None:
             assert answers(client)
         with connect(engine, server_public_key=str(keys / "server.key")) as client:
             assert answers(client)
-        with pytest.raises(EngineDeadError, match="keys|no answer"):
-            connect(engine)  # no encryption
+        check_refused(engine)  # no encryption
         wrong, _ = zmq.curve_keypair()
-        with pytest.raises(EngineDeadError, match="keys|no answer"):
-            connect(engine, server_public_key=wrong.decode())
+        check_refused(engine, server_public_key=wrong.decode())
         with connect(engine, server_public_key=public.decode()) as client:
             assert answers(client)
 
@@ -209,8 +214,7 @@ def test_curve_keys_of_clients_can_be_demanded(keys: Path) -> None:
         with connect(engine, server_public_key=server_key, client_secret_key_file=friend) as client:
             assert answers(client)
         for secret in (stranger, None):
-            with pytest.raises(EngineDeadError, match="keys|no answer"):
-                connect(engine, server_public_key=server_key, client_secret_key_file=secret)
+            check_refused(engine, server_public_key=server_key, client_secret_key_file=secret)
 
 
 def test_keys_that_are_no_keys_are_named(keys: Path) -> None:

@@ -1,9 +1,9 @@
-"""`LLM` over real processes whose worker has no model: see helpers/fake_engine.py."""
+"""`LLM` over real processes whose worker has no model: see helpers/fakes/fake_engine.py."""
 
-import functools
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from loraplex import LLM
 from loraplex.engine.config import AdapterConfig
@@ -13,20 +13,28 @@ from loraplex.entrypoints.offline import local_engine
 from helpers.fakes.fake_engine import fake_config
 
 WORKER = Path(__file__).with_name("fake_worker_proc.py")
+_engines: WeakKeyDictionary[LLM, Engine] = WeakKeyDictionary()
 
 
 def start_llm(*worker_options: str, **parts: Any) -> LLM:
     """`parts` replace parts of the configuration, `worker_options` go to fake_worker_proc."""
-    command = [sys.executable, str(WORKER), *worker_options]
+    made: list[Engine] = []
+
+    def make_engine(*args: Any, **options: Any) -> Engine:
+        command = [sys.executable, str(WORKER), *worker_options]
+        made.append(Engine(*args, worker_command=command, **options))
+        return made[0]
+
     original = local_engine.Engine
-    local_engine.Engine = functools.partial(Engine, worker_command=command)  # type: ignore
+    local_engine.Engine = make_engine  # type: ignore
     try:
-        return LLM.from_config(fake_config(adapter=AdapterConfig(adapter_root="/"), **parts))
+        llm = LLM.from_config(fake_config(adapter=AdapterConfig(adapter_root="/"), **parts))
     finally:
         local_engine.Engine = original  # type: ignore[misc]
+    _engines[llm] = made.pop()
+    return llm
 
 
 def pids_of(llm: LLM) -> dict[str, int]:
-    engine = llm._engine._engine
-    assert engine is not None
-    return engine.pids
+    """Process ids by name, of an LLM made by `start_llm`."""
+    return _engines[llm].pids

@@ -14,14 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from loraplex.engine.processes.engine import Engine
 
 from helpers.fakes.fake_engine import fake_config
-from helpers.running.processes import leftovers, make_engine
+from helpers.running.processes import leftovers, make_engine, run_dirs
 
 mode, *worker_options = sys.argv[1:]
 engine = make_engine(fake_config(), *worker_options)
+before = run_dirs()
 
 
 def announce(started: Engine) -> None:
-    known = leftovers(started) | {"endpoint": started.endpoint, "names": started.pids}
+    known = leftovers(started, before) | {"endpoint": started.endpoint, "names": started.pids}
     print(json.dumps(known), flush=True)
 
 
