@@ -1,4 +1,7 @@
-"""LLM over the real processes and the packaged SmolLM2-135M-Instruct."""
+"""LLM over the real processes and the packaged SmolLM2-135M-Instruct.
+
+tests/parity/test_smollm2_parity.py holds its adapters to Hugging Face.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,10 +15,10 @@ from loraplex.engine.errors import ClientError
 pytestmark = pytest.mark.e2e
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "examples" / "adapters"
-NAMES = sorted(path.parent.name for path in ADAPTERS.glob("*/adapter_config.json"))
+ADAPTER = "pirate"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +39,11 @@ def test_chat(llm: LLM) -> None:
     assert output.finished
 
 
-def test_one_batch_of_base_and_adapters_is_each_alone(llm: LLM) -> None:
-    assert len(NAMES) >= 4
-    requests = [None, *(LoRARequest(name) for name in NAMES)]
-    together = llm.chat([QUESTION] * len(requests), GREEDY, lora_request=requests, use_tqdm=False)
-    texts = [text_of(output) for output in together]
-    assert texts[0] == ANSWER
-    assert ANSWER not in texts[1:], "an adapter gave the base model's answer"
-    assert len(set(texts)) == len(texts)
-    alone = [llm.chat(QUESTION, GREEDY, lora_request=r, use_tqdm=False)[0] for r in requests]
-    assert [text_of(output) for output in alone] == texts
-
-
 def test_text_and_token_prompts_agree(llm: LLM) -> None:
-    text = "The capital of France is"
+    text, params = "The capital of France is", SamplingParams(temperature=0.0, max_tokens=6)
     token_ids = llm.get_tokenizer().encode(text)
     outputs = llm.generate(
-        [text, {"prompt": text}, {"prompt_token_ids": token_ids}], GREEDY, use_tqdm=False
+        [text, {"prompt": text}, {"prompt_token_ids": token_ids}], params, use_tqdm=False
     )
     assert len({text_of(output) for output in outputs}) == 1
     assert "Paris" in text_of(outputs[0])
@@ -80,14 +71,14 @@ def test_logprobs_have_vllms_shape(llm: LLM) -> None:
 
 
 def test_stop_strings(llm: LLM) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=24, stop=[" France"])
+    params = SamplingParams(temperature=0.0, max_tokens=12, stop=[" France"])
     (output,) = llm.chat(QUESTION, params, use_tqdm=False)
     assert text_of(output) == "The capital of"
     assert output.outputs[0].stop_reason == " France"
 
 
 def test_seeded_answers_do_not_depend_on_the_batch(llm: LLM) -> None:
-    params = SamplingParams(temperature=1.0, seed=7, max_tokens=12)
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=8)
     (alone,) = llm.generate("Once upon a time", params, use_tqdm=False)
     crowd = llm.generate(["Hello", "Once upon a time", "In the beginning"], params, use_tqdm=False)
     assert text_of(crowd[1]) == text_of(alone)
@@ -95,7 +86,7 @@ def test_seeded_answers_do_not_depend_on_the_batch(llm: LLM) -> None:
 
 def test_n_answers_differ(llm: LLM) -> None:
     (output,) = llm.generate(
-        "Once upon a time", SamplingParams(n=3, seed=1, max_tokens=12), use_tqdm=False
+        "Once upon a time", SamplingParams(n=3, seed=1, max_tokens=8), use_tqdm=False
     )
     assert len({answer.text for answer in output.outputs}) == 3
 
@@ -107,7 +98,7 @@ def test_prefix_cache_is_used_and_kept_apart(llm: LLM) -> None:
     again, salted, adapted = llm.generate(
         [prompt, {"prompt": prompt, "cache_salt": "x"}, prompt],
         params,
-        lora_request=[None, None, LoRARequest(NAMES[0])],
+        lora_request=[None, None, LoRARequest(ADAPTER)],
         use_tqdm=False,
     )
     assert (again.num_cached_tokens or 0) >= 48
@@ -118,12 +109,3 @@ def test_too_long_a_prompt_names_itself(llm: LLM) -> None:
     with pytest.raises(ClientError, match=r"prompt 1: .*max_model_len is 2048"):
         llm.generate(["x", "a b " * 2000], GREEDY, use_tqdm=False)
     assert text_of(llm.chat(QUESTION, GREEDY, use_tqdm=False)[0]) == ANSWER
-
-
-def test_in_process_gives_the_same(llm: LLM) -> None:
-    request = LoRARequest(NAMES[0], 1, str(ADAPTERS / NAMES[0]))
-    rows = ([QUESTION] * 2, SamplingParams(temperature=0.0, max_tokens=8))
-    with LLM(in_process=True, num_pages=200, max_model_len=512) as twin:
-        here = twin.chat(*rows, lora_request=[None, request], use_tqdm=False)
-    there = llm.chat(*rows, lora_request=[None, request], use_tqdm=False)
-    assert [text_of(o) for o in here] == [text_of(o) for o in there]
