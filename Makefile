@@ -1,4 +1,4 @@
-# make demo | test | lint    PYTHON picks the interpreter, VENV the virtual environment,
+# make demo | test | test-long | lint    PYTHON picks the interpreter, VENV the virtual environment,
 # TORCH the torch requirement, PYTEST_ARGS what to run. Every target installs what it needs.
 
 comma := ,
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # oracles once. Files start in the order of collection: the few long ones come first.
 PYTEST := $(BIN)/python -P -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint format install dev clean
+.PHONY: demo test test-long lint format install dev clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -25,6 +25,9 @@ demo: install
 
 test: dev
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-long: dev
+	$(PYTEST) -m 'long and not gpu' $(PYTEST_ARGS)
 
 # Type checkers and import-linter do not follow an editable install: they read a view of it.
 lint: dev

@@ -145,7 +145,7 @@ class FakeWorker:
         self.num_steps = 0
         self.num_loads = 0
         self._slots: dict[int, _Slot] = {}
-        self._adapters: dict[int, tuple[str, list[int]]] = {}  # slot -> content, pages
+        self.adapters: dict[int, tuple[str, list[int]]] = {}  # slot -> content, pages
         self.max_host = max_host
         self.host: OrderedDict[str, int] = OrderedDict()  # content -> pages
         self._evicted: list[AdapterEvicted] = []
@@ -173,7 +173,7 @@ class FakeWorker:
         """Writes the pages even if the file is broken, as a load that fails halfway would."""
         slot, page_ids = command.adapter_slot, list(command.page_ids)
         assert 0 <= slot < self.max_adapter_slots
-        assert slot not in self._adapters, f"adapter slot {slot} is taken"
+        assert slot not in self.adapters, f"adapter slot {slot} is taken"
         self._check_pages(page_ids)
         used = [("slot", slot), *(("page", page_id) for page_id in page_ids)]
         last_use = max(self._last_use.get(key, -1) for key in used)
@@ -184,17 +184,17 @@ class FakeWorker:
         if command.content_hash in self.host:
             assert self.host[command.content_hash] == len(page_ids)
             self.host.move_to_end(command.content_hash)
-            self._adapters[slot] = (command.content_hash, page_ids)
+            self.adapters[slot] = (command.content_hash, page_ids)
             return AdapterLoaded(slot, command.content_hash, load_us=1, from_host=True)
         file = self.files.get(command.path, FakeAdapter(error="no such directory"))
         if file.error or file.content != command.content_hash:
             return AdapterLoaded(slot, command.content_hash, error=file.error or "it changed")
-        self._adapters[slot] = (command.content_hash, page_ids)
+        self.adapters[slot] = (command.content_hash, page_ids)
         self._keep_on_host(file.content, file.num_pages)
         return AdapterLoaded(slot, command.content_hash, load_us=1)
 
     def drop(self, command: DropAdapter) -> None:
-        contents = {content for content, _ in self._adapters.values()}
+        contents = {content for content, _ in self.adapters.values()}
         assert command.content_hash not in contents, "dropped an adapter that is in pages"
         if self.host.pop(command.content_hash, None):
             self._evicted.append(AdapterEvicted(command.content_hash))
@@ -211,13 +211,13 @@ class FakeWorker:
                 self._evicted.append(AdapterEvicted(self.host.popitem(last=False)[0]))
 
     def unload(self, command: UnloadAdapter) -> None:
-        assert command.adapter_slot in self._adapters, "unloaded an adapter that is not there"
-        del self._adapters[command.adapter_slot]
+        assert command.adapter_slot in self.adapters, "unloaded an adapter that is not there"
+        del self.adapters[command.adapter_slot]
 
     def _check_pages(self, page_ids: list[int]) -> None:
         assert len(set(page_ids)) == len(page_ids), "a page is twice in one table"
         assert all(0 < page_id < self.num_pages for page_id in page_ids), "no such page"
-        weights = {page_id for _, pages in self._adapters.values() for page_id in pages}
+        weights = {page_id for _, pages in self.adapters.values() for page_id in pages}
         assert not weights.intersection(page_ids), "a page of a resident adapter was given away"
 
     # Steps
@@ -261,8 +261,8 @@ class FakeWorker:
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
         content = ""
         if new.adapter_slot >= 0:
-            assert new.adapter_slot in self._adapters, "the adapter is not resident"
-            content = self._adapters[new.adapter_slot][0]
+            assert new.adapter_slot in self.adapters, "the adapter is not resident"
+            content = self.adapters[new.adapter_slot][0]
         slot = _Slot(
             token_ids=[],
             num_sent=len(new.token_ids),
@@ -310,7 +310,7 @@ class FakeWorker:
         slot.num_fed = end
 
     def _check_weights(self, slot: _Slot) -> None:
-        content, page_ids = self._adapters[slot.adapter_slot]
+        content, page_ids = self.adapters[slot.adapter_slot]
         self._last_use["slot", slot.adapter_slot] = self.num_steps - 1
         self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in page_ids)
         assert content == slot.content, "the adapter slot holds another adapter now"

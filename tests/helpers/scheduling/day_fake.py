@@ -5,7 +5,6 @@ kept here, apart from the scheduler's own books.
 """
 
 import random
-import time
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ NUM_NAMES = 2000
 NUM_CONTENTS = 700  # so that names share contents
 MAX_UNFINISHED = 100
 MAX_WAIT_TURNS = 4000
-MIN_ACTIONS = 2500  # after which all that can happen has happened
+NUM_SAMPLES = 40  # of the memory that the process holds
 FAULTS = ("there is no adapter_model.safetensors", "it is damaged", "wrong shapes")
 POLICIES: dict[str, dict[str, Any]] = {
     "fcfs": {},
@@ -123,7 +122,7 @@ class DayHarness(Harness):
 
 
 class FakeDay:
-    """`run` lives through a number of seconds; `end` finishes and empties everything."""
+    """Random traffic: `run` draws a number of actions; `end` finishes and empties everything."""
 
     def __init__(self, policy: str, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -131,28 +130,26 @@ class FakeDay:
         self.scheduler = self.harness.scheduler
         self.names = [f"adapter-{index:04d}" for index in range(NUM_NAMES)]
         self.num_asked = self.num_paths = self.num_keys = self.num_actions = 0
-        self.harness.check, started_at = False, time.perf_counter()
+        self.harness.check = False
         for name in self.names:
             self._register(name)
-        self.register_ms = (time.perf_counter() - started_at) * 1e3
         self.harness.check = True
         self.rss: list[int] = []
 
-    def run(self, seconds: float) -> None:
+    def run(self, num_actions: int) -> None:
         actions = {
             self.ask: 12, self.turn: 30, self.abort: 0.8, self.load: 1.2, self.load_in_place: 0.4,
             self.register: 0.5, self.unload: 0.8, self.pin: 0.8, self.unpin: 0.3,
             self.break_file: 0.2, self.look: 0.1,
         }  # fmt: skip
-        until, memory_at = time.monotonic() + seconds, 0.0
-        while time.monotonic() < until or self.num_actions < MIN_ACTIONS:
+        sample_every = max(1, num_actions // NUM_SAMPLES)
+        while self.num_actions < num_actions:
             for action in self.rng.choices(list(actions), list(actions.values()), k=50):
                 action()
                 self.num_actions += 1
             oldest = min((asked.turn for asked in self._expected()), default=self.harness.turns)
             assert self.harness.turns - oldest < MAX_WAIT_TURNS, "a request starves"
-            if time.monotonic() > memory_at:
-                memory_at = time.monotonic() + seconds / 40
+            if self.num_actions // sample_every > len(self.rss):
                 self.rss.append(psutil.Process().memory_info().rss)
 
     def end(self) -> None:
@@ -168,14 +165,15 @@ class FakeDay:
         for service in (stats["adapter_usage"], stats["base_usage"]):
             assert service["num_requests"] == service["num_ended"]
             assert service["num_first_tokens"] == sum(service["hits"].values())
-        assert self.scheduler.stats()["host_adapters"] == len(harness.worker.host)
+        assert stats["host_adapters"] == len(harness.worker.host)
         for info in self.scheduler.list_adapters():
             self.scheduler.unload_adapter(info["name"])
             harness.verify()
         harness.settle()
-        assert not harness.worker.host and not harness.worker._adapters
-        assert self.scheduler.stats()["pages_adapter"] == 0
-        assert not self.scheduler._desk.registry._by_hash
+        assert not harness.worker.host and not harness.worker.adapters
+        stats = self.scheduler.stats()
+        assert stats["pages_adapter"] == stats["host_adapters"] == 0
+        assert not self.scheduler.list_adapters()
 
     # What may happen
 

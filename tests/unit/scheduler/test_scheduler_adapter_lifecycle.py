@@ -51,7 +51,7 @@ def test_unload_frees_pages_after_the_last_user() -> None:
     harness.run()
     assert harness.resident() == set()
     harness.send_commands()
-    assert harness.worker._adapters == {}
+    assert harness.worker.adapters == {}
     with pytest.raises(RequestRefused, match="no adapter is registered as 'x'"):
         harness.scheduler.unload_adapter("x")
 
