@@ -1,4 +1,4 @@
-"""What importing a part of the package pulls in, seen from a fresh interpreter."""
+"""Imports of a part of the package load no more than they need; each runs in a new interpreter."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ HEAVY = ("torch", "triton", "cupy", "xformers", "flashinfer", "transformers")
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in sys.modules after the statement."""
+    """Returns the top-level modules in sys.modules after the statement."""
     code = f"{statement}\nimport sys\nprint(' '.join({{m.split('.')[0] for m in sys.modules}}))"
     run = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=True

@@ -1,4 +1,4 @@
-"""The package map, the wheel, and that each module has one name."""
+"""The package list and the wheel are complete, and each module has one name."""
 
 import importlib.util
 import subprocess
@@ -93,7 +93,7 @@ def _expected_files() -> set[str]:
 
 
 def _copy_sources(target: Path) -> None:
-    """The tracked part of the tree that a build reads; links, so that nothing is copied twice."""
+    """Lay out what a build reads; folders are links, so that no file is copied twice."""
     target.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (target / name).write_bytes((ROOT / name).read_bytes())

@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_request(rng: random.Random) -> dict[str, Any]:
-    """Prompt, sampling parameters, adapter and tenant."""
+    """Returns a prompt, sampling parameters, an adapter and a tenant."""
     params: dict[str, Any] = {"max_tokens": rng.randint(1, 40), "seed": rng.randrange(1 << 40)}
     params["temperature"] = rng.choice([0.0, 0.0, 0.7, 1.3])
     options: dict[str, Any] = {

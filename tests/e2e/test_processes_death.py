@@ -1,4 +1,4 @@
-"""Every way an engine can end: told to, or killed piece by piece."""
+"""An engine ends in every way that it can: stopped, or with one of its processes killed."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LONG = SamplingParams(max_tokens=500)
 
 @contextmanager
 def served(mode: str = "serve", *options: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A server in a process of its own: (the process, what it printed when ready)."""
+    """Yields a server in a process of its own, and what it printed when it was ready."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), mode, *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -138,7 +138,7 @@ def test_kill_9_of_the_supervisor_while_it_starts() -> None:
 def test_signals_stop_cleanly(number: int, whole_group: bool) -> None:
     with served("serve", "--delay", "0.02") as (server, known):
         waiting = Waiting(known["endpoint"], stream=True)
-        # Ctrl-C in a terminal reaches the whole process group
+        # Ctrl-C in a terminal reaches the whole process group.
         (os.killpg if whole_group else os.kill)(server.pid, number)
         waiting.join()
         with pytest.raises(EngineDeadError, match="the engine was stopped"):
@@ -157,7 +157,7 @@ def test_a_signal_while_starting_stops_cleanly() -> None:
 
 
 def test_a_script_that_forgets_to_stop_leaves_nothing() -> None:
-    """Started in a thread that has ended, without a main guard, never stopped."""
+    """The script starts the engine in a thread that ends, has no main guard and never stops it."""
     with served("thread") as (server, known):
         assert server.wait(GUARD_S) == 0
         assert_gone(known)

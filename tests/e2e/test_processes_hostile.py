@@ -45,7 +45,7 @@ def answers(client: Client) -> bool:
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
-    """Anything that MessagePack can say."""
+    """Returns a random value of any type that MessagePack has."""
     kind = rng.randrange(14 if depth < 4 else 9)
     if kind == 9:
         return [value(rng, depth + 1) for _ in range(rng.randrange(4))]

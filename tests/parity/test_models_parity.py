@@ -64,7 +64,7 @@ def test_chunks_and_decode_steps_equal_one_prefill(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_bfloat16_stays_within_rounding(arch: str, tmp_path: Path) -> None:
-    """Both round at the same places; what is left is the order of sums."""
+    """Both round at the same places; only the order of sums differs."""
     reference = make_hf_model(arch, tmp_path).to(torch.bfloat16)
     model = load_decoder(tmp_path, torch.bfloat16)
     prompt = _tokens(30, model.spec.vocab_size, seed=1)

@@ -20,7 +20,7 @@ INVALID_VALUE = 1
 
 @dataclass(frozen=True)
 class Seen:
-    """One launch. `arguments` as the kernel would read them."""
+    """One launch; `arguments` are the values that the kernel would read."""
 
     name: str
     grid: tuple[int, int, int]

@@ -10,7 +10,7 @@ DEVICE = 3
 
 
 class FakeCudart:
-    """Keeps the books of page-locked memory; the `refused`th piece is not locked. `install`
+    """Records page-locked memory; the `refused`th piece is not locked. `install`
     puts one in CUDA's place."""
 
     def __init__(self, refused: int = -1) -> None:

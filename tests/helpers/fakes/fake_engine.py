@@ -35,7 +35,7 @@ HOST_ADAPTERS = 100
 
 
 def fake_config(**parts: Any) -> EngineConfig:
-    """A small engine that takes token ids; `parts` replace parts of the configuration."""
+    """Returns a small engine that takes token ids; `parts` replace parts of the configuration."""
     config = EngineConfig(
         model=ModelConfig(model="fake", skip_tokenizer_init=True),
         memory=MemoryConfig(num_pages=NUM_PAGES, block_tokens=BLOCK_TOKENS, max_adapter_slots=16),
@@ -64,7 +64,7 @@ class FakeEngineWorker:
         delay_s: float = 0.0,
         crash_after: int = 0,
     ) -> None:
-        """`crash_after` steps it raises, as a worker whose GPU has failed would."""
+        """It raises after `crash_after` steps, like a worker whose GPU has failed."""
         self._delay_s = delay_s
         self._crash_after = crash_after
         self._num_steps = 0
@@ -131,6 +131,6 @@ def _read(path: Path) -> FakeAdapter:
 
 
 def expected_tokens(prompt: list[int], content: str = "", *, max_tokens: int) -> list[int]:
-    """What the fake engine answers to a prompt under an adapter of this content."""
+    """Returns the fake engine's answer to a prompt under an adapter of this content."""
     spec = sampling_spec(max_tokens=max_tokens)
     return oracle(prompt, content, spec, MAX_MODEL_LEN, VOCAB_SIZE)[0]

@@ -58,7 +58,7 @@ def sampling_spec(
 
 @dataclass
 class FakeAdapter:
-    """What lies at a path: a content and its size in pages, or the reason it cannot be read."""
+    """The files at a path: a content and its size in pages, or the reason it cannot be read."""
 
     content: str = ""
     num_pages: int = 1
@@ -71,7 +71,7 @@ def _mix(state: int, token_id: int) -> int:
 
 
 def root_hash(content: str) -> int:
-    """The history before the first token; `content` is the adapter's, empty for the base."""
+    """Returns the history before the first token; `content` is empty for the base model."""
     state = 0
     for byte in content.encode():
         state = _mix(state, byte)
@@ -88,7 +88,7 @@ def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
 def oracle(
     prompt: list[int], content: str, sampling: SamplingSpec, max_model_len: int, vocab_size: int
 ) -> tuple[list[int], str, int]:
-    """Tokens, finish reason and stop token of a request served alone, token by token."""
+    """Returns tokens, finish reason and stop token of a request served alone, token by token."""
     state = root_hash(content)
     for token_id in prompt:
         state = _mix(state, token_id)
@@ -120,7 +120,7 @@ class _Slot:
 
 
 class FakeWorker:
-    """Keeps what a worker keeps, and asserts whatever a real one would rely on."""
+    """Keeps the state of a worker, and asserts everything that a real worker relies on."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ def write_config(path: Path, config: dict) -> Path:
 
 
 def write_adapter(path: Path, config: dict, *, rank: int, seed: int) -> Path:
-    """A PEFT directory over all seven projections."""
+    """Write a PEFT directory over all seven projections; returns `path`."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {

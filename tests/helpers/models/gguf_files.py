@@ -35,7 +35,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Row i of the first half of a head, then row i of its second half: what llama.cpp stores."""
+    """Interleaves the halves of each head, as llama.cpp stores them: row i of each in turn."""
     rows = []
     for head in np.split(weight, num_heads):
         half = len(head) // 2
@@ -93,7 +93,7 @@ def write_gguf(
 
 
 def write_tokenizer_gguf(path: Path, **keys: Any) -> None:
-    """A GGUF file with `tokenizer.ggml` keys and no weights."""
+    """Write a GGUF file with `tokenizer.ggml` keys and no weights."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in keys.items():
         _add(writer, f"tokenizer.ggml.{key}", value)

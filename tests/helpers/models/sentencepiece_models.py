@@ -15,7 +15,7 @@ _CORPUS = (
 
 @cache
 def train_sentencepiece(vocab_size: int = 420) -> bytes:
-    """A serialized BPE model with byte fallback: <unk> 0, <s> 1, </s> 2, then 256 bytes."""
+    """Returns a serialized BPE model with byte fallback: <unk> 0, <s> 1, </s> 2, then 256 bytes."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_CORPUS * 20),

@@ -85,5 +85,5 @@ def wait_until(condition: Callable[[], object], guard_s: float = GUARD_S) -> Non
 
 
 def run_dirs() -> set[str]:
-    """The folders of running engines; tests/conftest.py gives each test process its own TMPDIR."""
+    """Returns the folders of this test process's engines; tests/conftest.py sets its TMPDIR."""
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "loraplex-*")))
