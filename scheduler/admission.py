@@ -5,17 +5,15 @@ one page to spare for each running request. Pages come from the free list, then 
 blocks and adapters, then from adapters reserved for waiting requests of a higher rank.
 
 Bounds of the wait:
-- For pages: a request that lacks pages stops the walk, so nobody behind it starts. The running
-  requests end after max_tokens at the latest and free theirs. A request that does not fit an empty
-  pool is refused when it comes.
+- For pages: a request that lacks pages stops the walk, so no request behind it starts. Running
+  requests end after max_tokens at the latest. What does not fit an empty pool was refused.
 - For an adapter that is inspected or loaded: others start meanwhile. The loaded adapter stays
   reserved for the request that caused the load. Only requests of a lower rank can take it away, and
   those are finitely many. An adapter that was loaded ahead (prefetch.py) is reserved for the first
   request that comes to it with room for its KV.
 - For an adapter slot: only base-model requests start meanwhile, as they take no slot.
 - For a prefix: a request whose next block is written by the step being planned waits for the next
-  step and shares the block then. Others start meanwhile. Each such wait makes its cached prefix
-  longer, so it waits for no more steps than the prefix has blocks, unless blocks are evicted.
+  step. Others start meanwhile. Each wait makes its cached prefix longer by a block at least.
 - For its turn in the order: each policy states its bound.
 
 A load that has begun owns its slot and pages until it is answered, whatever becomes of the requests
@@ -198,10 +196,7 @@ class Admission:
         return True
 
     def begin_load(self, version: AdapterVersion, now: float) -> None:
-        """Allocate a slot and pages, which must be available, and have the adapter copied there.
-
-        Without a reservation the adapter is idle once it is loaded.
-        """
+        """Allocate a slot and pages, which must be available, and have the adapter copied there."""
         self._memory.make_adapter_slot()
         self._memory.make_room(version.num_pages)
         adapter = self._memory.adapters.allocate(
@@ -291,10 +286,8 @@ class Admission:
         adapter = self._memory.adapters.get(event.content_hash)
         version = self._loading.pop(event.content_hash, None)
         if adapter is None or version is None or adapter.slot != event.adapter_slot:
-            raise ValueError(
-                f"adapter {event.content_hash} was loaded into slot {event.adapter_slot}, but no "
-                "such load was asked for"
-            )
+            slot = event.adapter_slot
+            raise ValueError(f"no such load was asked for: {event.content_hash} into slot {slot}")
         self._loading_ahead.discard(event.content_hash)
         self._prefetcher.is_stale = True
         requests = self._waiting.unpark(event.content_hash)

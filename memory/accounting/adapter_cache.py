@@ -17,7 +17,7 @@ class CachedAdapter:
     """One adapter in pages.
 
     Attributes:
-        is_loading: a load owns the pages until it is answered; nobody may read or evict them.
+        is_loading: a load owns the pages until it is answered. They are not read or evicted.
         num_reservations: users that keep it in its pages.
         num_planned: steps planned when its last user ended. Before its first use: when the last
             user ended of whatever its slot and pages held before.
