@@ -82,9 +82,9 @@ class TimedScheduler(Scheduler):
 
     def commit(self, result: StepResult) -> Any:
         start = time.thread_time()
-        updates = super().commit(result)
+        outputs = super().commit(result)
         self.seconds["commit"] += time.thread_time() - start
-        return updates
+        return outputs
 
 
 class TimedChannel:
@@ -189,6 +189,7 @@ def step_cost(num_rows: int, rounds: int) -> dict[str, float]:
     rig.ask(0, num_rows)
     for _ in range(40):
         rig.turn()
+    _freeze()
     best: dict[str, float] = {}
     for _ in range(rounds):
         turns: dict[str, list[float]] = defaultdict(list)
@@ -223,6 +224,7 @@ def delay(post: Callable[[Rig, int], None], *, rounds: int) -> dict[str, float]:
     rig.ask(100_000, 64)
     for _ in range(40):
         rig.turn()
+    _freeze()
     calm = statistics.median(_delay_of_turn(rig) for _ in range(TURNS))
     best: dict[str, float] = {}
     for number in range(rounds):
@@ -236,6 +238,12 @@ def delay(post: Callable[[Rig, int], None], *, rounds: int) -> dict[str, float]:
         if not best or found["longest"] < best["longest"]:
             best = found
     return best
+
+
+def _freeze() -> None:
+    """As scheduler_main does after its start: later collections skip what is there."""
+    gc.collect()
+    gc.freeze()
 
 
 def _delay_of_turn(rig: Rig) -> float:
@@ -260,10 +268,9 @@ def main() -> None:
     parser.add_argument("--label", default="after", help="name of these lines in the results")
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    gc.collect()
-    gc.freeze()
     setup = {
-        "label": args.label, "machine": "2-core CPU machine, shared", "python": platform.python_version(),
+        "label": args.label, "machine": "2-core CPU machine, shared",
+        "python": platform.python_version(),
         "rounds": args.rounds, "turns": TURNS, "prompt_tokens": PROMPT_TOKENS, "frontends": 1,
         "unit": "ms of CPU time, medians of the best round", "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip

@@ -168,7 +168,7 @@ class Admission:
                 self.begin_load(version, now)
             self._wait_for_load(request, version)
             return _Verdict.PARKED
-        if request.request_id not in self._reserving:  # else its slot is counted already
+        if request.uid not in self._reserving:  # else its slot is counted already
             self._note_admitted(request, context)
         self._allocate(request, prefix)
         return _Verdict.STARTED
@@ -223,22 +223,22 @@ class Admission:
         """Park a request until its adapter is loaded, and reserve the adapter for it."""
         self._loading_ahead.discard(version.content_hash)
         self._reserve_adapter(request)
-        self._reserving[request.request_id] = request
+        self._reserving[request.uid] = request
         self._waiting.park(request, version.content_hash)
 
     def _allocate(self, request: Request, prefix: list[int]) -> None:
         """Give a request that starts its adapter and the pages for all its known tokens."""
         if request.adapter_version is not None and not request.reserves_adapter:
             self._reserve_adapter(request)
-        self._reserving.pop(request.request_id, None)
+        self._reserving.pop(request.uid, None)
         kv, num_tokens = self._memory.kv, len(request.token_ids)
         assert request.chain is not None
-        kv.open(request.request_id, request.chain, prefix)
+        kv.open(request.uid, request.chain, prefix)
         self._memory.make_room(kv.num_pages_for(num_tokens) - len(prefix))
-        kv.grow(request.request_id, num_tokens)
+        kv.grow(request.uid, num_tokens)
         num_cached = len(prefix) * kv.block_tokens
         request.num_scheduled = request.num_registered = num_cached
-        request.capacity = len(kv.page_ids(request.request_id)) * kv.block_tokens
+        request.capacity = len(kv.page_ids(request.uid)) * kv.block_tokens
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
         if request.reads_prefix_cache and kv.enable_prefix_caching:
@@ -253,7 +253,7 @@ class Admission:
     def unreserve_adapter(self, request: Request, now: float) -> None:
         """End the reservation of a request that ends, is preempted, or loses it while it waits."""
         self._prefetcher.is_stale = True
-        self._reserving.pop(request.request_id, None)
+        self._reserving.pop(request.uid, None)
         if request.reserves_adapter and request.adapter_version is not None:
             request.reserves_adapter = False
             self._memory.adapters.unreserve(request.adapter_version.content_hash, now)

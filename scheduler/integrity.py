@@ -32,7 +32,7 @@ def check_integrity(
     if places != Counter(requests):
         raise IntegrityError("a request is in no queue, in two, or in one after its end")
     running.check_integrity()
-    tables = {request.request_id for request in running}
+    tables = {request.uid for request in running}
     if tables != set(memory.kv.request_ids()):
         raise IntegrityError("a page table belongs to no running request, or one has none")
     expected: Counter[str] = Counter(pinned)
@@ -48,14 +48,14 @@ def check_integrity(
 
 
 def _check_request(request: Request, memory: PageManager) -> None:
-    name = f"request {request.request_id!r}"
+    name = f"request {request.uid!r}"
     if not len(request.token_ids) <= request.num_total <= request.max_total:
         raise IntegrityError(f"{name} counts its tokens wrongly")
     if request.state is not RequestState.RUNNING:
         if request.slot != -1:
             raise IntegrityError(f"{name} waits in a slot")
         return
-    page_ids = memory.kv.page_ids(request.request_id)
+    page_ids = memory.kv.page_ids(request.uid)
     if request.capacity != len(page_ids) * memory.kv.block_tokens:
         raise IntegrityError(f"{name} counts its pages wrongly")
     if request.num_scheduled > request.capacity:

@@ -1,47 +1,133 @@
-"""Fills one step: decode rows, chunks of prompts, then requests that start; preempts for room."""
+"""Plans steps: decode rows, chunks of prompts, then requests that start; preempts for room."""
+
+from collections import deque
+from collections.abc import Callable
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.admission import Admission
-from loraplex.scheduler.policies.policy import Context
+from loraplex.scheduler.config import SchedulerConfig
+from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder, new_request
 from loraplex.scheduler.waiting_queue import WaitingQueue
+from loraplex.scheduler.worker_protocol import StepPlan, StepResult
 
 
 class StepPlanner:
-    """Decides the rows of each step over the running set and the queue that it is given."""
+    """Decides the rows of each step and keeps the steps in flight, oldest first."""
 
     def __init__(
         self,
         *,
+        config: SchedulerConfig,
         memory: PageManager,
         running: RunningRequests,
         waiting: WaitingQueue,
         admission: Admission,
+        policy: Policy,
         stats: SchedulerStats,
+        fail: Callable[[Request, str, str, float], None],
     ) -> None:
+        """`fail` ends a waiting request with an error code and text, at a time in seconds."""
+        self._config = config
         self._memory = memory
         self._running = running
         self._waiting = waiting
         self._admission = admission
+        self._policy = policy
         self._stats = stats
+        self._fail = fail
+        self._in_flight: deque[StepBuilder] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def has_capacity(self) -> bool:
+        """True if one more step may be sent before a result comes."""
+        return len(self._in_flight) < self._config.max_steps_in_flight
 
     def context(self, now: float) -> Context:
-        """What the policy may know of the present."""
+        """Returns what the policy may know of the present."""
         return self._admission.context(now, num_free_slots=self._running.num_free_slots)
 
-    def fill(self, step: StepBuilder, now: float) -> None:
-        """Add the rows of the next step; it stays empty if nothing can run."""
+    def plan(self, now: float) -> StepPlan | None:
+        """Plan the next step and count it as in flight.
+
+        Returns:
+            None if nothing can run or `max_steps_in_flight` are in flight already.
+        """
+        if not self.has_capacity:
+            self.look_ahead(now)
+            return None
+        self._fail_late(now)
+        plan = self._plan_step(now)
+        while plan is None and self._is_stuck():
+            self._fail_first(now)
+            plan = self._plan_step(now)
+        return plan
+
+    def _plan_step(self, now: float) -> StepPlan | None:
+        blocks = self._memory.blocks
+        step = StepBuilder(
+            blocks.num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
+        )
         self._plan_running(step, now)
         if self._waiting.by_age and step.budget and self._running.has_free_slot:
             self._plan_waiting(step, now)
         self.look_ahead(now)
+        if not step.requests:
+            return None
+        blocks.num_planned += 1
+        self._stats.num_scheduled_tokens += sum(step.num_tokens)
+        self._in_flight.append(step)
+        return step.finish(self._running.take_freed_slots())
+
+    def pop_oldest(self, result: StepResult) -> StepBuilder:
+        """Return the oldest step in flight, which ends with `result`.
+
+        Raises:
+            ValueError: the result answers no step, or another one.
+        """
+        if not self._in_flight:
+            raise ValueError(f"result of step {result.step_id} came, but no step is in flight")
+        self._in_flight[0].check(result)
+        return self._in_flight.popleft()
+
+    def _fail_late(self, now: float) -> None:
+        """Fail the waiting requests that the policy expects to miss their deadline."""
+        for request in self._policy.requests_to_drop(self._waiting, self.context(now)):
+            self._stats.num_deadline_drops += 1
+            text = (
+                f"the first token would have come later than ttft_slo_s "
+                f"({self._config.ttft_slo_s} s) after the request; try again when fewer wait"
+            )
+            self._fail(request, "deadline", text, now)
+
+    def _is_stuck(self) -> bool:
+        """True if requests wait and nothing that runs, loads or is in flight can help them."""
+        busy = self._running or self._in_flight or self._admission.num_loading
+        return bool(self._waiting.by_age) and not busy
+
+    def _fail_first(self, now: float) -> None:
+        """Fail the first waiting request, which should have started in an idle engine.
+
+        Requests that fit were let in, so this is a fault of the scheduler. An error serves the
+        client better than silence.
+        """
+        order = self._policy.order(self._waiting, self.context(now))
+        request = next(order, self._waiting.by_age[0])
+        text = "no room to start, although nothing else runs: this is a fault of the engine"
+        self._fail(request, "internal", text, now)
 
     def look_ahead(self, now: float) -> None:
-        """Begin loads for requests that wait; also while no step can be planned, so that one that
-        has just come has its adapter on the way before the next step."""
+        """Begin to load adapters of waiting requests.
+
+        Called also while no step can be planned, so that the load for a new request begins at once.
+        """
         if self._waiting.by_age:
             self._admission.prefetch(now, self._running)
 
@@ -49,7 +135,7 @@ class StepPlanner:
         """Take slot, pages and adapter from a running request."""
         self._admission.lacked_room = False
         self._running.release(request)
-        self._memory.kv.release(request.request_id)
+        self._memory.kv.release(request.uid)
         self._admission.unreserve_adapter(request, now)
 
     def _plan_running(self, step: StepBuilder, now: float) -> None:
@@ -80,12 +166,15 @@ class StepPlanner:
         """Add a chunk of known tokens, and cache the blocks that it fills for later steps."""
         step.add_chunk(request)
         kv, num_tokens = self._memory.kv, request.num_scheduled
-        kv.register_planned(request.request_id, request.token_ids, num_tokens)
+        kv.register_planned(request.uid, request.token_ids, num_tokens)
         request.num_registered = num_tokens - num_tokens % kv.block_tokens
 
     def _grow(self, request: Request, step: StepBuilder, now: float) -> bool:
-        """Append a page, at the cost of requests later in the order; False if there are none and
-        the request itself had to give way."""
+        """Append a page, taken from requests later in the order if none is free.
+
+        Returns:
+            False if there are no later ones, and the request itself was preempted.
+        """
         while not self._memory.num_available:
             newest = self._running.newest  # never before `request`, so the step has no row of it
             if self._admission.unreserve_newest(newest.rank, now):
@@ -95,15 +184,15 @@ class StepPlanner:
                 return False
         self._memory.make_room(1)
         kv = self._memory.kv
-        for page_id in kv.grow(request.request_id, request.num_scheduled + 1):
+        for page_id in kv.grow(request.uid, request.num_scheduled + 1):
             step.add_page(request, page_id)
             request.capacity += kv.block_tokens
         return True
 
     def _preempt(self, request: Request, now: float) -> None:
-        """Back to the queue, at the place its rank gives; its tokens so far are computed again.
+        """Put a request back in the queue at the place of its rank; it is recomputed later.
 
-        Ids that steps in flight still bring are kept, and awaited before it may resume.
+        It keeps the ids that steps in flight still bring, and resumes only once they have come.
         """
         self.vacate(request, now)
         request.state = RequestState.WAITING
@@ -115,7 +204,7 @@ class StepPlanner:
             self._running.add(request)
             version = request.adapter_version
             adapter = self._memory.adapters.get(version.content_hash) if version else None
-            page_ids = self._memory.kv.page_ids(request.request_id)
+            page_ids = self._memory.kv.page_ids(request.uid)
             step.new_requests.append(
                 new_request(request, page_ids, adapter.slot if adapter else -1)
             )

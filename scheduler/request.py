@@ -1,13 +1,15 @@
-"""One sequence as the scheduler sees it, and what the scheduler reports about it."""
+"""One sequence as the scheduler sees it."""
 
 from array import array
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from enum import Enum
+
+import msgspec
 
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.scheduler.adapters.version import AdapterVersion
-from loraplex.scheduler.worker_protocol import SamplingSpec, TokenLogprobs, int_array
+from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
+from loraplex.scheduler.worker_protocol import int_array
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -22,7 +24,10 @@ class RequestState(Enum):
 
 
 class RequestRefused(Exception):  # noqa: N818
-    """What was asked for cannot be done; `code` travels on the wire, the text names the mend."""
+    """The request or command cannot be carried out.
+
+    `code` travels on the wire; `text` names the cause and the mend.
+    """
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -30,58 +35,55 @@ class RequestRefused(Exception):  # noqa: N818
         self.text = text
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """One sequence: what was asked, then the scheduler's own state.
+class Request(AddRequest, eq=False, tag=None):
+    """One sequence: the fields of AddRequest, then the scheduler's own state.
 
-    The scheduler may be ahead of what it knows: `num_total` counts tokens that were sampled, or
-    will be by a step in flight, `token_ids` holds those whose ids have come back.
+    The scheduler may be ahead of the token ids it knows: `num_total` counts tokens that were
+    sampled or will be by a step in flight, `token_ids` holds those whose ids have come back.
     """
 
-    request_id: Hashable
-    prompt_token_ids: "array[int]"
-    sampling: SamplingSpec
-    adapter: str = ""  # registered name; empty: the base model
-    salt: str = ""
-    priority: int = 0  # lower is earlier
-    use_prefix_cache: bool = True
+    frontend: Hashable = b""  # who asked; request ids are unique within a frontend
+    uid: Hashable = None  # (frontend, request_id): unique among all unfinished requests
     arrival: float = 0.0  # seconds by the scheduler's clock, set by Scheduler.add
+    outputs: OutputColumns = msgspec.field(default_factory=OutputColumns)  # its frontend's
 
-    state: RequestState = field(default=RequestState.WAITING, init=False)
-    order: int = field(default=0, init=False)  # of arrival, unique
-    key: Rank = field(default=(0.0, 0), init=False)  # place in its flow, see Policy
-    rank: Rank = field(default=(0.0, 0), init=False)  # place among the admitted ones
-    flow: Hashable = field(default=None, init=False)  # the one it waits in
-    admitted_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
-    adapter_version: AdapterVersion | None = field(default=None, init=False)
-    reserves_adapter: bool = field(default=False, init=False)
-    parked_on: Hashable = field(default=None, init=False)  # see WaitingQueue
-    was_prefetched: bool = field(default=False, init=False)  # its adapter was loaded ahead, once
-    chain: BlockChain | None = field(default=None, init=False)
+    state: RequestState = RequestState.WAITING
+    order: int = 0  # of arrival, unique
+    key: Rank = (0.0, 0)  # place in its flow, see Policy
+    rank: Rank = (0.0, 0)  # place among the admitted ones
+    flow: Hashable = None  # the flow that it waits in
+    admitted_at: float = -1.0  # seconds; negative: not yet
+    adapter_version: AdapterVersion | None = None
+    reserves_adapter: bool = False
+    parked_on: Hashable = None  # see WaitingQueue
+    was_prefetched: bool = False  # its adapter was loaded ahead, once
+    chain: BlockChain | None = None
 
-    token_ids: "array[int]" = field(default_factory=int_array, init=False)
-    num_total: int = field(default=0, init=False)
-    max_total: int = field(default=0, init=False)  # prompt and answer never grow past this
-    stop_ids: frozenset[int] = field(default=frozenset(), init=False)
+    token_ids: "array[int]" = msgspec.field(default_factory=int_array)
+    num_prompt_tokens: int = 0
+    num_total: int = 0
+    max_total: int = 0  # prompt and answer never grow past this
+    stop_ids: frozenset[int] = frozenset()
 
-    slot: int = field(default=-1, init=False)
-    run: int = field(default=0, init=False)  # changes whenever the request loses its pages
-    num_scheduled: int = field(default=0, init=False)  # tokens fed by the steps planned so far
-    num_registered: int = field(default=0, init=False)  # tokens in blocks that are cached
-    capacity: int = field(default=0, init=False)  # tokens that its pages hold
-    num_cached_tokens: int = field(default=-1, init=False)  # of the prompt, at first admission
-    num_prompt_logprobs: int = field(default=1, init=False)  # next position to report
-    first_token_at: float = field(default=-1.0, init=False)  # seconds; negative: not yet
-    tier: str = field(default="", init=False)  # one of TIERS: whence its adapter had to come
+    slot: int = -1
+    page_epoch: int = 0  # changes whenever the request loses its pages
+    num_scheduled: int = 0  # tokens fed by the steps planned so far
+    num_registered: int = 0  # tokens in blocks that are cached
+    capacity: int = 0  # tokens that its pages hold
+    num_cached_tokens: int = -1  # tokens of the prompt found cached at first admission
+    num_prompt_logprobs: int = 1  # next position to report
+    first_token_at: float = -1.0  # seconds; negative: not yet
+    tier: str = ""  # one of TIERS: where its adapter was when it was needed
 
     def __post_init__(self) -> None:
+        self.uid = (self.frontend, self.request_id)
         self.token_ids = self.prompt_token_ids[:]
-        self.num_total = len(self.token_ids)
+        self.num_prompt_tokens = self.num_total = len(self.token_ids)
         self.stop_ids = frozenset(self.sampling.stop_token_ids)
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
+    @classmethod
+    def from_message(cls, message: AddRequest, frontend: Hashable) -> "Request":
+        return cls(*msgspec.structs.astuple(message), frontend)
 
     @property
     def reads_prefix_cache(self) -> bool:
@@ -93,29 +95,14 @@ class Request:
         return self.num_total != len(self.token_ids)
 
     def finish_reason(self) -> str:
-        """Why the request ends with its last known token; empty if it goes on.
+        """Returns why the request ends with its last known token; empty if it goes on.
 
-        Workers mask stop tokens among the first `min_tokens`, so one there does not count.
+        Workers mask stop tokens among the first `min_tokens`, so a stop token there does not count.
         """
         num_tokens = len(self.token_ids)
         if (
             self.token_ids[-1] in self.stop_ids
-            and num_tokens - len(self.prompt_token_ids) > self.sampling.min_tokens
+            and num_tokens - self.num_prompt_tokens > self.sampling.min_tokens
         ):
             return "stop"
         return "length" if num_tokens >= self.max_total else ""
-
-
-@dataclass(slots=True)
-class RequestUpdate:
-    """New tokens or the end of a request; the fields mean what SequenceOutput's mean."""
-
-    request_id: Hashable
-    token_ids: "array[int]" = field(default_factory=int_array)
-    finish_reason: str = ""  # "", or one of FINISH_REASONS
-    stop_token_id: int = -1
-    error: str = ""
-    error_code: str = ""
-    num_cached_tokens: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The requests that run: by rank, each with a slot of the workers' state."""
+"""The running requests, ordered by rank, each with a slot of the workers' state."""
 
 from bisect import insort
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _rank = attrgetter("rank")
 
 
 class RunningRequests:
-    """Slots and who has them; the last by rank is the first to be preempted."""
+    """Gives slots to requests. The last request by rank is the first to be preempted."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs
@@ -23,7 +23,7 @@ class RunningRequests:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        """In order; the newest may be released while iterating."""
+        """Iterates in order of rank; the newest may be released meanwhile."""
         return iter(self._requests)
 
     @property
@@ -45,8 +45,7 @@ class RunningRequests:
         insort(self._requests, request, key=_rank)
 
     def release(self, request: Request) -> None:
-        """Take the slot back. The workers hear of it with the next plan, so that plan may already
-        give it to another request."""
+        """Take the slot back. The next plan names it as freed, and may already reuse it."""
         if self._requests[-1] is request:
             self._requests.pop()
         else:
@@ -54,10 +53,10 @@ class RunningRequests:
         self._free_slots.append(request.slot)
         self._freed_slots.append(request.slot)
         request.slot = -1
-        request.run += 1
+        request.page_epoch += 1
 
     def take_freed_slots(self) -> list[int]:
-        """Slots freed since the last call."""
+        """Returns the slots freed since the last call."""
         freed, self._freed_slots = self._freed_slots, []
         return freed
 

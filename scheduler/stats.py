@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.request import FINISH_REASONS
+from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -21,7 +24,7 @@ class SchedulerStats:
     num_requests: int = 0  # accepted
     num_refused: int = 0
     num_preemptions: int = 0
-    num_deadline_drops: int = 0  # given up because the first token would have been late
+    num_deadline_drops: int = 0  # failed because the first token would have been late
     prefix_query_tokens: int = 0  # of admitted requests that read the prefix cache
     prefix_hit_tokens: int = 0
     num_adapter_loads: int = 0
@@ -33,3 +36,21 @@ class SchedulerStats:
 
     def snapshot(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def describe_load(
+    memory: PageManager, running: RunningRequests, waiting: WaitingQueue, num_in_flight: int
+) -> dict[str, int]:
+    """Returns the present load and the use of pages as plain values."""
+    pages = memory.num_owned()
+    return {
+        "running": len(running),
+        "waiting": len(waiting),
+        "waiting_for_adapter": waiting.num_parked,
+        "steps_in_flight": num_in_flight,
+        "num_pages": memory.blocks.num_usable,
+        "pages_free": pages["free"],
+        "pages_kv": pages["kv"],
+        "pages_prefix": pages["prefix"],
+        "pages_adapter": pages["adapter"],
+    }

@@ -1,4 +1,4 @@
-"""One step while it is being planned, and while the workers have it."""
+"""One step while it is planned, and while the workers have it."""
 
 from array import array
 
@@ -7,15 +7,15 @@ from loraplex.scheduler.worker_protocol import NewRequest, StepPlan, StepResult,
 
 
 class StepBuilder:
-    """Collects the rows of one step and remembers whose they are.
+    """Collects the rows of one step and remembers their requests until the result comes.
 
-    The results are matched by this version, never by who owns a slot later; `runs[r]` tells whether
-    the request of row r has lost its pages since.
+    A row's result goes to the request that had the row, whoever owns its slot later. The pages of
+    row r are the request's still if its `page_epoch` is `page_epochs[r]`.
     """
 
     __slots__ = (
-        "budget", "follows", "new_requests", "num_tokens", "page_ids", "page_slots", "positions",
-        "requests", "runs", "samples", "slots", "step_id",
+        "budget", "follows", "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
+        "positions", "requests", "samples", "slots", "step_id",
     )  # fmt: skip
 
     def __init__(self, step_id: int, budget: int, follows: bool = False) -> None:
@@ -26,14 +26,14 @@ class StepBuilder:
         self.positions: list[int] = []
         self.num_tokens: list[int] = []
         self.samples: list[int] = []
-        self.slots: list[int] = []  # this and `runs` are filled by finish()
-        self.runs: list[int] = []
+        self.slots: list[int] = []  # this and `page_epochs` are filled by finish()
+        self.page_epochs: list[int] = []
         self.new_requests: list[NewRequest] = []
         self.page_slots: list[int] = []
         self.page_ids: list[int] = []
 
     def add_decodes(self, requests: list[Request], positions: list[int]) -> None:
-        """Add rows of one token each; the caller has moved the requests' counts on already."""
+        """Add rows of one token each. The caller has advanced the requests' counts already."""
         self.requests += requests
         self.positions += positions
         ones = [1] * len(requests)
@@ -59,9 +59,9 @@ class StepBuilder:
         self.page_ids.append(page_id)
 
     def finish(self, freed_slots: list[int]) -> StepPlan:
-        """The plan; no rows may be added any more."""
+        """Return the plan. No rows may be added afterwards."""
         self.slots = [request.slot for request in self.requests]
-        self.runs = [request.run for request in self.requests]
+        self.page_epochs = [request.page_epoch for request in self.requests]
         return StepPlan(
             step_id=self.step_id,
             freed_slots=int_array(freed_slots),
@@ -91,7 +91,7 @@ class StepBuilder:
 
 
 def new_request(request: Request, page_ids: list[int], adapter_slot: int) -> NewRequest:
-    """Everything a worker must know of a request that starts or resumes."""
+    """Returns everything a worker must know of a request that starts or resumes."""
     token_ids: array[int] = request.token_ids[:]
     return NewRequest(
         slot=request.slot,

@@ -1,49 +1,94 @@
-"""From a step's result to what it means for each request."""
+"""Hands the result of a step to its requests and writes their outputs."""
+
+from array import array
 
 from loraplex.memory.accounting.kv_cache import KVCache
-from loraplex.scheduler.request import Request, RequestState, RequestUpdate
+from loraplex.scheduler.frontend_protocol import SequenceOutput
+from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.worker_protocol import StepResult, TokenLogprobs
 
 
-def take_result(
+def apply_result(
     step: StepBuilder, result: StepResult, kv: KVCache, stats: SchedulerStats
-) -> tuple[list[RequestUpdate], list[Request]]:
-    """Append sampled ids to their requests and offer computed blocks to the prefix cache.
+) -> list[Request]:
+    """Append sampled ids to their requests and register computed blocks in the prefix cache.
 
-    Requests that ended meanwhile get nothing. One that was preempted meanwhile keeps its new id,
-    but its pages are others' by now.
+    A token is a row of the output columns of its request's frontend. It becomes a SequenceOutput
+    only if it is the request's first or last one or has log-probabilities. Requests that ended
+    meanwhile get nothing. A request that was preempted meanwhile keeps its new id, but its pages
+    are no longer its own.
 
     Returns:
-        The updates, and the requests that end with them; those are still to be ended.
+        The requests that end with this step; the caller has to end them.
     """
-    updates: list[RequestUpdate] = []
     ended: list[Request] = []
     prompt_logprobs = _sort_prompt_logprobs(step, result)
+    logprobs = result.logprobs
     block_tokens, finished = kv.block_tokens, RequestState.FINISHED
     num_sampled = num_dropped = 0
-    for request, run, position, num_tokens, samples in zip(
-        step.requests, step.runs, step.positions, step.num_tokens, step.samples, strict=True
+    for request, epoch, position, num_tokens, samples in zip(
+        step.requests, step.page_epochs, step.positions, step.num_tokens, step.samples, strict=True
     ):
-        if samples and request.state is finished:
-            num_dropped += 1
-        elif samples:
-            update = _append(request, result, num_sampled)
-            updates.append(update)
-            if update.finish_reason:
+        judged = prompt_logprobs.get(request) if prompt_logprobs else None
+        if samples:
+            token_id = result.token_ids[num_sampled]
+            entry = logprobs[num_sampled] if logprobs else None
+            num_sampled += 1
+            if request.state is finished:
+                num_dropped += 1
+                continue
+            token_ids = request.token_ids
+            token_ids.append(token_id)
+            if (
+                request.num_prompt_tokens + 1 < len(token_ids) < request.max_total
+                and token_id not in request.stop_ids
+                and entry is None
+                and judged is None
+            ):
+                outputs = request.outputs
+                outputs.request_ids.append(request.request_id)
+                outputs.token_ids.append(token_id)
+            elif _add_details(request, token_id, entry, judged):
                 ended.append(request)
-        num_sampled += samples
-        if request.run == run and position + num_tokens - request.num_registered >= block_tokens:
-            num_computed = position + num_tokens
-            kv.register(request.request_id, request.token_ids, num_computed)
+        elif judged is not None:
+            request.outputs.details.append(
+                SequenceOutput(request.request_id, array("i"), prompt_logprobs=judged)
+            )
+        num_computed = position + num_tokens
+        if num_computed - request.num_registered >= block_tokens and request.page_epoch == epoch:
+            kv.register(request.uid, request.token_ids, num_computed)
             request.num_registered = num_computed - num_computed % block_tokens
-        if prompt_logprobs and request in prompt_logprobs:
-            if not samples:
-                updates.append(
-                    RequestUpdate(request.request_id, num_cached_tokens=request.num_cached_tokens)
-                )
-            updates[-1].prompt_logprobs = prompt_logprobs[request]
+    _count(step, result, stats)
+    stats.num_generated_tokens += num_sampled - num_dropped
+    stats.num_dropped_tokens += num_dropped
+    return ended
+
+
+def _add_details(
+    request: Request,
+    token_id: int,
+    entry: TokenLogprobs | None,
+    judged: list[TokenLogprobs] | None,
+) -> bool:
+    """Write the output of the token just appended; True if the request ends with it."""
+    reason = request.finish_reason()
+    request.outputs.details.append(
+        SequenceOutput(
+            request.request_id,
+            array("i", (token_id,)),
+            finish_reason=reason,
+            stop_token_id=token_id if reason == "stop" else -1,
+            num_cached_tokens=request.num_cached_tokens,
+            logprobs=[] if entry is None else [entry],
+            prompt_logprobs=judged or [],
+        )
+    )
+    return reason != ""
+
+
+def _count(step: StepBuilder, result: StepResult, stats: SchedulerStats) -> None:
     stats.num_steps += 1
     stats.step_us += result.step_us
     by_kernels = stats.steps_by_kernels
@@ -51,31 +96,15 @@ def take_result(
     if step.follows:
         stats.busy_us += result.step_us
         stats.idle_us += result.idle_us
-    stats.num_generated_tokens += num_sampled - num_dropped
-    stats.num_dropped_tokens += num_dropped
-    return updates, ended
-
-
-def _append(request: Request, result: StepResult, index: int) -> RequestUpdate:
-    token_ids = result.token_ids[index : index + 1]
-    token_id = token_ids[0]
-    request.token_ids.append(token_id)
-    reason, stop_token_id = "", -1
-    if token_id in request.stop_ids or len(request.token_ids) >= request.max_total:
-        reason = request.finish_reason()
-        stop_token_id = token_id if reason == "stop" else -1
-    entry = result.logprobs[index] if result.logprobs else None
-    # By position, every field given: this runs for each token of every step.
-    return RequestUpdate(
-        request.request_id, token_ids, reason, stop_token_id, "", "", request.num_cached_tokens,
-        [entry] if entry else [], [],
-    )  # fmt: skip
 
 
 def _sort_prompt_logprobs(
     step: StepBuilder, result: StepResult
 ) -> dict[Request, list[TokenLogprobs]]:
-    """By request, in order of position; what a recomputation brings again is dropped."""
+    """Returns prompt logprobs by request, in order of position.
+
+    A recomputed prompt brings its logprobs again; those are dropped.
+    """
     if not result.prompt_logprobs:
         return {}
     by_slot = dict(zip(step.slots, step.requests, strict=True))

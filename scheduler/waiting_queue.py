@@ -1,4 +1,4 @@
-"""Requests that wait: sorted by age and by flow, or parked until their adapter arrives."""
+"""The waiting requests: sorted by age and by flow, or parked until their adapter arrives."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable
@@ -9,7 +9,7 @@ from loraplex.memory.accounting.block_manager import IntegrityError
 from loraplex.scheduler.policies.policy import ADMITTED, Policy
 from loraplex.scheduler.request import Request
 
-_BULK = 32  # pushes from which on sorting the lists once is cheaper
+_BULK = 32  # for this many pushes, sorting the lists once is cheaper
 
 _order: Callable[[Request], Any] = attrgetter("order")
 _key: Callable[[Request], Any] = attrgetter("key")
@@ -17,10 +17,10 @@ _rank: Callable[[Request], Any] = attrgetter("rank")
 
 
 class WaitingQueue:
-    """Sorted lists of requests that may start, and those parked on an event.
+    """Keeps sorted lists of the requests that may start, and the requests parked on an event.
 
-    Parked requests cost a step nothing and hold back nobody; when their event comes they return to
-    the place that is theirs. Read `by_age` and `flows`, change them through the methods only.
+    Planning never looks at a parked request. After its event it returns to its place in the order.
+    Read `by_age` and `flows`; change them through the methods only.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -54,7 +54,7 @@ class WaitingQueue:
         self.by_age.sort(key=_order)
 
     def remove(self, request: Request) -> None:
-        """Take out a request, wherever it waits."""
+        """Take out a request that waits or is parked."""
         if request.parked_on is not None:
             parked = self._parked[request.parked_on]
             del parked[request]
@@ -66,7 +66,7 @@ class WaitingQueue:
         self.discard([request])
 
     def discard(self, requests: Iterable[Request]) -> None:
-        """Take requests out of the lists; they run now, or are parked."""
+        """Take requests that run now, or are parked, out of the lists."""
         for request in requests:
             flow = self.flows[request.flow]
             _delete(flow, request, _sort_key(request.flow))
@@ -75,13 +75,13 @@ class WaitingQueue:
             _delete(self.by_age, request, _order)
 
     def park(self, request: Request, event: Hashable) -> None:
-        """Set aside a request until unpark(event); it is in no list, or is discarded next."""
+        """Set a request aside until unpark(event). The caller takes it out of the lists."""
         request.parked_on = event
         self._parked.setdefault(event, {})[request] = None
         self._num_parked += 1
 
     def unpark(self, event: Hashable) -> list[Request]:
-        """Hand back all requests parked on `event`; they are in no list then."""
+        """Return all requests parked on `event`. They are in no list afterwards."""
         requests = list(self._parked.pop(event, ()))
         for request in requests:
             request.parked_on = None

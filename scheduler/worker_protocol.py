@@ -1,20 +1,58 @@
-"""What the scheduler and the workers tell each other. Plain data, no torch.
+"""Messages between the scheduler and the workers. Plain data, no torch.
 
-Integer lists are ``array('i')`` (32 bit): they cross the wire as raw little-endian bytes.
-A *slot* is a row of the worker's persistent per-request state, ``0 <= slot < max_num_seqs``;
-an *adapter slot* is a row of its table of resident adapters, -1 the base model.
+A *slot* is a row of the worker's persistent per-request state, ``0 <= slot < max_num_seqs``.
+An *adapter slot* is a row of its table of resident adapters; -1 is the base model.
 """
 
 from array import array
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    Int32Array = array[int]
+    Int64Array = array[int]
+    Float32Array = array[float]
+else:
+
+    class _ArrayType(type):
+        """Makes a field type that stands for arrays of one typecode, which the codec checks."""
+
+        def __instancecheck__(cls, value: Any) -> bool:
+            return type(value) is array
+
+    class Int32Array(metaclass=_ArrayType):
+        """``array("i")``. On the wire: extension type 1 with raw little-endian items."""
+
+        typecode, extension = "i", 1
+
+    class Int64Array(metaclass=_ArrayType):
+        """``array("q")``. On the wire: extension type 2."""
+
+        typecode, extension = "q", 2
+
+    class Float32Array(metaclass=_ArrayType):
+        """``array("f")``. On the wire: extension type 3."""
+
+        typecode, extension = "f", 3
+
+
+class Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """Base of all data that crosses a process boundary: on the wire a list of its fields."""
+
+
+class Message(Record, tag=True):
+    """Base of records that are sent on their own: the class name goes before the fields.
+
+    Every such class is listed in ``engine/ipc/messages``.
+    """
 
 
 def int_array(values: "list[int] | tuple[int, ...]" = ()) -> "array[int]":
     return array("i", values)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
+class SamplingSpec(Record):
     """What the sampler needs for one sequence; `seed` is always set by the time it gets here."""
 
     temperature: float
@@ -27,27 +65,25 @@ class SamplingSpec:
     frequency_penalty: float
     max_tokens: int
     min_tokens: int
-    stop_token_ids: "array[int]"  # end-of-sequence ids included, unless the request ignores them
+    stop_token_ids: Int32Array  # end-of-sequence ids included, unless the request ignores them
     num_logprobs: int  # -1: none; 0: of the sampled token alone
     num_prompt_logprobs: int  # -1: none
-    bias_token_ids: "array[int]"
-    bias_values: "array[float]"  # array('f'), as long as bias_token_ids
+    bias_token_ids: Int32Array
+    bias_values: Float32Array  # array('f'), as long as bias_token_ids
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
+class NewRequest(Record):
     """A request whose state the worker does not hold: new, or back after a preemption."""
 
     slot: int
-    token_ids: "array[int]"  # the prompt, then what it generated before a preemption
+    token_ids: Int32Array  # the prompt, then what it generated before a preemption
     num_prompt_tokens: int
-    page_ids: "array[int]"
+    page_ids: Int32Array
     adapter_slot: int
     sampling: SamplingSpec
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(Message):
     """One forward step. Rows that decode come before rows that prefill.
 
     Applied in this order: `freed_slots`, `new_requests`, page deltas, then the step itself.
@@ -58,27 +94,25 @@ class StepPlan:
     """
 
     step_id: int
-    freed_slots: "array[int]"
+    freed_slots: Int32Array
     new_requests: list[NewRequest]
-    page_slots: "array[int]"  # slot of each appended page; pages append in the order given
-    page_ids: "array[int]"
-    slots: "array[int]"
-    positions: "array[int]"
-    num_tokens: "array[int]"
-    samples: "array[int]"
+    page_slots: Int32Array  # slot of each appended page; pages append in the order given
+    page_ids: Int32Array
+    slots: Int32Array
+    positions: Int32Array
+    num_tokens: Int32Array
+    samples: Int32Array
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(Record):
     """Log-probabilities at one position: the chosen token first, then the best ones in order."""
 
-    token_ids: "array[int]"
-    logprobs: "array[float]"  # array('f')
-    ranks: "array[int]"  # 1 is the most likely token
+    token_ids: Int32Array
+    logprobs: Float32Array  # array('f')
+    ranks: Int32Array  # 1 is the most likely token
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLogprobs:
+class PromptLogprobs(Record):
     """Of one chunk of a prompt: `positions[i]` is the position of the token that is judged."""
 
     slot: int
@@ -86,14 +120,13 @@ class PromptLogprobs:
     entries: list[TokenLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(Message):
     """Sampled ids of a step, one for each row with `samples[r] == 1`, in row order."""
 
     step_id: int
-    token_ids: "array[int]"
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # empty: nobody asked
-    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    token_ids: Int32Array
+    logprobs: list[TokenLogprobs | None] = []  # empty: nobody asked
+    prompt_logprobs: list[PromptLogprobs] = []
     step_us: int = 0  # time the worker took for the step
     kernels: str = ""
     """How it ran, then "+" and the LoRA kernels, if any did: "graph", the whole forward a CUDA
@@ -101,16 +134,14 @@ class StepResult:
     idle_us: int = 0  # for which the GPU had nothing to do between the step before and this one
 
 
-@dataclass(frozen=True, slots=True)
-class InspectAdapter:
+class InspectAdapter(Message):
     """Read, check, hash and pack the adapter at `path`; answered by AdapterInspected."""
 
     name: str
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterInspected:
+class AdapterInspected(Message):
     """`error` is empty on success. `path` echoes the question."""
 
     name: str
@@ -120,11 +151,10 @@ class AdapterInspected:
     num_pages: int = 0
     num_bytes: int = 0  # packed, over all layers, on one worker
     max_rank: int = 0
-    modules: list[str] = field(default_factory=list)
+    modules: list[str] = []
 
 
-@dataclass(frozen=True, slots=True)
-class LoadAdapter:
+class LoadAdapter(Message):
     """Copy an adapter's packed weights into `page_ids` and fill its table row.
 
     Ordered with the plans around it: plans sent later may use the slot once AdapterLoaded is in.
@@ -133,12 +163,11 @@ class LoadAdapter:
     adapter_slot: int
     content_hash: str
     path: str  # where to read it again if the host store dropped it
-    page_ids: "array[int]"
+    page_ids: Int32Array
     after_step: int = -1  # the last that may use the slot or the pages for what they held before
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterLoaded:
+class AdapterLoaded(Message):
     adapter_slot: int
     content_hash: str
     error: str = ""
@@ -146,29 +175,25 @@ class AdapterLoaded:
     from_host: bool = False  # it was in the host store when the load began
 
 
-@dataclass(frozen=True, slots=True)
-class UnloadAdapter:
+class UnloadAdapter(Message):
     """The slot's pages belong to others from the next message on."""
 
     adapter_slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropAdapter:
+class DropAdapter(Message):
     """No name and no request refers to this content: free its host memory, if it has any."""
 
     content_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterEvicted:
+class AdapterEvicted(Message):
     """The host store has this content no more, for want of room or because it was dropped."""
 
     content_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
+class WorkerReady(Message):
     """A worker's sizes, sent once when it can take plans."""
 
     rank: int
@@ -182,8 +207,9 @@ class WorkerReady:
     attention_backend: str
     load_seconds: float = 0.0
     base_fingerprint: str = ""  # identifies the base weights in prefix-cache keys
-    eos_token_ids: "array[int]" = field(default_factory=int_array)
+    eos_token_ids: Int32Array = msgspec.field(default_factory=int_array)
 
 
-WorkerCommand = StepPlan | InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter
+WorkerAdapterCommand = InspectAdapter | LoadAdapter | UnloadAdapter | DropAdapter
+WorkerCommand = StepPlan | WorkerAdapterCommand
 WorkerEvent = WorkerReady | StepResult | AdapterInspected | AdapterLoaded | AdapterEvicted

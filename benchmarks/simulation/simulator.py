@@ -6,15 +6,16 @@ a measurement. The same trace and configuration always give the same run.
 
 import heapq
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+
+from msgspec.structs import replace
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
+from loraplex.scheduler.frontend_protocol import Outputs, SequenceOutput
 from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
-from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
@@ -163,8 +164,8 @@ class _Simulation:
         while True:
             plan = self._scheduler.plan()
             num_inspected = self._run_commands()
-            for update in self._scheduler.take_updates():
-                self._end(_index(update), update.error_code)
+            for output in _sequences(self._scheduler.outputs.take()):
+                self._end(output.request_id, output.error_code)
             if plan is None and not num_inspected:
                 return
             if plan is not None:
@@ -211,22 +212,23 @@ class _Simulation:
         if isinstance(event, AdapterLoaded):
             self._scheduler.on_adapter_loaded(event)
             return
-        for update in self._scheduler.commit(event):
-            self._on_update(update)
+        for output in _sequences(self._scheduler.commit(event)):
+            self._on_output(output)
         if len(self._service) > 1:
             self._result.moments.append(
                 Moment(self._now, dict(self._service), dict(self._num_waiting))
             )
 
-    def _on_update(self, update: RequestUpdate) -> None:
-        outcome = self._result.outcomes[_index(update)]
+    def _on_output(self, output: SequenceOutput) -> None:
+        outcome = self._result.outcomes[output.request_id]
         if outcome.first_token_s is None:
             outcome.first_token_s = self._now
-        self._service[outcome.request.tenant] += OUTPUT_WEIGHT * len(update.token_ids)
-        if update.finish_reason:
-            self._end(_index(update))
+        self._service[outcome.request.tenant] += OUTPUT_WEIGHT * len(output.token_ids)
+        if output.finish_reason:
+            self._end(output.request_id)
 
 
-def _index(update: RequestUpdate) -> Any:
-    """Position of the request in the trace, which is its request id."""
-    return update.request_id
+def _sequences(outputs: Outputs) -> Iterator[SequenceOutput]:
+    """Yields the outputs of all sequences; their ids are positions in the trace."""
+    for _, of_frontend in outputs:
+        yield from of_frontend

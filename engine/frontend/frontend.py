@@ -21,6 +21,7 @@ from loraplex.engine.ipc.messages import (
     AdapterCommand,
     AdapterReply,
     EngineInfo,
+    ReplyRows,
     StatsQuery,
     StatsReply,
     StepOutputs,
@@ -70,6 +71,7 @@ class Frontend:
         )
         self._clients = ClientTable(send, self._requests, clock=clock)
         self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
+        self._rows: dict[int, list[dict[str, Any]]] = {}  # by query id, of replies not complete yet
         self._query_ids = itertools.count(1)
         self._num_malformed = 0
         self._dead_reason = ""
@@ -156,16 +158,20 @@ class Frontend:
         """Handles one message of the scheduler."""
         match message:
             case StepOutputs():
-                self._requests.on_outputs(message.outputs)
+                self._requests.on_outputs(message)
+            case ReplyRows():
+                self._rows.setdefault(message.query_id, []).extend(message.rows)
             case StatsReply():
-                stats = {**message.stats, "frontend": self._stats()}
+                rows = self._rows.pop(message.query_id, [])
+                stats = {**message.stats, "resident_adapters": rows, "frontend": self._stats()}
                 self._answer(message.query_id, {"stats": stats})
             case AdapterReply() if message.error:
                 client, request_id, _ = self._queries.pop(message.command_id)
                 code = message.error_code or "adapter"
                 self._reply(client, protocol.error_reply(request_id, code, message.error))
             case AdapterReply():
-                self._answer(message.command_id, {"adapters": message.adapters})
+                rows = self._rows.pop(message.command_id, [])
+                self._answer(message.command_id, {"adapters": [*rows, *message.adapters]})
             case _:
                 logger.error("unexpected message %s", type(message).__name__)
 

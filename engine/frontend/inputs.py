@@ -2,8 +2,10 @@
 
 import hashlib
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig, ModelConfig

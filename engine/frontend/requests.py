@@ -16,7 +16,7 @@ from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
-from loraplex.engine.ipc.messages import AbortRequests, AddRequest, SequenceOutput
+from loraplex.engine.ipc.messages import AbortRequests, AddRequest, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool
@@ -187,7 +187,7 @@ class RequestTable:
             return ""
         return self._codec.tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def on_outputs(self, outputs: list[SequenceOutput]) -> None:
+    def on_outputs(self, outputs: StepOutputs) -> None:
         """Takes a step's tokens and sends each request one reply with what is new."""
         touched: dict[_Request, None] = {}
         stopped: list[int] = []

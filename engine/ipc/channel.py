@@ -16,7 +16,7 @@ from loraplex.engine.ipc import codec
 
 INTERNAL_HWM = 1 << 16  # messages; far above what the queue limits let pile up
 HEARTBEAT_MS = 2000  # a silent peer is given up after three of these
-RECEIVE_LIMIT = 1024  # messages taken in one turn, so that no peer keeps the loop to itself
+RECEIVE_LIMIT = 1024  # messages that receive() returns at most, unless told otherwise
 
 
 def worker_identity(rank: int) -> bytes:
@@ -78,8 +78,12 @@ class Channel(Protocol):
     def send(self, message: object, peer: bytes = b"") -> None:
         """Never waits. Raises PeerGoneError, and SlowPeerError for a peer that does not read."""
 
-    def receive(self) -> list[tuple[bytes, Any]]:
-        """What has arrived, as (peer, message), in order; never waits."""
+    def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
+        """Returns up to `limit` messages that have arrived, as (peer, message); never waits.
+
+        The messages of one peer are in order. Peers take turns, so none can hold up another. What
+        is not returned stays for the next call.
+        """
 
 
 class RouterChannel:
@@ -97,9 +101,9 @@ class RouterChannel:
         except zmq.ZMQError as error:
             raise PeerGoneError(f"{_name(peer)}: {error}") from None
 
-    def receive(self) -> list[tuple[bytes, Any]]:
+    def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
         messages: list[tuple[bytes, Any]] = []
-        while len(messages) < RECEIVE_LIMIT:
+        while len(messages) < limit:
             try:
                 peer, data = self.socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
@@ -124,9 +128,9 @@ class DealerChannel:
         except zmq.Again:
             raise SlowPeerError("the other side does not read its messages") from None
 
-    def receive(self) -> list[tuple[bytes, Any]]:
+    def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
         messages: list[tuple[bytes, Any]] = []
-        while len(messages) < RECEIVE_LIMIT:
+        while len(messages) < limit:
             try:
                 messages.append((b"", codec.decode(self.socket.recv(zmq.DONTWAIT))))
             except zmq.Again:
@@ -161,10 +165,9 @@ class InprocChannel:
             raise PeerGoneError(f"no peer {peer!r}")
         self._other._inbox.append((self._identity, codec.encode(message)))
 
-    def receive(self) -> list[tuple[bytes, Any]]:
-        messages = [(peer, codec.decode(data)) for peer, data in self._inbox]
-        self._inbox.clear()
-        return messages
+    def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
+        taken = [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
+        return [(peer, codec.decode(data)) for peer, data in taken]
 
     def close(self) -> None:
         """The other end gets PeerGoneError from now on."""

@@ -1,6 +1,6 @@
 """The engine in the caller's thread: the same frontend, scheduler and worker, no sockets.
 
-For tests and debugging. Nothing runs but while the caller waits in receive().
+For tests and debugging. The engine runs only while the caller waits in receive().
 """
 
 import time
@@ -15,7 +15,13 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDeadError
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
-from loraplex.engine.ipc.channel import InprocChannel, Wakeup, frontend_identity, worker_identity
+from loraplex.engine.ipc.channel import (
+    RECEIVE_LIMIT,
+    InprocChannel,
+    Wakeup,
+    frontend_identity,
+    worker_identity,
+)
 from loraplex.engine.ipc.messages import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
@@ -25,7 +31,7 @@ CLIENT = b"client"
 
 
 class InProcessEngine:
-    """Takes and gives the maps of docs/protocol.md; Client makes a friendlier thing of it.
+    """Takes and returns the maps of docs/protocol.md; Client wraps it for users.
 
     An error in any part is raised to the caller as it is, with its traceback.
     """
@@ -50,7 +56,11 @@ class InProcessEngine:
         workers, self._worker_end = InprocChannel.pair(worker_identity(0))
         self.scheduler = make_scheduler(config, self.info)
         self._loop = SchedulerLoop(
-            self.scheduler, info=self.info, frontends=frontends, workers=workers
+            self.scheduler,
+            info=self.info,
+            frontends=frontends,
+            workers=workers,
+            messages_per_turn=RECEIVE_LIMIT,  # the worker runs in this thread: no plan can be late
         )
         self._replies: deque[dict[str, Any]] = deque()
         self._scheduler_end = scheduler_end
@@ -90,10 +100,9 @@ class InProcessEngine:
         return self._closed
 
     def step(self) -> bool:
-        """One turn of every part; False if there was nothing to do."""
+        """Run one turn of every part; False if there was nothing to do."""
         self._frontend.run_ready()
-        self._loop.turn()
-        busy = False
+        busy = self._loop.turn()
         for _, command in self._worker_end.receive():
             self._worker.handle(command)
             send_events(self._worker, self._worker_end)
@@ -119,7 +128,7 @@ class InProcessEngine:
 
 
 def _ignore(text: str) -> None:
-    """Nobody wants to know how far the start has come."""
+    """The default of `on_progress`."""
 
 
 def _worker_class() -> Callable[..., WorkerLike]:

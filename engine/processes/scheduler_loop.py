@@ -1,11 +1,11 @@
-"""The scheduler's turn: drain messages, commit results, plan and send steps, send outputs.
+"""One turn of the scheduler's process: take messages in, plan and send steps, send outputs.
 
-The same object runs over sockets (scheduler_proc.py) and in one thread (in_process.py).
+The same object runs over sockets (scheduler_main.py) and in one thread (in_process.py).
 """
 
 import logging
-from array import array
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError, worker_identity
@@ -16,12 +16,13 @@ from loraplex.engine.ipc.messages import (
     AddRequest,
     EngineInfo,
     FrontendHello,
-    SequenceOutput,
+    Message,
+    ReplyRows,
     StatsQuery,
     StatsReply,
-    StepOutputs,
 )
-from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.frontend_protocol import Outputs
+from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
@@ -30,34 +31,56 @@ from loraplex.scheduler.worker_protocol import (
     StepResult,
 )
 
+MESSAGES_PER_TURN = 32
+"""Messages that one turn takes from each side. It bounds the time between two plans: a burst is
+taken in over several turns, and steps are planned in between."""
+
 logger = logging.getLogger("loraplex.scheduler")
 
 
 class SchedulerLoop:
-    """A request is known to the scheduler as (its frontend, the id that the frontend gave it).
+    """Connects the scheduler with frontends and workers.
 
-    Every worker gets every command and plan, in one order; rank 0 answers for all of them.
+    A request is known by its frontend and by the id that the frontend gave it. Every worker gets
+    every command and plan, in one order; rank 0 answers for all of them.
     """
 
     def __init__(
-        self, scheduler: Scheduler, *, info: EngineInfo, frontends: Channel, workers: Channel
+        self,
+        scheduler: Scheduler,
+        *,
+        info: EngineInfo,
+        frontends: Channel,
+        workers: Channel,
+        messages_per_turn: int = MESSAGES_PER_TURN,
     ) -> None:
         self._scheduler = scheduler
         self._info = info
         self._frontends = frontends
         self._workers = workers
         self._worker_names = [worker_identity(worker.rank) for worker in info.workers]
-        self._outputs: dict[bytes, list[SequenceOutput]] = {}
+        self._messages_per_turn = messages_per_turn
+        self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
 
-    def turn(self) -> None:
-        """Do everything that can be done now; never waits."""
-        for peer, message in self._workers.receive():
+    def turn(self) -> bool:
+        """Take in some messages, plan, and send what there is to send; never waits.
+
+        Returns:
+            True if there is more to do, so that the next turn should not wait for a message.
+        """
+        limit = self._messages_per_turn
+        from_workers = self._workers.receive(limit)
+        for peer, message in from_workers:
             if peer == self._worker_names[0]:
                 self._on_worker(message)
-        for peer, message in self._frontends.receive():
+        from_frontends = self._frontends.receive(limit)
+        for peer, message in from_frontends:
             self._on_frontend(peer, message)
         self._send_plans()
-        self._publish()
+        self._send_outputs(self._scheduler.outputs.take())
+        self._send_adapter_updates()
+        self._send_part_of_reply()
+        return max(len(from_workers), len(from_frontends)) == limit or bool(self._long_replies)
 
     def _send_plans(self) -> None:
         while True:
@@ -75,7 +98,7 @@ class SchedulerLoop:
     def _on_worker(self, message: object) -> None:
         match message:
             case StepResult():
-                self._collect(self._scheduler.commit(message))
+                self._send_outputs(self._scheduler.commit(message))
             case AdapterInspected():
                 self._scheduler.on_adapter_inspected(message)
             case AdapterLoaded():
@@ -91,41 +114,26 @@ class SchedulerLoop:
                 self._add(peer, message)
             case AbortRequests():
                 for request_id in message.request_ids:
-                    self._scheduler.abort((peer, request_id))
+                    self._scheduler.abort(request_id, peer)
+            case AdapterCommand(op="list", name=""):
+                self._long_replies.append((peer, self._list_adapters(message.command_id)))
             case AdapterCommand():
                 self._run_adapter_command(peer, message)
             case StatsQuery():
-                self._send(peer, StatsReply(message.query_id, self._scheduler.stats()))
+                self._long_replies.append((peer, self._report_stats(message.query_id)))
             case FrontendHello():
                 self._send(peer, self._info)
             case _:
                 raise TypeError(f"a frontend sent {type(message).__name__}")
 
     def _add(self, peer: bytes, message: AddRequest) -> None:
-        request = Request(
-            request_id=(peer, message.request_id),
-            prompt_token_ids=message.prompt_token_ids,
-            sampling=message.sampling,
-            adapter=message.adapter,
-            salt=message.salt,
-            priority=message.priority,
-            use_prefix_cache=message.use_prefix_cache,
-        )
         try:
-            self._scheduler.add(request)
+            self._scheduler.add(Request.from_message(message, peer))
         except RequestRefused as refusal:
-            self._outputs.setdefault(peer, []).append(
-                SequenceOutput(
-                    message.request_id,
-                    array("i"),
-                    finish_reason="error",
-                    error=refusal.text,
-                    error_code=refusal.code,
-                )
-            )
+            self._scheduler.outputs.add_error(peer, message.request_id, refusal.code, refusal.text)
 
     def _run_adapter_command(self, peer: bytes, message: AdapterCommand) -> None:
-        scheduler, adapters = self._scheduler, []
+        scheduler = self._scheduler
         key: Hashable = (peer, message.command_id)
         try:
             match message.op:
@@ -136,57 +144,55 @@ class SchedulerLoop:
                     scheduler.pin_adapter(message.name, key)
                     return  # the same
                 case "register":
-                    adapters = [scheduler.register_adapter(message.name, message.path)]
+                    adapter = scheduler.register_adapter(message.name, message.path)
                 case "unload":
-                    adapters = [scheduler.unload_adapter(message.name)]
+                    adapter = scheduler.unload_adapter(message.name)
                 case "unpin":
-                    adapters = [scheduler.unpin_adapter(message.name)]
+                    adapter = scheduler.unpin_adapter(message.name)
                 case "list":
-                    adapters = scheduler.list_adapters(message.name)
+                    adapter = scheduler.adapters.describe_one(message.name)
                 case _:
                     raise RequestRefused("bad_request", f"unknown adapter command {message.op!r}")
         except RequestRefused as refusal:
             self._send(peer, AdapterReply(message.command_id, refusal.text, refusal.code))
             return
-        self._send(peer, AdapterReply(message.command_id, adapters=adapters))
+        self._send(peer, AdapterReply(message.command_id, adapters=[adapter]))
 
-    def _collect(self, updates: list[RequestUpdate]) -> None:
-        for update in updates:
-            peer, request_id = _split(update.request_id)
-            self._outputs.setdefault(peer, []).append(
-                SequenceOutput(
-                    request_id,
-                    update.token_ids,
-                    finish_reason=update.finish_reason,
-                    stop_token_id=update.stop_token_id,
-                    error=update.error,
-                    error_code=update.error_code,
-                    num_cached_tokens=update.num_cached_tokens,
-                    logprobs=update.logprobs,
-                    prompt_logprobs=update.prompt_logprobs,
-                )
-            )
+    def _list_adapters(self, command_id: int) -> Iterator[Message]:
+        for rows in self._scheduler.adapters.describe_all():
+            yield ReplyRows(command_id, rows)
+        yield AdapterReply(command_id)
 
-    def _publish(self) -> None:
-        """One message for each frontend that has news."""
-        self._collect(self._scheduler.take_updates())
-        for peer, outputs in self._outputs.items():
-            self._send(peer, StepOutputs(outputs))
-        self._outputs.clear()
+    def _report_stats(self, query_id: int) -> Iterator[Message]:
+        for rows in self._scheduler.adapters.describe_resident():
+            yield ReplyRows(query_id, rows)
+        yield StatsReply(query_id, self._scheduler.stats())
+
+    def _send_part_of_reply(self) -> None:
+        """Send the next message of the oldest long reply, one a turn; replies take turns."""
+        if not self._long_replies:
+            return
+        peer, messages = self._long_replies.popleft()
+        message = next(messages)
+        self._send(peer, message)
+        if isinstance(message, ReplyRows):
+            self._long_replies.append((peer, messages))
+
+    def _send_outputs(self, outputs: Outputs) -> None:
+        for frontend, message in outputs:
+            self._send(frontend, message)
+
+    def _send_adapter_updates(self) -> None:
         for update in self._scheduler.take_adapter_updates():
-            peer, command_id = _split(update.reply_key)
+            key: Any = update.reply_key  # as _run_adapter_command made it
+            peer, command_id = key
             adapters = [update.adapter] if update.adapter else []
             self._send(peer, AdapterReply(command_id, update.error, update.error_code, adapters))
 
-    def _send(self, peer: bytes, message: object) -> None:
+    def _send(self, peer: Any, message: Message) -> None:
         try:
             self._frontends.send(message, peer)
         except SlowPeerError:
             raise
         except PeerGoneError as error:
-            logger.debug("%s", error)  # the supervisor hears of its end as well, and acts
-
-
-def _split(key: Hashable) -> Any:
-    """(frontend, id): what SchedulerLoop gave the scheduler as a key."""
-    return key
+            logger.debug("%s", error)  # its supervisor is told of its end as well, and acts

@@ -33,17 +33,18 @@ def run(child: Child) -> None:
         scheduler = make_scheduler(config, info)
         loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
         gc.collect()
-        gc.freeze()  # what start-up made stays: later collections pass it over
+        gc.freeze()  # later collections skip the objects made at start
         child.ready(info=info)
+        has_more = False
         while not child.stopping:
-            poller.poll()
+            poller.poll(0 if has_more else None)
             child.wakeup.clear()
-            loop.turn()
+            has_more = loop.turn()
     context.destroy(linger=0)
 
 
 def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
-    """What all workers can do: the least of each limit."""
+    """Returns the sizes that all workers can serve: the least of each limit."""
     return EngineInfo(
         max_model_len=min(worker.max_model_len for worker in workers),
         vocab_size=workers[0].vocab_size,
@@ -55,7 +56,7 @@ def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
 
 
 def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
-    """The scheduler with every adapter that the configuration names."""
+    """Returns a scheduler with every adapter that the configuration names."""
     scheduler = Scheduler(
         config=config.scheduler,
         memory=config.memory,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from loraplex.scheduler.worker_protocol import (
     DropAdapter,
     InspectAdapter,
 )
+
+ROWS_PER_SLICE = 8
+"""Adapters described at one time: few enough that planning never waits for a list."""
 
 logger = logging.getLogger("loraplex.scheduler")
 
@@ -46,12 +49,14 @@ class AdapterManager:
         memory: PageManager,
         max_slots: int,
         requests: Mapping[Hashable, Request],
+        running: Iterable[Request],
         send: Callable[[InspectAdapter | DropAdapter], None],
         load: Callable[[AdapterVersion, float], None],
         clock: Callable[[], float],
     ) -> None:
         """`requests` are the unfinished ones; `load` begins a load, for which there is room."""
         self._memory = memory
+        self._running = running
         self._send = send
         self._clock = clock
         self._updates: list[AdapterUpdate] = []
@@ -166,11 +171,22 @@ class AdapterManager:
         self._memory.adapters.set_on_host(content_hash, False)
         self._send(DropAdapter(content_hash))
 
-    def describe_all(self, name: str, running: Iterable[Request]) -> list[dict[str, Any]]:
-        """Describe the adapter of this name, or all for an empty name, as plain values."""
-        num_running = Counter(request.adapter_version for request in running)
-        versions = [self.registry.find(name)] if name else self.registry
-        return [self.describe(version, num_running) for version in versions]
+    def describe_all(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields every named adapter as plain values, ROWS_PER_SLICE at a time.
+
+        A slice is true when it is taken. Names that go before their slice are left out; names that
+        come after the first slice are not in it.
+        """
+        names = self.registry.names()
+        for first in range(0, len(names), ROWS_PER_SLICE):
+            num_running = Counter(request.adapter_version for request in self._running)
+            versions = map(self.registry.current, names[first : first + ROWS_PER_SLICE])
+            yield [self.describe(version, num_running) for version in versions if version]
+
+    def describe_one(self, name: str) -> dict[str, Any]:
+        """The adapter of this name as plain values; RequestRefused if the name is unknown."""
+        num_running = Counter(request.adapter_version for request in self._running)
+        return self.describe(self.registry.find(name), num_running)
 
     def describe(
         self, version: AdapterVersion, num_running: Mapping[AdapterVersion | None, int]
@@ -201,29 +217,29 @@ class AdapterManager:
             "usage": version.usage.snapshot() if version.usage else {},
         }
 
-    def describe_resident(self) -> list[dict[str, Any]]:
-        """Describe every adapter in pages."""
-        return [
-            {
-                "content_hash": adapter.content_hash,
-                "names": [
-                    version.name for version in self.registry.with_hash(adapter.content_hash)
-                ],
-                "num_pages": len(adapter.page_ids),
-                "residency": _residency(adapter),
-                "pinned": self.pins.is_reserved(adapter.content_hash),
-                "adapter_slot": adapter.slot,
-                "num_users": self._num_users(adapter),
-                "seconds_since_use": self._idle_seconds(adapter),
-            }
-            for adapter in self._memory.adapters
-        ]
+    def describe_resident(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields every content in pages as plain values, ROWS_PER_SLICE at a time."""
+        hashes = [adapter.content_hash for adapter in self._memory.adapters]
+        for first in range(0, len(hashes), ROWS_PER_SLICE):
+            adapters = map(self._memory.adapters.get, hashes[first : first + ROWS_PER_SLICE])
+            yield [self._describe_content(adapter) for adapter in adapters if adapter]
+
+    def _describe_content(self, adapter: CachedAdapter) -> dict[str, Any]:
+        return {
+            "content_hash": adapter.content_hash,
+            "names": [version.name for version in self.registry.with_hash(adapter.content_hash)],
+            "num_pages": len(adapter.page_ids),
+            "residency": _residency(adapter),
+            "pinned": self.pins.is_reserved(adapter.content_hash),
+            "adapter_slot": adapter.slot,
+            "num_users": self._num_users(adapter),
+            "seconds_since_use": self._idle_seconds(adapter),
+        }
 
     def stats(self) -> dict[str, Any]:
         """Return counts over all adapters, and those of the base model."""
         return {
             "registered_adapters": len(self.registry),
-            "resident_adapters": self.describe_resident(),
             "host_adapters": self._memory.adapters.num_on_host,
             "pinned_adapters": len(self.pins),
             "pages_pinned": self.pins.num_pages,

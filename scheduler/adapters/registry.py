@@ -49,6 +49,13 @@ class AdapterRegistry:
     def __iter__(self) -> Iterator[AdapterVersion]:
         return iter(self._by_name.values())
 
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def current(self, name: str) -> AdapterVersion | None:
+        """The version that a name means now, if there is one."""
+        return self._by_name.get(name)
+
     def with_hash(self, content_hash: str) -> list[AdapterVersion]:
         return self._by_hash.get(content_hash, [])
 

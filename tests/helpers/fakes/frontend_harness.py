@@ -73,7 +73,7 @@ class FrontendHarness:
 
     def output(self, sequence_id: int, token_ids: list[int], **values: Any) -> None:
         output = SequenceOutput(sequence_id, array("i", token_ids), **values)
-        self.frontend.on_scheduler(StepOutputs([output]))
+        self.frontend.on_scheduler(StepOutputs(array("q"), array("i"), [output]))
 
     def take(self, client: bytes | None = None) -> list[dict[str, Any]]:
         taken = [m for c, m in self.replies if client in (None, c)]

@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.frontend_protocol import SequenceOutput
+from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterEvicted, StepPlan
 
 from helpers.fakes.fake_worker import sampling_spec
@@ -94,9 +95,9 @@ class DayHarness(Harness):
             self._forget(request_id, "abort")
         return alive
 
-    def take_updates(self, updates: list[RequestUpdate] | None = None) -> None:
-        """An update of a request that has ended is a KeyError."""
-        super().take_updates(updates)
+    def take_updates(self, outputs: list[SequenceOutput] | None = None) -> None:
+        """An output of a request that has ended is a KeyError."""
+        super().take_updates(outputs)
         for request_id, expectation in list(self.expected.items()):
             end = expectation.end
             if end is not None:
@@ -166,14 +167,14 @@ class FakeDay:
             assert service["num_requests"] == service["num_ended"]
             assert service["num_first_tokens"] == sum(service["hits"].values())
         assert stats["host_adapters"] == len(harness.worker.host)
-        for info in self.scheduler.list_adapters():
+        for info in harness.listed().values():
             self.scheduler.unload_adapter(info["name"])
             harness.verify()
         harness.settle()
         assert not harness.worker.host and not harness.worker.adapters
         stats = self.scheduler.stats()
         assert stats["pages_adapter"] == stats["host_adapters"] == 0
-        assert not self.scheduler.list_adapters()
+        assert not harness.listed()
 
     # What may happen
 
@@ -245,7 +246,7 @@ class FakeDay:
         self.harness.verify()
 
     def unpin(self) -> None:
-        pinned = [info["name"] for info in self.scheduler.list_adapters() if info["pinned"]]
+        pinned = [info["name"] for info in self.harness.listed().values() if info["pinned"]]
         if pinned:
             assert not self.scheduler.unpin_adapter(self.rng.choice(pinned))["pinned"]
             self.harness.take_updates()
@@ -260,10 +261,10 @@ class FakeDay:
 
     def look(self) -> None:
         stats = self.scheduler.stats()
-        assert len(stats["resident_adapters"]) <= 24
+        assert len(self.harness.list_resident()) <= 24
         assert stats["pages_pinned"] <= stats["num_pages"] // 2
         assert stats["host_adapters"] <= 60 + len(self.harness.events)
-        for info in self.scheduler.list_adapters():
+        for info in self.harness.listed().values():
             assert info["num_requests"] == info["num_running"] + info["num_waiting"]
             if info["num_running"]:
                 assert info["tier"] == "pages"
@@ -278,7 +279,7 @@ class FakeDay:
 
     def _info(self, name: str) -> dict[str, Any] | None:
         try:
-            return self.scheduler.list_adapters(name)[0]
+            return self.scheduler.adapters.describe_one(name)
         except RequestRefused:
             return None
 

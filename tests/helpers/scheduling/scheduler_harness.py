@@ -3,11 +3,13 @@
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.request import Request, RequestRefused, RequestUpdate
+from loraplex.scheduler.frontend_protocol import Outputs, SequenceOutput
+from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
@@ -32,7 +34,7 @@ class Expectation:
     sampling: SamplingSpec
     path: str  # of its adapter when it was added; empty for the base
     token_ids: list[int] = field(default_factory=list)
-    end: RequestUpdate | None = None
+    end: SequenceOutput | None = None
     aborted: bool = False
     num_logprobs: int = 0
     num_prompt_logprobs: int = 0
@@ -96,6 +98,8 @@ class Harness:
         self.events: deque[InspectAdapter | Any] = deque()
         self.expected: dict[Any, Expectation] = {}
         self.adapter_updates: dict[Any, Any] = {}
+        self.requests: dict[Any, Request] = {}  # all that were accepted by add()
+        self._names: list[str] = []  # of requests that a test names by a string
 
     # What a client does
 
@@ -111,9 +115,9 @@ class Harness:
         **sampling: Any,
     ) -> None:
         spec = sampling_spec(**sampling)
-        paths = {info["name"]: info["path"] for info in self.scheduler.list_adapters()}
+        paths = {info["name"]: info["path"] for info in self.listed().values()}
         request = Request(
-            request_id=request_id,
+            request_id=self.number_of(request_id),
             prompt_token_ids=array("i", prompt),
             sampling=spec,
             adapter=adapter,
@@ -125,7 +129,20 @@ class Harness:
             self.scheduler.add(request)
         finally:
             self.verify()
+        self.requests[request_id] = request
         self.expected[request_id] = Expectation(prompt, spec, paths.get(adapter, ""))
+
+    def number_of(self, name: Any) -> int:
+        """The id of a request for the scheduler; a string gets a negative one."""
+        if isinstance(name, int):
+            return name
+        if name not in self._names:
+            self._names.append(name)
+        return -1 - self._names.index(name)
+
+    def name_of(self, request_id: int) -> Any:
+        """What the test calls the request."""
+        return request_id if request_id >= 0 else self._names[-1 - request_id]
 
     def try_add(self, request_id: Any, prompt: list[int], **options: Any) -> str:
         """Add; returns the code if it was refused."""
@@ -136,7 +153,7 @@ class Harness:
         return ""
 
     def abort(self, request_id: Any) -> bool:
-        alive = self.scheduler.abort(request_id)
+        alive = self.scheduler.abort(self.number_of(request_id))
         if alive:
             self.expected[request_id].aborted = True
         self.verify()
@@ -190,11 +207,11 @@ class Harness:
         self.take_updates()
         self.verify()
 
-    def commit(self) -> list[RequestUpdate]:
-        updates = self.scheduler.commit(self.results.popleft())
-        self.take_updates(updates)
+    def commit(self) -> list[SequenceOutput]:
+        outputs = sequences(self.scheduler.commit(self.results.popleft()))
+        self.take_updates(outputs)
         self.verify()
-        return updates
+        return outputs
 
     def turn(self) -> bool:
         """Plan as far ahead as allowed, then bring one thing home; False if nothing happened."""
@@ -230,11 +247,15 @@ class Harness:
 
     def resident(self) -> set[str]:
         """Contents in pages."""
-        stats = self.scheduler.stats()
-        return {info["content_hash"] for info in stats["resident_adapters"]}
+        return {info["content_hash"] for info in self.list_resident()}
+
+    def list_resident(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(self.scheduler.adapters.describe_resident()))
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        return {info["name"]: info for info in self.scheduler.list_adapters()}
+        return {
+            info["name"]: info for rows in self.scheduler.adapters.describe_all() for info in rows
+        }
 
     def error_of(self, request_id: Any) -> tuple[str, str]:
         """Code and text of a request that must have ended with an error."""
@@ -249,13 +270,15 @@ class Harness:
         if self.check:
             self.scheduler.check_integrity()
 
-    def take_updates(self, updates: list[RequestUpdate] | None = None) -> None:
-        for update in (updates or []) + self.scheduler.take_updates():
-            expectation = self.expected[update.request_id]
+    def take_updates(self, outputs: list[SequenceOutput] | None = None) -> None:
+        for update in (outputs or []) + sequences(self.scheduler.outputs.take()):
+            expectation = self.expected[self.name_of(update.request_id)]
             assert not expectation.aborted, "an aborted request got an update"
             assert expectation.end is None, "an update after the end"
             expectation.token_ids.extend(update.token_ids)
-            expectation.num_cached_tokens = update.num_cached_tokens
+            expectation.num_cached_tokens = max(
+                expectation.num_cached_tokens, update.num_cached_tokens
+            )
             self._check_logprobs(expectation, update)
             if update.finish_reason:
                 expectation.end = update
@@ -265,7 +288,7 @@ class Harness:
             assert reply.reply_key not in self.adapter_updates
             self.adapter_updates[reply.reply_key] = reply
 
-    def _check_logprobs(self, expectation: Expectation, update: RequestUpdate) -> None:
+    def _check_logprobs(self, expectation: Expectation, update: SequenceOutput) -> None:
         for entry in update.logprobs:
             assert entry.token_ids[0] == expectation.token_ids[expectation.num_logprobs]
             expectation.num_logprobs += 1
@@ -300,6 +323,11 @@ class Harness:
             assert ended == 1, f"request {request_id} ended {ended} times"
         stats = self.scheduler.stats()
         assert stats["running"] == stats["waiting"] == stats["pages_kv"] == 0
-        assert all(adapter["num_users"] == 0 for adapter in stats["resident_adapters"])
+        assert all(adapter["num_users"] == 0 for adapter in self.list_resident())
         idle = stats["pages_free"] + stats["pages_prefix"] + stats["pages_adapter"]
         assert idle == stats["num_pages"]
+
+
+def sequences(outputs: Outputs) -> list[SequenceOutput]:
+    """The outputs of all frontends' sequences."""
+    return [output for _, of_frontend in outputs for output in of_frontend]

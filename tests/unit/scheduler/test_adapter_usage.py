@@ -44,13 +44,13 @@ def test_users_and_last_use() -> None:
     info = harness.listed()["a"]
     assert (info["num_requests"], info["num_running"], info["num_waiting"]) == (3, 2, 1)
     assert (info["num_users"], info["seconds_since_use"]) == (2, 0.0)
-    (alone,) = harness.scheduler.list_adapters("same")
+    alone = harness.scheduler.adapters.describe_one("same")
     assert (alone["num_waiting"], alone["num_users"], alone["tier"]) == (1, 2, "pages")
     harness.run()
     harness.now += 5.0
     assert harness.listed()["a"]["seconds_since_use"] >= 5.0
     with pytest.raises(RequestRefused, match="known: a, same"):
-        harness.scheduler.list_adapters("nobody")
+        harness.scheduler.adapters.describe_one("nobody")
 
 
 def test_counts_of_a_name_through_its_versions() -> None:
@@ -112,8 +112,8 @@ def test_ten_thousand_names_that_all_served_take_little_memory() -> None:
     for index in range(10_000):
         harness.scheduler.register_adapter(f"adapter-{index}", f"/srv/adapters/adapter-{index}")
     registered, _ = tracemalloc.get_traced_memory()
-    book = harness.scheduler._adapters.usage_stats
-    for version in harness.scheduler._adapters.registry:
+    book = harness.scheduler.adapters.usage_stats
+    for version in harness.scheduler.adapters.registry:
         for service in book._of(version):
             service.add_first_token(100, 5000, 1)
     served, _ = tracemalloc.get_traced_memory()

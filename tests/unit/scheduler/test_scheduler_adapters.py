@@ -102,7 +102,7 @@ def test_adapter_that_still_loads_cannot_be_taken_away() -> None:
     assert harness.plan() is None
     harness.add("urgent", [1] * 40, max_tokens=1, priority=-1)
     assert harness.plan() is None
-    (info,) = harness.scheduler.stats()["resident_adapters"]
+    (info,) = harness.list_resident()
     assert (info["residency"], info["num_users"]) == ("loading", 1)
     harness.run()
 

@@ -6,7 +6,7 @@ from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.worker_protocol import StepResult, int_array
 
 from helpers.fakes.fake_worker import oracle, sampling_spec
-from helpers.scheduling.scheduler_harness import Harness
+from helpers.scheduling.scheduler_harness import Harness, sequences
 
 
 def stop_after(prompt: list[int], num_tokens: int) -> int:
@@ -61,7 +61,7 @@ def test_requests_start_in_order_of_priority_then_arrival() -> None:
     ended = []
     while harness.scheduler.num_unfinished:
         harness.plan()
-        ended += [update.request_id for update in harness.commit()]
+        ended += [harness.name_of(update.request_id) for update in harness.commit()]
     assert ended == ["urgent", "first", "second", "late"]
 
 
@@ -112,7 +112,8 @@ def test_stop_tokens_within_min_tokens_do_not_end() -> None:
     for token_id, reason in [(7, ""), (7, ""), (7, "stop")]:
         plan = harness.scheduler.plan()
         assert plan is not None
-        (update,) = harness.scheduler.commit(StepResult(plan.step_id, int_array([token_id])))
+        result = StepResult(plan.step_id, int_array([token_id]))
+        (update,) = sequences(harness.scheduler.commit(result))
         assert update.finish_reason == reason
     assert harness.scheduler.num_unfinished == 0
 
@@ -141,7 +142,7 @@ def test_results_belong_to_the_request_that_had_the_slot_then() -> None:
     assert [new.slot for new in harness.plans[1].new_requests] == [0]
     assert harness.commit() == []
     (update,) = harness.commit()
-    assert update.request_id == "b"
+    assert harness.name_of(update.request_id) == "b"
     harness.run()
 
 
@@ -276,7 +277,7 @@ def test_stats_are_plain_and_add_up() -> None:
     assert stats["pages_kv"] >= 3
     pages = sum(stats[f"pages_{use}"] for use in ("free", "kv", "prefix", "adapter"))
     assert pages == stats["num_pages"] == 63
-    (resident,) = stats["resident_adapters"]
+    (resident,) = harness.list_resident()
     assert (resident["names"], resident["num_users"]) == (["x"], 1)
     harness.run()
     stats = harness.scheduler.stats()

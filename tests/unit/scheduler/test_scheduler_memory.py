@@ -51,7 +51,7 @@ def test_late_id_may_end_a_preempted_request() -> None:
     harness.plan()
     harness.plan()  # old grows into the last page, new's last token is in flight
     assert harness.scheduler.stats()["pages_free"] == 0
-    new = harness.scheduler._requests["new"]
+    new = harness.requests["new"]
     harness.scheduler._planner._preempt(new, 0.0)
     harness.verify()
     harness.run()

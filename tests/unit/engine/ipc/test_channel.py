@@ -115,3 +115,28 @@ def test_wakeup_wakes_a_poller_from_any_thread_and_coalesces() -> None:
     wakeup.clear()
     assert poller.poll(0) == []
     wakeup.close()
+
+
+def test_peers_take_turns_and_nothing_is_lost_or_reordered(context: Any) -> None:
+    """One peer's burst does not hold up another peer's message."""
+    router = RouterChannel(context, "inproc://turns")  # where a message has arrived once it is sent
+    loud = DealerChannel(context, "inproc://turns", b"loud")
+    quiet = DealerChannel(context, "inproc://turns", b"quiet")
+    for i in range(100):
+        loud.send(StatsQuery(i))
+    for i in range(5):
+        quiet.send(StatsQuery(i))
+    taken = [router.receive(10) for _ in range(12)]
+    assert [len(messages) for messages in taken] == [10] * 10 + [5, 0]
+    assert sum(peer == b"quiet" for peer, _ in taken[0]) >= 4
+    for name, count in ((b"loud", 100), (b"quiet", 5)):
+        ids = [m.query_id for messages in taken for peer, m in messages if peer == name]
+        assert ids == list(range(count))
+
+
+def test_what_is_over_the_limit_stays_for_the_next_call() -> None:
+    router, dealer = InprocChannel.pair(b"worker-0")
+    for i in range(5):
+        dealer.send(StatsQuery(i))
+    taken = [[m.query_id for _, m in router.receive(2)] for _ in range(4)]
+    assert taken == [[0, 1], [2, 3], [4], []]

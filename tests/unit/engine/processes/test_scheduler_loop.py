@@ -14,6 +14,7 @@ from loraplex.engine.ipc.messages import (
     AddRequest,
     EngineInfo,
     FrontendHello,
+    ReplyRows,
     SequenceOutput,
     StatsQuery,
     StatsReply,
@@ -21,6 +22,7 @@ from loraplex.engine.ipc.messages import (
 )
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
+from loraplex.scheduler.adapters.manager import ROWS_PER_SLICE
 from loraplex.scheduler.worker_protocol import StepPlan
 
 from helpers.fakes.fake_engine import (
@@ -30,6 +32,8 @@ from helpers.fakes.fake_engine import (
     make_fake_adapter,
 )
 from helpers.fakes.fake_worker import sampling_spec
+
+MESSAGES_PER_TURN = 10
 
 ONE, TWO = b"frontend-0", b"frontend-1"
 
@@ -47,14 +51,12 @@ class Frontends:
             raise self.error
         self.sent.append((peer, message))
 
-    def receive(self) -> list[tuple[bytes, Any]]:
-        taken = list(self.inbox)
-        self.inbox.clear()
-        return taken
+    def receive(self, limit: int) -> list[tuple[bytes, Any]]:
+        return [self.inbox.popleft() for _ in range(min(limit, len(self.inbox)))]
 
     def outputs_of(self, peer: bytes) -> list[SequenceOutput]:
         steps = [m for p, m in self.sent if p == peer and isinstance(m, StepOutputs)]
-        return [output for step in steps for output in step.outputs]
+        return [output for step in steps for output in step]
 
     def tokens_of(self, peer: bytes, request_id: int) -> list[int]:
         outputs = [o for o in self.outputs_of(peer) if o.request_id == request_id]
@@ -72,21 +74,26 @@ class Bench:
         info = engine_info(config, [self.worker.ready])
         self.scheduler = make_scheduler(config, info)
         self.loop = SchedulerLoop(
-            self.scheduler, info=info, frontends=self.frontends, workers=workers
+            self.scheduler,
+            info=info,
+            frontends=self.frontends,
+            workers=workers,
+            messages_per_turn=MESSAGES_PER_TURN,
         )
         self.plans: list[StepPlan] = []
 
-    def turn(self, *, work: bool = True) -> None:
-        self.loop.turn()
+    def turn(self, *, work: bool = True) -> bool:
+        has_more = self.loop.turn()
         self.scheduler.check_integrity()
         if not work:
-            return
+            return has_more
         for _, command in self.worker_end.receive():
             if isinstance(command, StepPlan):
                 self.plans.append(command)
             self.worker.handle(command)
         for event in self.worker.events():
             self.worker_end.send(event)
+        return has_more
 
     def finish(self) -> None:
         for _ in range(500):
@@ -119,13 +126,13 @@ def test_a_step_brings_each_frontend_one_message() -> None:
     bench.finish()
     steps = [m for _, m in bench.frontends.sent if isinstance(m, StepOutputs)]
     assert len(steps) <= 6
-    assert all(len(step.outputs) % 10 == 0 for step in steps)
+    assert all(len(list(step)) == 10 for step in steps)
 
 
 def test_plans_go_out_ahead_of_results() -> None:
     bench = Bench()
     bench.ask(ONE, 1, [5, 6])
-    bench.turn(work=False)
+    assert not bench.turn(work=False)
     commands = [m for _, m in bench.worker_end.receive()]
     assert [type(m) for m in commands] == [StepPlan, StepPlan]
     bench.turn(work=False)
@@ -178,11 +185,12 @@ def test_adapter_commands(tmp_path: Path) -> None:
         bench.frontends.inbox.append((ONE, AdapterCommand(3, op, name, str(path))))
         for _ in range(4):
             bench.turn()
-        ((peer, reply),) = bench.frontends.sent
+        *parts, (peer, reply) = bench.frontends.sent
         assert peer == ONE
         assert isinstance(reply, AdapterReply)
         assert reply.command_id == 3
-        return reply
+        rows = [row for _, part in parts for row in part.rows]
+        return AdapterReply(3, reply.error, reply.error_code, [*rows, *reply.adapters])
 
     assert [a["name"] for a in run("list").adapters] == ["mute"]
     assert run("load", "pirate", pirate).adapters[0]["num_pages"] == 3
@@ -221,9 +229,57 @@ def test_a_frontend_that_left_does_not_end_the_scheduler() -> None:
         bench.finish()
 
 
-@pytest.mark.parametrize("message", [EngineInfo(1, 1, 1, 1, 1, []), StepOutputs([])])
+@pytest.mark.parametrize(
+    "message", [EngineInfo(1, 1, 1, 1, 1, []), StepOutputs(array("q"), array("i"))]
+)
 def test_a_message_from_the_wrong_side_is_a_fault(message: object) -> None:
     bench = Bench()
     bench.frontends.inbox.append((ONE, message))
     with pytest.raises(TypeError, match="a frontend sent"):
         bench.turn()
+
+
+def test_a_burst_is_taken_in_over_several_turns_with_steps_between() -> None:
+    bench = Bench()
+    bench.ask(ONE, 0, [5], max_tokens=200)
+    bench.turn()
+    for i in range(1, 36):
+        bench.ask(ONE, i, [5, i], max_tokens=2)
+    bench.frontends.inbox.append((ONE, AbortRequests(array("q", [35]))))
+    left, planned = [], []
+    for _ in range(4):
+        num_plans = len(bench.plans)
+        has_more = bench.turn()
+        left.append((len(bench.frontends.inbox), has_more))
+        planned.append(len(bench.plans) > num_plans)
+    assert left == [(26, True), (16, True), (6, True), (0, False)]
+    assert all(planned)
+    bench.finish()
+    for i in range(1, 35):
+        assert bench.frontends.tokens_of(ONE, i) == expected_tokens([5, i], max_tokens=2)
+    assert bench.frontends.tokens_of(ONE, 35) == []  # its abort came after it, not before
+
+
+def test_a_long_list_and_stats_come_in_parts_with_steps_between(tmp_path: Path) -> None:
+    bench = Bench()
+    names = [f"a{i:03}" for i in range(3 * ROWS_PER_SLICE + 1)]
+    for name in names:
+        bench.scheduler.register_adapter(name, str(tmp_path / name))
+    bench.ask(ONE, 0, [5], max_tokens=200)
+    bench.turn()
+    bench.frontends.sent.clear()
+    bench.frontends.inbox += [(ONE, AdapterCommand(7, "list")), (TWO, StatsQuery(8))]
+    num_turns = 0
+    while bench.turn():
+        num_turns += 1
+        if num_turns == 2:
+            bench.scheduler.unload_adapter(names[-1])
+            bench.scheduler.unload_adapter(names[0])
+            bench.scheduler.register_adapter("new", str(tmp_path / "new"))
+    sent = [(p, m) for p, m in bench.frontends.sent if not isinstance(m, StepOutputs)]
+    parts = [m for _, m in sent if isinstance(m, ReplyRows)]
+    assert all(len(part.rows) <= ROWS_PER_SLICE for part in parts)
+    assert [row["name"] for part in parts for row in part.rows] == names[:-1]
+    assert isinstance(sent[-1][1], AdapterReply)  # the last message with this id
+    assert [p for p, m in sent if isinstance(m, StatsReply)] == [TWO]
+    assert len(bench.frontends.tokens_of(ONE, 0)) >= num_turns - 1  # no turn was without its step

@@ -1,0 +1,90 @@
+"""Messages between the frontends and the scheduler.
+
+AddRequest and StepOutputs, which the scheduler itself reads and makes, are in
+``scheduler/frontend_protocol.py``. A frontend chooses request, command and query ids; each is
+unique for its lifetime.
+"""
+
+from typing import Any
+
+from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
+from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
+
+
+class FrontendHello(Message):
+    """First message of a frontend; the scheduler answers with EngineInfo."""
+
+    frontend: str
+
+
+class EngineInfo(Message):
+    """Sizes and limits that a frontend needs to check requests."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    block_tokens: int
+    max_queue_len: int
+    workers: list[WorkerReady]
+
+
+class AbortRequests(Message):
+    """Unknown and ended ids are ignored; aborted requests get no further output."""
+
+    request_ids: Int64Array
+
+
+class AdapterCommand(Message):
+    """Changes or lists adapters; answered by an AdapterReply.
+
+    `op` is "register" (name and path, read on first use), "load" (checked now), "unload", "pin",
+    "unpin" or "list" (an empty name: all).
+    """
+
+    command_id: int
+    op: str
+    name: str = ""
+    path: str = ""
+
+
+class StatsQuery(Message):
+    """Answered by a StatsReply."""
+
+    query_id: int
+
+
+class ReplyRows(Message):
+    """A part of the rows of a reply that is too long for one turn of the scheduler.
+
+    Any number of these precede the AdapterReply or StatsReply with the same id. Rows of different
+    parts are from different moments.
+    """
+
+    query_id: int
+    rows: list[dict[str, Any]]
+
+
+class AdapterReply(Message):
+    """`adapters` holds the adapter concerned; a list's rows come before, as ReplyRows."""
+
+    command_id: int
+    error: str = ""
+    error_code: str = ""
+    adapters: list[dict[str, Any]] = []
+
+
+class StatsReply(Message):
+    """Load, memory and counters; "resident_adapters" come before, as ReplyRows."""
+
+    query_id: int
+    stats: dict[str, Any]
+
+
+class EngineDead(Message):
+    """The last message of an engine: every request it held fails with `reason`."""
+
+    reason: str
+
+
+FrontendMessage = FrontendHello | AddRequest | AbortRequests | AdapterCommand | StatsQuery
+SchedulerMessage = EngineInfo | StepOutputs | ReplyRows | AdapterReply | StatsReply | EngineDead

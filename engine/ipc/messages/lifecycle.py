@@ -1,0 +1,38 @@
+"""Messages between the supervisor and the processes that it starts."""
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.scheduler.worker_protocol import Message
+
+
+class ChildStart(Message):
+    """First message to a new process. All its sockets are in `run_dir`."""
+
+    name: str  # as in messages to the user: "worker 0", "scheduler", "frontend 0"
+    index: int  # its rank, or its number among processes of one kind
+    run_dir: str
+    config: EngineConfig
+
+
+class ChildProgress(Message):
+    """One line about how far the start has come."""
+
+    text: str
+
+
+class ChildReady(Message):
+    """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
+
+    endpoint: str = ""
+    info: EngineInfo | None = None
+
+
+class ChildFailed(Message):
+    """The process is about to exit with an error; `code` as in engine/errors.py."""
+
+    code: str
+    text: str
+
+
+class Shutdown(Message):
+    """Finish the message in hand and exit with status 0."""

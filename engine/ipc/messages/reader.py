@@ -1,0 +1,58 @@
+"""Messages between a worker and the process that reads its adapters."""
+
+from loraplex.scheduler.worker_protocol import Float32Array, Int32Array, Int64Array, Message
+
+
+class ReaderStart(Message):
+    """First message to the reader: the worker's AdapterTarget."""
+
+    num_layers: int
+    in_features: Int32Array  # of each module
+    out_features: Int32Array
+    page_elems: int
+    dtype: str
+    max_rank: int
+
+
+class ReadAdapter(Message):
+    """Answered by AdapterPacked or ReadFailed, after a NeedMemory if there is data to pack."""
+
+    name: str
+    path: str
+
+
+class NeedMemory(Message):
+    """Answered by HostMemory, with the slab's file descriptor, or by NoMemory."""
+
+    num_bytes: int
+
+
+class HostMemory(Message):
+    """Where to pack. `live_slabs`, of which this is one, have to stay mapped."""
+
+    slab_id: int
+    slab_bytes: int
+    offset: int
+    live_slabs: Int64Array
+
+
+class NoMemory(Message):
+    """The worker has no room for the adapter; it reports the reason itself."""
+
+
+class AdapterPacked(Message):
+    """The fields of a PackedAdapter with flat tables; its data is where HostMemory said."""
+
+    content_hash: str
+    num_pages: int
+    rank: Int32Array
+    a_start: Int32Array
+    b_start: Int32Array
+    scale: Float32Array
+
+
+class ReadFailed(Message):
+    """`is_refused`: the adapter is at fault, and `text` is for its user."""
+
+    text: str
+    is_refused: bool

@@ -1,0 +1,123 @@
+"""Messages between the frontends and the scheduler that the scheduler itself reads and makes.
+
+The other messages between them are in ``engine/ipc/messages/frontend.py``.
+"""
+
+from array import array
+from collections.abc import Hashable, Iterator
+
+from loraplex.scheduler.worker_protocol import (
+    Int32Array,
+    Int64Array,
+    Message,
+    Record,
+    SamplingSpec,
+    TokenLogprobs,
+)
+
+
+class AddRequest(Message):
+    """One sequence. A client's request with n > 1 is n of these.
+
+    The frontend chooses `request_id`; it is unique among the frontend's for its lifetime.
+    """
+
+    request_id: int
+    prompt_token_ids: Int32Array
+    sampling: SamplingSpec
+    adapter: str = ""  # registered name; empty: the base model
+    salt: str = ""  # tenant: nothing is shared between different salts
+    priority: int = 0  # lower is earlier
+    use_prefix_cache: bool = True
+
+
+class SequenceOutput(Record):
+    """New tokens of one sequence, or its end."""
+
+    request_id: int
+    token_ids: Int32Array
+    finish_reason: str = ""  # "" while it goes on, or one of FINISH_REASONS
+    stop_token_id: int = -1  # the stop token that ended it; -1: none
+    error: str = ""
+    error_code: str = ""
+    num_cached_tokens: int = (
+        0  # tokens of the prompt found in the prefix cache; with the first token
+    )
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []  # from position 1 on
+
+
+class StepOutputs(Message):
+    """Everything that one step brought for the sequences of one frontend.
+
+    A sequence that got one token and nothing else is a row of the two columns. Any other sequence
+    is an entry of `details`. No sequence is in both.
+    """
+
+    request_ids: Int64Array
+    token_ids: Int32Array  # as long as request_ids
+    details: list[SequenceOutput] = []
+
+    def __post_init__(self) -> None:
+        if len(self.request_ids) != len(self.token_ids):
+            raise ValueError(
+                f"{len(self.request_ids)} request ids come with {len(self.token_ids)} token ids"
+            )
+
+    def __iter__(self) -> Iterator[SequenceOutput]:
+        """Every sequence as a SequenceOutput, those of the columns first."""
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield SequenceOutput(request_id, array("i", (token_id,)))
+        yield from self.details
+
+
+Outputs = list[tuple[Hashable, StepOutputs]]
+"""Outputs by frontend; a frontend without outputs is not in it."""
+
+
+class OutputColumns:
+    """Collects the outputs for one frontend until they are taken."""
+
+    __slots__ = ("details", "request_ids", "token_ids")
+
+    def __init__(self) -> None:
+        self.request_ids = array("q")
+        self.token_ids = array("i")
+        self.details: list[SequenceOutput] = []
+
+    def take(self) -> StepOutputs | None:
+        """Returns what was collected and starts anew; None if there is nothing."""
+        if not self.request_ids and not self.details:
+            return None
+        outputs = StepOutputs(self.request_ids, self.token_ids, self.details)
+        self.request_ids, self.token_ids, self.details = array("q"), array("i"), []
+        return outputs
+
+
+class OutputTable:
+    """The OutputColumns of every frontend that has asked for something."""
+
+    def __init__(self) -> None:
+        self._columns: dict[Hashable, OutputColumns] = {}
+
+    def of(self, frontend: Hashable) -> OutputColumns:
+        columns = self._columns.get(frontend)
+        if columns is None:
+            columns = self._columns[frontend] = OutputColumns()
+        return columns
+
+    def add_error(self, frontend: Hashable, request_id: int, code: str, text: str) -> None:
+        """Add the end of a sequence that failed; `code` and `text` are for its client."""
+        self.of(frontend).details.append(
+            SequenceOutput(
+                request_id, array("i"), finish_reason="error", error=text, error_code=code
+            )
+        )
+
+    def take(self) -> Outputs:
+        """Returns what was collected since the last call."""
+        return [
+            (frontend, outputs)
+            for frontend, columns in self._columns.items()
+            if (outputs := columns.take()) is not None
+        ]
