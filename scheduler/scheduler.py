@@ -12,7 +12,7 @@ from typing import Any
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
-from loraplex.scheduler.adapters.manager import AdapterManager, AdapterUpdate
+from loraplex.scheduler.adapters.manager import AdapterManager
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
@@ -66,7 +66,6 @@ class Scheduler:
         self._policy = make_policy(config)
         self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
-        self._num_added = 0
         self._waiting = WaitingQueue(self._policy)
         self._running = RunningRequests(config.max_num_seqs)
         self._commands: list[WorkerAdapterCommand] = []
@@ -120,9 +119,8 @@ class Scheduler:
         except RequestRefused:
             self._stats.num_refused += 1
             raise
-        self._num_added += 1
         self._stats.num_requests += 1
-        request.order = self._num_added
+        request.order = self._stats.num_requests
         request.arrival = self._clock()
         request.adapter_version = version
         request.key = request.rank = self._policy.key(request)
@@ -218,7 +216,7 @@ class Scheduler:
         return self.adapters.describe(self.adapters.registry.register(name, path), {})
 
     def load_adapter(self, name: str, path: str, reply_key: Hashable) -> None:
-        """Register and inspect now; the outcome comes in take_adapter_updates()."""
+        """Register and inspect now; the outcome comes in adapters.take_updates()."""
         self.adapters.registry.load(name, path, reply_key)
 
     def unload_adapter(self, name: str) -> dict[str, Any]:
@@ -229,7 +227,7 @@ class Scheduler:
     def pin_adapter(self, name: str, reply_key: Hashable) -> None:
         """Keep an adapter in pages from now on; it is loaded when there is room. RequestRefused if
         the name is unknown or its files could not be read. The outcome comes in
-        take_adapter_updates() once the files are inspected."""
+        adapters.take_updates() once the files are inspected."""
         self.adapters.pin(name, reply_key)
 
     def unpin_adapter(self, name: str) -> dict[str, Any]:
@@ -269,10 +267,6 @@ class Scheduler:
         commands = self._commands[:]
         self._commands.clear()
         return commands
-
-    def take_adapter_updates(self) -> list[AdapterUpdate]:
-        """Returns the outcomes of load_adapter() and pin_adapter()."""
-        return self.adapters.take_updates()
 
     @property
     def num_unfinished(self) -> int:

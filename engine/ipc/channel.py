@@ -1,7 +1,7 @@
-"""Sockets of the engine's processes, all made by one factory, and their in-process twin.
+"""Sockets between the engine's processes, all made by one factory, and their in-process twin.
 
-A channel carries wire messages. On the side that binds (a ROUTER) each message has a peer, the
-name under which the other side (a DEALER) connected; on the connecting side the peer is b"".
+A channel carries messages. The side that binds is a ROUTER: it knows each peer by the name under
+which that connected. The side that connects is a DEALER: its only peer is b"".
 """
 
 import os
@@ -14,18 +14,18 @@ import zmq
 from loraplex.engine.errors import LoraplexError
 from loraplex.engine.ipc import codec
 
-INTERNAL_HWM = 1 << 16  # messages; far above what the queue limits let pile up
-HEARTBEAT_MS = 2000  # a silent peer is given up after three of these
+INTERNAL_HWM = 1 << 16  # unread messages; the limits of the queues keep far below it
+HEARTBEAT_MS = 2000  # a peer silent for three of these is disconnected
 RECEIVE_LIMIT = 1024  # messages that receive() returns at most, unless told otherwise
 
 
 def worker_identity(rank: int) -> bytes:
-    """The name of a worker as a peer of the scheduler."""
+    """Returns the name of a worker as a peer of the scheduler."""
     return f"worker-{rank}".encode()
 
 
 def frontend_identity(index: int) -> bytes:
-    """The name of a frontend as a peer of the scheduler."""
+    """Returns the name of a frontend as a peer of the scheduler."""
     return f"frontend-{index}".encode()
 
 
@@ -36,7 +36,7 @@ class PeerGoneError(LoraplexError):
 
 
 class SlowPeerError(PeerGoneError):
-    """The peer is there, but has left as many messages unread as the socket keeps."""
+    """The peer is connected, but its queue of unread messages is full."""
 
 
 def open_socket(
@@ -49,10 +49,10 @@ def open_socket(
     linger_ms: int = 0,
     heartbeat: bool = False,
 ) -> "zmq.Socket[bytes]":
-    """A ROUTER or DEALER with every limit set; to be bound or connected by the caller.
+    """Returns a ROUTER or DEALER with every limit set; the caller binds or connects it.
 
-    `heartbeat` is for TCP, where a machine may vanish without a word. Within one machine it would
-    only cut off a process that a debugger holds.
+    `heartbeat` is for TCP, where a machine may vanish silently. Within one machine it would
+    disconnect a process that is stopped in a debugger.
     """
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, hwm)
@@ -146,7 +146,7 @@ def _name(peer: bytes) -> str:
 
 
 class InprocChannel:
-    """The twin for one thread: two deques, the same rules, every message through the codec."""
+    """The twin for one thread: two queues, the same rules, every message encoded and decoded."""
 
     def __init__(self, identity: bytes) -> None:
         self._identity = identity
@@ -155,7 +155,7 @@ class InprocChannel:
 
     @classmethod
     def pair(cls, identity: bytes) -> "tuple[InprocChannel, InprocChannel]":
-        """Returns (binding end, connecting end); the first knows the second as `identity`."""
+        """Returns the binding end and the connecting end, which the first knows as `identity`."""
         router, dealer = cls(b""), cls(identity)
         router._other, dealer._other = dealer, router
         return router, dealer
@@ -177,7 +177,7 @@ class InprocChannel:
 
 
 class Wakeup:
-    """Makes a poller return: set() may be called from any thread or signal handler."""
+    """Wakes a poller. set() may be called from any thread or signal handler."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
@@ -188,15 +188,18 @@ class Wakeup:
         return self._reader
 
     def set_on_signals(self) -> None:
-        """Every signal sets it. The kernel may hand a signal to any thread, and its Python handler
-        runs when the main thread next does; a main thread in a poller would sleep on."""
+        """Let every signal wake the poller.
+
+        The kernel may deliver a signal to any thread, but its Python handler runs in the main
+        thread, which would go on sleeping in the poller.
+        """
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def set(self) -> None:
         try:
             os.write(self._writer, b"x")
         except (BlockingIOError, OSError):
-            return  # full: the reader wakes anyway; closed: nobody sleeps
+            return  # full: the reader wakes anyway; closed: no reader is left
 
     def clear(self) -> None:
         try:

@@ -1,9 +1,9 @@
-"""What the engine's child processes share: how they start, report, take orders and end.
+"""Start, reports, orders and end of a child process of the engine.
 
-A child reads framed wire messages from its standard input, ChildStart first, and writes its
-reports to the inherited descriptor named on its command line. A frame is a 4-byte little-endian
-length and the encoded message. When its standard input ends, its supervisor is gone, however it
-died, and the child ends at once.
+A child reads framed messages from its standard input, ChildStart first. It writes its reports to
+the inherited descriptor named on its command line. A frame is a 4-byte little-endian length and the
+encoded message. The end of standard input means that the supervisor is gone; the child ends at
+once.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def write_frame(stream: BinaryIO, message: object) -> None:
 
 
 def read_frame(stream: BinaryIO) -> Any | None:
-    """The next message, or None at the end of the stream (also in the middle of a frame)."""
+    """Returns the next message, or None if the stream ends, even in the middle of a frame."""
     header = stream.read(4)
     if len(header) < 4:
         return None
@@ -56,7 +56,7 @@ def read_frame(stream: BinaryIO) -> Any | None:
 
 
 class Child:
-    """The child's side of its supervisor. `wakeup` is readable whenever there may be an order."""
+    """Connects a child with its supervisor. `wakeup` is readable when there may be an order."""
 
     def __init__(self, control: BinaryIO, reports: BinaryIO) -> None:
         start = read_frame(control)
@@ -74,7 +74,8 @@ class Child:
         self._report(ChildProgress(text))
 
     def ready(self, *, endpoint: str = "", info: EngineInfo | None = None) -> None:
-        """From here on SIGTERM asks the loop to end; before, it ends the process."""
+        """Report that the child can work. From here on SIGTERM asks its loop to end; before, it
+        ends the process."""
         self.wakeup.set_on_signals()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._report(ChildReady(endpoint=endpoint, info=info))
@@ -107,13 +108,13 @@ class Child:
 
 
 def run_child(body: Callable[[Child], None]) -> None:
-    """The main function of a child: `body` returns on a clean stop and raises otherwise."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    """Run `body` as the main function of a child; it returns on a clean stop and raises otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     reports_fd = int(sys.argv[1])
     os.set_inheritable(reports_fd, False)
     control = os.fdopen(os.dup(0), "rb")
     devnull = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(devnull, 0)  # what a library reads from standard input must not be an order
+    os.dup2(devnull, 0)  # no library may read orders from standard input
     os.close(devnull)
     child = Child(control, os.fdopen(reports_fd, "wb"))
     set_up_logging(child.start.name)
@@ -129,11 +130,11 @@ def run_child(body: Callable[[Child], None]) -> None:
         status = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # other threads may sit in a library; all that must be closed is
+    os._exit(status)  # do not wait for threads inside libraries; everything important is closed
 
 
 def set_up_logging(name: str) -> None:
-    """To standard error, with the name of the process, at the level of LORAPLEX_LOG_LEVEL."""
+    """Log to standard error with the process's name, at the level of LORAPLEX_LOG_LEVEL."""
     level = os.environ.get("LORAPLEX_LOG_LEVEL", "WARNING").upper()
     logging.basicConfig(
         stream=sys.stderr,
@@ -143,16 +144,18 @@ def set_up_logging(name: str) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """The caller's, in which OpenMP threads that wait for each other give up their cores after some
-    microseconds. By default they spin far longer, also where the one they wait for has no
-    core: on a busy machine a step took two to three times as long
-    (benchmarks/results/openmp_cpu.jsonl)."""
+    """Returns the caller's environment, with a short spin of OpenMP threads.
+
+    Threads that wait for each other then free their cores after some microseconds. By default they
+    spin far longer, even if the thread they wait for has no core: on a busy machine a step took two
+    to three times as long (benchmarks/results/openmp_cpu.jsonl).
+    """
     spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
     return {**spin, **os.environ}
 
 
 def how_it_ended(status: int | None) -> str:
-    """Of a process, from what subprocess.Popen returns."""
+    """Returns how a process ended, in words, from the status that subprocess.Popen gives."""
     if status is None or status >= 0:
         return f"exited with status {status}"
     try:

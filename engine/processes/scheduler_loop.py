@@ -183,7 +183,7 @@ class SchedulerLoop:
             self._send(frontend, message)
 
     def _send_adapter_updates(self) -> None:
-        for update in self._scheduler.take_adapter_updates():
+        for update in self._scheduler.adapters.take_updates():
             key: Any = update.reply_key  # as _run_adapter_command made it
             peer, command_id = key
             adapters = [update.adapter] if update.adapter else []

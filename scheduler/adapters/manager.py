@@ -28,7 +28,7 @@ logger = logging.getLogger("loraplex.scheduler")
 
 @dataclass(slots=True)
 class AdapterUpdate:
-    """The answer to a load_adapter() or pin_adapter(), for the caller that gave `reply_key`."""
+    """The outcome of load_adapter() or pin_adapter(), for the caller who gave `reply_key`."""
 
     reply_key: Hashable
     name: str
@@ -120,6 +120,7 @@ class AdapterManager:
         return version
 
     def take_updates(self) -> list[AdapterUpdate]:
+        """Returns the outcomes of load_adapter() and pin_adapter() since the last call."""
         updates, self._updates = self._updates, []
         return updates
 

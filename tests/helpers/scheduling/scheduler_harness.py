@@ -284,7 +284,7 @@ class Harness:
                 expectation.end = update
                 if update.finish_reason != "error":
                     self.check_output(expectation)
-        for reply in self.scheduler.take_adapter_updates():
+        for reply in self.scheduler.adapters.take_updates():
             assert reply.reply_key not in self.adapter_updates
             self.adapter_updates[reply.reply_key] = reply
 
