@@ -83,7 +83,7 @@ class Request(AddRequest, eq=False, tag=None):
 
     @classmethod
     def from_message(cls, message: AddRequest, frontend: Hashable) -> "Request":
-        return cls(*msgspec.structs.astuple(message), frontend)
+        return cls(**msgspec.structs.asdict(message), frontend=frontend)
 
     @property
     def reads_prefix_cache(self) -> bool:

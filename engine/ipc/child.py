@@ -108,7 +108,7 @@ class Child:
 
 
 def run_child(body: Callable[[Child], None]) -> None:
-    """Run `body` as the main function of a child; it returns on a clean stop and raises otherwise."""
+    """Be the main function of a child: `body` returns on a clean stop and raises otherwise."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     reports_fd = int(sys.argv[1])
     os.set_inheritable(reports_fd, False)
