@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.engine.ipc import codec
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
     AdapterReply,
-    AddRequest,
     EngineInfo,
     StatsQuery,
     StatsReply,
@@ -35,6 +34,7 @@ from loraplex.engine.ipc.messages import (
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
+from loraplex.scheduler.frontend_protocol import AddRequest
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterInspected,

@@ -44,7 +44,7 @@ class Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class Message(Record, tag=True):
     """Base of records that are sent on their own: the class name goes before the fields.
 
-    Every such class is listed in ``engine/ipc/messages``.
+    Every such class is listed in ``engine/ipc/wire_types.py``.
     """
 
 

@@ -25,7 +25,7 @@ from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.child import child_environment, how_it_ended
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.reader import (
     AdapterPacked,
     HostMemory,
     NeedMemory,

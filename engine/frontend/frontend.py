@@ -17,15 +17,15 @@ from loraplex.engine.frontend.clients import ClientTable, Clock, Send
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, Wakeup
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
     AdapterReply,
     EngineInfo,
     ReplyRows,
     StatsQuery,
     StatsReply,
-    StepOutputs,
 )
+from loraplex.scheduler.frontend_protocol import StepOutputs
 
 MAX_QUERIES = 1024  # unanswered commands to the scheduler, all clients together
 

@@ -12,7 +12,7 @@ from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, ConfigError, client_error
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer

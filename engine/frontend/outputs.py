@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.ipc.messages import SequenceOutput
+from loraplex.scheduler.frontend_protocol import SequenceOutput
 from loraplex.scheduler.worker_protocol import TokenLogprobs
 
 DecodeToken = Callable[[int], str]

@@ -16,7 +16,8 @@ from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
-from loraplex.engine.ipc.messages import AbortRequests, AddRequest, StepOutputs
+from loraplex.engine.ipc.messages.frontend import AbortRequests
+from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool

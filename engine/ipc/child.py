@@ -20,13 +20,12 @@ from typing import Any, BinaryIO
 from loraplex.engine.errors import LoraplexError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import Wakeup
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import EngineDead, EngineInfo
+from loraplex.engine.ipc.messages.lifecycle import (
     ChildFailed,
     ChildProgress,
     ChildReady,
     ChildStart,
-    EngineDead,
-    EngineInfo,
     Shutdown,
 )
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.msgpack import Ext
 
 from loraplex.engine.errors import LoraplexError
-from loraplex.engine.ipc.messages import PROTOCOL_VERSION, WIRE_TYPES
+from loraplex.engine.ipc.wire_types import PROTOCOL_VERSION, WIRE_TYPES
 from loraplex.scheduler.worker_protocol import Float32Array, Int32Array, Int64Array
 
 

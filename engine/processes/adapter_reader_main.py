@@ -15,7 +15,7 @@ from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.child import set_up_logging
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.reader import (
     AdapterPacked,
     HostMemory,
     NeedMemory,

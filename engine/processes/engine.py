@@ -11,7 +11,7 @@ from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
 
 STOP_TIMEOUT_S = 10.0

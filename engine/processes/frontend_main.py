@@ -9,7 +9,7 @@ from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
-from loraplex.engine.ipc.messages import EngineInfo, FrontendHello
+from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 
 TICK_S = 1.0
 

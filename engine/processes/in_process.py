@@ -22,7 +22,7 @@ from loraplex.engine.ipc.channel import (
     frontend_identity,
     worker_identity,
 )
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
 from loraplex.engine.processes.worker_main import WorkerLike, send_events

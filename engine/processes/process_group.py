@@ -19,12 +19,12 @@ from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import PeerGoneError
 from loraplex.engine.ipc.child import child_environment, how_it_ended, read_frame, write_frame
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import EngineDead
+from loraplex.engine.ipc.messages.lifecycle import (
     ChildFailed,
     ChildProgress,
     ChildReady,
     ChildStart,
-    EngineDead,
     Shutdown,
 )
 

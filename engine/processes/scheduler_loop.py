@@ -9,25 +9,24 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError, worker_identity
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
     AdapterCommand,
     AdapterReply,
-    AddRequest,
     EngineInfo,
     FrontendHello,
-    Message,
     ReplyRows,
     StatsQuery,
     StatsReply,
 )
-from loraplex.scheduler.frontend_protocol import Outputs
+from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
+    Message,
     StepResult,
 )
 

@@ -8,7 +8,7 @@ from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import WorkerReady

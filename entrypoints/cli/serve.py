@@ -5,7 +5,7 @@ import sys
 import loraplex
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.offline.progress import ProgressLine
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Unpack
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, EngineDeadError, LoraplexError
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
 from loraplex.entrypoints.client.sync_client import Client

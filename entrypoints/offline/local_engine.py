@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.progress import ProgressLine

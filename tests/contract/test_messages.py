@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc import codec
-from loraplex.engine.ipc.messages import WIRE_TYPES, StepOutputs
+from loraplex.engine.ipc.wire_types import WIRE_TYPES
+from loraplex.scheduler.frontend_protocol import StepOutputs
 from loraplex.scheduler.worker_protocol import (
     Float32Array,
     Int32Array,

@@ -11,7 +11,8 @@ from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec, load_text_codec
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, Wakeup
-from loraplex.engine.ipc.messages import EngineInfo, SequenceOutput, StatsReply, StepOutputs
+from loraplex.engine.ipc.messages.frontend import EngineInfo, StatsReply
+from loraplex.scheduler.frontend_protocol import SequenceOutput, StepOutputs
 
 from helpers.models.hf_models import make_tokenizer
 

@@ -22,7 +22,7 @@ from loraplex.engine.adapters.reader import (
 )
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
-from loraplex.engine.ipc.messages import NoMemory
+from loraplex.engine.ipc.messages.reader import NoMemory
 from loraplex.engine.processes.adapter_reader_main import Slabs, serve
 from loraplex.memory.host.slab import plain_slab, shared_slab
 from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter

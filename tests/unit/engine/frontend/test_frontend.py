@@ -7,7 +7,8 @@ from loraplex.engine.config import ServerConfig
 from loraplex.engine.frontend import requests as frontend_requests
 from loraplex.engine.frontend.clients import PROBE_INTERVAL_S
 from loraplex.engine.frontend.inputs import TextCodec
-from loraplex.engine.ipc.messages import AbortRequests, AddRequest
+from loraplex.engine.ipc.messages.frontend import AbortRequests
+from loraplex.scheduler.frontend_protocol import AddRequest
 
 from helpers.fakes.frontend_harness import A, B, FrontendHarness
 

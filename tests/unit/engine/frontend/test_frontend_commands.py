@@ -5,14 +5,14 @@ import pytest
 
 from loraplex.engine.config import AdapterConfig, ServerConfig
 from loraplex.engine.frontend.inputs import TextCodec
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
     AdapterReply,
-    AddRequest,
     ReplyRows,
     StatsQuery,
     StatsReply,
 )
+from loraplex.scheduler.frontend_protocol import AddRequest
 
 from helpers.fakes.frontend_harness import A, FrontendHarness
 

@@ -10,7 +10,7 @@ from loraplex.engine.errors import ClientError, ConfigError
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, load_text_codec
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.scheduler.worker_protocol import WorkerReady
 
 from helpers.models.hf_models import make_tokenizer

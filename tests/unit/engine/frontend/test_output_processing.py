@@ -7,8 +7,8 @@ from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.engine.ipc.messages import SequenceOutput
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
+from loraplex.scheduler.frontend_protocol import SequenceOutput
 from loraplex.scheduler.worker_protocol import TokenLogprobs
 
 

@@ -18,7 +18,7 @@ from loraplex.engine.ipc.channel import (
     Wakeup,
     open_socket,
 )
-from loraplex.engine.ipc.messages import AbortRequests, EngineDead, StatsQuery
+from loraplex.engine.ipc.messages.frontend import AbortRequests, EngineDead, StatsQuery
 
 PEER = b"frontend-0"
 

@@ -4,14 +4,9 @@ import msgpack
 import pytest
 
 from loraplex.engine.ipc import codec
-from loraplex.engine.ipc.messages import (
-    PROTOCOL_VERSION,
-    AbortRequests,
-    EngineDead,
-    SequenceOutput,
-    StatsReply,
-    StepOutputs,
-)
+from loraplex.engine.ipc.messages.frontend import AbortRequests, EngineDead, StatsReply
+from loraplex.engine.ipc.wire_types import PROTOCOL_VERSION
+from loraplex.scheduler.frontend_protocol import SequenceOutput, StepOutputs
 from loraplex.scheduler.worker_protocol import TokenLogprobs
 
 from helpers.fakes.fake_worker import sampling_spec

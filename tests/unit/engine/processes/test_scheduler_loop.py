@@ -7,22 +7,20 @@ import pytest
 
 from loraplex.engine.config import AdapterConfig
 from loraplex.engine.ipc.channel import InprocChannel, PeerGoneError, SlowPeerError, worker_identity
-from loraplex.engine.ipc.messages import (
+from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
     AdapterCommand,
     AdapterReply,
-    AddRequest,
     EngineInfo,
     FrontendHello,
     ReplyRows,
-    SequenceOutput,
     StatsQuery,
     StatsReply,
-    StepOutputs,
 )
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
 from loraplex.scheduler.adapters.manager import ROWS_PER_SLICE
+from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.worker_protocol import StepPlan
 
 from helpers.fakes.fake_engine import (

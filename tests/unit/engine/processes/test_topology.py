@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.ipc.messages import ChildStart
+from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.processes.process_group import Process, ProcessSpec
 
 SHOW = """

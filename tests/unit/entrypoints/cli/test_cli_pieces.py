@@ -17,7 +17,7 @@ import loraplex
 from loraplex.backends import registry
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import AdapterError, ConfigError, EngineDeadError
-from loraplex.engine.ipc.messages import EngineInfo
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.cli import backends as cli_backends
 from loraplex.entrypoints.cli import generate as cli_generate
 from loraplex.entrypoints.cli import main as cli

@@ -1,0 +1,56 @@
+"""Lists every message between the processes of an engine, for the codec."""
+
+from loraplex.engine.ipc.messages.frontend import (
+    AbortRequests,
+    AdapterCommand,
+    AdapterReply,
+    EngineDead,
+    EngineInfo,
+    FrontendHello,
+    ReplyRows,
+    StatsQuery,
+    StatsReply,
+)
+from loraplex.engine.ipc.messages.lifecycle import (
+    ChildFailed,
+    ChildProgress,
+    ChildReady,
+    ChildStart,
+    Shutdown,
+)
+from loraplex.engine.ipc.messages.reader import (
+    AdapterPacked,
+    HostMemory,
+    NeedMemory,
+    NoMemory,
+    ReadAdapter,
+    ReaderStart,
+    ReadFailed,
+)
+from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
+from loraplex.scheduler.worker_protocol import (
+    AdapterEvicted,
+    AdapterInspected,
+    AdapterLoaded,
+    DropAdapter,
+    InspectAdapter,
+    LoadAdapter,
+    Message,
+    StepPlan,
+    StepResult,
+    UnloadAdapter,
+    WorkerReady,
+)
+
+PROTOCOL_VERSION = 2
+"""Changes whenever a message changes: processes of different versions do not understand each
+other."""
+
+WIRE_TYPES: tuple[type[Message], ...] = (
+    FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
+    AdapterReply, StatsQuery, StatsReply, EngineDead,
+    ChildStart, ChildProgress, ChildReady, ChildFailed, Shutdown,
+    StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
+    UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
+    ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,
+)  # fmt: skip
