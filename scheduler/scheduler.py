@@ -27,7 +27,6 @@ from loraplex.scheduler.stats import SchedulerStats, describe_load
 from loraplex.scheduler.step_results import apply_result
 from loraplex.scheduler.waiting_queue import WaitingQueue
 from loraplex.scheduler.worker_protocol import (
-    AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
     StepPlan,
@@ -256,11 +255,7 @@ class Scheduler:
             for request in [r for r in self._waiting.by_age if r.adapter_version is version]:
                 self._fail(request, "adapter", failure(version), now)
 
-    def on_adapter_evicted(self, event: AdapterEvicted) -> None:
-        """Note that the workers' host store lost an adapter: its next load comes from disk."""
-        self.adapters.on_evicted(event.content_hash)
-
-    # What goes out
+    # Commands and state
 
     def take_commands(self) -> list[WorkerAdapterCommand]:
         """Returns the commands for every worker, in order; they go out before the last plan."""

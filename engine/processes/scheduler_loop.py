@@ -103,7 +103,7 @@ class SchedulerLoop:
             case AdapterLoaded():
                 self._scheduler.on_adapter_loaded(message)
             case AdapterEvicted():
-                self._scheduler.on_adapter_evicted(message)
+                self._scheduler.adapters.on_evicted(message.content_hash)
             case _:
                 raise TypeError(f"a worker sent {type(message).__name__}")
 

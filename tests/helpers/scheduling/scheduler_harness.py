@@ -201,7 +201,7 @@ class Harness:
         if isinstance(event, AdapterLoaded):
             self.scheduler.on_adapter_loaded(event)
         elif isinstance(event, AdapterEvicted):
-            self.scheduler.on_adapter_evicted(event)
+            self.scheduler.adapters.on_evicted(event.content_hash)
         else:
             self.scheduler.on_adapter_inspected(event)
         self.take_updates()
