@@ -68,18 +68,18 @@ def test_adapter_commands(codec: TextCodec, tmp_path: Path) -> None:
         assert "needs 'name'" in harness.take()[-1]["message"]
 
 
-def test_a_reply_in_parts_reaches_the_client_as_one(desk: Desk) -> None:
-    desk.ask(A, "list_adapters")
-    (listing,) = desk.take_sent(AdapterCommand)
-    desk.ask(A, "stats", request_id="s")
-    (query,) = desk.take_sent(StatsQuery)
-    desk.frontend.on_scheduler(ReplyRows(listing.command_id, [{"name": "a"}, {"name": "b"}]))
-    desk.frontend.on_scheduler(ReplyRows(query.query_id, [{"content_hash": "h"}]))
-    desk.frontend.on_scheduler(ReplyRows(listing.command_id, [{"name": "c"}]))
-    assert desk.take() == []
-    desk.frontend.on_scheduler(StatsReply(query.query_id, {"running": 1}))
-    desk.frontend.on_scheduler(AdapterReply(listing.command_id))
-    stats, adapters = desk.take()
+def test_a_reply_in_parts_reaches_the_client_as_one(harness: FrontendHarness) -> None:
+    harness.ask(A, "list_adapters")
+    (listing,) = harness.take_sent(AdapterCommand)
+    harness.ask(A, "stats", request_id="s")
+    (query,) = harness.take_sent(StatsQuery)
+    harness.frontend.on_scheduler(ReplyRows(listing.command_id, [{"name": "a"}, {"name": "b"}]))
+    harness.frontend.on_scheduler(ReplyRows(query.query_id, [{"content_hash": "h"}]))
+    harness.frontend.on_scheduler(ReplyRows(listing.command_id, [{"name": "c"}]))
+    assert harness.take() == []
+    harness.frontend.on_scheduler(StatsReply(query.query_id, {"running": 1}))
+    harness.frontend.on_scheduler(AdapterReply(listing.command_id))
+    stats, adapters = harness.take()
     assert stats["stats"]["running"] == 1
     assert stats["stats"]["resident_adapters"] == [{"content_hash": "h"}]
     assert [row["name"] for row in adapters["adapters"]] == ["a", "b", "c"]
