@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex.engine.adapters.content_hashes import SETTLE_S
+from loraplex.engine.adapters.content_hash import SETTLE_S
 from loraplex.engine.adapters.loader import AdapterLoader, Load
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.reader import make_reader

@@ -1,11 +1,11 @@
-"""Packs the tensors of an adapter in page layout, by blocks of layers that are laid out alike.
+"""Packs the tensors of an adapter into the layout of pages, and hashes them as they are read.
 
-A block is one read, A straight to its place where the file has it as the pool does, and for each
-module one copy that transposes B. So there are few calls: between them a thread holds the
-interpreter, which the others need. Threads take whole layers and share nothing but the file.
+Layers with the same layout are packed in blocks. A block takes one read and, for each module, one
+copy that transposes B. A needs no copy when its dtype and its row length equal the pool's: it is
+read straight into its place. Large calls matter, because a thread holds the interpreter between
+calls and other threads need it. Threads take whole layers and share only the file.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.engine.adapters.content_hash import HashedModule, hash_adapter, hash_layer
 from loraplex.engine.adapters.safetensors_file import (
     MAX_HEADER_BYTES,
     ByteArray,
@@ -31,51 +32,53 @@ from loraplex.memory.adapter_layout import (
 from loraplex.memory.host.store import Allocate, PackedAdapter
 
 NUM_TASKS = 8
-"""Parts in which an adapter is packed, at most: enough for the threads there are."""
+"""Largest number of tasks that one adapter is split into."""
 
 BLOCK_BYTES = 16 << 20
-"""Of the file in a block, unless a layer has more. Larger blocks fall out of the cache."""
+"""Bytes of the file in a block; a block holds at least one layer. Larger blocks miss the cache."""
 
 ModuleKey = tuple[int, int]  # layer, module id
 BitArray = npt.NDArray[np.unsignedinteger]
 Sides = dict[str, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
 
-_ALIGN = 64  # of what lies in scratch memory
+_ALIGN = 64  # bytes; alignment of each array in scratch memory
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class UnusableWeightsError(ValueError):
-    """Numbers that are none, or that the model's type cannot hold."""
+    """Weights are NaN or infinite, or out of range of the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTarget:
-    """The base model on one worker, as adapters must fit it."""
+    """Sizes of the base model on one worker rank, which adapters must fit."""
 
     num_layers: int
     shapes: tuple[ModuleShape, ...]
     page_elems: int
     dtype: torch.dtype
     max_rank: int
-    pin_memory: bool = False  # the host's copies are to be page-locked
+    pin_memory: bool = False  # copies in host memory are page-locked
 
     @property
     def max_file_bytes(self) -> int:
-        """A file of every module at the largest rank in float64, and its header."""
+        """Size of a file with every module at the largest rank in float64, and its header."""
         per_rank = sum(shape.in_features + shape.out_features for shape in self.shapes)
         return 8 * self.num_layers * self.max_rank * per_rank + MAX_HEADER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What to write in one layer."""
+    """The modules of one layer: their tensors in the file and their places in the pages."""
 
+    number: int
     places: dict[int, ModulePlace]  # by module id
-    num_used: int  # elements; the rest is zeroed
+    num_used: int  # elements; the rest of the row is zeroed
     sides: dict[int, Sides]  # by module id
+    scales: dict[int, float]  # by module id
 
     def is_like(self, other: "_Layer") -> bool:
-        """Whether the same elements come from tensors of the same types."""
+        """Returns True if both layers may be in one block: equal places, equal file dtypes."""
         return self.places == other.places and all(
             self.sides[module][side].dtype is other.sides[module][side].dtype
             for module in self.sides
@@ -84,7 +87,7 @@ class _Layer:
 
     @property
     def num_bytes(self) -> int:
-        """Of the file."""
+        """Bytes of the layer's tensors in the file."""
         return sum(place.num_bytes for sides in self.sides.values() for place in sides.values())
 
 
@@ -98,18 +101,19 @@ def pack(
     packers: Executor | None = None,
     content_hash: str | None = None,
 ) -> PackedAdapter:
-    """Read and pack checked tensors.
+    """Read, hash and pack the tensors of an adapter whose header was checked.
 
     Args:
-        scales: of every module in `found`.
-        allocate: gives the memory to pack into.
-        packers: threads that share the work; None: the caller's alone.
-        content_hash: of this very content, if it was packed before; it is not hashed nor searched
-            for NaN again.
+        found: the tensors of each adapted module.
+        scales: the scale of each module in `found`.
+        allocate: returns the memory to pack into.
+        packers: threads that share the work; None: the calling thread does it.
+        content_hash: the hash, if these very files were packed before. They are then not hashed
+            and not searched for NaN again.
 
     Raises:
-        UnusableWeightsError: NaN, infinity, or beyond the range of the target's dtype.
-        DamagedFileError: the file was truncated meanwhile.
+        UnusableWeightsError: a weight is NaN, infinite, or out of range of the target's dtype.
+        DamagedFileError: the file was truncated during the read.
     """
     shape = (target.num_layers, len(MODULES))
     rank, a_start, b_start = (np.zeros(shape, dtype=np.int32) for _ in range(3))
@@ -123,16 +127,16 @@ def pack(
         places, num_used = distinct[row]
         for module, place in places.items():
             a_start[layer, module], b_start[layer, module] = place.a_start, place.b_start
-        layers.append(_Layer(places, num_used, {m: found[layer, m] for m in places}))
+        sides = {module: found[layer, module] for module in places}
+        scale_of = {module: float(scale[layer, module]) for module in places}
+        layers.append(_Layer(layer, places, num_used, sides, scale_of))
     count = num_pages([_by_module(row) for row in distinct], target.shapes, target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
     leaves = _pack_layers(file, layers, data, packers, is_known=content_hash is not None)
     if content_hash is None:
-        root = hashlib.sha256(f"{target.dtype} {shape}".encode())
-        root.update(rank.tobytes() + scale.tobytes() + b"".join(leaves))
-        content_hash = root.hexdigest()
+        content_hash = hash_adapter(leaves)
     tables = (torch.from_numpy(array) for array in (rank, a_start, b_start, scale))
     return PackedAdapter(content_hash, count, data, *tables)
 
@@ -145,9 +149,9 @@ def _pack_layers(
     *,
     is_known: bool,
 ) -> list[bytes]:
-    """Returns the hash of each layer; empty ones where the content is known.
+    """Pack all layers. Returns the leaf of each adapted layer, in order; none if `is_known`.
 
-    Every thread has left `data` alone when this returns or raises.
+    No thread writes to `data` after this returns or raises.
     """
     if packers is None:
         return _pack_some(file, layers, range(len(layers)), data, is_known)
@@ -177,14 +181,15 @@ def _pack_some(
     scratch = np.empty(max(BLOCK_BYTES, largest) + 2 * len(MODULES) * _ALIGN, dtype=np.uint8)
     for block in _blocks(layers, numbers):
         rows = data[block.start : block.stop]
-        _pack_block(file, layers[block.start : block.stop], rows, scratch)
+        leaves += _pack_block(file, layers[block.start : block.stop], rows, scratch, is_known)
         if not is_known:
-            leaves += [_check_layer(n, data[n, : layers[n].num_used]) for n in block]
+            for number in block:
+                _check_layer(number, data[number, : layers[number].num_used])
     return leaves
 
 
 def _blocks(layers: list[_Layer], numbers: range) -> Iterator[range]:
-    """Runs of layers that are alike and have BLOCK_BYTES together, or single ones."""
+    """Yield runs of layers that are alike and have at most BLOCK_BYTES, or single layers."""
     start = numbers.start
     num_bytes = 0
     for number in numbers:
@@ -197,13 +202,18 @@ def _blocks(layers: list[_Layer], numbers: range) -> Iterator[range]:
 
 
 def _pack_block(
-    file: SafetensorsFile, layers: list[_Layer], rows: torch.Tensor, scratch: ByteArray
-) -> None:
-    """Layers that are alike, into their rows."""
+    file: SafetensorsFile,
+    layers: list[_Layer],
+    rows: torch.Tensor,
+    scratch: ByteArray,
+    is_known: bool,
+) -> list[bytes]:
+    """Read and pack layers that are alike into their rows. Returns their leaves."""
     row_bytes = rows.view(torch.uint8).numpy()
     bits = row_bytes.view(_BITS[rows.dtype.itemsize])
     reads: list[tuple[TensorPlace, ByteArray]] = []
     copies: list[tuple[BitArray, ByteArray, TensorPlace, bool]] = []
+    sources: dict[tuple[int, str], ByteArray] = {}  # uint8 [layers, bytes of the tensor]
     used = 0
     for module, place in layers[0].places.items():
         for side, start in (("A", place.a_start), ("B", place.b_start)):
@@ -212,24 +222,49 @@ def _pack_block(
             num_bytes = tensors[0].num_bytes
             if side == "A" and tensors[0].dtype is rows.dtype and width == align(width):
                 begin = start * rows.dtype.itemsize
-                sources = row_bytes[:, begin : begin + num_bytes]
+                source = row_bytes[:, begin : begin + num_bytes]
             else:
-                sources = scratch[used : used + len(layers) * num_bytes].reshape(len(layers), -1)
-                used += -(-sources.size // _ALIGN) * _ALIGN
+                source = scratch[used : used + len(layers) * num_bytes].reshape(len(layers), -1)
+                used += -(-source.size // _ALIGN) * _ALIGN
                 target = _rows_of(bits, start, place.rank, width)
-                copies.append((target, sources, tensors[0], side == "B"))
-            reads += zip(tensors, sources, strict=True)
+                copies.append((target, source, tensors[0], side == "B"))
+            sources[module, side] = source
+            reads += zip(tensors, source, strict=True)
     file.read(reads)
-    for target, sources, tensor, is_transposed in copies:
-        source = _as_bits(sources, tensor, rows.dtype)
-        source = source.swapaxes(1, 2) if is_transposed else source
-        np.copyto(target[:, :, : source.shape[2]], source)
-        target[:, :, source.shape[2] :] = 0
-    bits[:, layers[0].num_used :] = 0  # a page's next tenant must find finite numbers
+    leaves = [] if is_known else _hash_block(layers, sources)
+    for target, source, tensor, is_transposed in copies:
+        matrix = _as_bits(source, tensor, rows.dtype)
+        matrix = matrix.swapaxes(1, 2) if is_transposed else matrix
+        np.copyto(target[:, :, : matrix.shape[2]], matrix)
+        target[:, :, matrix.shape[2] :] = 0
+    bits[:, layers[0].num_used :] = 0  # the next user of a page must find finite numbers
+    return leaves
+
+
+def _hash_block(layers: list[_Layer], sources: dict[tuple[int, str], ByteArray]) -> list[bytes]:
+    """Returns the leaf of each layer that has adapted modules, from the bytes of the file."""
+    return [
+        hash_layer(
+            layer.number,
+            (
+                HashedModule(
+                    name=MODULES[module],
+                    scale=layer.scales[module],
+                    a=sides["A"],
+                    b=sides["B"],
+                    a_bytes=sources[module, "A"][index],
+                    b_bytes=sources[module, "B"][index],
+                )
+                for module, sides in layer.sides.items()
+            ),
+        )
+        for index, layer in enumerate(layers)
+        if layer.sides
+    ]
 
 
 def _rows_of(bits: BitArray, start: int, count: int, width: int) -> BitArray:
-    """[layers, count, align(width)]: so many rows of each layer, padding included."""
+    """Returns a view [layers, count, align(width)] of `count` rows of each layer, with padding."""
     layer_stride, item = bits.strides
     return np.lib.stride_tricks.as_strided(
         bits[:, start:],
@@ -239,8 +274,8 @@ def _rows_of(bits: BitArray, start: int, count: int, width: int) -> BitArray:
 
 
 def _as_bits(sources: ByteArray, tensor: TensorPlace, dtype: torch.dtype) -> BitArray:
-    """Tensors of one shape as `dtype`, by their bits: NumPy knows no bfloat16, and transposes three
-    times as fast as torch."""
+    """Returns tensors of one shape as `dtype`, viewed as unsigned integers: NumPy has no bfloat16,
+    and it transposes three times as fast as torch."""
     shape = (len(sources), *tensor.shape)
     if tensor.dtype is not dtype:
         of_file = torch.from_numpy(sources.reshape(-1)).view(tensor.dtype)
@@ -248,10 +283,9 @@ def _as_bits(sources: ByteArray, tensor: TensorPlace, dtype: torch.dtype) -> Bit
     return sources.view(_BITS[dtype.itemsize]).reshape(shape)
 
 
-def _check_layer(number: int, weights: torch.Tensor) -> bytes:
-    """The hash of a layer that has been packed."""
+def _check_layer(number: int, weights: torch.Tensor) -> None:
+    """Raise UnusableWeightsError unless every packed weight of the layer is finite."""
     if len(weights) and not bool(torch.stack(torch.aminmax(weights)).isfinite().all()):
         raise UnusableWeightsError(
             f"layer {number} holds NaN or infinite values, or some that {weights.dtype} cannot"
         )
-    return hashlib.sha256(weights.view(torch.uint8).numpy().data).digest()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex.engine.adapters.content_hashes import ContentHashes
+from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.packing import (
     AdapterTarget,
     ModuleKey,
@@ -78,7 +78,7 @@ def read_adapter(
     target: AdapterTarget,
     *,
     allocate: Allocate = allocate_plain,
-    hashes: ContentHashes | None = None,
+    hashes: ContentHashCache | None = None,
     packers: Executor | None = None,
 ) -> PackedAdapter:
     """Read, check, hash and pack. Only the two PEFT files of `folder` are opened.

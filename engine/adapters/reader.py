@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from loraplex.engine.adapters.content_hashes import ContentHashes
+from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.errors import AdapterError
@@ -84,7 +84,7 @@ class ThreadReader:
 
     def __init__(self, target: AdapterTarget) -> None:
         self._target = target
-        self._hashes = ContentHashes()
+        self._hashes = ContentHashCache()
         num_packers = min(MAX_PACKERS, max(1, len(os.sched_getaffinity(0)) // 2))
         self._packers = ThreadPoolExecutor(num_packers, "adapter-packer")
 

@@ -1,4 +1,4 @@
-"""Packing of adapters, and the memory of content hashes."""
+"""Packing of adapters, and the cache of content hashes."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.engine.adapters import content_hashes
+from loraplex.engine.adapters import content_hash
 from loraplex.engine.adapters import packing as adapter_packing
 from loraplex.engine.adapters import peft_files as adapters
-from loraplex.engine.adapters.content_hashes import ContentHashes
+from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_config import CONFIG_FILE
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
@@ -58,16 +58,16 @@ class CountingHash:
             self.count += 1
             return sha256(*args)
 
-        monkeypatch.setattr(adapter_packing.hashlib, "sha256", counting)
+        monkeypatch.setattr(hashlib, "sha256", counting)
 
 
 def test_a_known_file_is_not_hashed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter, hashes = CountingHash(monkeypatch), ContentHashes()
+    counter, hashes = CountingHash(monkeypatch), ContentHashCache()
     first = read_adapter("a", folder, make_target(), hashes=hashes)
     assert counter.count == 4  # three layers and the root
     read_adapter("a", folder, make_target(), hashes=hashes)
     assert counter.count == 8  # written a moment ago: not remembered
-    monkeypatch.setattr(content_hashes, "SETTLE_S", 0.0)
+    monkeypatch.setattr(content_hash, "SETTLE_S", 0.0)
     read_adapter("a", folder, make_target(), hashes=hashes)
     assert counter.count == 12
     again = read_adapter("a", folder, make_target(), hashes=hashes)
@@ -115,8 +115,8 @@ def test_a_changed_file_is_hashed_again(
     folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if its size stays and its mtime is set back."""
-    monkeypatch.setattr(content_hashes, "SETTLE_S", 0.0)
-    hashes = ContentHashes()
+    monkeypatch.setattr(content_hash, "SETTLE_S", 0.0)
+    hashes = ContentHashCache()
     before = read_adapter("a", folder, make_target(), hashes=hashes)
     path = folder / (CONFIG_FILE if change == "alpha" else WEIGHTS_FILE)
     times = path.stat()

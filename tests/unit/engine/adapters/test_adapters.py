@@ -1,9 +1,12 @@
 """PEFT directories: what real PEFT saves is read, and what cannot be honoured is refused."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +197,14 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         ({"target_modules": ["q_proj", "down_proj", "embed_tokens"]}, "embed_tokens.*not supp"),
         ({"target_modules": ".*"}, "lm_head.*not supported"),
         ({"target_modules": "(q_proj"}, "cannot use the regular expression"),
-        ({"target_modules": "(a+)+b"}, "repeat inside a repeat"),
-        ({"target_modules": "(a|a)*b"}, "choice inside a repeat"),
-        ({"target_modules": ".*a" * 9}, "open repeats"),
+        ({"target_modules": "(a+)+b"}, "match nothing"),
+        ({"target_modules": "(?:.?.?)*!"}, "match nothing"),
+        ({"target_modules": "(?=q)q_proj"}, r"\(\?= \(lookaround and back.* not supported"),
+        ({"target_modules": "(q|k)_\\1"}, r"\\\\1 \(lookaround and back.* not supported"),
+        ({"exclude_modules": "a{1001}"}, "exclude_modules: .* repetition size"),
         ({"target_modules": "a" * 3000}, "longer than"),
-        ({"rank_pattern": {"(x+)+": 4}}, "rank_pattern.*repeat inside a repeat"),
+        ({"rank_pattern": {"(?<!k)proj": 4}}, "rank_pattern: .*lookaround"),
+        ({"layers_to_transform": [0], "layers_pattern": "(?:.?.?)*!"}, "match nothing"),
         ({"layers_to_transform": ["0"]}, "layer numbers"),
         ({"layers_to_transform": [7]}, "match nothing"),
         ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, "k_proj.*no weights"),
@@ -215,6 +221,13 @@ def test_config_refused(folder: Path, changes: dict[str, Any], reason: str) -> N
     edit_config(folder, **changes)
     with pytest.raises(AdapterError, match=rf"adapter 'mine': .*{reason}"):
         read_adapter("mine", folder, make_target())
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_would_backtrack_for_ever_matches_nothing(folder: Path, field: str) -> None:
+    plain = read_adapter("mine", folder, make_target())
+    edit_config(folder, **{field: {"(?:.?.?)*!": 5}})
+    assert read_adapter("mine", folder, make_target()).content_hash == plain.content_hash
 
 
 def _drop(side: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -365,7 +378,95 @@ def test_hash_is_of_the_content(folder: Path, hf_model: PreTrainedModel, tmp_pat
     assert hashed(same) != first
     other = make_adapter(hf_model, tmp_path / "other", **options, seed=1)
     assert hashed(other) != first
-    assert hashed(folder, dtype=torch.bfloat16) != first
+
+
+def sliced(target: AdapterTarget) -> AdapterTarget:
+    """A target that reads the same adapter and packs something else: other pages and padding."""
+    return replace(target, page_elems=target.page_elems // 4, max_rank=4)
+
+
+def test_hash_is_equal_for_all_dtypes_and_layouts(folder: Path) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    targets = [make_target(dtype=dtype) for dtype in dtypes]
+    targets += [sliced(target) for target in targets]
+    packed = [read_adapter("any", folder, target) for target in targets]
+    assert len({one.content_hash for one in packed}) == 1
+    assert len({one.data.view(torch.uint8).numpy().tobytes() for one in packed}) > 2
+
+
+def test_hash_needs_no_order_in_the_file(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "reordered"
+    other.mkdir()
+    (other / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
+    tensors = load_file(folder / WEIGHTS_FILE)
+    data, header, end = [], {}, 0
+    for key in sorted(tensors, reverse=True):  # the safetensors library sorts by itself
+        raw = tensors[key].numpy().tobytes()
+        entry = {"dtype": "F32", "shape": list(tensors[key].shape)}
+        header[key] = {**entry, "data_offsets": [end, end + len(raw)]}
+        data.append(raw)
+        end += len(raw)
+    text = json.dumps({"__metadata__": {"format": "pt", "by": "hand"}, **header}).encode()
+    raw_file = len(text).to_bytes(8, "little") + text + b"".join(data)
+    assert raw_file != (folder / WEIGHTS_FILE).read_bytes()
+    (other / WEIGHTS_FILE).write_bytes(raw_file)
+    target = make_target()
+    first, second = (read_adapter("any", path, target) for path in (folder, other))
+    assert first.content_hash == second.content_hash
+    assert torch.equal(first.data, second.data)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_hash_is_what_its_definition_says(
+    hf_model: PreTrainedModel, tmp_path: Path, num_threads: int
+) -> None:
+    """Computed here from the file as the safetensors library reads it."""
+    folder = make_adapter(
+        hf_model, tmp_path / "adapter", r=4, alpha=8, targets=["q_proj", "down_proj", "k_proj"],
+        rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3},
+    )  # fmt: skip
+    tensors = load_file(folder / WEIGHTS_FILE)
+    root = hashlib.sha256(b"loraplex adapter 1\n")
+    for layer in range(3):
+        leaf = hashlib.sha256()
+        for name, parent, rank, scale in (
+            ("down_proj", "mlp", 2, 4.0), ("k_proj", "self_attn", 4, 0.75),
+            ("q_proj", "self_attn", 4, 2.0),
+        ):  # fmt: skip
+            key = f"base_model.model.model.layers.{layer}.{parent}.{name}.lora_{{}}.weight"
+            a, b = tensors[key.format("A")], tensors[key.format("B")]
+            assert a.shape[0] == rank
+            sides = f"{a.dtype} {list(a.shape)} {b.dtype} {list(b.shape)}"
+            leaf.update(f"{layer} {name} {scale.hex()} {sides}\n".encode())
+            leaf.update(a.numpy().tobytes() + b.numpy().tobytes())
+        root.update(leaf.digest())
+    with ThreadPoolExecutor(num_threads) as packers:
+        packed = read_adapter("any", folder, make_target(), packers=packers)
+    assert packed.content_hash == root.hexdigest()
+
+
+@pytest.mark.parametrize("pair", [("q_proj", "o_proj"), ("gate_proj", "up_proj")])
+def test_hash_changes_when_modules_are_swapped(
+    hf_model: PreTrainedModel, tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    folder = make_adapter(hf_model, tmp_path / "adapter", r=4, alpha=8, targets=list(pair))
+    before = read_adapter("any", folder, make_target()).content_hash
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if pair[0] in key]:
+            other = key.replace(*pair)
+            tensors[key], tensors[other] = tensors[other], tensors[key]
+
+    edit_weights(folder, swap)
+    assert read_adapter("any", folder, make_target()).content_hash != before
+
+
+def test_hash_is_of_the_dtype_in_the_file(folder: Path) -> None:
+    edit_weights(folder, lambda t: t.update({key: t[key].bfloat16() for key in t}))
+    narrow = read_adapter("any", folder, make_target())
+    edit_weights(folder, lambda t: t.update({key: t[key].float() for key in t}))
+    wide = read_adapter("any", folder, make_target())
+    assert torch.equal(narrow.data, wide.data) and narrow.content_hash != wide.content_hash
 
 
 def test_all_linear_in_the_config(hf_model: PreTrainedModel, tmp_path: Path) -> None:
