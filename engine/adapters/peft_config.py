@@ -1,20 +1,20 @@
-"""adapter_config.json of PEFT: what it asks for, and a refusal of what cannot be honoured."""
+"""Reads PEFT's adapter_config.json and refuses every option that is not supported."""
 
 import json
 import math
-import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex.engine.adapters.peft_patterns import PatternError, compile_pattern
+from loraplex.engine.adapters.peft_patterns import Pattern, PatternCompiler, PatternError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 ALL_LINEAR = "all-linear"
 
-# What PEFT writes that says nothing about the forward pass, and what we read ourselves.
+# Fields that do not change the forward pass, and fields that PeftConfig holds.
 _HARMLESS = frozenset((
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
@@ -39,22 +39,22 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 
 
 class PeftConfigError(ValueError):
-    """The configuration cannot be honoured; the text is the reason, without the adapter's name."""
+    """The configuration is not supported; the text is the reason, without the adapter's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What decides rank, scale and place of an adapter's weights."""
+    """The fields that determine the rank, the scale and the modules of an adapter."""
 
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
-    target_modules: tuple[str, ...] | re.Pattern[str] | str  # the string is ALL_LINEAR
-    exclude_modules: tuple[str, ...] | re.Pattern[str]
+    rank_pattern: tuple[tuple[Pattern, int], ...]
+    alpha_pattern: tuple[tuple[Pattern, float], ...]
+    target_modules: tuple[str, ...] | Pattern | str  # the string is ALL_LINEAR
+    exclude_modules: tuple[str, ...] | Pattern
     layers_to_transform: frozenset[int] | None
-    layers_pattern: tuple[re.Pattern[str], ...]
+    layers_pattern: tuple[Pattern, ...]
     base_model: str  # informational
 
     def rank_of(self, module: str) -> int:
@@ -66,12 +66,12 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT would adapt the linear layer of this full name."""
+        """Returns True if PEFT would adapt the linear layer of this full name."""
         if self._excludes(module):
             return False
         if self.target_modules == ALL_LINEAR:
             return True
-        if isinstance(self.target_modules, re.Pattern):
+        if not isinstance(self.target_modules, str | tuple):
             return self.target_modules.fullmatch(module) is not None
         if module in self.target_modules:
             return True
@@ -80,7 +80,7 @@ class PeftConfig:
         ) and self._in_layers(module)
 
     def _excludes(self, module: str) -> bool:
-        if isinstance(self.exclude_modules, re.Pattern):
+        if not isinstance(self.exclude_modules, tuple):
             return self.exclude_modules.fullmatch(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in self.exclude_modules)
 
@@ -95,7 +95,12 @@ class PeftConfig:
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Raises PeftConfigError: there is no readable configuration, or it cannot be honoured."""
+    """Read and check the configuration of the adapter in `folder`.
+
+    Raises:
+        PeftConfigError: the file is missing, unreadable or malformed, or asks for something that
+            is not supported.
+    """
     path = folder / CONFIG_FILE
     try:
         status = path.stat()
@@ -118,19 +123,20 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
-    """Raises PeftConfigError, naming the field that cannot be honoured."""
+    """Check the fields of a configuration. Raises PeftConfigError, which names the field."""
     _refuse_unsupported(values)
+    patterns = PatternCompiler()
     try:
         return PeftConfig(
             rank=_rank("r", values.get("r", 8)),
             alpha=_alpha("lora_alpha", values.get("lora_alpha", 8)),
             use_rslora=bool(values.get("use_rslora")),
-            rank_pattern=_pattern_map(values, "rank_pattern", _rank),
-            alpha_pattern=_pattern_map(values, "alpha_pattern", _alpha),
-            target_modules=_module_names(values, "target_modules", all_linear=True),
-            exclude_modules=_module_names(values, "exclude_modules", all_linear=False),
+            rank_pattern=_pattern_map(values, "rank_pattern", _rank, patterns),
+            alpha_pattern=_pattern_map(values, "alpha_pattern", _alpha, patterns),
+            target_modules=_target_modules(values.get("target_modules"), patterns),
+            exclude_modules=_exclude_modules(values.get("exclude_modules"), patterns),
             layers_to_transform=_layers(values.get("layers_to_transform")),
-            layers_pattern=_layers_pattern(values.get("layers_pattern")),
+            layers_pattern=_layers_pattern(values.get("layers_pattern"), patterns),
             base_model=str(values.get("base_model_name_or_path") or ""),
         )
     except PatternError as error:
@@ -168,31 +174,41 @@ def _alpha(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _pattern_map(values: dict[str, Any], name: str, read: Any) -> tuple[Any, ...]:
-    """PEFT matches a key as a regular expression against the end of a module's name."""
+def _pattern_map(
+    values: dict[str, Any], name: str, read: Callable[[str, object], Any], patterns: PatternCompiler
+) -> tuple[tuple[Pattern, Any], ...]:
+    """Compile the keys, which PEFT matches against the end of a module's name."""
     found = values.get(name) or {}
     if not isinstance(found, dict):
         raise PeftConfigError(f"{name} must be a map, got {found!r:.40}")
     return tuple(
-        (compile_pattern(name, key, r"(.*\.)?({})$"), read(f"{name}[{key!r}]", value))
+        (patterns.compile(name, key, r"(.*\.)?({})$"), read(f"{name}[{key!r}]", value))
         for key, value in found.items()
     )
 
 
-def _module_names(values: dict[str, Any], name: str, *, all_linear: bool) -> Any:
-    """A list of names, a regular expression, or ALL_LINEAR."""
-    found = values.get(name)
-    if isinstance(found, str) and found:
-        if all_linear and found.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        return compile_pattern(name, found, "{}")
-    if isinstance(found, list) and all(isinstance(item, str) and item for item in found):
-        if found or not all_linear:
-            return tuple(found)
-    elif found in (None, "") and not all_linear:
-        return ()
+def _target_modules(value: object, patterns: PatternCompiler) -> tuple[str, ...] | Pattern | str:
+    """Returns a list of names, a regular expression, or ALL_LINEAR."""
+    if isinstance(value, str) and value.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    found = _module_names("target_modules", value, patterns)
+    if found == ():
+        raise PeftConfigError("target_modules must be names or a pattern; it is empty")
+    return found
+
+
+def _exclude_modules(value: object, patterns: PatternCompiler) -> tuple[str, ...] | Pattern:
+    return () if value in (None, "") else _module_names("exclude_modules", value, patterns)
+
+
+def _module_names(name: str, value: object, patterns: PatternCompiler) -> tuple[str, ...] | Pattern:
+    """Returns a list of names or a regular expression."""
+    if isinstance(value, str) and value:
+        return patterns.compile(name, value)
+    if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
     raise PeftConfigError(
-        f"{name} must be a list of module names or a regular expression, got {found!r:.80}"
+        f"{name} must be a list of module names or a regular expression, got {value!r:.80}"
     )
 
 
@@ -205,11 +221,9 @@ def _layers(value: object) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def _layers_pattern(value: object) -> tuple[re.Pattern[str], ...]:
+def _layers_pattern(value: object, patterns: PatternCompiler) -> tuple[Pattern, ...]:
     if not value:
-        return (re.compile(r".*?\.[^.]*\.(?P<index>\d+)\."),)
+        return (patterns.compile("layers_pattern", r".*?\.[^.]*\.(?P<index>\d+)\."),)
     names = value if isinstance(value, list) else [value]
-    return tuple(
-        compile_pattern("layers_pattern", name, r"(?:^|.*?\.){}\.(?P<index>\d+)\.")
-        for name in names
-    )
+    template = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
+    return tuple(patterns.compile("layers_pattern", name, template) for name in names)

@@ -1,67 +1,79 @@
-"""Regular expressions from an adapter's configuration, kept to those that match in little time.
+"""Regular expressions from an adapter's configuration, matched in time linear in the input.
 
-They come from whoever made the adapter, and Python's matcher backtracks: a pattern such as
-``(a+)+b`` would hold the process for ever.
+Whoever makes an adapter writes them. Python's own matcher backtracks, so a pattern such as
+``(?:.?.?)*!`` would keep the process busy for ever. RE2 does not backtrack. It has no
+backreferences and no lookaround; a pattern that needs them is refused.
 """
 
-import re
-from re import _constants as regex  # type: ignore[attr-defined]
-from re import _parser as regex_parser  # type: ignore[attr-defined]
-from typing import Any
+from typing import Protocol, cast
+
+import re2
 
 MAX_PATTERN_CHARS = 2048
-MAX_LOOPS = 4
-"""Open-ended repeats one after another: at worst the time is the name's length to this power."""
-MAX_FIXED_REPEAT = 64
+MAX_PATTERNS = 1024
+MAX_TOTAL_CHARS = 64 << 10
+MAX_PATTERN_BYTES = 1 << 20  # memory of one compiled pattern
 
-_REPEATS = (regex.MAX_REPEAT, regex.MIN_REPEAT, regex.POSSESSIVE_REPEAT)
+
+class Match(Protocol):
+    def __getitem__(self, group: str) -> str: ...
+
+
+class Pattern(Protocol):
+    """A compiled regular expression, with the two methods of re.Pattern that PEFT's rules need."""
+
+    def match(self, text: str) -> Match | None: ...
+
+    def fullmatch(self, text: str) -> Match | None: ...
 
 
 class PatternError(ValueError):
-    """The pattern is invalid or too costly; the text names the field."""
+    """The pattern is invalid or too large, or RE2 has no such construct; the text says which."""
 
 
-def compile_pattern(field: str, pattern: object, template: str) -> re.Pattern[str]:
-    """`template` with its ``{}`` replaced by `pattern`, compiled."""
-    if not isinstance(pattern, str):
-        raise PatternError(f"{field}: a pattern must be text, got {pattern!r:.40}")
-    if len(pattern) > MAX_PATTERN_CHARS:
-        raise PatternError(f"{field}: a pattern is longer than {MAX_PATTERN_CHARS} characters")
-    try:
-        if _num_loops(regex_parser.parse(pattern), inside=False) > MAX_LOOPS:
-            raise PatternError(f"more than {MAX_LOOPS} open repeats in a row")
-        return re.compile(template.replace("{}", pattern))
-    except (re.error, OverflowError, RecursionError, PatternError) as error:
-        raise PatternError(
-            f"{field}: cannot use the regular expression {pattern!r:.80}: {error}"
-        ) from None
+class PatternCompiler:
+    """Compiles the patterns of one configuration, up to MAX_PATTERNS and MAX_TOTAL_CHARS."""
+
+    def __init__(self) -> None:
+        self._num_patterns = 0
+        self._num_chars = 0
+        self._options = re2.Options()
+        self._options.log_errors = False
+        self._options.max_mem = MAX_PATTERN_BYTES
+
+    def compile(self, field: str, pattern: object, template: str = "{}") -> Pattern:
+        """Compile `template` with its ``{}`` replaced by `pattern`.
+
+        Raises:
+            PatternError: names `field` and the reason.
+        """
+        if not isinstance(pattern, str):
+            raise PatternError(f"{field}: a pattern must be text, got {pattern!r:.40}")
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise PatternError(f"{field}: a pattern is longer than {MAX_PATTERN_CHARS} characters")
+        self._num_patterns += 1
+        self._num_chars += len(pattern)
+        if self._num_patterns > MAX_PATTERNS or self._num_chars > MAX_TOTAL_CHARS:
+            raise PatternError(
+                f"{field}: the configuration holds more than {MAX_PATTERNS} patterns or "
+                f"{MAX_TOTAL_CHARS} characters of them"
+            )
+        try:
+            self._compile(pattern)  # a pattern must be whole without the template's brackets
+            return self._compile(template.replace("{}", pattern))
+        except (re2.error, UnicodeError) as error:
+            raise PatternError(
+                f"{field}: cannot use the regular expression {pattern!r:.80}: {_reason(error)}"
+            ) from None
+
+    def _compile(self, pattern: str) -> Pattern:
+        return cast(Pattern, re2.compile(pattern, self._options))
 
 
-def _num_loops(parsed: Any, *, inside: bool) -> int:
-    """Open-ended repeats in sequence; one inside another, or a choice inside one, is an error."""
-    total = 0
-    for code, argument in parsed:
-        if code in _REPEATS:
-            low, high, body = argument
-            repeats = high is regex.MAXREPEAT or high > 1
-            if inside and repeats and high != low:
-                raise PatternError("a repeat inside a repeat may take for ever to match")
-            if low > MAX_FIXED_REPEAT:
-                raise PatternError(f"a repeat of more than {MAX_FIXED_REPEAT} times")
-            total += int(repeats and high != low) + _num_loops(body, inside=inside or repeats)
-        elif code is regex.BRANCH:
-            if inside:
-                raise PatternError("a choice inside a repeat may take for ever to match")
-            total += max(_num_loops(body, inside=inside) for body in argument[1])
-        else:
-            total += sum(_num_loops(body, inside=inside) for body in _bodies(argument))
-    return total
-
-
-def _bodies(argument: Any) -> list[Any]:
-    """The sub-patterns within a node of Python's parse tree, whatever the node is."""
-    if isinstance(argument, regex_parser.SubPattern):
-        return [argument]
-    if isinstance(argument, list | tuple):
-        return [body for item in argument for body in _bodies(item)]
-    return []
+def _reason(error: Exception) -> str:
+    """Returns RE2's own words, which name the construct."""
+    words = error.args[0] if error.args else ""
+    text = words.decode(errors="replace") if isinstance(words, bytes) else str(words)
+    if "perl operator" in text or "escape sequence" in text or "group name" in text:
+        return f"{text} (lookaround and backreferences are not supported)"
+    return text
