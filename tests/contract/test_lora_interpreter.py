@@ -16,14 +16,20 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 FAST = (
     "test_rank_mixes and subsets and torch.float16",
-    "test_popularities and skewed and 7",
     "test_prefill_beside_decode and 16",
     "test_plans_are_independent",
 )
-LONG = ("test_popularities and (distinct or uniform or half-base)", "test_page_sizes and True")
+LONG = (
+    "test_popularities and distinct",
+    "test_popularities and uniform",
+    "test_popularities and (skewed or half-base) and 7",
+    "test_page_sizes and True",
+)
 
 
-@pytest.mark.parametrize("cases", [FAST, pytest.param(LONG, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "cases", [FAST, *(pytest.param((case,), marks=pytest.mark.long) for case in LONG)]
+)
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
