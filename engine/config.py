@@ -1,4 +1,7 @@
-"""The engine's configuration: one frozen dataclass made of each folder's own."""
+"""The engine's configuration: a frozen dataclass of parts, one for each concern.
+
+The help texts are also the configuration reference.
+"""
 
 from dataclasses import dataclass, field
 
@@ -13,37 +16,49 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The base model and how it is loaded."""
+    """The base model, and how to load it."""
 
     model: str = field(
         default="",
         metadata={
-            "help": "model directory or GGUF file; empty: the packaged SmolLM2-135M-Instruct"
+            "help": "directory or GGUF file of the model; empty: the packaged SmolLM2-135M-Instruct"
         },
     )
     tokenizer: str = field(
-        default="", metadata={"help": "tokenizer directory or file; empty: the model's own"}
+        default="",
+        metadata={
+            "help": "directory or file of the tokenizer; empty: the one in the model directory"
+        },
     )
     skip_tokenizer_init: bool = field(
-        default=False, metadata={"help": "serve token ids alone, load no tokenizer"}
+        default=False, metadata={"help": "load no tokenizer; prompts and answers are token ids"}
     )
     chat_template: str = field(
         default="", metadata={"help": "Jinja file that replaces the model's chat template"}
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "type of weights and KV cache; auto: the checkpoint's, fp32 on a CPU",
+        metadata={"help": "type of weights and KV cache; auto: the checkpoint's, float32 on a CPU",
                   "choices": DTYPES},
     )  # fmt: skip
     load_format: str = field(
         default="auto",
-        metadata={"help": "dummy: random weights of the model's shapes", "choices": LOAD_FORMATS},
+        metadata={
+            "help": "format of the weights; auto: detected; dummy: random weights",
+            "choices": LOAD_FORMATS,
+        },
     )
     max_model_len: int | None = field(
-        default=None, metadata={"help": "tokens of prompt and answer; default: the model's limit"}
+        default=None,
+        metadata={
+            "help": "longest prompt and answer together, in tokens; default: the model's limit"
+        },
     )
-    device: str = field(default="auto", metadata={"help": "where it runs", "choices": DEVICES})
-    seed: int = field(default=0, metadata={"help": "seed of requests that name none"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "device of the workers; auto: a GPU if there is one", "choices": DEVICES},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of requests that set no seed"})
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -56,16 +71,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """The number of GPUs that share one model."""
+
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "GPUs that share the model, one worker for each; only 1 for now"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise ValueError(
+                f"tensor_parallel_size must be positive, got {self.tensor_parallel_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class GraphConfig:
-    """CUDA graphs of decode and small mixed steps, captured at start within these bounds."""
+    """Limits of the CUDA graphs of decode steps and small mixed steps, captured at start."""
 
     enforce_eager: bool = field(
-        default=False, metadata={"help": "capture no CUDA graphs (slower; starts sooner)"}
+        default=False,
+        metadata={"help": "capture no CUDA graphs: the engine starts sooner and runs slower"},
     )
-    graph_bytes: int = field(
-        default=2 << 30, metadata={"help": "GPU memory that the graphs may take"}
+    graph_bytes: int = field(default=2 << 30, metadata={"help": "largest GPU memory of all graphs"})
+    graph_seconds: float = field(
+        default=30.0, metadata={"help": "longest time to spend on capturing graphs"}
     )
-    graph_seconds: float = field(default=30.0, metadata={"help": "time that capturing may take"})
 
     def __post_init__(self) -> None:
         if self.graph_bytes < 0 or self.graph_seconds < 0:
@@ -74,86 +106,89 @@ class GraphConfig:
 
 @dataclass(frozen=True, slots=True)
 class ProfileConfig:
-    """Records of what each step costs; off unless a directory is named."""
+    """Profiles of steps; off unless `profile_dir` is set."""
 
     profile_dir: str = field(
-        default="", metadata={"help": "write a line for each step here, and timelines if asked for"}
+        default="",
+        metadata={
+            "help": "directory for a JSON line per step, and for timelines; empty: no profile"
+        },
     )
     profile_steps: int = field(
-        default=0, metadata={"help": "steps of a timeline (of torch.profiler); 0: none"}
+        default=0, metadata={"help": "steps in one timeline of torch.profiler; 0: no timelines"}
     )
     profile_every: int = field(
-        default=500, metadata={"help": "steps from one timeline to the next"}
+        default=500, metadata={"help": "steps between the starts of two timelines"}
     )
 
     def __post_init__(self) -> None:
         if self.profile_steps < 0 or self.profile_every < 1:
             raise ValueError("profile_steps must not be negative, profile_every must be positive")
         if self.profile_steps and not self.profile_dir:
-            raise ValueError("profile_steps needs profile_dir, where timelines are written")
+            raise ValueError("profile_steps needs profile_dir, the directory for the timelines")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """Which adapters are known at start and from where more may come."""
+    """The adapters that are registered at start, and where clients may load more from."""
 
     adapters: tuple[tuple[str, str], ...] = field(
-        default=(), metadata={"help": "NAME=PATH of a PEFT adapter directory; may be repeated",
+        default=(), metadata={"help": "adapter to register: NAME=PATH of a PEFT folder; repeatable",
                               "flag": "--adapter"}
     )  # fmt: skip
     adapter_dir: str = field(
-        default="", metadata={"help": "every PEFT directory in this folder, under its own name"}
+        default="",
+        metadata={"help": "folder whose PEFT directories are registered under their own names"},
     )
     adapter_root: str = field(
         default="",
-        metadata={"help": "the only folder that clients may load adapters from; empty: none"},
+        metadata={"help": "the only folder that clients may load adapters from; empty: no folder"},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The ZeroMQ endpoint that clients talk to."""
+    """The ZeroMQ endpoint for clients, and its limits."""
 
     endpoint: str = field(
-        default="tcp://127.0.0.1:5599", metadata={"help": "where clients connect (tcp or ipc)"}
+        default="tcp://127.0.0.1:5599",
+        metadata={"help": "address that clients connect to: tcp://HOST:PORT or ipc://PATH"},
     )
     server_secret_key_file: str = field(
-        default="", metadata={"help": "CurveZMQ secret key; required on a public address"}
+        default="",
+        metadata={"help": "file with the CurveZMQ secret key; a public address requires it"},
     )
     client_public_keys_dir: str = field(
         default="",
-        metadata={"help": "folder of the clients' CurveZMQ public keys; empty: any client key"},
+        metadata={
+            "help": "folder of the clients' CurveZMQ public keys; empty: any key is accepted"
+        },
     )
     insecure: bool = field(
-        default=False, metadata={"help": "allow a public address without CurveZMQ"}
+        default=False, metadata={"help": "allow a public address without encryption"}
     )
     max_message_bytes: int = field(
-        default=16 << 20, metadata={"help": "largest message accepted from a client"}
+        default=16 << 20, metadata={"help": "largest message that a client may send"}
     )
     max_client_backlog: int = field(
-        default=8192, metadata={"help": "unread messages of one client before it is dropped"}
+        default=8192,
+        metadata={"help": "unread messages of one client after which its requests are cancelled"},
     )
     max_requests_per_client: int = field(
-        default=4096, metadata={"help": "unfinished requests of one client"}
+        default=4096, metadata={"help": "largest number of unfinished requests of one client"}
     )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything that the processes of one engine need; it reaches each of them on a pipe."""
+    """The whole configuration of one engine; the supervisor sends it to each process on a pipe."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
-    num_workers: int = field(
-        default=1, metadata={"help": "GPU workers (tensor parallel ranks); 1 for now"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.num_workers != 1:
-            raise ValueError(f"num_workers must be 1 in this version, got {self.num_workers}")

@@ -94,8 +94,12 @@ class RouterChannel:
         self.socket.bind(endpoint)
 
     def send(self, message: object, peer: bytes = b"") -> None:
+        self.send_encoded(codec.encode(message), peer)
+
+    def send_encoded(self, data: bytes, peer: bytes) -> None:
+        """Send a message that is encoded already, as one of several that are equal."""
         try:
-            self.socket.send_multipart((peer, codec.encode(message)), zmq.DONTWAIT)
+            self.socket.send_multipart((peer, data), zmq.DONTWAIT)
         except zmq.Again:
             raise SlowPeerError(f"{_name(peer)} does not read its messages") from None
         except zmq.ZMQError as error:
@@ -161,9 +165,12 @@ class InprocChannel:
         return router, dealer
 
     def send(self, message: object, peer: bytes = b"") -> None:
+        self.send_encoded(codec.encode(message), peer)
+
+    def send_encoded(self, data: bytes, peer: bytes) -> None:
         if self._other is None or peer != self._other._identity:
             raise PeerGoneError(f"no peer {peer!r}")
-        self._other._inbox.append((self._identity, codec.encode(message)))
+        self._other._inbox.append((self._identity, data))
 
     def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
         taken = [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]

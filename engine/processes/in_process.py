@@ -12,7 +12,7 @@ import zmq
 
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import (
@@ -25,6 +25,7 @@ from loraplex.engine.ipc.channel import (
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
+from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.engine.processes.worker_main import WorkerLike, send_events
 
 CLIENT = b"client"
@@ -47,6 +48,8 @@ class InProcessEngine:
     ) -> None:
         """Load the model; ConfigError as from Engine.start(). `worker` replaces Worker."""
         adapters_at_start(config.adapter)
+        if config.parallel.tensor_parallel_size > 1:
+            raise ConfigError("tensor_parallel_size must be 1 for an engine in this process")
         self._wakeup = Wakeup()
         self._worker = (worker or _worker_class())(
             config, 0, wakeup=self._wakeup.set, progress=on_progress or _ignore
@@ -59,7 +62,7 @@ class InProcessEngine:
             self.scheduler,
             info=self.info,
             frontends=frontends,
-            workers=workers,
+            workers=WorkerGroup(workers, 1),
             messages_per_turn=RECEIVE_LIMIT,  # the worker runs in this thread: no plan can be late
         )
         self._replies: deque[dict[str, Any]] = deque()

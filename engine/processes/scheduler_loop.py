@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError, worker_identity
+from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError
 from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
     AdapterCommand,
@@ -19,6 +19,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
@@ -40,8 +41,7 @@ logger = logging.getLogger("loraplex.scheduler")
 class SchedulerLoop:
     """Connects the scheduler with frontends and workers.
 
-    A request is known by its frontend and by the id that the frontend gave it. Every worker gets
-    every command and plan, in one order; rank 0 answers for all of them.
+    A request is known by its frontend and by the id that the frontend gave it.
     """
 
     def __init__(
@@ -50,14 +50,13 @@ class SchedulerLoop:
         *,
         info: EngineInfo,
         frontends: Channel,
-        workers: Channel,
+        workers: WorkerGroup,
         messages_per_turn: int = MESSAGES_PER_TURN,
     ) -> None:
         self._scheduler = scheduler
         self._info = info
         self._frontends = frontends
         self._workers = workers
-        self._worker_names = [worker_identity(worker.rank) for worker in info.workers]
         self._messages_per_turn = messages_per_turn
         self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
 
@@ -68,10 +67,8 @@ class SchedulerLoop:
             True if there is more to do, so that the next turn should not wait for a message.
         """
         limit = self._messages_per_turn
-        from_workers = self._workers.receive(limit)
-        for peer, message in from_workers:
-            if peer == self._worker_names[0]:
-                self._on_worker(message)
+        for event in self._workers.receive(limit):
+            self._on_worker(event)
         from_frontends = self._frontends.receive(limit)
         for peer, message in from_frontends:
             self._on_frontend(peer, message)
@@ -79,20 +76,17 @@ class SchedulerLoop:
         self._send_outputs(self._scheduler.outputs.take())
         self._send_adapter_updates()
         self._send_part_of_reply()
-        return max(len(from_workers), len(from_frontends)) == limit or bool(self._long_replies)
+        has_more = self._workers.has_more or len(from_frontends) == limit
+        return has_more or bool(self._long_replies)
 
     def _send_plans(self) -> None:
         while True:
             plan = self._scheduler.plan()
             for command in self._scheduler.take_commands():
-                self._send_to_workers(command)
+                self._workers.send(command)
             if plan is None:
                 return
-            self._send_to_workers(plan)
-
-    def _send_to_workers(self, message: object) -> None:
-        for name in self._worker_names:
-            self._workers.send(message, name)
+            self._workers.send(plan)
 
     def _on_worker(self, message: object) -> None:
         match message:

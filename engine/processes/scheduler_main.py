@@ -10,6 +10,7 @@ from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
+from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import WorkerReady
 
@@ -18,18 +19,18 @@ def run(child: Child) -> None:
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()
     frontends = RouterChannel(context, f"ipc://{run_dir}/frontends")
-    workers = RouterChannel(context, f"ipc://{run_dir}/workers")
+    worker_channel = RouterChannel(context, f"ipc://{run_dir}/workers")
+    workers = WorkerGroup(worker_channel, config.parallel.tensor_parallel_size)
     poller = zmq.Poller()
     poller.register(child.wakeup.fileno(), zmq.POLLIN)
-    poller.register(workers.socket, zmq.POLLIN)
-    ready: dict[int, WorkerReady] = {}
-    while len(ready) < config.num_workers and not child.stopping:
+    poller.register(worker_channel.socket, zmq.POLLIN)
+    while not workers.is_ready and not child.stopping:
         poller.poll()
         child.wakeup.clear()
-        ready |= {message.rank: message for _, message in workers.receive()}
+        workers.receive()
     poller.register(frontends.socket, zmq.POLLIN)
     if not child.stopping:
-        info = engine_info(config, [ready[rank] for rank in sorted(ready)])
+        info = engine_info(config, [workers.ready[rank] for rank in sorted(workers.ready)])
         scheduler = make_scheduler(config, info)
         loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
         gc.collect()
@@ -44,11 +45,12 @@ def run(child: Child) -> None:
 
 
 def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
-    """Returns the sizes that all workers can serve: the least of each limit."""
+    """Returns the limits of the group of workers. Raises ConfigError if they do not go together."""
+    group = merge_ready(workers)
     return EngineInfo(
-        max_model_len=min(worker.max_model_len for worker in workers),
-        vocab_size=workers[0].vocab_size,
-        num_pages=min(worker.num_pages for worker in workers),
+        max_model_len=group.max_model_len,
+        vocab_size=group.vocab_size,
+        num_pages=group.num_pages,
         block_tokens=config.memory.block_tokens,
         max_queue_len=config.scheduler.max_queue_len,
         workers=workers,

@@ -29,11 +29,12 @@ GROUPS = {
     "memory": "memory (one pool of pages for KV cache and adapters)",
     "scheduler": "scheduler",
     "backend": "backends",
+    "parallel": "several GPUs",
     "graph": "CUDA graphs",
     "profile": "profiling",
     "server": "server",
 }
-"""Titles in --help, by part of EngineConfig. `num_workers` becomes a flag when it may vary."""
+"""Titles in --help, by part of EngineConfig."""
 
 OFFLINE_HIDDEN = ("server", "adapter_root")
 """Parts and fields that matter only where other clients can connect."""

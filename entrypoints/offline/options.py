@@ -13,8 +13,8 @@ from loraplex.engine.config import EngineConfig
 class LLMOptions(TypedDict, total=False):
     """The fields of EngineConfig except the server's; see `loraplex serve -h`.
 
-    `enable_lora`, `max_loras` and `tensor_parallel_size` are vLLM's names: adapters are always
-    enabled, `max_loras` is `max_adapter_slots`, `tensor_parallel_size` is the number of workers.
+    `enable_lora` and `max_loras` are vLLM's names: adapters are always enabled, and `max_loras` is
+    `max_adapter_slots`.
     """
 
     tokenizer: str
@@ -55,12 +55,12 @@ class LLMOptions(TypedDict, total=False):
     lora_backend: str
     attention_backend: str
     fused_backend: str
+    tensor_parallel_size: int
     enable_lora: bool
     max_loras: int
-    tensor_parallel_size: int
 
 
-_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "graph", "profile")
+_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "graph", "profile")
 _ALIASES = {"max_loras": "max_adapter_slots"}
 _ELSEWHERE = {
     "block_size": "use block_tokens",
@@ -86,7 +86,6 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
         ValueError: a value is out of range.
     """
     values = {"adapter_root": os.path.abspath(os.sep), **options, "model": model}
-    num_workers = values.pop("tensor_parallel_size", 1)
     if not values.pop("enable_lora", True):
         raise ValueError(
             "adapters cannot be switched off: leave out enable_lora, they cost nothing until used"
@@ -103,7 +102,7 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
         parts[part] = cls(**{name: values.pop(name) for name in names & values.keys()})
     if values:
         raise TypeError("; ".join(_unknown(name) for name in sorted(values)))
-    return EngineConfig(**parts, num_workers=num_workers)
+    return EngineConfig(**parts)
 
 
 def _adapter_pairs(adapters: Any) -> tuple[tuple[str, str], ...]:

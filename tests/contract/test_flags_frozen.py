@@ -23,7 +23,7 @@ ENGINE = [
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
     "--num-pages", "--policy", "--pool-bytes", "--profile-dir",
-    "--profile-every", "--profile-steps", "--ttft-slo-s",
+    "--profile-every", "--profile-steps", "--tensor-parallel-size", "--ttft-slo-s",
 ]  # fmt: skip
 SAMPLING = [
     "--frequency-penalty", "--ignore-eos", "--include-stop-str-in-output", "--logit-bias",
@@ -101,7 +101,7 @@ def test_every_config_field_is_a_flag_or_hidden_on_purpose() -> None:
         cls = EngineConfig.__dataclass_fields__[part].default_factory
         assert {f.name for f in dataclasses.fields(cls)} <= names
     top = {f.name for f in dataclasses.fields(EngineConfig)}
-    assert top - set(flags.GROUPS) == {"num_workers"}
+    assert top == set(flags.GROUPS)
 
 
 def test_every_sampling_field_is_a_flag_or_hidden_on_purpose() -> None:

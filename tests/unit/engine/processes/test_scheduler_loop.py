@@ -19,6 +19,7 @@ from loraplex.engine.ipc.messages.frontend import (
 )
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
+from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.adapters.manager import ROWS_PER_SLICE
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.worker_protocol import StepPlan
@@ -75,7 +76,7 @@ class Bench:
             self.scheduler,
             info=info,
             frontends=self.frontends,
-            workers=workers,
+            workers=WorkerGroup(workers, 1),
             messages_per_turn=MESSAGES_PER_TURN,
         )
         self.plans: list[StepPlan] = []

@@ -16,7 +16,7 @@ PARTS = {
     for name, hint in typing.get_type_hints(EngineConfig).items()
     if dataclasses.is_dataclass(hint) and name != "server"
 }
-OWN_NAMES = {"enable_lora", "max_loras", "tensor_parallel_size"}
+OWN_NAMES = {"enable_lora", "max_loras"}
 
 
 def test_keywords_are_the_configs_fields() -> None:
@@ -77,7 +77,7 @@ def test_unknown_keywords_name_the_nearest(name: str, message: str) -> None:
         ({"dtype": "int4"}, "dtype must be one of"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"tensor_parallel_size": 2}, "num_workers"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be positive"),
         ({"enable_lora": False}, "cannot be switched off"),
     ],
 )
