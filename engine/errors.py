@@ -1,20 +1,20 @@
-"""Errors by who may see them and who is to act."""
+"""The errors that the engine raises on purpose, by whoever can mend them."""
 
 
 class LoraplexError(Exception):
-    """Base of every error that the engine raises on purpose. `code` travels on the wire."""
+    """Base class of all of them. `code` names the kind in messages to clients."""
 
     code = "internal"
 
 
 class ClientError(LoraplexError):
-    """The request is at fault; its text is shown to the client as it is."""
+    """A request cannot be served as it is; the client gets the text unchanged."""
 
     code = "bad_request"
 
 
 def client_error(code: str, text: str) -> ClientError:
-    """A ClientError that travels under a code of its own."""
+    """Returns a ClientError with this code."""
     error = ClientError(text)
     error.code = code
     return error
@@ -27,11 +27,13 @@ class AdapterError(ClientError):
 
 
 class UnknownAdapterError(AdapterError):
+    """No adapter is registered under the name that a request gives."""
+
     code = "unknown_adapter"
 
 
 class QueueFullError(ClientError):
-    """The engine has no room now; the same request may go through later."""
+    """The engine has no room for the request now; the client may send it again later."""
 
     code = "queue_full"
 
@@ -43,6 +45,16 @@ class ConfigError(LoraplexError):
 
 
 class EngineDeadError(LoraplexError):
-    """A process of the engine ended; everything it held has failed."""
+    """A process of the engine has ended; its requests have failed."""
 
     code = "engine_dead"
+
+
+class ConnectionLostError(EngineDeadError):
+    """The connection to the frontend broke; the unfinished requests of the client have failed.
+
+    The engine may live: its frontend is started again at the same address. The client's next call
+    connects anew.
+    """
+
+    code = "connection_lost"

@@ -155,6 +155,11 @@ class Scheduler:
             request, version, self._memory, self.adapters.pins.num_pages_besides(own)
         )
 
+    def abort_all(self, frontend: Hashable) -> None:
+        """End every request of a frontend, without output."""
+        for request in [r for r in self._requests.values() if r.frontend == frontend]:
+            self._end(request, "abort", self._clock())
+
     def abort(self, request_id: int, frontend: Hashable = b"") -> bool:
         """End a request in any state, without output; False if it has ended or never was."""
         request = self._requests.get((frontend, request_id))

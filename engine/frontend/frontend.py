@@ -6,6 +6,7 @@ It runs in the caller's thread; only long prompts are tokenized in other threads
 
 import itertools
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -75,6 +76,7 @@ class Frontend:
         self._query_ids = itertools.count(1)
         self._num_malformed = 0
         self._dead_reason = ""
+        self._instance = secrets.token_hex(8)  # another one after a restart
 
     def on_frames(self, client: bytes, frames: list[bytes]) -> None:
         """Handles one message of a client, as raw frames. Replies with an error if it is bad."""
@@ -107,7 +109,7 @@ class Frontend:
     def _dispatch(self, client: bytes, message: protocol.ClientMessage) -> None:
         match message:
             case protocol.Ping():
-                self._reply(client, {"type": "pong"})
+                self._reply(client, {"type": "pong", "instance": self._instance})
             case protocol.Bye():
                 self._clients.forget(client)
             case protocol.CancelRequest():
@@ -214,6 +216,7 @@ class Frontend:
             "status": "dead" if self._dead_reason else "ok",
             "reason": self._dead_reason,
             "protocol": protocol.PROTOCOL_VERSION,
+            "instance": self._instance,
             "model": config.model.model,
             "max_model_len": info.max_model_len,
             "vocab_size": info.vocab_size,

@@ -24,9 +24,9 @@ def worker_identity(rank: int) -> bytes:
     return f"worker-{rank}".encode()
 
 
-def frontend_identity(index: int) -> bytes:
-    """Returns the name of a frontend as a peer of the scheduler."""
-    return f"frontend-{index}".encode()
+def frontend_identity(index: int, incarnation: int = 0) -> bytes:
+    """Returns the name of a frontend as a peer of the scheduler; another one after each restart."""
+    return f"frontend-{index}{f'.{incarnation}' if incarnation else ''}".encode()
 
 
 class PeerGoneError(LoraplexError):

@@ -1,4 +1,4 @@
-"""Starts, watches and stops the processes of one engine."""
+"""Starts, supervises and stops the processes of one engine."""
 
 import signal
 import threading
@@ -20,13 +20,15 @@ STOP_TIMEOUT_S = 10.0
 class Engine:
     """The processes of one engine: frontend, scheduler, workers.
 
-    A process that ends by itself takes the engine down: waiting clients get its reason, the
-    others are stopped, `wait()` returns 1. Nothing outlives this object, this process, or a
-    kill -9 of this process. Usable from any thread and without a main guard.
+    A scheduler or a worker that ends by itself ends the engine: waiting clients get the reason, all
+    processes are stopped, and `wait()` returns 1. A frontend that ends is started again at the same
+    address, up to a number of times a minute; its clients lose their requests and may go on.
+    Nothing outlives this object, this process, or a kill -9 of this process. Usable from any thread
+    and without a main guard.
 
     Attributes (once started):
-        endpoint: where clients connect: the configured one, or a private ipc:// if that is "".
-        info: the model's limits and what the workers run.
+        endpoint: the address for clients: the configured one, or a private ipc:// if that is "".
+        info: the limits of the model, and the devices and backends of the workers.
     """
 
     endpoint: str
@@ -39,8 +41,8 @@ class Engine:
         on_progress: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
     ) -> None:
-        """`on_progress` gets a line now and then while the engine starts, from another thread;
-        `worker_command` replaces ``python -m loraplex.engine.processes.worker_main``."""
+        """Takes a callback for lines of progress, called from other threads, and a command that
+        replaces ``python -m loraplex.engine.processes.worker_main``."""
         self._config = config
         self._worker_command = worker_command
         self._interrupted = False
@@ -48,20 +50,20 @@ class Engine:
 
     @property
     def dead_reason(self) -> str | None:
-        """Which process died and how; None while alive, or when stopped on purpose."""
-        culprit = self._group.culprit
-        return culprit.how_it_ended() if culprit is not None else None
+        """Which process ended the engine and how; None while it lives or was stopped."""
+        return self._group.dead_reason or None
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name: "worker 0", "scheduler", "frontend 0"."""
+        """The id of each current process by its name: "worker 0", "scheduler", "frontend 0"."""
         return {process.spec.name: process.popen.pid for process in self._group.processes}
 
     def start(self, timeout_s: float = 600.0) -> None:
         """Start every process and wait until all are ready.
 
-        Raises ConfigError (the text says what to change) or EngineDeadError; nothing is left
-        running then.
+        Raises:
+            ConfigError: the engine cannot start as configured; the text says what to change.
+            EngineDeadError: a process ended or was not ready in time. Nothing is left running.
         """
         check_server_config(self._config.server)
         adapters_at_start(self._config.adapter)
@@ -78,11 +80,12 @@ class Engine:
         assert frontend.ready is not None
         self.info = scheduler.ready.info
         self.endpoint = frontend.ready.endpoint
+        self._group.allow_restarts()
 
     def _await_ready(self, deadline: float) -> None:
         group = self._group
         with group.changed:
-            while not group.is_ready and group.culprit is None and not self._interrupted:
+            while not group.is_ready and not group.dead_reason and not self._interrupted:
                 if not group.changed.wait(min(1.0, deadline - time.monotonic())) and (
                     time.monotonic() >= deadline
                 ):
@@ -90,23 +93,23 @@ class Engine:
                     raise EngineDeadError(f"{', '.join(late)} did not get ready in time")
         if self._interrupted:
             raise EngineDeadError("interrupted while starting")
-        culprit = group.culprit
-        if culprit is not None:
-            if culprit.failed is not None and culprit.failed.code == ConfigError.code:
-                raise ConfigError(culprit.failed.text)
-            raise EngineDeadError(culprit.how_it_ended())
+        if group.dead_process is not None:
+            failed = group.dead_process.failed
+            if failed is not None and failed.code == ConfigError.code:
+                raise ConfigError(failed.text)
+            raise EngineDeadError(group.dead_reason)
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Block until stop() (0) or death (1); None when `timeout_s` passes first."""
+        """Block until the engine ends. Returns 0 after stop(), 1 after a death, None at timeout."""
         if not self._group.ended.wait(timeout_s):
             return None
-        return 1 if self._group.culprit is not None else 0
+        return 1 if self._group.dead_reason else 0
 
     def serve(self, on_ready: "Callable[[Engine], None] | None" = None) -> int:
-        """start(), call `on_ready`, then wait until SIGINT or SIGTERM (a clean stop, 0) or a
-        death (1). A second signal kills at once.
+        """Start, call `on_ready`, and wait. Returns 0 after SIGINT or SIGTERM, 1 after a death.
 
-        For the main thread of a server; the former signal handlers are put back at the end.
+        Call it from the main thread of a server. A second signal kills all processes at once. The
+        former signal handlers are restored at the end.
         """
 
         def on_signal(number: int, frame: FrameType | None) -> None:
@@ -131,11 +134,13 @@ class Engine:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        return 1 if self._group.culprit is not None else 0
+        return 1 if self._group.dead_reason else 0
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """End every process: frontends first, then SIGTERM, after `timeout_s` SIGKILL; remove
-        the run directory. Idempotent; returns when nothing is left."""
+        """End every process and remove the run directory. Idempotent; waits until all are gone.
+
+        Frontends end first. The others get SIGTERM, and SIGKILL after `timeout_s`.
+        """
         self._group.stop(timeout_s)
 
     def __enter__(self) -> "Engine":

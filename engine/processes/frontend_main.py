@@ -1,4 +1,4 @@
-"""``python -m loraplex.engine.processes.frontend_main``: a frontend's process."""
+"""Runs a frontend: ``python -m loraplex.engine.processes.frontend_main``."""
 
 import time
 
@@ -10,14 +10,16 @@ from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
+from loraplex.engine.ipc.messages.lifecycle import ChildStart
 
 TICK_S = 1.0
 
 
 def run(child: Child) -> None:
+    """Run a frontend until the supervisor stops it or the engine ends."""
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()
-    identity = frontend_identity(child.start.index)
+    identity = frontend_identity(child.start.index, child.start.incarnation)
     scheduler = DealerChannel(context, f"ipc://{run_dir}/frontends", identity)
     scheduler.send(FrontendHello(child.start.name))
     clients = ClientSocket(context, config.server, f"ipc://{run_dir}/clients")
@@ -34,7 +36,7 @@ def run(child: Child) -> None:
     if info is not None:
         frontend = Frontend(
             config,
-            name=child.start.name,
+            name=_seed_salt(child.start),
             info=info,
             codec=codec,
             scheduler=scheduler,
@@ -55,7 +57,7 @@ def serve(
     clients: ClientSocket,
     poller: zmq.Poller,
 ) -> None:
-    """Until the end of the engine, of which every waiting client is told."""
+    """Serve clients until the engine ends, then send the reason to every client that waits."""
     next_tick = time.monotonic()
     while not child.stopping:
         wait_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
@@ -71,6 +73,11 @@ def serve(
     frontend.fail_all(child.dead_reason or "the engine was stopped")
     clients.receive(frontend.on_frames)
     frontend.close()
+
+
+def _seed_salt(start: ChildStart) -> str:
+    """Returns a text that no other frontend has, so that seeds do not repeat after a restart."""
+    return f"{start.name} restart {start.incarnation}" if start.incarnation else start.name
 
 
 if __name__ == "__main__":

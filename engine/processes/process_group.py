@@ -1,24 +1,22 @@
-"""The child processes of one engine: which there are, how they are started, watched and ended."""
+"""The child processes of one engine: starts, watches, restarts and ends them."""
 
 import contextlib
 import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import PeerGoneError
-from loraplex.engine.ipc.child import child_environment, how_it_ended, read_frame, write_frame
+from loraplex.engine.ipc.child import read_frame
 from loraplex.engine.ipc.messages.frontend import EngineDead
 from loraplex.engine.ipc.messages.lifecycle import (
     ChildFailed,
@@ -27,27 +25,16 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStart,
     Shutdown,
 )
+from loraplex.engine.processes.process import Process, ProcessSpec
+from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
 
-MAX_BASE_CHARS = 60  # leaves room for our names within the 107 bytes of a Unix socket's path
-FRONTEND_GRACE_S = 2.0  # for a frontend to tell its clients
-DEATH_GRACE_S = 3.0  # for the others to end once one has died
-KILL_WAIT_S = 5.0  # for the kernel to take down what was killed
-BLAME_WAIT_S = 0.5  # who fails because a peer is gone waits this long for the peer's own death
+MAX_BASE_CHARS = 60  # leaves room for file names within the 107 bytes of a Unix socket's path
+FRONTEND_GRACE_S = 2.0  # for a frontend to send the reason to its clients
+DEATH_GRACE_S = 3.0  # for the other processes to end once one has died
+KILL_WAIT_S = 5.0  # for the kernel to end a process that was killed
+PEER_WAIT_S = 0.5  # a process that fails because its peer is gone waits for the peer's own end
 
 logger = logging.getLogger("loraplex")
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSpec:
-    """One process to start. `kind` is "frontend", "scheduler" or "worker"."""
-
-    kind: str
-    index: int
-    command: list[str]
-
-    @property
-    def name(self) -> str:
-        return self.kind if self.kind == "scheduler" else f"{self.kind} {self.index}"
 
 
 def engine_processes(
@@ -78,95 +65,50 @@ def engine_processes(
     ]
 
 
-@dataclass(eq=False)
-class Process:
-    """A started child and what it has reported."""
-
-    spec: ProcessSpec
-    popen: "subprocess.Popen[bytes]"
-    reports: BinaryIO
-    ready: ChildReady | None = None
-    failed: ChildFailed | None = None
-    exited: threading.Event = field(default_factory=threading.Event)
-
-    @classmethod
-    def spawn(cls, spec: ProcessSpec, start: ChildStart) -> "Process":
-        """In a session of its own, so that Ctrl-C reaches the supervisor alone."""
-        reader, writer = os.pipe()
-        try:
-            popen = subprocess.Popen(
-                [*spec.command, str(writer)],
-                stdin=subprocess.PIPE,
-                stdout=2,  # what the children print must not mix with the caller's own output
-                pass_fds=(writer,),
-                start_new_session=True,
-                env=child_environment(),
-            )
-        except OSError as error:
-            os.close(reader)
-            raise ConfigError(f"cannot start {spec.name}: {error}") from None
-        finally:
-            os.close(writer)
-        process = cls(spec, popen, os.fdopen(reader, "rb"))
-        process.order(start)
-        return process
-
-    def order(self, message: object) -> None:
-        """Write to its control pipe; nothing happens when it is gone."""
-        with contextlib.suppress(OSError, ValueError):
-            write_frame(cast(BinaryIO, self.popen.stdin), message)
-
-    def send_signal(self, number: int) -> None:
-        if not self.exited.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                self.popen.send_signal(number)
-
-    def close(self) -> None:
-        """Close its pipes once it has ended; before, the watching thread still reads."""
-        if not self.exited.is_set():
-            return
-        with contextlib.suppress(OSError):
-            cast(BinaryIO, self.popen.stdin).close()
-        self.reports.close()
-
-    def how_it_ended(self) -> str:
-        if self.failed is not None:
-            return f"{self.spec.name} failed: {self.failed.text}"
-        return f"{self.spec.name} {how_it_ended(self.popen.returncode)}"
-
-
 class ProcessGroup:
-    """All processes of one engine. One thread each reads its reports and awaits its end.
+    """All processes of one engine. A thread for each reads its reports and awaits its end.
 
-    A process that ends before stop() is a death: the frontends pass the reason to their clients
-    and every process is ended. `changed` is notified after every report, at a death, and when all
-    is over.
+    A process that ends before stop() ends the engine: frontends pass the reason to their clients,
+    and every process is stopped. After allow_restarts() a frontend is started again instead, unless
+    it dies too often.
+
+    Attributes:
+        processes: the current process of each spec.
+        dead_process: the process whose end ended the engine.
+        dead_reason: how that process ended; empty while the engine lives.
+        changed: notified after every report, at the end of the engine, and when all is over.
+        ended: set when every process is gone and nothing is left of them.
     """
 
     def __init__(self, on_progress: Callable[[str], None] | None) -> None:
         self.processes: list[Process] = []
-        self.culprit: Process | None = None  # whose end was the death of the engine
-        self.ended = threading.Event()  # every process is gone and nothing is left of them
+        self.dead_process: Process | None = None
+        self.dead_reason = ""
+        self.ended = threading.Event()
         self.run_dir = ""
         self.changed = threading.Condition()
         self._on_progress = on_progress
-        self._lock = threading.Lock()
-        self._stopping = False
+        self._lock = threading.Lock()  # guards the start of a process against the end of all
+        self._stopping = threading.Event()
+        self._restarts: dict[str, RestartPolicy] = {}  # by name; empty until allow_restarts()
         self._owner_pid = os.getpid()
 
     def start(self, specs: list[ProcessSpec], config: EngineConfig) -> None:
-        """ConfigError when a process cannot be started; stop() is due then as well."""
+        """Raises ConfigError when a process cannot be started; the caller must stop() then too."""
         self.run_dir = _make_run_dir()
         try:
             for spec in specs:
                 start = ChildStart(spec.name, spec.index, self.run_dir, config)
                 self.processes.append(Process.spawn(spec, start))
-        finally:  # not before all are there: a death ends all that there are
+        finally:  # only when all are there: the end of one stops all that are in the list
             for process in self.processes:
-                name = f"watch {process.spec.name}"
-                threading.Thread(
-                    target=self._watch, args=(process,), name=name, daemon=True
-                ).start()
+                self._watch_in_thread(process)
+
+    def allow_restarts(self) -> None:
+        """From now on the end of a frontend does not end the engine."""
+        self._restarts = {
+            process.spec.name: RestartPolicy() for process in self.of_kind("frontend")
+        }
 
     @property
     def is_ready(self) -> bool:
@@ -176,68 +118,105 @@ class ProcessGroup:
         return [process for process in self.processes if process.spec.kind == kind]
 
     def stop(self, timeout_s: float) -> None:
-        """End every process and wait for it; does nothing in a fork of the owner."""
+        """End every process and wait for it; do nothing in a fork of the owner."""
         if os.getpid() != self._owner_pid:
             return
-        with self._lock:
-            first, self._stopping = not self._stopping, True
-        if first:
+        if self._begin_stop():
             self._end_all(Shutdown(), timeout_s)
         else:
             self.ended.wait()
 
     def kill(self) -> None:
-        """SIGKILL to all; the watching threads see to the rest."""
+        """Send SIGKILL to all; the watching threads do the rest."""
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
+
+    def _begin_stop(self) -> bool:
+        """Returns True for the first caller. No process is started after this returns."""
+        with self._lock:
+            is_first = not self._stopping.is_set()
+            self._stopping.set()
+            return is_first
 
     def _notify(self) -> None:
         with self.changed:
             self.changed.notify_all()
 
+    def _watch_in_thread(self, process: Process) -> None:
+        name = f"watch {process.spec.name}"
+        threading.Thread(target=self._watch, args=(process,), name=name, daemon=True).start()
+
     def _watch(self, process: Process) -> None:
-        while (report := self._read_report(process)) is not None:
+        while (report := _read_report(process)) is not None:
             if isinstance(report, ChildReady):
                 process.ready = report
-                self._tell(f"{process.spec.name} is ready")
+                self._report_progress(f"{process.spec.name} is ready")
             elif isinstance(report, ChildFailed):
                 process.failed = report
             elif isinstance(report, ChildProgress):
-                self._tell(f"{process.spec.name}: {report.text}")
+                self._report_progress(f"{process.spec.name}: {report.text}")
             self._notify()
         process.popen.wait()
         process.exited.set()
         self._on_exit(process)
 
-    def _read_report(self, process: Process) -> Any | None:
-        try:
-            return read_frame(process.reports)
-        except (OSError, ValueError, codec.WireError):
-            return None
-
-    def _tell(self, text: str) -> None:
+    def _report_progress(self, text: str) -> None:
         if self._on_progress is not None:
             try:
                 self._on_progress(text)
-            except Exception:  # the caller's; the process must be watched all the same
+            except Exception:  # an error of the caller must not end the watch
                 logger.exception("on_progress failed")
 
     def _on_exit(self, process: Process) -> None:
         if process.failed is not None and process.failed.code == PeerGoneError.code:
-            self.ended.wait(BLAME_WAIT_S)  # the peer's own end says more: let it come first
-        with self._lock:
-            if self._stopping:
+            self.ended.wait(PEER_WAIT_S)  # the end of its peer says more: let it come first
+        if self._stopping.is_set():
+            return
+        reason = process.how_it_ended()
+        restarts = self._restarts.get(process.spec.name)
+        if restarts is not None:
+            delay_s = restarts.on_death(time.monotonic())
+            if delay_s is not None:
+                self._restart(process, delay_s)
                 return
-            self._stopping = True
-            self.culprit = process
-        self._notify()
-        self._end_all(EngineDead(process.how_it_ended()), DEATH_GRACE_S)
+            reason += f", for the {MAX_DEATHS}th time within {WINDOW_S:g} s"
+        self._end_engine(process, reason)
 
-    def _end_all(self, last_order: object, timeout_s: float) -> None:
+    def _restart(self, process: Process, delay_s: float) -> None:
+        """Replace a process that has ended, after `delay_s`, unless the engine is stopped."""
+        logger.warning(
+            "%s; the requests of its clients have failed, and it is started again in %g s",
+            process.how_it_ended(),
+            delay_s,
+        )
+        if self._stopping.wait(delay_s):
+            return
+        try:
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                fresh = process.respawn()
+                self.processes[self.processes.index(process)] = fresh
+        except ConfigError as error:
+            self._end_engine(process, f"{process.how_it_ended()}, and {error}")
+            return
+        process.close()
+        self._watch_in_thread(fresh)
+
+    def _end_engine(self, process: Process, reason: str) -> None:
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            self.dead_process, self.dead_reason = process, reason
+            self._stopping.set()
+        self._notify()
+        self._end_all(EngineDead(reason), DEATH_GRACE_S)
+
+    def _end_all(self, last_message: object, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         frontends = self.of_kind("frontend")
         for process in frontends:
-            process.order(last_order)
+            process.send(last_message)
         _await_exits(frontends, min(deadline, time.monotonic() + FRONTEND_GRACE_S))
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
@@ -257,20 +236,28 @@ class ProcessGroup:
         self._notify()
 
 
+def _read_report(process: Process) -> Any | None:
+    """Returns the next report, or None when the process has closed its end."""
+    try:
+        return read_frame(process.reports)
+    except (OSError, ValueError, codec.WireError):
+        return None
+
+
 def _await_exits(processes: list[Process], deadline: float) -> None:
     for process in processes:
         process.exited.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _remove_socket(frontend: Process) -> None:
-    """A frontend that was killed leaves the file of its ipc:// endpoint behind."""
-    scheme, _, path = (frontend.ready.endpoint if frontend.ready else "").partition("://")
+    """Remove the file of an ipc:// endpoint, which a frontend that was killed leaves behind."""
+    scheme, _, path = frontend.endpoint.partition("://")
     if scheme == "ipc":
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
 def _make_run_dir() -> str:
-    """A private folder (0700) with a path short enough for Unix sockets."""
+    """Returns a new private folder (0700) with a path short enough for Unix sockets."""
     base = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="loraplex-", dir=base if len(base) < MAX_BASE_CHARS else "/tmp")

@@ -59,6 +59,7 @@ class SchedulerLoop:
         self._workers = workers
         self._messages_per_turn = messages_per_turn
         self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
+        self._frontend_peers: dict[str, bytes] = {}  # by name: the identity in use since its hello
 
     def turn(self) -> bool:
         """Take in some messages, plan, and send what there is to send; never waits.
@@ -115,6 +116,10 @@ class SchedulerLoop:
             case StatsQuery():
                 self._long_replies.append((peer, self._report_stats(message.query_id)))
             case FrontendHello():
+                former = self._frontend_peers.get(message.frontend, peer)
+                if former != peer:
+                    self._scheduler.abort_all(former)
+                self._frontend_peers[message.frontend] = peer
                 self._send(peer, self._info)
             case _:
                 raise TypeError(f"a frontend sent {type(message).__name__}")
@@ -188,4 +193,5 @@ class SchedulerLoop:
         except SlowPeerError:
             raise
         except PeerGoneError as error:
-            logger.debug("%s", error)  # its supervisor is told of its end as well, and acts
+            logger.debug("%s", error)
+            self._scheduler.abort_all(peer)

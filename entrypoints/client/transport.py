@@ -9,13 +9,19 @@ import zmq
 import zmq.auth
 from zmq.utils.monitor import parse_monitor_message
 
-from loraplex.engine.errors import ConfigError, EngineDeadError, client_error
+from loraplex.engine.errors import (
+    ConfigError,
+    ConnectionLostError,
+    EngineDeadError,
+    client_error,
+)
 from loraplex.engine.ipc.channel import RECEIVE_LIMIT, open_socket
 from loraplex.entrypoints.client.session import Message
 
 CLIENT_HWM = 4096  # messages
 SEND_TIMEOUT_MS = 10_000
 LINGER_MS = 500  # time for the last message, "bye", to leave
+MAX_FAILED_HANDSHAKES = 5  # a server that is ending may break off the first one
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -50,6 +56,7 @@ class SocketTransport:
         self.max_message_bytes = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._connected = False
+        self._num_failed_handshakes = 0
         self._lost = ""
         try:
             self._socket = open_socket(
@@ -135,7 +142,7 @@ class SocketTransport:
         """Returns the replies that have come, at most RECEIVE_LIMIT.
 
         Raises:
-            EngineDeadError: the connection is lost and every reply was returned.
+            ConnectionLostError: the connection is lost and every reply was returned.
         """
         self._read_monitor()
         replies: list[Message] = []
@@ -146,7 +153,7 @@ class SocketTransport:
                 break
             replies.append(msgpack.unpackb(data, strict_map_key=False))
         if self._lost and not replies:
-            raise EngineDeadError(self._lost)
+            raise ConnectionLostError(self._lost)
         return replies
 
     def is_lost(self) -> bool:
@@ -161,16 +168,26 @@ class SocketTransport:
                 return
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected = True
-            elif event == zmq.EVENT_DISCONNECTED and self._connected:
+            elif event == zmq.EVENT_DISCONNECTED and not self._connected:
+                continue  # the socket connects again by itself
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._may_try_again():
+                continue
+            elif event == zmq.EVENT_DISCONNECTED:
                 self._lost = (
-                    f"the connection to {self.endpoint} was lost: the engine has stopped, "
-                    "or refused a message for its size"
+                    f"the connection to {self.endpoint} was lost: the frontend was restarted, the "
+                    "engine has stopped, or it refused a message for its size. Unfinished requests "
+                    "have failed; the next call connects again"
                 )
             else:
                 self._lost = (
                     f"{self.endpoint} refused the connection: "
                     "the CurveZMQ keys do not match, or only one side uses keys"
                 )
+
+    def _may_try_again(self) -> bool:
+        """Count a handshake that the server broke off. Wrong keys break off every one."""
+        self._num_failed_handshakes += 1
+        return self._num_failed_handshakes < MAX_FAILED_HANDSHAKES
 
     def close(self) -> None:
         self._socket.disable_monitor()

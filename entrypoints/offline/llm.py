@@ -123,7 +123,8 @@ class LLM:
             ValueError, TypeError: an argument is wrong; nothing was sent.
             ClientError: the engine refused a request; the text says which and why. The other
                 requests of the call are cancelled, and the engine goes on.
-            EngineDeadError: a process of the engine ended; the text says which and how.
+            ConnectionLostError: the frontend ended and is started again; call again.
+            EngineDeadError: another process of the engine ended; the text says which and how.
         """
         batch = make_batch(completion_prompts(prompts), sampling_params, lora_request, priority)
         return self._run(batch, use_tqdm)
@@ -183,7 +184,9 @@ class LLM:
                 return self._run_window(batch, indices, bar)
             except EngineDeadError as error:
                 # The connection may break before the supervisor sees the process exit.
-                raise EngineDeadError(self._engine.death(_DEATH_WAIT_S) or str(error)) from None
+                if reason := self._engine.death(_DEATH_WAIT_S):
+                    raise EngineDeadError(reason) from None
+                raise type(error)(str(error)) from None
             except BaseException:  # includes KeyboardInterrupt
                 self._cancel(indices)
                 raise

@@ -12,6 +12,7 @@ class ChildStart(Message):
     index: int  # its rank, or its number among processes of one kind
     run_dir: str
     config: EngineConfig
+    incarnation: int = 0  # how often the supervisor has started it again
 
 
 class ChildProgress(Message):

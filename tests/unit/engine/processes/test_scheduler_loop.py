@@ -228,6 +228,39 @@ def test_a_frontend_that_left_does_not_end_the_scheduler() -> None:
         bench.finish()
 
 
+def test_requests_of_a_frontend_that_left_are_aborted_at_its_next_output() -> None:
+    bench = Bench()
+    for i in range(3):
+        bench.ask(ONE, i, [5, i], max_tokens=400)
+    bench.turn()
+    assert bench.scheduler.num_unfinished == 3
+    bench.frontends.error = PeerGoneError("gone")
+    bench.turn()
+    assert bench.scheduler.num_unfinished == 0
+    bench.finish()
+    assert bench.scheduler.stats()["pages_kv"] == 0
+
+
+def test_a_restarted_frontend_ends_the_requests_of_its_former_self() -> None:
+    """Also those that wait and have no output to fail on; another frontend keeps its own."""
+    bench = Bench()
+    again = b"frontend-0.1"
+    bench.frontends.inbox += [(ONE, FrontendHello("a")), (TWO, FrontendHello("b"))]
+    for i in range(80):  # more than run at a time
+        bench.ask(ONE, i, [5, i], max_tokens=400)
+    bench.ask(TWO, 1, [7, 8])
+    while bench.frontends.inbox:
+        bench.turn(work=False)
+    assert bench.scheduler.num_unfinished == 81
+    bench.frontends.inbox.append((again, FrontendHello("a")))
+    bench.ask(again, 1, [5, 6])
+    bench.turn()
+    assert bench.scheduler.num_unfinished == 2
+    bench.finish()
+    assert bench.frontends.tokens_of(again, 1) == expected_tokens([5, 6], max_tokens=6)
+    assert bench.frontends.tokens_of(TWO, 1) == expected_tokens([7, 8], max_tokens=6)
+
+
 @pytest.mark.parametrize(
     "message", [EngineInfo(1, 1, 1, 1, 1, []), StepOutputs(array("q"), array("i"))]
 )

@@ -6,7 +6,7 @@ import pytest
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
-from loraplex.engine.processes.process_group import Process, ProcessSpec
+from loraplex.engine.processes.process import Process, ProcessSpec
 
 SHOW = """
 import os, sys

@@ -1,0 +1,106 @@
+"""One child process of an engine: how it is started, what it reports, how it ended."""
+
+import contextlib
+import os
+import subprocess
+import threading
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO, cast
+
+import msgspec
+
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.ipc.child import child_environment, how_it_ended, write_frame
+from loraplex.engine.ipc.messages.lifecycle import ChildFailed, ChildReady, ChildStart
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """A process to start. `kind` is "frontend", "scheduler" or "worker"."""
+
+    kind: str
+    index: int
+    command: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "scheduler" else f"{self.kind} {self.index}"
+
+
+@dataclass(eq=False)
+class Process:
+    """A started child and its reports."""
+
+    spec: ProcessSpec
+    start: ChildStart
+    popen: "subprocess.Popen[bytes]"
+    reports: BinaryIO
+    ready: ChildReady | None = None
+    failed: ChildFailed | None = None
+    exited: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def spawn(cls, spec: ProcessSpec, start: ChildStart) -> "Process":
+        """Start the child in a session of its own, so that Ctrl-C reaches the supervisor alone.
+
+        Raises:
+            ConfigError: the operating system cannot start it.
+        """
+        reader, writer = os.pipe()
+        try:
+            popen = subprocess.Popen(
+                [*spec.command, str(writer)],
+                stdin=subprocess.PIPE,
+                stdout=2,  # the caller's own output must not mix with the children's
+                pass_fds=(writer,),
+                start_new_session=True,
+                env=child_environment(),
+            )
+        except OSError as error:
+            os.close(reader)
+            raise ConfigError(f"cannot start {spec.name}: {error}") from None
+        finally:
+            os.close(writer)
+        process = cls(spec, start, popen, os.fdopen(reader, "rb"))
+        process.send(start)
+        return process
+
+    def respawn(self) -> "Process":
+        """Start the child again after its end. A frontend binds the address that it had."""
+        config = self.start.config
+        if self.endpoint:
+            config = replace(config, server=replace(config.server, endpoint=self.endpoint))
+        incarnation = self.start.incarnation + 1
+        return Process.spawn(
+            self.spec, msgspec.structs.replace(self.start, config=config, incarnation=incarnation)
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """The address that a frontend has bound, or its predecessor had; empty if there is none."""
+        if self.ready is not None:
+            return self.ready.endpoint
+        return self.start.config.server.endpoint if self.start.incarnation else ""
+
+    def send(self, message: object) -> None:
+        """Write a message to its control pipe; do nothing if it has ended."""
+        with contextlib.suppress(OSError, ValueError):
+            write_frame(cast(BinaryIO, self.popen.stdin), message)
+
+    def send_signal(self, number: int) -> None:
+        if not self.exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                self.popen.send_signal(number)
+
+    def close(self) -> None:
+        """Close its pipes once it has ended; until then the watching thread reads them."""
+        if not self.exited.is_set():
+            return
+        with contextlib.suppress(OSError):
+            cast(BinaryIO, self.popen.stdin).close()
+        self.reports.close()
+
+    def how_it_ended(self) -> str:
+        if self.failed is not None:
+            return f"{self.spec.name} failed: {self.failed.text}"
+        return f"{self.spec.name} {how_it_ended(self.popen.returncode)}"
