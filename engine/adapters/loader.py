@@ -1,8 +1,8 @@
-"""Adapters from disk to the host store and on to their pages, beside the worker's loop.
+"""Loads adapters from disk into host memory and from there into their pages.
 
-Readers (engine/adapters/reader.py) read, check and pack; one loader thread copies into pages and
-says when a copy has ended. On a GPU no step waits for either: memory/device/page_copier.py explains
-the streams.
+Reader threads (engine/adapters/reader.py) read, check and pack. One loader thread copies into pages
+and reports the end of each copy. On a GPU no step waits for a read or a copy; the streams are
+explained in memory/device/page_copier.py.
 """
 
 import logging
@@ -42,7 +42,7 @@ MAX_COPIES = 2
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A LoadAdapter on its way. Only threads of the loader change it until it is reported."""
+    """A LoadAdapter that has not been answered. Only threads of the loader change it until it is reported."""
 
     command: LoadAdapter
     wait_for: Event  # the last step that used the pages or the slot for what they held before
@@ -85,7 +85,7 @@ class AdapterLoader:
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
         self._store = HostStore(host_bytes, make_slab=make_slab)
-        self._telling = threading.Lock()
+        self._report_order = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
@@ -118,7 +118,7 @@ class AdapterLoader:
     def drop(self, content_hash: str) -> None:
         """Free its host memory, once the loads under way are done with it."""
         self._store.drop(content_hash)
-        self._tell()
+        self._report_in_order()
 
     def finish(self, load: Load) -> AdapterLoaded:
         """Fill the table's row of a load that was reported; steps may use its slot from now on."""
@@ -149,14 +149,16 @@ class AdapterLoader:
                 lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
                 acquire=True,
             )
-            self._tell(_describe(command, adapter), release=adapter.content_hash)
+            self._report_in_order(_describe(command, adapter), release=adapter.content_hash)
         except Exception as error:
             text = _explain(command.name, error)
-            self._tell(AdapterInspected(name=command.name, path=command.path, error=text))
+            self._report_in_order(
+                AdapterInspected(name=command.name, path=command.path, error=text)
+            )
         self._prepare()
 
     def _read_again(self, load: Load) -> None:
-        """The host store dropped it; what is at the path now must still be the same content."""
+        """Read an adapter that the host store has evicted; its content must be unchanged."""
         name, folder = Path(load.command.path).name, Path(load.command.path)
 
         def read(allocate: Allocate) -> PackedAdapter:
@@ -173,15 +175,15 @@ class AdapterLoader:
             self._queue.put(load)
         except Exception as error:
             load.error = _explain(name, error)
-            self._tell(load)
+            self._report_in_order(load)
         self._prepare()
 
     def _prepare(self) -> None:
-        """Room for the next adapters, in time and beside the readers."""
+        """Reserve room for the next adapters, in a thread of its own."""
         self._preparer.submit(self._store.prepare)
 
     def _run(self) -> None:
-        """The loader thread: enqueues loads and reports them, in the order they came in."""
+        """Run the loader thread: enqueue copies and report loads in the order they came in."""
         self._enter_thread()
         copying: deque[Load] = deque()
         try:
@@ -219,19 +221,23 @@ class AdapterLoader:
     def _end(self, load: Load) -> None:
         if load.copied is not None:
             load.copied.synchronize()
-        self._tell(load, release=load.command.content_hash if load.adapter is not None else "")
+        self._report_in_order(
+            load, release=load.command.content_hash if load.adapter is not None else ""
+        )
 
-    def _tell(self, item: AdapterInspected | Load | None = None, release: str = "") -> None:
-        """Report an item after all evictions so far, and before its own content's."""
-        with self._telling:
-            self._tell_evicted()
+    def _report_in_order(
+        self, item: AdapterInspected | Load | None = None, release: str = ""
+    ) -> None:
+        """Report an item after all evictions so far, and before an eviction of its own content."""
+        with self._report_order:
+            self._report_evicted()
             if release:
                 self._store.release(release)
             if item is not None:
                 self._report(item)
-            self._tell_evicted()
+            self._report_evicted()
 
-    def _tell_evicted(self) -> None:
+    def _report_evicted(self) -> None:
         for content_hash in self._store.take_evicted():
             self._report(AdapterEvicted(content_hash))
 

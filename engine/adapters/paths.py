@@ -1,4 +1,4 @@
-"""Where adapters may come from: the folders named at start, and the root for paths of clients."""
+"""Finds the adapters that are named at start, and checks the paths that clients send."""
 
 import logging
 import os
@@ -13,9 +13,10 @@ ADAPTER_NAME = re.compile(r"\w[\w.:/@+-]{0,199}")
 
 
 def adapters_at_start(config: AdapterConfig) -> list[tuple[str, str]]:
-    """(name, absolute path) of every adapter that the configuration names.
+    """Returns (name, absolute path) of every adapter that the configuration names.
 
-    Raises ConfigError for a path that is no PEFT directory, and for a name that is bad or twice.
+    Raises:
+        ConfigError: a path is no PEFT directory, or a name is malformed or given twice.
     """
     found = [(name, os.path.abspath(os.path.expanduser(path))) for name, path in config.adapters]
     for name, path in found:
@@ -51,9 +52,11 @@ def _is_peft_directory(path: str) -> bool:
 
 
 def check_under_root(path: str, root: str) -> str:
-    """The real path, if it is a directory under `root`; ClientError "forbidden" if it is not.
+    """Returns the real path of a directory under `root`, after following symbolic links.
 
-    Symbolic links are followed first. Whether a path outside the root exists is not told.
+    Raises:
+        ClientError: "forbidden" outside the root, whether the path exists or not; "adapter" if it
+            is no directory.
     """
     if not root:
         raise client_error(

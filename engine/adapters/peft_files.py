@@ -1,7 +1,7 @@
-"""Reads a PEFT directory and packs its weights in page layout; refuses what it cannot honour.
+"""Reads and checks a PEFT directory and packs its weights in the layout of pages.
 
-The tensors in the file say which modules exist, the configuration must agree with them, and both
-must fit the base model. Everything else would answer with a wrong model, silently.
+The file and the configuration must name the same modules, and both must fit the base model. An
+adapter that does not is refused, because it would silently give wrong answers.
 """
 
 import logging
@@ -62,13 +62,13 @@ _MAX_KEPT_HEADER_BYTES = 1 << 20
 
 
 def module_name(layer: int, module: int) -> str:
-    """As Hugging Face names it, and as PEFT matches it."""
+    """Returns the full name of a module in Hugging Face's models, which PEFT's patterns match."""
     parent = "self_attn" if module < MODULES.index("gate_proj") else "mlp"
     return f"model.layers.{layer}.{parent}.{MODULES[module]}"
 
 
 def allocate_plain(num_bytes: int) -> torch.Tensor:
-    """Memory of its own for one adapter."""
+    """Returns new memory for one adapter."""
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
@@ -78,19 +78,20 @@ def read_adapter(
     target: AdapterTarget,
     *,
     allocate: Allocate = allocate_plain,
-    hashes: ContentHashCache | None = None,
+    hash_cache: ContentHashCache | None = None,
     packers: Executor | None = None,
 ) -> PackedAdapter:
     """Read, check, hash and pack. Only the two PEFT files of `folder` are opened.
 
     Args:
-        allocate: gives the memory to pack into; called once, when all but the numbers is checked.
-        hashes: of files that were read before; what has not changed since is neither hashed nor
+        allocate: returns the memory to pack into. It is called once, when everything except the
+            numbers is checked.
+        hash_cache: hashes of files that were read before. Unchanged files are not hashed and not
             searched for NaN again.
         packers: threads that share the work; none of them may wait for this call.
 
     Raises:
-        AdapterError: names the adapter and the reason.
+        AdapterError: the adapter cannot be served; the text names it and the reason.
     """
     try:
         if not folder.is_dir():
@@ -108,12 +109,12 @@ def read_adapter(
                 target=target,
                 allocate=allocate,
                 packers=packers,
-                content_hash=hashes.get(folder, files) if hashes else None,
+                content_hash=hash_cache.get(folder, files) if hash_cache else None,
             )
             if (file.stamp(), _stamp_config(folder)) != files:
                 raise PeftConfigError("its files changed while they were read; load it again")
-        if hashes:
-            hashes.remember(folder, files, packed.content_hash)
+        if hash_cache:
+            hash_cache.remember(folder, files, packed.content_hash)
         return packed
     except OSError as error:
         reason = _explain(error, folder)
@@ -128,14 +129,17 @@ def _stamp_config(folder: Path) -> tuple[int, ...]:
     try:
         return stamp(os.stat(folder / CONFIG_FILE))
     except OSError:
-        return ()  # reading it says what is wrong
+        return ()  # read_peft_config reports the error
 
 
 def _find_modules(
     file: SafetensorsFile, config: PeftConfig, target: AdapterTarget
 ) -> Mapping[ModuleKey, Sides]:
-    """The file's tensors by module. Adapters of one recipe have one header, so it is mostly found
-    among those checked before: three milliseconds that hold up the loop that launches steps."""
+    """Returns the tensors of each module, checked.
+
+    Adapters of one recipe have equal headers, so most headers are found in the cache of _check.
+    That saves three milliseconds in which the loop that launches steps would wait.
+    """
     header, num_bytes = file.read_header(), file.status.st_size
     unscaled = replace(config, alpha=1.0, alpha_pattern=(), use_rslora=False)
     check = _check if len(header) <= _MAX_KEPT_HEADER_BYTES else _check.__wrapped__
@@ -146,8 +150,8 @@ def _find_modules(
 def _check(
     header: bytes, file_bytes: int, config: PeftConfig, target: AdapterTarget
 ) -> Mapping[ModuleKey, Sides]:
-    """The file's tensors by module, in accord with the configuration, whose scale does not matter,
-    and with the base model."""
+    """Returns the tensors of each module. Raises PeftConfigError or DamagedFileError unless they
+    agree with the configuration and the base model. The scale is not checked."""
     if file_bytes > target.max_file_bytes:
         raise PeftConfigError(
             f"{WEIGHTS_FILE} has {file_bytes} bytes, more than any adapter of rank up to "

@@ -1,7 +1,7 @@
-"""Reading adapters: in this process, or in one of its own that packs them into shared memory.
+"""Reads adapters in this process, or in a process of its own that packs into shared memory.
 
-Threads that read and pack share the interpreter with the loop that launches steps. On a GPU, which
-waits for that loop, they are therefore given another: what is left here is two messages a read.
+Threads that read and pack share the interpreter with the loop that launches steps, and a GPU waits
+for that loop. A worker with a GPU therefore uses another process; each read costs it two messages.
 """
 
 import logging
@@ -41,36 +41,38 @@ from loraplex.scheduler.worker_protocol import int_array
 logger = logging.getLogger("loraplex")
 
 NUM_READERS = 2
-"""Adapters that are read at a time; each is packed by several threads."""
+"""Largest number of adapters read at a time; several threads pack each of them."""
 
 MAX_PACKERS = 8
-"""Threads that pack and hash layers, whichever adapter they are of."""
+"""Largest number of threads that pack and hash layers, for all adapters together."""
 
 MAX_MESSAGE_BYTES = 128 << 10
-"""An adapter's tables for 80 layers take a twelfth of it."""
+"""The tables of an adapter for 80 layers take a twelfth of it."""
 
 END_TIMEOUT_S = 5.0
 
 
 class ReaderError(RuntimeError):
-    """Reading failed for a reason that is not the adapter's."""
+    """Reading failed, and the adapter is not the cause."""
 
 
 class AdapterReader(Protocol):
-    """Reads PEFT directories; `read` may be called by NUM_READERS threads at a time.
+    """Reads PEFT directories. NUM_READERS threads may call `read` at a time.
 
     Attributes:
-        needs_shared_memory: what `allocate` gives must lie in a shared slab (memory/host/slab.py).
+        needs_shared_memory: `allocate` must return part of a shared slab (memory/host/slab.py).
     """
 
     needs_shared_memory: bool
 
     def read(self, name: str, folder: Path, allocate: Allocate) -> PackedAdapter:
-        """Read, check, hash and pack into what `allocate` gives, which is called once at most.
+        """Read, check, hash and pack an adapter into memory from `allocate`.
+
+        `allocate` is called at most once.
 
         Raises:
-            AdapterError: names the adapter and the reason.
-            ReaderError: no fault of the adapter.
+            AdapterError: the adapter cannot be served; the text names it and the reason.
+            ReaderError: the adapter is not the cause.
         """
         ...
 
@@ -78,13 +80,13 @@ class AdapterReader(Protocol):
 
 
 class ThreadReader:
-    """In this process, packing by a pool of threads."""
+    """Reads in this process and packs with a pool of threads."""
 
     needs_shared_memory = False
 
     def __init__(self, target: AdapterTarget) -> None:
         self._target = target
-        self._hashes = ContentHashCache()
+        self._hash_cache = ContentHashCache()
         num_packers = min(MAX_PACKERS, max(1, len(os.sched_getaffinity(0)) // 2))
         self._packers = ThreadPoolExecutor(num_packers, "adapter-packer")
 
@@ -94,7 +96,7 @@ class ThreadReader:
             folder,
             self._target,
             allocate=allocate,
-            hashes=self._hashes,
+            hash_cache=self._hash_cache,
             packers=self._packers,
         )
 
@@ -103,9 +105,9 @@ class ThreadReader:
 
 
 class ProcessReader:
-    """In a process of its own (engine/processes/adapter_reader_main.py), which ends with this one.
+    """Reads in a child process (engine/processes/adapter_reader_main.py) that ends with this one.
 
-    Should it die, what it was reading fails, and the next read starts another.
+    If the child dies, the reads in progress fail, and the next read starts another child.
     """
 
     needs_shared_memory = True
@@ -117,17 +119,17 @@ class ProcessReader:
 
     @property
     def pid(self) -> int | None:
-        """None: there is none until the next read."""
+        """The id of the child; None if the next read starts one."""
         process = self._process
         return process.popen.pid if process is not None else None
 
     def read(self, name: str, folder: Path, allocate: Allocate) -> PackedAdapter:
-        with self._link() as link:
-            send(link, ReadAdapter(name, str(folder)))
-            answer, data = receive(link)[0], None
+        with self._connection() as connection:
+            send(connection, ReadAdapter(name, str(folder)))
+            answer, data = receive(connection)[0], None
             if isinstance(answer, NeedMemory):
-                data = _give_memory(link, answer.num_bytes, allocate)
-                answer = receive(link)[0]
+                data = _give_memory(connection, answer.num_bytes, allocate)
+                answer = receive(connection)[0]
         if isinstance(answer, ReadFailed):
             raise (AdapterError if answer.is_refused else ReaderError)(answer.text)
         assert data is not None
@@ -140,8 +142,8 @@ class ProcessReader:
             self._process = None
 
     @contextmanager
-    def _link(self) -> Iterator[socket.socket]:
-        """A connection to a living process, for one read."""
+    def _connection(self) -> Iterator[socket.socket]:
+        """Lend a connection to a living child for one read, starting a child if there is none."""
         with self._lock:
             if self._process is None or self._process.popen.poll() is not None:
                 if self._process is not None:
@@ -149,26 +151,26 @@ class ProcessReader:
                     logger.warning("the process that reads adapters %s: another is started", how)
                 self._process = _Process(self._target)
             process = self._process
-            link = process.links.pop()
+            connection = process.connections.pop()
         try:
-            yield link
+            yield connection
         except (ConnectionError, EOFError, codec.WireError) as error:
             raise ReaderError(f"the process that reads adapters {process.end()}") from error
         finally:
-            process.links.append(link)
+            process.connections.append(connection)
 
 
 def make_reader(target: AdapterTarget) -> AdapterReader:
-    """As suits the device: a GPU waits for the loop that launches steps."""
+    """Returns a ProcessReader for a GPU and a ThreadReader for a CPU."""
     return ProcessReader(target) if target.pin_memory else ThreadReader(target)
 
 
 class _Process:
-    """A child and its connections that no read uses."""
+    """A child, and its connections that no read uses at present."""
 
     def __init__(self, target: AdapterTarget) -> None:
         pairs = [socket.socketpair(type=socket.SOCK_SEQPACKET) for _ in range(NUM_READERS)]
-        self.links = [ours for ours, _ in pairs]
+        self.connections = [ours for ours, _ in pairs]
         theirs = [socket_.fileno() for _, socket_ in pairs]
         module = "loraplex.engine.processes.adapter_reader_main"
         try:
@@ -193,12 +195,12 @@ class _Process:
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
         )
-        send(self.links[0], start)
+        send(self.connections[0], start)
 
     def end(self) -> str:
-        """Close the connections that no read uses, upon which it ends; returns how it ended."""
-        for link in self.links:
-            link.close()
+        """Close the connections, which ends the child. Returns how it ended."""
+        for connection in self.connections:
+            connection.close()
         try:
             status = self.popen.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -207,16 +209,17 @@ class _Process:
         return how_it_ended(status)
 
 
-def _give_memory(link: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:
+def _give_memory(connection: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:
+    """Allocate memory for the child to pack into and send it the place. Returns the memory."""
     try:
         data = allocate(num_bytes)
         place = place_of(data)
     except BaseException:
-        send(link, NoMemory())
-        receive(link)  # its ReadFailed
+        send(connection, NoMemory())
+        receive(connection)  # the child answers with a ReadFailed
         raise
     live = array("q", live_slabs())
-    send(link, HostMemory(place.slab_id, place.slab_bytes, place.offset, live), place.fd)
+    send(connection, HostMemory(place.slab_id, place.slab_bytes, place.offset, live), place.fd)
     return data
 
 
@@ -235,18 +238,19 @@ def _unpack(packed: AdapterPacked, data: torch.Tensor, target: AdapterTarget) ->
     )
 
 
-def send(link: socket.socket, message: object, fd: int | None = None) -> None:
-    socket.send_fds(link, [codec.encode(message)], [] if fd is None else [fd])
+def send(connection: socket.socket, message: object, fd: int | None = None) -> None:
+    """Send a message, and a file descriptor with it if one is given."""
+    socket.send_fds(connection, [codec.encode(message)], [] if fd is None else [fd])
 
 
-def receive(link: socket.socket) -> tuple[Any, int | None]:
-    """The next message, and the file descriptor that came with it.
+def receive(connection: socket.socket) -> tuple[Any, int | None]:
+    """Returns the next message, and the file descriptor that came with it.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the other side has closed the connection.
         OSError: this process has too many files open to take another.
     """
-    data, fds, flags, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, 1)
+    data, fds, flags, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
     if not data:
         raise EOFError
     if flags & socket.MSG_CTRUNC:

@@ -1,8 +1,8 @@
-"""Tensors of a safetensors file, read into the caller's memory.
+"""Reads tensors of a safetensors file into the caller's memory.
 
-The file is read, never mapped: one that somebody truncates meanwhile must not end the process. The
-safetensors library reads a file whole or maps it, so the header, a JSON map of name to type, shape
-and place, is parsed here; what the library refuses is refused.
+The file is read and never mapped: if someone truncates a mapped file, the process dies. The
+safetensors library maps a file or reads all of it, so the header is parsed here. It is a JSON
+map from a tensor's name to its type, shape and place. Files that the library refuses are refused.
 """
 
 import json
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 16 << 20
 ByteArray = npt.NDArray[np.uint8]
 
 _LENGTH_BYTES = 8
-_MAX_VIEWS = 1024  # of one preadv
+_MAX_VIEWS = 1024  # arrays in one preadv
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,16 +34,16 @@ _DTYPES = {
 
 
 class DamagedFileError(ValueError):
-    """No file that the safetensors library would read."""
+    """The file is damaged; the safetensors library would refuse it, too."""
 
 
 class NotRegularFileError(ValueError):
-    """A directory, a pipe or a device."""
+    """The path is a directory, a pipe or a device."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """A tensor and its bytes in the file, `start` counted from the beginning of the file."""
+    """The type, the shape and the place of a tensor; `start` is an offset in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class SafetensorsFile:
         self.status = os.fstat(descriptor)
 
     def read_header(self) -> bytes:
-        """The JSON text for parse_header. Raises DamagedFileError."""
+        """Returns the JSON text for parse_header. Raises DamagedFileError."""
         length_bytes = os.pread(self._descriptor, _LENGTH_BYTES, 0)
         length = int.from_bytes(length_bytes, "little")
         if len(length_bytes) < _LENGTH_BYTES or _LENGTH_BYTES + length > self.status.st_size:
@@ -69,14 +69,15 @@ class SafetensorsFile:
         return os.pread(self._descriptor, length, _LENGTH_BYTES)
 
     def read(self, targets: Iterable[tuple[TensorPlace, ByteArray]]) -> None:
-        """Fill each array with the bytes of its tensor. Tensors that are neighbours in the file
-        are read by one call, wherever their arrays are.
+        """Fill each array with the bytes of its tensor.
+
+        Neighbouring tensors are read by one call, wherever their arrays are.
 
         Args:
-            targets: contiguous arrays, each of as many bytes as its tensor.
+            targets: contiguous uint8 arrays, each as long as its tensor.
 
         Raises:
-            DamagedFileError: the file ends before they do.
+            DamagedFileError: the file ends too early.
         """
         views: list[memoryview] = []
         start = end = 0
@@ -91,7 +92,7 @@ class SafetensorsFile:
         self._fill(views, start)
 
     def stamp(self) -> tuple[int, ...]:
-        """As stamp(), of the file as it is now."""
+        """Returns stamp() of the file as it is now."""
         return stamp(os.fstat(self._descriptor))
 
     def _fill(self, views: list[memoryview], start: int) -> None:
@@ -108,7 +109,7 @@ class SafetensorsFile:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
-    """Raises OSError or NotRegularFileError; a pipe that nobody writes to does not hang."""
+    """Open a file. Raises OSError or NotRegularFileError; does not block on a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         file = SafetensorsFile(descriptor)
@@ -120,7 +121,7 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
 
 
 def parse_header(text: bytes, file_bytes: int) -> dict[str, TensorPlace]:
-    """The tensors of a file of so many bytes. Raises DamagedFileError."""
+    """Returns the tensors by name, for a file of `file_bytes` bytes. Raises DamagedFileError."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -140,7 +141,10 @@ def parse_header(text: bytes, file_bytes: int) -> dict[str, TensorPlace]:
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """Differs when a file was replaced or written: ctime moves even where mtime is set back."""
+    """Returns a value that changes when the file is replaced or written.
+
+    A program can set mtime back, but not ctime.
+    """
     return (
         status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The table of resident adapters on one worker, and the grouping of a step's rows by adapter."""
+"""Holds the table of resident adapters of one worker, and groups the rows of a step by adapter."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,17 +11,20 @@ from loraplex.memory.host.store import PackedAdapter
 
 
 class AdapterTable:
-    """The table on the device is written by whoever loads adapters, on the stream of the load; its
-    copy on the host by the thread that plans steps, and by no other.
+    """The ranks, scales and places of resident adapters, on the device and in a copy on the host.
 
-    Attributes: table, whose tensors keep their addresses for good.
+    The loader thread writes the table on the device, on the stream of the load. The thread that
+    plans steps writes the copy on the host.
+
+    Attributes:
+        table: its tensors keep their addresses, so that CUDA graphs may hold them.
     """
 
     def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
         all_modules = {module: target.max_rank for module in range(len(MODULES))}
         max_pages = num_pages([all_modules], target.shapes, target.page_elems)
-        # rank, a_start, b_start and the bits of scale: a row goes to the device in one copy.
-        # On the device an adapter's modules lie side by side: kernels read those of one slot.
+        # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
+        # device. There the modules of one adapter lie side by side, as kernels read them.
         shape = (4, target.num_layers, num_slots, len(MODULES))
         self._host_fields = torch.zeros(shape, dtype=torch.int32).transpose(2, 3).contiguous()
         self._fields = torch.zeros(shape, dtype=torch.int32, device=device).transpose(2, 3)
@@ -38,10 +41,10 @@ class AdapterTable:
         return self.table.page_table.shape[0]
 
     def write_device(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
-        """Let `slot` mean `adapter`, whose weights are in `page_ids`; only enqueued on a GPU.
+        """Write the row of `slot` on the device; on a GPU the copy is only enqueued.
 
         Args:
-            page_ids: integers [n], on the device.
+            page_ids: int32 [n] on the device: the pages with the adapter's weights.
         """
         row = _pack_row(adapter)
         if self._fields.is_cuda:
@@ -51,22 +54,26 @@ class AdapterTable:
         self.table.page_table[slot, : len(page_ids)].copy_(page_ids)
 
     def write_host(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
-        """The same in what steps are planned by; `page_ids` on the CPU."""
+        """Write the row of `slot` in the host's copy; `page_ids` is int32 [n] on the CPU."""
         self._host_fields[..., slot] = _pack_row(adapter)
         self.table.host_page_table[slot].zero_()
         self.table.host_page_table[slot, : len(page_ids)] = page_ids
 
     def clear(self, slot: int) -> None:
-        """Steps planned from now on may not name the slot. The device keeps the old row, which
-        steps in flight may read."""
+        """Empty the row of `slot` in the host's copy, so that later steps may not name the slot.
+
+        The row on the device stays, because steps in flight may read it.
+        """
         self._host_fields[..., slot].zero_()
         self.table.host_page_table[slot].zero_()
 
     @staticmethod
     def check(table: LoRATable, slots: npt.NDArray[np.int32]) -> None:
-        """Raise ValueError unless there is an adapter in every slot: a request must never be
-        answered by the base model, or by another's weights, in silence."""
-        empty = slots[table.host_page_table.numpy()[slots, 0] == 0]  # page 0 is nobody's
+        """Raise ValueError unless every slot holds an adapter.
+
+        Otherwise the base model, or another adapter, would silently answer a request.
+        """
+        empty = slots[table.host_page_table.numpy()[slots, 0] == 0]  # page 0 belongs to no adapter
         if len(empty):
             raise ValueError(f"a step names adapter slots {empty.tolist()}, which are not loaded")
 
@@ -82,7 +89,7 @@ def _by_name(fields: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _pack_row(adapter: PackedAdapter) -> torch.Tensor:
-    """int32 [4, L, M]."""
+    """Returns the row of an adapter, int32 [4, layers, modules]."""
     scale = adapter.scale.view(torch.int32)
     return torch.stack((adapter.rank, adapter.a_start, adapter.b_start, scale))
 
@@ -90,11 +97,11 @@ def _pack_row(adapter: PackedAdapter) -> torch.Tensor:
 def group_rows(
     adapter_slots: npt.NDArray[np.int32], num_tokens: npt.NDArray[np.int32]
 ) -> LoRABatch:
-    """A step's tokens by adapter.
+    """Group the tokens of a step by adapter.
 
     Args:
-        adapter_slots: of each row of the step, -1 for the base model.
-        num_tokens: of each row.
+        adapter_slots: int32 [rows]; -1 is the base model.
+        num_tokens: int32 [rows].
     """
     token_slots = np.repeat(adapter_slots, num_tokens)
     order = np.argsort(token_slots, kind="stable")

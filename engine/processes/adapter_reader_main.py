@@ -1,4 +1,4 @@
-"""The process that reads a worker's adapters into the worker's memory."""
+"""Runs the process that reads a worker's adapters into the worker's memory."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ logger = logging.getLogger("loraplex")
 
 
 class Slabs:
-    """The worker's, mapped when they are first packed into."""
+    """Maps the worker's slabs of shared memory when they are first used."""
 
     def __init__(self) -> None:
         self._mapped: dict[int, torch.Tensor] = {}
@@ -41,7 +41,7 @@ class Slabs:
     def take(self, memory: HostMemory, fd: int, num_bytes: int) -> torch.Tensor:
         with self._lock:
             gone = self._mapped.keys() - memory.live_slabs
-            for slab_id in gone:  # if another thread packs into one, it keeps it alive
+            for slab_id in gone:  # a thread that still packs into one keeps it mapped
                 del self._mapped[slab_id]
             slab = self._mapped.get(memory.slab_id)
             if slab is None:
@@ -49,12 +49,12 @@ class Slabs:
             return slab[memory.offset : memory.offset + num_bytes]
 
 
-def serve(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
-    """Read what the worker asks for, until it is gone."""
+def serve(connection: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
+    """Answer the worker's requests until it closes the connection."""
 
     def allocate(num_bytes: int) -> torch.Tensor:
-        send(link, NeedMemory(num_bytes))
-        memory, fd = receive(link)
+        send(connection, NeedMemory(num_bytes))
+        memory, fd = receive(connection)
         if isinstance(memory, NoMemory):
             raise MemoryError("the worker has no room for the adapter")
         assert fd is not None
@@ -64,8 +64,8 @@ def serve(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
             os.close(fd)
 
     while True:
-        request, _ = receive(link)
-        send(link, _answer(request, reader, allocate))
+        request, _ = receive(connection)
+        send(connection, _answer(request, reader, allocate))
 
 
 def _answer(
@@ -109,31 +109,31 @@ def _target(start: ReaderStart) -> AdapterTarget:
 
 
 def main() -> None:
-    """One thread for each connection named by its descriptor; the first to end ends them all."""
+    """Serve each connection, given by its descriptor, in a thread; end when the first one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging("adapter reader")
-    torch.set_num_threads(1)  # the packers are threads enough
-    links = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]
+    torch.set_num_threads(1)  # the packers already use the cores
+    connections = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]
     ended = threading.Event()
 
-    def run(link: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
+    def run(connection: socket.socket, reader: AdapterReader, slabs: Slabs) -> None:
         try:
-            serve(link, reader, slabs)
+            serve(connection, reader, slabs)
         except (EOFError, ConnectionError):
-            pass  # the worker has ended
+            pass  # the worker has ended; so does this process
         except BaseException:
             logger.exception("failed")
         ended.set()
 
     try:
-        start, _ = receive(links[0])
+        start, _ = receive(connections[0])
     except (EOFError, ConnectionError):
         os._exit(0)
     reader, slabs = ThreadReader(_target(start)), Slabs()
-    for link in links:
-        threading.Thread(target=run, args=(link, reader, slabs), daemon=True).start()
+    for connection in connections:
+        threading.Thread(target=run, args=(connection, reader, slabs), daemon=True).start()
     ended.wait()
-    os._exit(0)  # whatever the other threads are at
+    os._exit(0)  # without waiting for the other threads
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The process of one worker, which owns one GPU."""
+"""Runs a worker, which owns one GPU: ``python -m loraplex.engine.processes.worker_main``."""
 
 import gc
 import sys
@@ -12,7 +12,7 @@ from loraplex.scheduler.worker_protocol import WorkerCommand, WorkerEvent, Worke
 
 
 class WorkerLike(Protocol):
-    """What the loop needs of a worker. It calls `wakeup` when an event comes by itself."""
+    """The interface of a worker. It calls `wakeup` when an event comes without a command."""
 
     ready: WorkerReady
 
@@ -24,7 +24,7 @@ class WorkerLike(Protocol):
 
 
 SWITCH_INTERVAL_S = 0.0005
-"""After so long a thread that packs an adapter lets the loop have the interpreter."""
+"""Longest time that another thread keeps the interpreter while the loop waits for it."""
 
 
 def run(child: Child) -> None:
@@ -35,12 +35,12 @@ def run(child: Child) -> None:
         child.start.config, child.start.index, wakeup=child.wakeup.set, progress=child.progress
     )
     gc.collect()
-    gc.freeze()  # what start-up made stays: later collections pass it over
+    gc.freeze()  # objects made at start stay; later collections skip them
     serve(child, worker)
 
 
 def serve(child: Child, worker: WorkerLike) -> None:
-    """Execute commands in order and send back what comes of them, until told to stop."""
+    """Execute commands in order and send back the events, until the supervisor stops the child."""
     context = zmq.Context()
     identity = worker_identity(child.start.index)
     scheduler = DealerChannel(context, f"ipc://{child.start.run_dir}/workers", identity)

@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 
 from loraplex import LLM, LoRARequest, SamplingParams
-from loraplex.engine.errors import ClientError, ConfigError, EngineDeadError
+from loraplex.engine.errors import (
+    ClientError,
+    ConfigError,
+    ConnectionLostError,
+    EngineDeadError,
+)
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.offline import local_engine
 
@@ -154,7 +159,7 @@ def kill_when_running(llm: LLM, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", ["worker 0", "scheduler", "frontend 0"])
+@pytest.mark.parametrize("victim", ["worker 0", "scheduler"])
 def test_death_of_a_process_is_an_error_with_its_name(victim: str) -> None:
     with start_llm("--delay", "0.05") as llm:
         pids = pids_of(llm)
@@ -170,6 +175,22 @@ def test_death_of_a_process_is_an_error_with_its_name(victim: str) -> None:
         with pytest.raises(EngineDeadError, match=victim):
             tokens(llm, [[1]])
         assert_ended(pids.values())
+
+
+def test_death_of_the_frontend_fails_one_call() -> None:
+    with start_llm("--delay", "0.05") as llm:
+        killer = threading.Timer(0.5, os.kill, (pids_of(llm)["frontend 0"], signal.SIGKILL))
+        killer.start()
+        with pytest.raises(ConnectionLostError, match="the next call connects again"):
+            llm.generate(
+                [{"prompt_token_ids": p} for p in random_prompts(40)],
+                SamplingParams(max_tokens=400, ignore_eos=True),
+                use_tqdm=False,
+            )
+        assert tokens(llm, [[1], [2, 3]]) == [
+            expected_tokens(prompt, max_tokens=6) for prompt in ([1], [2, 3])
+        ]
+        assert llm.client.stats()["running"] == 0
 
 
 def run_script(body: str) -> tuple[int, str, list[int]]:

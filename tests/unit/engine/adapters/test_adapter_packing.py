@@ -63,14 +63,14 @@ class CountingHash:
 
 def test_a_known_file_is_not_hashed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter, hashes = CountingHash(monkeypatch), ContentHashCache()
-    first = read_adapter("a", folder, make_target(), hashes=hashes)
+    first = read_adapter("a", folder, make_target(), hash_cache=hashes)
     assert counter.count == 4  # three layers and the root
-    read_adapter("a", folder, make_target(), hashes=hashes)
+    read_adapter("a", folder, make_target(), hash_cache=hashes)
     assert counter.count == 8  # written a moment ago: not remembered
     monkeypatch.setattr(content_hash, "SETTLE_S", 0.0)
-    read_adapter("a", folder, make_target(), hashes=hashes)
+    read_adapter("a", folder, make_target(), hash_cache=hashes)
     assert counter.count == 12
-    again = read_adapter("a", folder, make_target(), hashes=hashes)
+    again = read_adapter("a", folder, make_target(), hash_cache=hashes)
     assert counter.count == 12
     assert again.content_hash == first.content_hash and torch.equal(again.data, first.data)
 
@@ -117,7 +117,7 @@ def test_a_changed_file_is_hashed_again(
     """Even if its size stays and its mtime is set back."""
     monkeypatch.setattr(content_hash, "SETTLE_S", 0.0)
     hashes = ContentHashCache()
-    before = read_adapter("a", folder, make_target(), hashes=hashes)
+    before = read_adapter("a", folder, make_target(), hash_cache=hashes)
     path = folder / (CONFIG_FILE if change == "alpha" else WEIGHTS_FILE)
     times = path.stat()
     data = path.read_bytes()
@@ -130,7 +130,7 @@ def test_a_changed_file_is_hashed_again(
             file.write(data[:-4] + b"\0\0\0\x3f")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_size == len(data) and path.stat().st_mtime_ns == times.st_mtime_ns
-    after = read_adapter("a", folder, make_target(), hashes=hashes)
+    after = read_adapter("a", folder, make_target(), hash_cache=hashes)
     assert after.content_hash != before.content_hash
     assert read_adapter("a", folder, make_target()).content_hash == after.content_hash
 

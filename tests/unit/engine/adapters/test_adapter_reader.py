@@ -201,7 +201,7 @@ def test_it_ends_with_its_owner(tmp_path: Path) -> None:
     read(reader, make_store(), folder)
     pid, process = reader.pid, reader._process
     assert pid is not None and process is not None
-    process.links.pop().close()
+    process.connections.pop().close()
     await_end(pid)
     reader.close()
 
@@ -222,7 +222,7 @@ def test_what_no_reader_expects_fails_that_read_alone(
     thread = threading.Thread(target=_serve_to_the_end, args=arguments)
     thread.start()
     assert own_reader._process is not None
-    own_reader._process.links.append(ours)  # the one that is used next
+    own_reader._process.connections.append(ours)  # the one that is used next
     for _ in range(2):
         with pytest.raises(ReaderError, match="IndexError: off by one"):
             own_reader.read("bad", tmp_path, plain_slab)
@@ -230,7 +230,7 @@ def test_what_no_reader_expects_fails_that_read_alone(
     check_same(read(own_reader, make_store(), folder), read_adapter("a", folder, TARGET))
     ours.close()
     thread.join()
-    own_reader._process.links.remove(ours)
+    own_reader._process.connections.remove(ours)
 
 
 def _serve_to_the_end(link: socket.socket, reader: ThreadReader, slabs: Slabs) -> None:
