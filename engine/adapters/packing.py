@@ -127,9 +127,9 @@ def pack(
         places, num_used = distinct[row]
         for module, place in places.items():
             a_start[layer, module], b_start[layer, module] = place.a_start, place.b_start
-        sides = {module: found[layer, module] for module in places}
+        of_layer = {module: found[layer, module] for module in places}
         scale_of = {module: float(scale[layer, module]) for module in places}
-        layers.append(_Layer(layer, places, num_used, sides, scale_of))
+        layers.append(_Layer(layer, places, num_used, of_layer, scale_of))
     count = num_pages([_by_module(row) for row in distinct], target.shapes, target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
