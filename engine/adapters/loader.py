@@ -42,7 +42,7 @@ MAX_COPIES = 2
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A LoadAdapter that has not been answered. Only threads of the loader change it until it is reported."""
+    """A LoadAdapter that has not been answered; only the loader's threads change it until then."""
 
     command: LoadAdapter
     wait_for: Event  # the last step that used the pages or the slot for what they held before
@@ -54,14 +54,17 @@ class Load:
 
 
 class AdapterLoader:
-    """`inspect`, `load`, `unload`, `drop` and `finish` are for the thread that launches steps; they
-    do not wait. What comes of the first two is given to `report`, from other threads.
+    """Executes the adapter commands of one worker beside its steps.
+
+    The thread that launches steps calls `inspect`, `load`, `unload`, `drop` and `finish`; none of
+    them waits. Other threads pass the results of `inspect` and `load` to `report`.
 
     Args:
-        reader: of adapters for `target`; closed with the loader.
-        report: takes an AdapterInspected; a Load, for `finish`; an AdapterEvicted, in the order in
-            which the store changed; or an error that is no adapter's fault, to be raised where the
-            steps are.
+        reader: reads adapters for `target`; closed with the loader.
+        host_bytes: capacity of the host store.
+        report: takes an AdapterInspected, a Load that `finish` must take, an AdapterEvicted in the
+            order in which the store changed, or an error that no adapter caused. The thread that
+            launches steps must raise such an error.
         enter_thread: called first in each thread.
     """
 
