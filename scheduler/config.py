@@ -9,7 +9,10 @@ FAIR_SHARE_BY = ("tenant", "adapter")
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of one step and of the queues, and the order of service; see docs/scheduling.md."""
+    """Limits of one step and of the queues, and the order of service.
+
+    docs/design/scheduling.md describes the policies.
+    """
 
     max_num_seqs: int = field(default=256, metadata={"help": "requests running at one time"})
     max_num_batched_tokens: int = field(
@@ -42,7 +45,7 @@ class SchedulerConfig:
         default=32,
         metadata={
             "help": "cluster: adapters running before requests for others yield to requests for "
-            "these; slots that nobody else wants are filled all the same"
+            "these; slots that no other request wants are filled all the same"
         },
     )
     ttft_slo_s: float = field(

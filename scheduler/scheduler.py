@@ -220,7 +220,7 @@ class Scheduler:
         return self.adapters.describe(self.adapters.registry.register(name, path), {})
 
     def load_adapter(self, name: str, path: str, reply_key: Hashable) -> None:
-        """Register and inspect now; the outcome comes in adapters.take_updates()."""
+        """Register and inspect now; the result comes in adapters.take_updates()."""
         self.adapters.registry.load(name, path, reply_key)
 
     def unload_adapter(self, name: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class Scheduler:
 
     def pin_adapter(self, name: str, reply_key: Hashable) -> None:
         """Keep an adapter in pages from now on; it is loaded when there is room. RequestRefused if
-        the name is unknown or its files could not be read. The outcome comes in
+        the name is unknown or its files could not be read. The result comes in
         adapters.take_updates() once the files are inspected."""
         self.adapters.pin(name, reply_key)
 

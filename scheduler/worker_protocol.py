@@ -42,7 +42,7 @@ class Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Message(Record, tag=True):
-    """Base of records that are sent on their own: the class name goes before the fields.
+    """Base of the data that is sent on its own: the class name goes before the fields.
 
     Every such class is listed in ``engine/ipc/wire_types.py``.
     """
@@ -53,7 +53,7 @@ def int_array(values: "list[int] | tuple[int, ...]" = ()) -> "array[int]":
 
 
 class SamplingSpec(Record):
-    """What the sampler needs for one sequence; `seed` is always set by the time it gets here."""
+    """Sampling settings of one sequence. `seed` is always set."""
 
     temperature: float
     top_p: float
@@ -105,7 +105,7 @@ class StepPlan(Message):
 
 
 class TokenLogprobs(Record):
-    """Log-probabilities at one position: the chosen token first, then the best ones in order."""
+    """Log-probabilities at one position: the sampled token first, then the best ones in order."""
 
     token_ids: Int32Array
     logprobs: Float32Array  # array('f')
@@ -113,7 +113,7 @@ class TokenLogprobs(Record):
 
 
 class PromptLogprobs(Record):
-    """Of one chunk of a prompt: `positions[i]` is the position of the token that is judged."""
+    """Log-probabilities of consecutive prompt tokens; `entries[0]` is at `first_position`."""
 
     slot: int
     first_position: int
@@ -125,7 +125,7 @@ class StepResult(Message):
 
     step_id: int
     token_ids: Int32Array
-    logprobs: list[TokenLogprobs | None] = []  # empty: nobody asked
+    logprobs: list[TokenLogprobs | None] = []  # empty: no row asks for them
     prompt_logprobs: list[PromptLogprobs] = []
     step_us: int = 0  # time the worker took for the step
     kernels: str = ""

@@ -62,17 +62,17 @@ class TorchFused:
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
-        chosen = logits.argmax(dim=-1)
-        rows = torch.arange(len(chosen), device=logits.device)
+        sampled = logits.argmax(dim=-1)
+        rows = torch.arange(len(sampled), device=logits.device)
         if logits.device.type == "cpu":  # on a GPU, finding the random rows would sync
             rows = temperature.nonzero()[:, 0]
         for part in rows.split(max(1, CHUNK_ELEMS // logits.shape[1])):
             heat = temperature.index_select(0, part)
             values = logits.index_select(0, part).float() / heat[:, None]
             values += gumbel_noise(keys.index_select(0, part), logits.shape[1])
-            greedy = chosen.index_select(0, part)
-            chosen.index_copy_(0, part, torch.where(heat > 0, values.argmax(dim=-1), greedy))
-        return chosen
+            greedy = sampled.index_select(0, part)
+            sampled.index_copy_(0, part, torch.where(heat > 0, values.argmax(dim=-1), greedy))
+        return sampled
 
 
 def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:

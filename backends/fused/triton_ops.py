@@ -145,7 +145,7 @@ class TritonFused:
         most = max(1, min(MAX_SPLITS, self._draw_programs // num_rows))
         blocks_per_split = -(-vocab_size // (DRAW_BLOCK * most))
         num_splits = -(-vocab_size // (DRAW_BLOCK * blocks_per_split))
-        chosen = logits.new_empty(num_rows, dtype=torch.int64)
+        sampled = logits.new_empty(num_rows, dtype=torch.int64)
         candidates = logits.new_empty(num_rows * num_splits, dtype=torch.int64)  # best of a split
         stride = logits.stride()[0]
         key = ("draw", vocab_size, stride, num_splits, logits.dtype)
@@ -163,8 +163,8 @@ class TritonFused:
                 draw_merge_kernel, (num_splits,), MAX_SPLITS=MAX_SPLITS, num_warps=1,
                 **self._options,
             )  # fmt: skip
-        launch(num_rows, candidates, chosen)
-        return chosen
+        launch(num_rows, candidates, sampled)
+        return sampled
 
 
 def _num_warps(num_elems: int) -> int:

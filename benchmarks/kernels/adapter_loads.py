@@ -87,7 +87,7 @@ class Setup:
         self.table = AdapterTable(target, NUM_SLOTS, device)
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.copier = StreamPageCopier(pool)
-        self.marks = [self.copier.record_event()] * NUM_SLOTS
+        self.last_uses = [self.copier.record_event()] * NUM_SLOTS
         self.loader = AdapterLoader(
             target=target, reader=make_reader(target), table=self.table, copier=self.copier,
             host_bytes=host_bytes, report=self._take,
@@ -121,7 +121,7 @@ class Setup:
         command = LoadAdapter(
             slot, self.hashes[index], str(self.paths[index]), int_array(self.pages[slot])
         )
-        self.loader.load(command, self.marks[slot])
+        self.loader.load(command, self.last_uses[slot])
 
     def finish(self, timeout_s: float | None = None) -> float:
         """Take in one load; returns its milliseconds.
@@ -136,7 +136,7 @@ class Setup:
         loaded = self.loader.finish(item)
         assert not loaded.error, loaded
         self.loader.unload(loaded.adapter_slot)
-        self.marks[loaded.adapter_slot] = self.copier.record_event()
+        self.last_uses[loaded.adapter_slot] = self.copier.record_event()
         self.free_slots.append(loaded.adapter_slot)
         return loaded.load_us / 1e3
 
@@ -159,11 +159,13 @@ def time_copies(pool: PagePool, num_loads: int) -> dict[str, float]:
         torch.cuda.synchronize()
 
     def loads() -> None:
-        mark = copier.record_event()
+        event = copier.record_event()
         for turn in range(num_loads):
             data = packed[turn % len(packed)].view(NUM_LAYERS, -1)
-            mark = copier.copy(data, pages[turn % NUM_SLOTS], wait_for=mark, then=lambda ids: None)
-        mark.synchronize()
+            event = copier.copy(
+                data, pages[turn % NUM_SLOTS], wait_for=event, then=lambda ids: None
+            )
+        event.synchronize()
 
     def rate(run: Callable[[], None]) -> float:
         run()

@@ -89,10 +89,10 @@ def run(load: Load, variant: Variant) -> SimResult:
 
 
 def figures(result: SimResult) -> dict[str, Any]:
-    ttfts = sorted(o.ttft_s for o in result.outcomes if o.ttft_s is not None)
+    ttfts = sorted(o.ttft_s for o in result.timelines if o.ttft_s is not None)
     return {
-        "requests": len(result.outcomes),
-        "failed": sum(bool(o.error_code) for o in result.outcomes),
+        "requests": len(result.timelines),
+        "failed": sum(bool(o.error_code) for o in result.timelines),
         "new_tokens_per_s": round(result.num_new_tokens / result.end_s),
         "ttft_mean_s": round(statistics.fmean(ttfts), 3),
         "ttft_p50_s": round(ttfts[len(ttfts) // 2], 3),

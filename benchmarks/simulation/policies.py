@@ -117,8 +117,8 @@ def cases() -> Iterator[Case]:
 def figures(case: Case, result: SimResult) -> dict[str, Any]:
     ttfts = _ttfts(result)
     found: dict[str, Any] = {
-        "requests": len(result.outcomes),
-        "given_up": sum(o.error_code == "deadline" for o in result.outcomes),
+        "requests": len(result.timelines),
+        "given_up": sum(o.error_code == "deadline" for o in result.timelines),
         "attainment": round(attainment(result, SLO_S), 4),
         "ttft_mean_s": round(statistics.fmean(ttfts), 3),
         "ttft_p50_s": round(_percentile(ttfts, 50), 3),
@@ -147,7 +147,7 @@ def _ttfts(result: SimResult, tenant: str | None = None) -> list[float]:
     """Seconds to first tokens, in ascending order, of the requests that got one."""
     return sorted(
         o.ttft_s
-        for o in result.outcomes
+        for o in result.timelines
         if o.ttft_s is not None and tenant in (None, o.request.tenant)
     )
 

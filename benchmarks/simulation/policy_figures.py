@@ -9,7 +9,7 @@ from sim_result import SimRequest, SimResult
 
 def attainment(result: SimResult, slo_s: float) -> float:
     """Share of requests whose first token came in time. Those given up count as late."""
-    in_time = [o.ttft_s is not None and o.ttft_s <= slo_s for o in result.outcomes]
+    in_time = [o.ttft_s is not None and o.ttft_s <= slo_s for o in result.timelines]
     return sum(in_time) / len(in_time)
 
 

@@ -1,4 +1,4 @@
-"""Requests of a simulation and the record of a run, in virtual seconds."""
+"""Requests of a simulation and the results of a run, in virtual seconds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class SimRequest:
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimTimeline:
     """Times of one request; `error_code` is set if it was given up or refused."""
 
     request: SimRequest
@@ -42,7 +42,7 @@ class Moment:
 
 @dataclass(slots=True)
 class SimResult:
-    outcomes: list[Outcome]
+    timelines: list[SimTimeline]
     moments: list[Moment] = field(default_factory=list)
     step_adapters: list[int] = field(default_factory=list)  # distinct ones of each step
     num_loads: int = 0

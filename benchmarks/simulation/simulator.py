@@ -30,7 +30,7 @@ from loraplex.scheduler.worker_protocol import (
 )
 
 from modelled_worker import CostModel, ModelledWorker
-from sim_result import Moment, Outcome, SimRequest, SimResult
+from sim_result import Moment, SimRequest, SimResult, SimTimeline
 
 _NO_SAMPLING = SamplingSpec(
     temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, repetition_penalty=1.0,
@@ -110,7 +110,7 @@ class _Simulation:
         self._num_events = 0
         self._service = dict.fromkeys(sorted({r.tenant for r in trace}), 0.0)
         self._num_waiting = dict.fromkeys(self._service, 0)
-        self._result = SimResult([Outcome(request) for request in trace])
+        self._result = SimResult([SimTimeline(request) for request in trace])
 
     def run(self) -> SimResult:
         num_added = 0
@@ -155,10 +155,10 @@ class _Simulation:
             self._end(index, refusal.code)
 
     def _end(self, index: int, error_code: str = "") -> None:
-        outcome = self._result.outcomes[index]
-        outcome.end_s, outcome.error_code = self._now, error_code
-        if outcome.start_s is None:
-            self._num_waiting[outcome.request.tenant] -= 1
+        timeline = self._result.timelines[index]
+        timeline.end_s, timeline.error_code = self._now, error_code
+        if timeline.start_s is None:
+            self._num_waiting[timeline.request.tenant] -= 1
 
     def _plan(self) -> None:
         while True:
@@ -198,10 +198,10 @@ class _Simulation:
 
     def _send(self, plan: StepPlan) -> None:
         for new in plan.new_requests:
-            outcome = self._result.outcomes[new.token_ids[0]]
-            if outcome.start_s is None:
-                asked = outcome.request
-                outcome.start_s = self._now
+            timeline = self._result.timelines[new.token_ids[0]]
+            if timeline.start_s is None:
+                asked = timeline.request
+                timeline.start_s = self._now
                 self._num_waiting[asked.tenant] -= 1
                 self._service[asked.tenant] += PROMPT_WEIGHT * asked.num_prompt_tokens
         end_s, num_adapters = self._worker.step(plan, self._now)
@@ -220,10 +220,10 @@ class _Simulation:
             )
 
     def _on_output(self, output: SequenceOutput) -> None:
-        outcome = self._result.outcomes[output.request_id]
-        if outcome.first_token_s is None:
-            outcome.first_token_s = self._now
-        self._service[outcome.request.tenant] += OUTPUT_WEIGHT * len(output.token_ids)
+        timeline = self._result.timelines[output.request_id]
+        if timeline.first_token_s is None:
+            timeline.first_token_s = self._now
+        self._service[timeline.request.tenant] += OUTPUT_WEIGHT * len(output.token_ids)
         if output.finish_reason:
             self._end(output.request_id)
 

@@ -119,7 +119,7 @@ class CompletionProcessor:
 
 
 def logprob_entries(entry: TokenLogprobs, decode_token: DecodeToken) -> list[Any]:
-    """Returns ``[[token id, logprob, rank, text], ...]``, the chosen token first."""
+    """Returns ``[[token id, logprob, rank, text], ...]``, the sampled token first."""
     return [
         [token_id, logprob, rank, decode_token(token_id)]
         for token_id, logprob, rank in zip(

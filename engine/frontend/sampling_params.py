@@ -26,7 +26,7 @@ class RequestOutputKind(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """Selects how the tokens of one request are chosen, when it ends and what it returns.
+    """Selects how the tokens of one request are sampled, when it ends and what it returns.
 
     Raises:
         ValueError: a value is out of range; the message names it.

@@ -256,24 +256,24 @@ class ModelRunner:
         num_best = self.states.sampling.num_logprobs[rows.slots[rows.sampling]]
         wanted = np.flatnonzero(num_best >= 0)
         longest = int(rows.next_positions.max())
-        chosen = sample(logits, batch, self.states.token_ids, longest, fused=self._fused)
-        output.token_ids = chosen.int()
+        sampled = sample(logits, batch, self.states.token_ids, longest, fused=self._fused)
+        output.token_ids = sampled.int()
         self.states.token_ids.view(-1).index_copy_(0, places, output.token_ids)
         if len(wanted):
             output.scored_rows = [(int(row), int(num_best[row])) for row in wanted]
-            output.scores = self._score_rows(logits, chosen, wanted, int(num_best.max()))
+            output.scores = self._score_rows(logits, sampled, wanted, int(num_best.max()))
 
     def _score_rows(
         self,
         logits: torch.Tensor,
-        chosen: torch.Tensor,
+        sampled: torch.Tensor,
         wanted: npt.NDArray[np.int64],
         num_best: int,
     ) -> Logprobs:
-        if len(wanted) < len(chosen):
+        if len(wanted) < len(sampled):
             index = self._uploader.upload({"wanted": wanted})["wanted"]
-            logits, chosen = logits.index_select(0, index), chosen.index_select(0, index)
-        return score(logits, chosen, num_best)
+            logits, sampled = logits.index_select(0, index), sampled.index_select(0, index)
+        return score(logits, sampled, num_best)
 
     def _score_prompts(self, rows: StepRows, hidden: torch.Tensor, output: StepOutput) -> None:
         """Score the prompt tokens that follow the fed ones, for requests that ask for it."""

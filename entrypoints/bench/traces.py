@@ -110,13 +110,13 @@ def warm_up_trace(
     The answers differ in length, so that prompts join batches that already decode.
     """
     seen: set[int | None] = set()
-    chosen = []
+    kept = []
     for index, request in enumerate(trace):
         if index < at_least or request.adapter not in seen:
             short = min(1 + index % max_new_tokens, request.num_new_tokens)
-            chosen.append(replace(request, num_new_tokens=short, arrival_s=0.0))
+            kept.append(replace(request, num_new_tokens=short, arrival_s=0.0))
             seen.add(request.adapter)
-    return chosen
+    return kept
 
 
 def make_prompts(trace: Sequence[TraceRequest], vocab_size: int, *, run: int) -> list[list[int]]:

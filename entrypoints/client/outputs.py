@@ -17,7 +17,7 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
-"""Maps token ids to their log-probabilities, the chosen token first."""
+"""Maps token ids to their log-probabilities, the sampled token first."""
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: Sequence[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None  # sum over all chosen tokens so far, with logprobs
+    cumulative_logprob: float | None = None  # sum over all sampled tokens so far, with logprobs
     logprobs: Sequence[PositionLogprobs] | None = None  # one entry per token id
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the stop string or stop token id; None for end of text

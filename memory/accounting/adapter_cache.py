@@ -207,7 +207,7 @@ class AdapterCache:
         self._num_idle_pages -= len(adapter.page_ids)
 
     def claims(self) -> Iterator[tuple[int, Owner, int]]:
-        """Yield what the block manager must have on record: (page id, owner, references)."""
+        """Yield what the block manager must know: (page id, owner, references)."""
         for adapter in self._adapters.values():
             for page_id in adapter.page_ids:
                 yield page_id, Owner.ADAPTER, 1

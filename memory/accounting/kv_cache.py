@@ -234,7 +234,7 @@ class KVCache:
         return None
 
     def claims(self) -> Iterator[tuple[int, Owner, int]]:
-        """Yield what the block manager must have on record: (page id, owner, references)."""
+        """Yield what the block manager must know: (page id, owner, references)."""
         num_refs: dict[int, int] = {}
         for table in self._tables.values():
             for page_id in table.page_ids:

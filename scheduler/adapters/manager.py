@@ -28,7 +28,7 @@ logger = logging.getLogger("loraplex.scheduler")
 
 @dataclass(slots=True)
 class AdapterUpdate:
-    """The outcome of load_adapter() or pin_adapter(), for the caller who gave `reply_key`."""
+    """Result of load_adapter() or pin_adapter(), for the caller who gave `reply_key`."""
 
     reply_key: Hashable
     name: str
@@ -120,7 +120,7 @@ class AdapterManager:
         return version
 
     def take_updates(self) -> list[AdapterUpdate]:
-        """Returns the outcomes of load_adapter() and pin_adapter() since the last call."""
+        """Returns the results of load_adapter() and pin_adapter() since the last call."""
         updates, self._updates = self._updates, []
         return updates
 

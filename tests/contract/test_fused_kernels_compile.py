@@ -21,7 +21,7 @@ from loraplex.backends.fused.kernels.layer import (  # noqa: E402
 
 POINTERS = {
     "cos_sin": "*fp32", "kv_rows": "*i64", "temperature": "*fp32", "keys": "*i64",
-    "candidates": "*i64", "chosen": "*i64",
+    "candidates": "*i64", "sampled": "*i64",
 }  # fmt: skip
 INTEGERS = ("num_splits", "split_size")
 NARROW = r"(ld|st)\.global(\.\w+)*\.b16"

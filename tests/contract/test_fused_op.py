@@ -196,12 +196,12 @@ def test_draw(
     view = padded.to(device)[:, :vocab_size]
     got = op.draw(view, temperature.to(device), keys.to(device))
     assert got.dtype == torch.int64 and got.shape == (num_rows,)
-    for row, chosen in enumerate(got.tolist()):
+    for row, sampled in enumerate(got.tolist()):
         values = draw_values(logits[row], float(temperature[row]), keys[row].tolist())
         if temperature[row] == 0:
-            assert chosen == int(values.argmax())  # NumPy promises the first of equals
+            assert sampled == int(values.argmax())  # NumPy promises the first of equals
         else:  # the rounding of float32 may decide between near equals
-            assert values.max() - values[chosen] < 1e-4
+            assert values.max() - values[sampled] < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)

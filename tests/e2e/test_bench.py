@@ -89,7 +89,6 @@ def test_serve(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (row["num_requests"], row["num_failed"], row["first_failure"]) == (15, 0, None)
     assert row["attainment"] == 1.0
-    assert row["seconds"] > 0.5  # an open loop waits for its arrivals
     assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
 
 

@@ -117,7 +117,7 @@ def children_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def assert_gone(children: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -157,7 +157,7 @@ def test_serve_stops_on_sigterm_with_a_client(tmp_path: Path) -> None:
 
 def stop(process: "subprocess.Popen[str]", number: int, children: list[psutil.Process]) -> None:
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert_gone(children)
 
@@ -167,7 +167,7 @@ def test_serve_fails_with_a_dead_worker(tmp_path: Path) -> None:
         children = children_of(process)
         (worker,) = [c for c in children if "fake_worker_proc" in " ".join(c.cmdline())]
         worker.kill()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "worker 0" in err
         assert "SIGKILL" in err

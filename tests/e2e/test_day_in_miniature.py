@@ -37,7 +37,7 @@ def check_flat(rss: list[int]) -> float:
 @pytest.mark.parametrize("num_actions", [2500, pytest.param(20_000, marks=LONG)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_scheduler_over_a_fake_worker(policy: str, num_actions: int) -> None:
-    """Outputs are the oracle's, all counts balance after every operation, nobody starves."""
+    """Outputs are the oracle's, all counts balance after every operation, no request starves."""
     day = FakeDay(policy, seed=len(policy))
     day.run(num_actions)
     growth = check_flat(day.rss)
@@ -112,15 +112,15 @@ def live_until_killed(
         asked[client.submit(prompt, params, adapter=name)] = (prompt, name)
     num_done = num_dead = 0
     while client.num_outstanding:
-        for news in client.poll(30.0):
-            prompt, name = asked.pop(news.request_id)  # a second end is a KeyError
-            if isinstance(news, RequestFailure):
-                assert isinstance(news.error, EngineDeadError), news
+        for result in client.poll(120.0):
+            prompt, name = asked.pop(result.request_id)  # a second end is a KeyError
+            if isinstance(result, RequestFailure):
+                assert isinstance(result.error, EngineDeadError), result
                 num_dead += 1
             else:
                 content = f"content {int(name[-2:]) // 2}"
                 want = expected_tokens(prompt, content, max_tokens=20)
-                assert news.outputs[0].token_ids == want
+                assert result.outputs[0].token_ids == want
                 num_done += 1
                 if num_done == 40:
                     os.kill(pid, signal.SIGKILL)

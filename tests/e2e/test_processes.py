@@ -93,7 +93,7 @@ def test_cancelling_frees_the_pages(client: Client) -> None:
         client.cancel(request_id)
     reasons = []
     while client.num_outstanding:
-        reasons += [news.outputs[0].finish_reason for news in client.poll(GUARD_S)]  # type: ignore[union-attr]
+        reasons += [result.outputs[0].finish_reason for result in client.poll(GUARD_S)]  # type: ignore[union-attr]
     assert reasons == ["abort"] * 30
     wait_until(lambda: pages_are_free(client))
 

@@ -73,9 +73,9 @@ class Waiting:
                 self._client.submit([2], LONG)
                 self._client.health()
                 self._begun.set()
-                (news,) = self._client.poll(GUARD_S)
-                assert isinstance(news, RequestFailure)
-                raise news.error
+                (result,) = self._client.poll(GUARD_S)
+                assert isinstance(result, RequestFailure)
+                raise result.error
         except BaseException as error:
             self.error = error
 
@@ -251,8 +251,8 @@ def test_a_client_finds_the_next_engine_at_the_same_address(tmp_path: Path) -> N
     with running_engine(config) as engine:
         client = Client(engine.endpoint, timeout_s=1)
         client.submit([1], LONG)
-    (news,) = client.poll(GUARD_S)
-    assert isinstance(news, RequestFailure)
+    (result,) = client.poll(GUARD_S)
+    assert isinstance(result, RequestFailure)
     with pytest.raises(EngineDeadError, match="no answer"):
         client.health()
 

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,13 +69,13 @@ def test_pages_bit_for_bit_beside_steps_that_write_others(staging_bytes: int) ->
     packed = [make_packed(LLAMA_3_8B, 40, seed) for seed in range(3)]
     own = [order[40 * i : 40 * i + 40].tolist() for i in range(3)]
     others = torch.cat((order[120:], torch.zeros(1, dtype=torch.int64))).to(CUDA)
-    marks = []
+    copied = []
     for data, page_ids in zip(packed, own, strict=True):
-        marks.append(copier.copy(data, page_ids, wait_for=copier.record_event(), then=nothing))
+        copied.append(copier.copy(data, page_ids, wait_for=copier.record_event(), then=nothing))
         for value in range(20):
             pool.pages.index_fill_(1, others, float(value))
-    for mark in marks:
-        mark.synchronize()
+    for event in copied:
+        event.synchronize()
     for data, page_ids in zip(packed, own, strict=True):
         got = pool.pages[:, page_ids].cpu().view(torch.int16)
         assert torch.equal(got, data.view(32, 40, -1).view(torch.int16))
@@ -110,8 +109,8 @@ def test_a_load_waits_for_steps_and_loads_before_it() -> None:
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)  # a step that still reads the pages
     before = pool.pages.index_select(1, ids)
-    mark = copier.copy(packed, [5, 2], wait_for=copier.record_event(), then=nothing)
-    assert not mark.query()
+    event = copier.copy(packed, [5, 2], wait_for=copier.record_event(), then=nothing)
+    assert not event.query()
     torch.cuda.synchronize()
     assert not before.any()
     assert torch.equal(pool.pages[:, ids].cpu().view(torch.int16), want)
@@ -140,13 +139,13 @@ class Bench:
         )  # fmt: skip
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
         self.loader.inspect(InspectAdapter("one", str(self.path)))
-        self.inspected = self.reports.get(timeout=30)
+        self.inspected = self.reports.get(timeout=120)
         assert not self.inspected.error
         pages = int_array(range(9, 9 + self.inspected.num_pages))
         self.command = LoadAdapter(1, self.inspected.content_hash, str(self.path), pages)
         # Once before, so that no test finds the loader allocating: that may wait for the device.
         self.loader.load(self.command, self.copier.record_event())
-        assert self.loader.finish(self.reports.get(timeout=30)).error == ""
+        assert self.loader.finish(self.reports.get(timeout=120)).error == ""
         self.loader.unload(1)
 
 
@@ -163,11 +162,9 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
     torch.cuda._sleep(LONG)
     step = torch.cuda.Event()
     step.record()
-    start = time.perf_counter()
     bench.loader.load(bench.command, bench.copier.record_event())
-    assert time.perf_counter() - start < 0.02
-    assert bench.reports.empty() and not step.query()
-    load = bench.reports.get(timeout=30)
+    assert bench.reports.empty() and not step.query()  # so load() waited for no step
+    load = bench.reports.get(timeout=120)
     assert isinstance(load, Load) and step.query()
     assert bench.loader.finish(load).error == ""
     packed = bench.loader._store.acquire(bench.command.content_hash)
@@ -190,7 +187,7 @@ def test_pages_long_free_do_not_wait_for_the_steps_in_flight(bench: Bench) -> No
     step = torch.cuda.Event()
     step.record()
     bench.loader.load(bench.command, last_use)
-    load = bench.reports.get(timeout=30)
+    load = bench.reports.get(timeout=120)
     assert isinstance(load, Load) and not step.query()
     assert bench.loader.finish(load).error == ""
 
@@ -235,17 +232,15 @@ def test_adapters_across_page_locked_pieces() -> None:
 
 
 def test_no_launch_waits_for_page_locking() -> None:
-    """In one call, one would wait for all 512 MiB: some 30 ms even of memory that is there."""
+    """If all 512 MiB were locked in one call, about one launch would fit beside it."""
     x = torch.zeros(8, device=CUDA)
     slabs: list[torch.Tensor] = []
+    num_pieces, num_launches = 32, 0
     thread = threading.Thread(
-        target=lambda: slabs.append(shared_slab(32 * PIECE_BYTES, page_locked=True))
+        target=lambda: slabs.append(shared_slab(num_pieces * PIECE_BYTES, page_locked=True))
     )
-    gaps = []
     thread.start()
     while thread.is_alive():
-        start = time.perf_counter()
         x.add_(1)
-        gaps.append(time.perf_counter() - start)
-        time.sleep(0.0002)
-    assert slabs and max(gaps) < 0.02, max(gaps)
+        num_launches += 1
+    assert slabs and num_launches > num_pieces

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def server(tmp_path_factory):
         yield f"ipc://{root}/api"
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_serve_llama_3_8b(server):
@@ -49,24 +48,18 @@ def test_serve_llama_3_8b(server):
         temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
     )
     with Client(server, timeout_s=120) as client:
-        for measured in (False, True):
+        for _ in range(2):  # the second with resident adapters
             prompts = torch.randint(
                 0, 128000, (NUM_REQUESTS, NUM_PROMPT_TOKENS), generator=generator
             )
-            begin = time.perf_counter()
             for i, prompt in enumerate(prompts.tolist()):
                 adapter = f"a{i % 8}" if i % 9 else None
                 client.submit({"prompt_token_ids": prompt}, params, adapter=adapter)
             finished = []
             while client.num_outstanding:
                 finished += [output for output in client.poll(60) if output.finished]
-            seconds = time.perf_counter() - begin
-            if measured:
-                num_tokens = sum(len(o.outputs[0].token_ids) for o in finished)
-                assert len(finished) == NUM_REQUESTS
-                assert num_tokens == NUM_REQUESTS * NUM_NEW_TOKENS
-                print(f"\nLlama-3-8B, random weights, 8 adapters of rank 16 on all projections, "
-                      f"{NUM_REQUESTS} requests of {NUM_PROMPT_TOKENS} + {NUM_NEW_TOKENS} tokens: "
-                      f"{num_tokens / seconds:.0f} new tokens/s")  # fmt: skip
+            assert len(finished) == NUM_REQUESTS
+            num_tokens = sum(len(output.outputs[0].token_ids) for output in finished)
+            assert num_tokens == NUM_REQUESTS * NUM_NEW_TOKENS
         stats = client.stats()
     assert stats["running"] == stats["waiting"] == 0 and len(stats["resident_adapters"]) == 8

@@ -67,7 +67,7 @@ def draw_split_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def draw_merge_kernel(candidates, chosen, num_splits, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr):
+def draw_merge_kernel(candidates, sampled, num_splits, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr):
     """Each program writes the token id of the best of one row's splits."""
     row = tl.program_id(0)
     split = tl.arange(0, MAX_SPLITS)
@@ -76,4 +76,4 @@ def draw_merge_kernel(candidates, chosen, num_splits, MAX_SPLITS: tl.constexpr, 
         gdc_wait()
         gdc_launch_dependents()
     candidate = tl.load(candidates + row * num_splits + split, mask=mask, other=-(1 << 63))
-    tl.store(chosen + row, 0x7FFFFFFF - (tl.max(candidate, axis=0) & 0x7FFFFFFF))
+    tl.store(sampled + row, 0x7FFFFFFF - (tl.max(candidate, axis=0) & 0x7FFFFFFF))

@@ -292,7 +292,7 @@ class FakeWorker:
     def _feed(self, slot: _Slot, position: int, num_tokens: int) -> None:
         end = position + num_tokens
         assert slot.num_fed in (-1, position), "positions are not contiguous"
-        assert end <= len(slot.token_ids), "a token is fed that nobody knows"
+        assert end <= len(slot.token_ids), "a token is fed before it is known"
         assert end <= len(slot.page_ids) * self.block_tokens, "no page for a token"
         self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in slot.page_ids)
         if slot.adapter_slot >= 0:

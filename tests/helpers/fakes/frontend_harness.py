@@ -22,7 +22,7 @@ INFO = EngineInfo(
 )
 
 
-WITHIN_S = 20.0
+WITHIN_S = 120.0  # only a test that hangs gets there
 
 
 class FrontendHarness:

@@ -1,7 +1,7 @@
-"""A day of adapters over the real scheduler and the fake worker: what clients, files and time do.
+"""A day of adapters over the real scheduler and the fake worker: clients, files and time.
 
 Every choice is made by a seeded random generator. The model of what each name must answer with is
-kept here, apart from the scheduler's own books.
+kept here, apart from the scheduler's own state.
 """
 
 import random
@@ -54,7 +54,7 @@ class Tally:
 
 
 class DayHarness(Harness):
-    """Holds each outcome to the oracle as it comes, and forgets it then."""
+    """Compares each result with the oracle as it comes, and forgets it then."""
 
     def __init__(self, policy: dict[str, Any]) -> None:
         super().__init__(

@@ -197,13 +197,13 @@ class RealDay:
         self.outstanding[request_id] = asked
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        for news in self.client.poll(timeout_s):
-            asked = self.outstanding.pop(news.request_id)  # a second end is a KeyError
+        for result in self.client.poll(timeout_s):
+            asked = self.outstanding.pop(result.request_id)  # a second end is a KeyError
             self.longest_wait = max(self.longest_wait, self.counts["actions"] - asked["at"])
-            if isinstance(news, RequestFailure):
-                self._check_failure(asked, news.error)
+            if isinstance(result, RequestFailure):
+                self._check_failure(asked, result.error)
                 continue
-            (completion,) = news.outputs
+            (completion,) = result.outputs
             want = self.contents.answer(asked["content"], asked["prompt"])[: asked["num"]]
             if completion.finish_reason == "abort":
                 assert asked["cancelled"]

@@ -1,4 +1,4 @@
-"""Runs a scheduler against the fake worker and holds every outcome to the oracle."""
+"""Runs a scheduler against the fake worker and compares every result with the oracle."""
 
 from array import array
 from collections import deque

@@ -1,4 +1,4 @@
-"""Pinned adapters: they stay in pages, take no more than their share, and starve nobody."""
+"""Pinned adapters: they stay in pages, take no more than their share, and starve no request."""
 
 import pytest
 

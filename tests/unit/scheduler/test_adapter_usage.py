@@ -1,4 +1,4 @@
-"""What list_adapters() and stats() tell: tiers, users, and the service of each name."""
+"""list_adapters() and stats(): tiers, users, and the service of each name."""
 
 import random
 import statistics

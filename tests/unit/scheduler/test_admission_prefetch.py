@@ -1,4 +1,4 @@
-"""Adapters of waiting requests are loaded ahead, and nobody pays for it."""
+"""Adapters of waiting requests are loaded ahead, at no cost to other requests."""
 
 import random
 from collections import deque

@@ -131,7 +131,7 @@ def test_num_to_drop_of_a_long_queue_is_found_within_the_stride() -> None:
     assert 2000 - 10 - 600 - 2000 // 256 <= found <= 2000 - 10 - 600 + 1
 
 
-def test_service_rate_is_unknown_until_measured_and_forgotten_when_nobody_waits() -> None:
+def test_service_rate_is_unknown_until_measured_and_forgotten_when_no_request_waits() -> None:
     rate = ServiceRate(window_s=8.0)
     assert rate.value == math.inf
     for _ in range(100):
@@ -196,7 +196,7 @@ def test_vtc_lifts_a_client_that_comes_back() -> None:
     assert isinstance(policy, VirtualTokenCounters)
     queue.add("a0", tenant="a", num_prompt_tokens=50)
     assert queue.admit(1) == "a0"
-    queue.add("b0", tenant="b")  # nobody waits: lifted to the last that did
+    queue.add("b0", tenant="b")  # no tenant waits: lifted to the last that did
     assert policy.counters() == {"a": 50.0, "b": 50.0}
     queue.add("a1", tenant="a")
     queue.add("b1", tenant="b", num_prompt_tokens=9)

@@ -42,15 +42,15 @@ class Witness:
         unserved = self._unserved()
         self.harness.plan()
         left = set(self.scheduler._waiting.by_age)
-        chosen = [r for r in waiting if r.admitted_at == self.harness.now and r not in left]
+        started_now = [r for r in waiting if r.admitted_at == self.harness.now and r not in left]
         resumed_late = [r for r in waiting if r in left and 0 <= r.admitted_at < self.harness.now]
         if self.policy in ("cluster", "abort", "vtc"):
-            assert not (chosen and resumed_late), "a preempted request waits behind a new one"
-        for started in chosen:
+            assert not (started_now and resumed_late), "a preempted request waits behind a new one"
+        for started in started_now:
             for passed in waiting:
                 if passed in left and passed.admitted_at < 0 and passed.order < started.order:
                     self.num_overtaken += 1
-                    assert self.may_pass(started, passed, chosen, unserved)
+                    assert self.may_pass(started, passed, started_now, unserved)
         self.check_preempted(running)
 
     def _unserved(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Witness:
         self,
         started: Request,
         passed: Request,
-        chosen: list[Request],
+        started_now: list[Request],
         unserved: dict[str, float],
     ) -> bool:
         waited = self.harness.now - passed.arrival
@@ -72,14 +72,14 @@ class Witness:
             case "abort":
                 return False
             case "vtc":
-                if passed.salt in {request.salt for request in chosen}:
+                if passed.salt in {request.salt for request in started_now}:
                     return started.salt != passed.salt
                 since = unserved[passed.salt]
                 return self.harness.now - since < MAX_WAIT_S or unserved[started.salt] <= since
         return waited < MAX_WAIT_S
 
     def check_preempted(self, running: list[Request]) -> None:
-        """Only the last by rank give way."""
+        """Only the last by rank are preempted."""
         still = [r for r in running if r.state is RequestState.RUNNING and r.rank]
         gone = [r for r in running if r.state is RequestState.WAITING]
         for request in gone:
@@ -99,7 +99,7 @@ def add_random(rng: random.Random, harness: Harness) -> None:
 
 @pytest.mark.parametrize("seed", range(20, 25))
 @pytest.mark.parametrize("policy", OPTIONS)
-def test_nobody_is_passed_over_for_longer_than_the_bound(policy: str, seed: int) -> None:
+def test_no_request_is_passed_over_for_longer_than_the_bound(policy: str, seed: int) -> None:
     rng = random.Random(seed)
     harness = harness_of(policy, max_num_seqs=rng.randint(1, 4), num_pages=rng.choice([16, 64]))
     for name in "xyz":
@@ -120,7 +120,7 @@ def test_nobody_is_passed_over_for_longer_than_the_bound(policy: str, seed: int)
                 r for r in harness.scheduler._waiting.by_age
                 if r.admitted_at < 0 and r.arrival + SLO_S < harness.now - 1.0
             ]  # fmt: skip
-            assert not late, "a hopeless request still waits"
+            assert not late, "a request that must miss its objective still waits"
     harness.run()
     assert (witness.num_overtaken > 0) == (policy != "abort")
 

@@ -29,13 +29,15 @@ def trace_of(
 
 
 def ttfts(result: SimResult) -> list[float]:
-    return [outcome.ttft_s for outcome in result.outcomes if outcome.ttft_s is not None]
+    return [timeline.ttft_s for timeline in result.timelines if timeline.ttft_s is not None]
 
 
 def test_every_request_of_a_simulation_ends_once_and_time_adds_up() -> None:
     trace = trace_of(30, 5, num_adapters=10)
     result = simulate(trace, config=config("fcfs"), num_pages=2000)
-    assert all(outcome.end_s is not None and not outcome.error_code for outcome in result.outcomes)
+    assert all(
+        timeline.end_s is not None and not timeline.error_code for timeline in result.timelines
+    )
     assert result.num_new_tokens == sum(request.num_new_tokens for request in trace)
     assert result.num_loads == len({request.adapter for request in trace})
     assert all(t > CostModel().fixed_s for t in ttfts(result))

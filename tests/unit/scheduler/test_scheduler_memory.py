@@ -18,10 +18,10 @@ def test_newest_is_preempted_and_resumes(steps: int) -> None:
     run_until_preempted(harness)
     assert harness.expected["old"].end is None
     harness.run()
-    news = [new for plan in harness.plans for new in plan.new_requests]
-    resumed = news[2:]
+    placed = [new for plan in harness.plans for new in plan.new_requests]
+    resumed = placed[2:]
     assert resumed
-    assert all(list(new.token_ids)[:3] == [4, 5, 6] for new in resumed), "the old one gave way"
+    assert all(list(new.token_ids)[:3] == [4, 5, 6] for new in resumed), "the old one was preempted"
     assert all(new.num_prompt_tokens == 3 < len(new.token_ids) for new in resumed)
 
 

@@ -3,10 +3,7 @@
 Times are measured by benchmarks/scheduler_step.py.
 """
 
-import sys
 from array import array
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,22 +23,7 @@ from loraplex.scheduler.worker_protocol import (
 )
 
 from helpers.fakes.fake_worker import sampling_spec
-
-
-def count_calls(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What `run` returns, and the calls of Python and C functions that it made."""
-    num_calls = 0
-
-    def count(frame: FrameType, event: str, arg: object) -> None:
-        nonlocal num_calls
-        num_calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        returned = run()
-    finally:
-        sys.setprofile(None)
-    return returned, num_calls
+from helpers.running.calls import count_calls
 
 
 def make_scheduler(num_pages: int, **options: Any) -> Scheduler:

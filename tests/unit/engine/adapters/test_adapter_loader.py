@@ -3,7 +3,6 @@
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,26 +31,35 @@ from loraplex.scheduler.worker_protocol import (
 from helpers.fakes.fake_cudart import FakeCudart
 from helpers.models.dummy_models import write_adapter
 from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY, LoadWorld
+from helpers.running.processes import GUARD_S, wait_until
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("seed", "make_reader"), [(0, ThreadReader), (1, ThreadReader), (2, ProcessReader)]
-)
+RUNS = [
+    pytest.param(seed, make_reader, num_acts, marks=[pytest.mark.long] if num_acts > 800 else [])
+    for num_acts in (750, 2500)
+    for seed, make_reader in ((0, ThreadReader), (1, ThreadReader), (2, ProcessReader))
+]
+
+
+@pytest.mark.parametrize(("seed", "make_reader", "num_acts"), RUNS)
 def test_random_loads_in_every_order(
-    tmp_path: Path, seed: int, make_reader: Callable[[AdapterTarget], AdapterReader]
+    tmp_path: Path,
+    seed: int,
+    make_reader: Callable[[AdapterTarget], AdapterReader],
+    num_acts: int,
 ) -> None:
     world = LoadWorld(tmp_path, CPU, seed, make_reader=make_reader)
     try:
-        for step in range(2500):
+        for act in range(num_acts):
             world.act()
-            if step % 250 == 249:
+            if act % 50 == 49:  # however slow the reader is, loads end
                 world.settle()
     finally:
         world.close()
-    assert world.num_loaded > 100
-    assert world.num_unloaded > 100
+    assert world.num_loaded > num_acts / 50
+    assert world.num_unloaded > num_acts / 50
 
 
 class Recorder:
@@ -81,7 +89,7 @@ class Recorder:
         self.arrived.release()
 
     def next(self) -> object:
-        assert self.arrived.acquire(timeout=20)
+        assert self.arrived.acquire(timeout=GUARD_S)
         return self.items.pop(0)
 
     def content_hash(self) -> str:
@@ -156,14 +164,14 @@ def test_dropped_while_it_is_read_for_a_load(
 
     def slow(*args: object, **options: object) -> object:
         reading.set()
-        assert go_on.wait(20)
+        assert go_on.wait(GUARD_S)
         return original(*args, **options)
 
     recorder = Recorder(tmp_path)
     packed = original("one", recorder.path, recorder.target)
     monkeypatch.setattr(reader, "read_adapter", slow)
     recorder.load(recorder.command(packed.content_hash, packed.num_pages))
-    assert reading.wait(20)
+    assert reading.wait(GUARD_S)
     recorder.loader.drop(packed.content_hash)
     go_on.set()
     assert recorder.loader.finish(recorder.next()).error == ""
@@ -195,13 +203,10 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
         report=reports.put,
     )
     pid, store = reader.pid, loader._store
-    deadline = time.monotonic() + 20
-    while not store.num_slab_bytes:
-        assert time.monotonic() < deadline, "no slab before the first read"
-        time.sleep(0.001)
+    wait_until(lambda: store.num_slab_bytes)  # before the first read
     for path, adapter in zip(paths, expected, strict=True):
         loader.inspect(InspectAdapter(path.name, str(path)))
-        assert reports.get(timeout=20).content_hash == adapter.content_hash
+        assert reports.get(timeout=GUARD_S).content_hash == adapter.content_hash
         kept = store.acquire(adapter.content_hash)
         assert kept is not None and torch.equal(kept.data, adapter.data)
         assert any(a <= kept.data.data_ptr() < a + n for a, n in cudart.locked.items())

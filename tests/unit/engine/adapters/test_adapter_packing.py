@@ -216,7 +216,7 @@ def check_layout(packed: PackedAdapter, folder: Path) -> None:
 
 
 def test_a_bad_layer_among_threads(folder: Path) -> None:
-    """Nobody writes to the memory once the error is out."""
+    """No thread writes to the memory once the error is raised."""
     edit_weights(
         folder, lambda key, tensor: tensor * math.nan if "layers.1.self_attn" in key else tensor
     )

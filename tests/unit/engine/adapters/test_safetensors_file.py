@@ -23,14 +23,14 @@ def read_all(path: Path, names: list[str] | None = None) -> dict[str, torch.Tens
     with open_safetensors(path) as file:
         places = parse_header(file.read_header(), file.status.st_size)
         names = list(places) if names is None else names
-        chosen = [places[name] for name in names]
-        if not chosen:
+        wanted = [places[name] for name in names]
+        if not wanted:
             return {}
-        arrays = [np.full(place.num_bytes, 0xAA, dtype=np.uint8) for place in chosen]
-        file.read(zip(chosen, arrays, strict=True))
+        arrays = [np.full(place.num_bytes, 0xAA, dtype=np.uint8) for place in wanted]
+        file.read(zip(wanted, arrays, strict=True))
         return {
             name: torch.from_numpy(array.copy()).view(place.dtype).view(place.shape)
-            for name, place, array in zip(names, chosen, arrays, strict=True)
+            for name, place, array in zip(names, wanted, arrays, strict=True)
         }
 
 
@@ -72,8 +72,8 @@ def test_whatever_it_accepts_the_library_accepts(
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     rng, accepted = random.Random(0), 0
     path = tmp_path / "file"
-    for trial in range(400):
-        changed = _damage(header, body, rng) if trial % 2 else _flip(data, rng)
+    for attempt in range(400):
+        changed = _damage(header, body, rng) if attempt % 2 else _flip(data, rng)
         path.write_bytes(changed)
         try:
             got = read_all(path)

@@ -53,9 +53,9 @@ def draw(
     arrays = states.collect(np.array(slots, dtype=np.int32), np.array(positions, dtype=np.int32))
     batch = SamplingBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})
     before = logits.clone()
-    chosen = sample(logits, batch, token_ids, max(positions), fused=FUSED)
+    sampled = sample(logits, batch, token_ids, max(positions), fused=FUSED)
     assert torch.equal(logits, before)
-    return chosen.tolist()
+    return sampled.tolist()
 
 
 def naive_distribution(
@@ -154,7 +154,7 @@ def test_draws_follow_the_distribution(name: str) -> None:
 
 
 def chi_square_tail(counts: np.ndarray, expected: np.ndarray) -> float:
-    """P(a chi-square as large), by Wilson and Hilferty; rare outcomes are pooled."""
+    """P(a chi-square as large), by Wilson and Hilferty; rare values are pooled."""
     rare = expected < 8
     observed = np.append(counts[~rare], counts[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())

@@ -86,7 +86,7 @@ def test_inspect(root: Path) -> None:
     woken = threading.Event()
     worker = Worker(make_config(root), wakeup=woken.set)
     worker.handle(InspectAdapter(name="one", path=str(root / "one")))
-    assert woken.wait(20)
+    assert woken.wait(120)
     (event,) = worker.events()
     assert isinstance(event, AdapterInspected) and not event.error
     assert (event.name, event.path) == ("one", str(root / "one"))

@@ -271,7 +271,7 @@ def test_calls_from_threads_do_not_mix(llm: LLM) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     assert results == {n: [f"base:{n}-{i}" for i in range(20)] for n in range(6)}
 
 

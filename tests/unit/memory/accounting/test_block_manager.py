@@ -145,7 +145,7 @@ def test_a_page_remembers_how_many_steps_were_planned_when_it_was_released() -> 
         blocks.num_planned = count
         blocks.release(page_id, keep=page_id == pages[0])
     blocks.num_planned = 12
-    blocks.discard(pages[0])  # nobody has used it since it became idle
+    blocks.discard(pages[0])  # no request has used it since it became idle
     assert [blocks.num_planned_at_release([page_id]) for page_id in pages] == [4, 7, 9]
     assert blocks.num_planned_at_release(pages) == 9
     (other,) = blocks.allocate(Owner.ADAPTER, 1)

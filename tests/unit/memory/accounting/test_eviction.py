@@ -131,7 +131,7 @@ class NaivePolicy:
 
 
 class Traffic:
-    """Both tenants on one pool, drawn by hypothesis; the naive model is told what happened."""
+    """Both tenants on one pool, drawn by hypothesis; the naive model follows what happened."""
 
     def __init__(self) -> None:
         self.memory = make_memory()

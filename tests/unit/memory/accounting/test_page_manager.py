@@ -1,4 +1,4 @@
-"""Both tenants on one pool, driven at random; the books are checked after every operation."""
+"""Both tenants on one pool, driven at random; its integrity is checked after every operation."""
 
 from array import array
 
