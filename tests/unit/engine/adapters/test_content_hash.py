@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,60 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, AdapterTarget, read_adapter
-from loraplex.memory.adapter_layout import ModuleShape
 
-from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
-
-CONFIG_FILE = "adapter_config.json"
-SHAPES = (
-    ModuleShape(64, 64), ModuleShape(64, 32), ModuleShape(64, 32), ModuleShape(64, 64),
-    ModuleShape(64, 160), ModuleShape(64, 160), ModuleShape(160, 64),
-)  # fmt: skip
-BLOCK_TOKENS = 16
-PAGE_ELEMS = BLOCK_TOKENS * 2 * 2 * 16
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-
-
-def make_target(**overrides: Any) -> AdapterTarget:
-    values = {
-        "num_layers": 3,
-        "shapes": SHAPES,
-        "page_elems": PAGE_ELEMS,
-        "dtype": torch.float32,
-        "max_rank": 64,
-    }
-    return AdapterTarget(**{**values, **overrides})
-
-
-@pytest.fixture(scope="module")
-def hf_model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    return make_hf_model("llama", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def folder(hf_model: PreTrainedModel, tmp_path: Path) -> Path:
-    return make_adapter(
-        hf_model, tmp_path / "adapter", r=4, alpha=8, targets=["q_proj", "down_proj"]
-    )
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
-    save_file(
-        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-        folder / WEIGHTS_FILE,
-    )
+from helpers.models.peft_folders import (
+    CONFIG_FILE,
+    Q0,
+    edit_config,
+    edit_weights,
+    make_target,
+)
 
 
 def test_hash_is_of_the_content(folder: Path, hf_model: PreTrainedModel, tmp_path: Path) -> None:
