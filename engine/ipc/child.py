@@ -1,4 +1,4 @@
-"""Start, reports, orders and end of a child process of the engine.
+"""Start, reports, control messages and end of a child process of the engine.
 
 A child reads framed messages from its standard input, ChildStart first. It writes its reports to
 the inherited descriptor named on its command line. A frame is a 4-byte little-endian length and the
@@ -55,7 +55,7 @@ def read_frame(stream: BinaryIO) -> Any | None:
 
 
 class Child:
-    """Connects a child with its supervisor. `wakeup` is readable when there may be an order."""
+    """Connects a child with its supervisor. `wakeup` is readable when a message may have come."""
 
     def __init__(self, control: BinaryIO, reports: BinaryIO) -> None:
         start = read_frame(control)
@@ -93,15 +93,15 @@ class Child:
     def _watch(self) -> None:
         while True:
             try:
-                order = read_frame(self._control)
+                message = read_frame(self._control)
             except (OSError, ValueError, codec.WireError):
-                order = None
-            if order is None:
+                message = None
+            if message is None:
                 shutil.rmtree(self.start.run_dir, ignore_errors=True)
                 os._exit(EXIT_ORPHANED)
-            if isinstance(order, EngineDead):
-                self.dead_reason = order.reason
-            if isinstance(order, EngineDead | Shutdown):
+            if isinstance(message, EngineDead):
+                self.dead_reason = message.reason
+            if isinstance(message, EngineDead | Shutdown):
                 self.stopping = True
             self.wakeup.set()
 
@@ -113,7 +113,7 @@ def run_child(body: Callable[[Child], None]) -> None:
     os.set_inheritable(reports_fd, False)
     control = os.fdopen(os.dup(0), "rb")
     devnull = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(devnull, 0)  # no library may read orders from standard input
+    os.dup2(devnull, 0)  # no library may read control messages from standard input
     os.close(devnull)
     child = Child(control, os.fdopen(reports_fd, "wb"))
     set_up_logging(child.start.name)

@@ -32,7 +32,7 @@ CLIENT = b"client"
 
 
 class InProcessEngine:
-    """Takes and returns the maps of docs/protocol.md; Client wraps it for users.
+    """Takes and returns the maps of docs/reference/protocol.md; Client wraps it for users.
 
     An error in any part is raised to the caller as it is, with its traceback.
     """

@@ -178,7 +178,7 @@ class _OpenCommands:
 class _HostMisses:
     """The ranks whose host store lacks an adapter that others may have.
 
-    The scheduler is told that an adapter is in host memory only while all ranks have it.
+    For the scheduler, an adapter is in host memory only while all ranks have it.
     """
 
     def __init__(self, size: int) -> None:

@@ -192,7 +192,7 @@ def test_asyncio_clients_stream_side_by_side(engine: Engine) -> None:
 
 
 def test_a_plain_socket_and_messagepack_are_enough(engine: Engine) -> None:
-    """docs/protocol.md promises this to other languages."""
+    """docs/reference/protocol.md promises this to other languages."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.connect(engine.endpoint)
