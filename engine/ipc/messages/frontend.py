@@ -7,7 +7,6 @@ unique for its lifetime.
 
 from typing import Any
 
-from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
 
 
@@ -84,7 +83,3 @@ class EngineDead(Message):
     """The last message of an engine: every request it held fails with `reason`."""
 
     reason: str
-
-
-FrontendMessage = FrontendHello | AddRequest | AbortRequests | AdapterCommand | StatsQuery
-SchedulerMessage = EngineInfo | StepOutputs | ReplyRows | AdapterReply | StatsReply | EngineDead

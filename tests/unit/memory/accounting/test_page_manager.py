@@ -100,7 +100,7 @@ class PoolTraffic(RuleBasedStateMachine):
             assert memory.num_available == available
 
     @invariant()
-    def books_balance(self) -> None:
+    def integrity_holds(self) -> None:
         self.now += 1.0
         self.memory.check_integrity()
         held = {page for request in self.requests for page in self.memory.kv.page_ids(request)}

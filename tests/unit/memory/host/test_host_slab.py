@@ -24,7 +24,7 @@ from helpers.fakes.fake_cudart import FakeCudart, await_unlocking
 
 
 @pytest.fixture(autouse=True)
-def nobody_elses() -> None:
+def no_other_slabs() -> None:
     """Slabs of tests before this one may be on their way out."""
     gc.collect()
     await_unlocking()
