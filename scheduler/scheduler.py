@@ -41,7 +41,9 @@ class Scheduler:
 
     Attributes:
         adapters: names, pins and states of adapters, and their lists.
-        outputs: what the frontends have not been sent yet.
+        outputs: outputs that were not sent to the frontends yet.
+        waiting, running: the unfinished requests. Callers only read them.
+        memory: owners of the pages. Callers only read it.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class Scheduler:
         self._policy = make_policy(config)
         self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
-        self._waiting = WaitingQueue(self._policy)
-        self._running = RunningRequests(config.max_num_seqs)
+        self.waiting = WaitingQueue(self._policy)
+        self.running = RunningRequests(config.max_num_seqs)
         self._commands: list[WorkerAdapterCommand] = []
         self.outputs = OutputTable()
-        self._memory = page_manager(
+        self.memory = page_manager(
             num_pages=num_pages,
             block_tokens=memory.block_tokens,
             max_adapter_slots=memory.max_adapter_slots,
@@ -77,8 +79,8 @@ class Scheduler:
             unload=self._unload,
         )
         self._admission = Admission(
-            memory=self._memory,
-            waiting=self._waiting,
+            memory=self.memory,
+            waiting=self.waiting,
             policy=self._policy,
             stats=self._stats,
             base_fingerprint=base_fingerprint,
@@ -86,19 +88,19 @@ class Scheduler:
         )
         self._planner = StepPlanner(
             config=config,
-            memory=self._memory,
-            running=self._running,
-            waiting=self._waiting,
+            memory=self.memory,
+            running=self.running,
+            waiting=self.waiting,
             admission=self._admission,
             policy=self._policy,
             stats=self._stats,
             fail=self._fail,
         )
         self.adapters = AdapterManager(
-            memory=self._memory,
+            memory=self.memory,
             max_slots=memory.max_adapter_slots,
             requests=self._requests,
-            running=self._running,
+            running=self.running,
             send=self._commands.append,
             load=self._admission.begin_load,
             clock=clock,
@@ -130,15 +132,15 @@ class Scheduler:
         if version is not None:
             self.adapters.registry.bind(version, request.arrival)
             if version.state is not AdapterState.READY:
-                self._waiting.park(request, version)
+                self.waiting.park(request, version)
                 return
-        self._waiting.push(request)
+        self.waiting.push(request)
 
     def _check(self, request: Request) -> AdapterVersion | None:
         """Refuse what cannot be served; returns the version of its adapter."""
         if request.uid in self._requests:
             raise RequestRefused("bad_request", f"request id {request.request_id!r} is in use")
-        if len(self._waiting) >= self._config.max_queue_len:
+        if len(self.waiting) >= self._config.max_queue_len:
             raise RequestRefused(
                 "queue_full",
                 f"{self._config.max_queue_len} requests wait already; try again later",
@@ -152,7 +154,7 @@ class Scheduler:
     def _capacity_problem(self, request: Request, version: AdapterVersion | None) -> str:
         own = version.content_hash if version else ""
         return capacity_problem(
-            request, version, self._memory, self.adapters.pins.num_pages_besides(own)
+            request, version, self.memory, self.adapters.pins.num_pages_besides(own)
         )
 
     def abort_all(self, frontend: Hashable) -> None:
@@ -173,7 +175,7 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             self._planner.vacate(request, now)
         else:
-            self._waiting.remove(request)
+            self.waiting.remove(request)
             self._admission.unreserve_adapter(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
@@ -209,7 +211,7 @@ class Scheduler:
         now = self._clock()
         self._policy.on_result(step, now)
         self.adapters.usage_stats.on_result(step, now)
-        for request in apply_result(step, result, self._memory.kv, self._stats):
+        for request in apply_result(step, result, self.memory.kv, self._stats):
             self._end(request, request.finish_reason(), now)
         return self.outputs.take()
 
@@ -242,8 +244,8 @@ class Scheduler:
         """Let the requests that waited for the files go on, or fail them."""
         now = self._clock()
         version = self.adapters.on_inspected(event)
-        requests = self._waiting.unpark(version)
-        self._waiting.push_all(requests)
+        requests = self.waiting.unpark(version)
+        self.waiting.push_all(requests)
         for request in requests:
             if version.state is AdapterState.FAILED:
                 self._fail(request, "adapter", failure(version), now)
@@ -254,10 +256,10 @@ class Scheduler:
         """Let the requests that waited for the pages go on, or fail those of the file read."""
         now = self._clock()
         requests, version = self._admission.on_loaded(event, now)
-        self._waiting.push_all(requests)
+        self.waiting.push_all(requests)
         self.adapters.on_loaded(event, version, requests)
         if event.error:
-            for request in [r for r in self._waiting.by_age if r.adapter_version is version]:
+            for request in [r for r in self.waiting.by_age if r.adapter_version is version]:
                 self._fail(request, "adapter", failure(version), now)
 
     # Commands and state
@@ -275,18 +277,18 @@ class Scheduler:
     def stats(self) -> dict[str, Any]:
         """Returns load, memory and counters as plain values, in constant time."""
         present = describe_load(
-            self._memory, self._running, self._waiting, self._planner.num_in_flight
+            self.memory, self.running, self.waiting, self._planner.num_in_flight
         )
         return self._stats.snapshot() | present | self.adapters.stats()
 
     def check_integrity(self) -> None:
         """Prove that no page, slot, pin or request is lost or leaked; raises IntegrityError."""
-        self._memory.check_integrity()
+        self.memory.check_integrity()
         check_integrity(
             requests=self._requests.values(),
-            running=self._running,
-            waiting=self._waiting,
-            memory=self._memory,
+            running=self.running,
+            waiting=self.waiting,
+            memory=self.memory,
             pinned=self.adapters.pins.reserved(),
         )
         self.adapters.pins.check_integrity()

@@ -66,6 +66,9 @@ class AdapterLoader:
             order in which the store changed, or an error that no adapter caused. The thread that
             launches steps must raise such an error.
         enter_thread: called first in each thread.
+
+    Attributes:
+        store: the host store. Callers only read it.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class AdapterLoader:
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
-        self._store = HostStore(host_bytes, make_slab=make_slab)
+        self.store = HostStore(host_bytes, make_slab=make_slab)
         self._report_order = threading.Lock()
         self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
@@ -107,7 +110,7 @@ class AdapterLoader:
         when the last step that used them before has ended.
         """
         load = Load(command, wait_for)
-        load.adapter = self._store.acquire(command.content_hash)
+        load.adapter = self.store.acquire(command.content_hash)
         if load.adapter is not None:
             load.from_host = True
             self._queue.put(load)
@@ -120,7 +123,7 @@ class AdapterLoader:
 
     def drop(self, content_hash: str) -> None:
         """Free its host memory, once the loads under way are done with it."""
-        self._store.drop(content_hash)
+        self.store.drop(content_hash)
         self._report_in_order()
 
     def finish(self, load: Load) -> AdapterLoaded:
@@ -148,7 +151,7 @@ class AdapterLoader:
 
     def _inspect(self, command: InspectAdapter) -> None:
         try:
-            adapter = self._store.add(
+            adapter = self.store.add(
                 lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
                 acquire=True,
             )
@@ -174,7 +177,7 @@ class AdapterLoader:
             return adapter
 
         try:
-            load.adapter = self._store.add(read, acquire=True)
+            load.adapter = self.store.add(read, acquire=True)
             self._queue.put(load)
         except Exception as error:
             load.error = _explain(name, error)
@@ -183,7 +186,7 @@ class AdapterLoader:
 
     def _prepare(self) -> None:
         """Reserve room for the next adapters, in a thread of its own."""
-        self._preparer.submit(self._store.prepare)
+        self._preparer.submit(self.store.prepare)
 
     def _run(self) -> None:
         """Run the loader thread: enqueue copies and report loads in the order they came in."""
@@ -235,13 +238,13 @@ class AdapterLoader:
         with self._report_order:
             self._report_evicted()
             if release:
-                self._store.release(release)
+                self.store.release(release)
             if item is not None:
                 self._report(item)
             self._report_evicted()
 
     def _report_evicted(self) -> None:
-        for content_hash in self._store.take_evicted():
+        for content_hash in self.store.take_evicted():
             self._report(AdapterEvicted(content_hash))
 
 

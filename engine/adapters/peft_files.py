@@ -58,7 +58,7 @@ _SPECIAL_KEYS = {
 }
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 _MAX_LISTED = 4
-_MAX_KEPT_HEADER_BYTES = 1 << 20
+MAX_KEPT_HEADER_BYTES = 1 << 20
 
 
 def module_name(layer: int, module: int) -> str:
@@ -137,17 +137,17 @@ def _find_modules(
 ) -> Mapping[ModuleKey, Sides]:
     """Returns the tensors of each module, checked.
 
-    Adapters of one recipe have equal headers, so most headers are found in the cache of _check.
-    That saves three milliseconds in which the loop that launches steps would wait.
+    Adapters of one recipe have equal headers, so check_header has most headers in its cache. That
+    saves three milliseconds in which the loop that launches steps would wait.
     """
     header, num_bytes = file.read_header(), file.status.st_size
     unscaled = replace(config, alpha=1.0, alpha_pattern=(), use_rslora=False)
-    check = _check if len(header) <= _MAX_KEPT_HEADER_BYTES else _check.__wrapped__
+    check = check_header if len(header) <= MAX_KEPT_HEADER_BYTES else check_header.__wrapped__
     return check(header, num_bytes, unscaled, target)
 
 
 @lru_cache(maxsize=16)
-def _check(
+def check_header(
     header: bytes, file_bytes: int, config: PeftConfig, target: AdapterTarget
 ) -> Mapping[ModuleKey, Sides]:
     """Returns the tensors of each module. Raises PeftConfigError or DamagedFileError unless they

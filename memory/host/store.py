@@ -94,6 +94,12 @@ class HostStore:
     def num_slab_bytes(self) -> int:
         return self._space.num_bytes
 
+    @property
+    def num_in_use(self) -> int:
+        """Number of adapters between `acquire` and `release`."""
+        with self._lock:
+            return sum(entry.num_users > 0 for entry in self._entries.values())
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -179,7 +179,7 @@ def test_death_of_a_process_is_an_error_with_its_name(victim: str) -> None:
 
 def test_death_of_the_frontend_fails_one_call() -> None:
     with start_llm("--delay", "0.05") as llm:
-        killer = threading.Timer(0.5, os.kill, (pids_of(llm)["frontend 0"], signal.SIGKILL))
+        killer = threading.Thread(target=kill_when_running, args=(llm, pids_of(llm)["frontend 0"]))
         killer.start()
         with pytest.raises(ConnectionLostError, match="the next call connects again"):
             llm.generate(

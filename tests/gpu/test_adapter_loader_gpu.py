@@ -167,7 +167,7 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
     load = bench.reports.get(timeout=120)
     assert isinstance(load, Load) and step.query()
     assert bench.loader.finish(load).error == ""
-    packed = bench.loader._store.acquire(bench.command.content_hash)
+    packed = bench.loader.store.acquire(bench.command.content_hash)
     assert packed is not None and packed.data.is_pinned()
     ids = torch.tensor(bench.command.page_ids)
     got = bench.pool.pages[:, ids.to(CUDA)].cpu()

@@ -206,9 +206,8 @@ class LoadWorld:
             assert time.monotonic() < deadline, "a stream is stuck"
             self.streams.advance(50)
         assert self.bad.tolist() == [0, 0, 0], "wrong pages, rows or KV"
-        self.loader._store.check_integrity()
-        num_users = [entry.num_users for entry in self.loader._store._entries.values()]
-        assert not any(num_users)
+        self.loader.store.check_integrity()
+        assert self.loader.store.num_in_use == 0
 
     def close(self) -> None:
         self.loader.close()

@@ -8,6 +8,7 @@ import pytest
 
 from loraplex.scheduler.prefetch import LOOK_AHEAD, MAX_LOADS
 from loraplex.scheduler.request import Request
+from loraplex.scheduler.scheduler import Scheduler
 
 from helpers.scheduling.scheduler_harness import Harness
 
@@ -196,16 +197,23 @@ def test_load_ahead_outlives_the_request_that_wanted_it() -> None:
     harness.check_all_ended()
 
 
+def loading_ahead(scheduler: Scheduler) -> set[str]:
+    """Returns the contents whose loads began before a request reserved them."""
+    return scheduler._admission._loading_ahead
+
+
 def pages_in_the_way(harness: Harness, head: Request, waited: dict[str, set[Request]]) -> int:
-    """Of loads ahead for others, if they are all that keeps `head` from starting; `waited` are
-    those that waited already when such a load began."""
+    """Returns the pages of loads ahead for others if nothing else keeps `head` from starting.
+
+    `waited` holds the requests that waited already when such a load began.
+    """
     scheduler = harness.scheduler
-    memory = scheduler._memory
+    memory = scheduler.memory
     own = head.adapter_version.content_hash if head.adapter_version else ""
-    ahead = {key for key in waited if head in waited[key]} & scheduler._admission._loading_ahead
+    ahead = {key for key in waited if head in waited[key]} & loading_ahead(scheduler)
     ahead.discard(own)
     in_the_way = sum(len(a.page_ids) for a in memory.adapters if a.content_hash in ahead)
-    needed = memory.kv.num_pages_for(len(head.token_ids)) + len(scheduler._running)
+    needed = memory.kv.num_pages_for(len(head.token_ids)) + len(scheduler.running)
     if head.adapter_version and not memory.adapters.get(own):
         needed += head.adapter_version.num_pages
     return in_the_way if needed <= memory.num_available + in_the_way else 0
@@ -232,13 +240,13 @@ def test_no_load_ahead_delays_who_could_run_or_costs_one_its_pages(seed: int) ->
                 max_tokens=rng.randint(1, 20),
             )
         scheduler = harness.scheduler
-        num_before, ahead = scheduler._stats.num_preemptions, scheduler._admission._loading_ahead
+        num_before, ahead = scheduler.stats()["num_preemptions"], loading_ahead(scheduler)
         is_loading = bool(ahead)
         harness.plan()
         if is_loading:
-            assert scheduler._stats.num_preemptions == num_before
-        waiting = scheduler._waiting.by_age
-        if waiting and waiting[0].admitted_at < 0 and scheduler._running.has_free_slot:
+            assert scheduler.stats()["num_preemptions"] == num_before
+        waiting = scheduler.waiting.by_age
+        if waiting and waiting[0].admitted_at < 0 and scheduler.running.has_free_slot:
             num_short += 1
             assert not pages_in_the_way(harness, waiting[0], waited)
         waited = {key: waited.get(key) or set(waiting) for key in ahead}

@@ -37,11 +37,11 @@ class Witness:
         self.num_overtaken = 0
 
     def plan(self) -> None:
-        waiting = list(self.scheduler._waiting.by_age)
-        running = list(self.scheduler._running)
+        waiting = list(self.scheduler.waiting.by_age)
+        running = list(self.scheduler.running)
         unserved = self._unserved()
         self.harness.plan()
-        left = set(self.scheduler._waiting.by_age)
+        left = set(self.scheduler.waiting.by_age)
         started_now = [r for r in waiting if r.admitted_at == self.harness.now and r not in left]
         resumed_late = [r for r in waiting if r in left and 0 <= r.admitted_at < self.harness.now]
         if self.policy in ("cluster", "abort", "vtc"):
@@ -117,7 +117,7 @@ def test_no_request_is_passed_over_for_longer_than_the_bound(policy: str, seed: 
             harness.commit()
         if policy == "abort":
             late = [
-                r for r in harness.scheduler._waiting.by_age
+                r for r in harness.scheduler.waiting.by_age
                 if r.admitted_at < 0 and r.arrival + SLO_S < harness.now - 1.0
             ]  # fmt: skip
             assert not late, "a request that must miss its objective still waits"

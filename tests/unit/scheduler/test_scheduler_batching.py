@@ -250,7 +250,7 @@ def test_logprobs_reach_their_request() -> None:
 
 def test_lost_pages_fail_the_request_rather_than_hang() -> None:
     harness = Harness(num_pages=10, check=False)
-    harness.scheduler._memory.blocks._free.clear()
+    harness.scheduler.memory.blocks._free.clear()
     harness.add("a", [1], max_tokens=1)
     harness.add("b", [1], max_tokens=1)
     assert harness.plan() is None

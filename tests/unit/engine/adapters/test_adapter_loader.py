@@ -104,7 +104,7 @@ class Recorder:
 def test_nothing_on_the_host_before_finish(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     self_hash = recorder.content_hash()
-    pages = recorder.loader._store.acquire(self_hash).num_pages
+    pages = recorder.loader.store.acquire(self_hash).num_pages
     recorder.load(recorder.command(self_hash, pages))
     load = recorder.next()
     assert isinstance(load, Load)
@@ -123,7 +123,7 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
     pool = PagePool(PAGE_SHAPE, 4, CPU)
     recorder = Recorder(tmp_path, copier=Broken(pool))
     content_hash = recorder.content_hash()
-    pages = recorder.loader._store.acquire(content_hash).num_pages
+    pages = recorder.loader.store.acquire(content_hash).num_pages
     recorder.load(recorder.command(content_hash, pages))
     assert isinstance(recorder.next(), RuntimeError)
     recorder.loader.close()
@@ -132,7 +132,7 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
 def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, host_bytes=60_000)  # for either of two adapters
     content_hash = recorder.content_hash()
-    store = recorder.loader._store
+    store = recorder.loader.store
     adapter = store.acquire(content_hash)
     assert adapter is not None
     store.release(content_hash)
@@ -176,7 +176,7 @@ def test_dropped_while_it_is_read_for_a_load(
     go_on.set()
     assert recorder.loader.finish(recorder.next()).error == ""
     recorder.loader.drop(packed.content_hash)
-    assert len(recorder.loader._store) == 0
+    assert len(recorder.loader.store) == 0
     assert recorder.table.table.rank[..., 2].any(), "what is in pages stays"
     recorder.loader.close()
 
@@ -202,7 +202,7 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
         host_bytes=9 * unit,
         report=reports.put,
     )
-    pid, store = reader.pid, loader._store
+    pid, store = reader.pid, loader.store
     wait_until(lambda: store.num_slab_bytes)  # before the first read
     for path, adapter in zip(paths, expected, strict=True):
         loader.inspect(InspectAdapter(path.name, str(path)))

@@ -77,7 +77,7 @@ def test_a_known_file_is_not_hashed_again(folder: Path, monkeypatch: pytest.Monk
 
 def test_one_recipe_is_checked_once(folder: Path, tmp_path: Path) -> None:
     """Whatever the numbers and the scale; another rank, target or base model is another recipe."""
-    adapters._check.cache_clear()
+    adapters.check_header.cache_clear()
     other = write_adapter(tmp_path / "other", ODD, rank=4, seed=1)
     settings = json.loads((other / CONFIG_FILE).read_text())
     first = read_adapter("a", folder, make_target())
@@ -87,7 +87,7 @@ def test_one_recipe_is_checked_once(folder: Path, tmp_path: Path) -> None:
 
     configure(lora_alpha=12, use_rslora=True)
     second = read_adapter("b", other, make_target())
-    assert adapters._check.cache_info()[:2] == (1, 1)  # hits, misses
+    assert adapters.check_header.cache_info()[:2] == (1, 1)  # hits, misses
     check_layout(second, other)
     assert float(first.scale[0, 0]) == 1.0 and float(second.scale[0, 0]) == 6.0
     for changes, reason in (
@@ -104,10 +104,10 @@ def test_one_recipe_is_checked_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_header_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters._check.cache_clear()
-    monkeypatch.setattr(adapters, "_MAX_KEPT_HEADER_BYTES", 100)
+    adapters.check_header.cache_clear()
+    monkeypatch.setattr(adapters, "MAX_KEPT_HEADER_BYTES", 100)
     check_layout(read_adapter("a", folder, make_target()), folder)
-    assert adapters._check.cache_info().currsize == 0
+    assert adapters.check_header.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("change", ["weights", "replaced", "alpha"])

@@ -172,8 +172,7 @@ def test_killed_while_it_reads(tmp_path: Path, own_reader: ProcessReader) -> Non
     """That read fails and says why, its memory is free again, the next one works."""
     folder = write_adapter(tmp_path / "a", TINY, rank=2, seed=1)
     store = make_store()
-    read(own_reader, store, folder)
-    store.drop(next(iter(store._entries)))
+    store.drop(read(own_reader, store, folder).content_hash)
 
     def die(num_bytes: int) -> torch.Tensor:
         assert own_reader.pid is not None
