@@ -53,7 +53,7 @@ class FakeCuda:
         self.hidden = 0
         self.status = 0
         self.utils = self
-        self._functions: dict[int, tuple[str, list[str]]] = {}
+        self.functions: dict[int, tuple[str, list[str]]] = {}
         self._ptx = ""
         pointer = ctypes.c_void_p
         info = ctypes.CFUNCTYPE(
@@ -87,13 +87,13 @@ class FakeCuda:
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple:
         function = zlib.crc32(cubin) + 1
-        self._functions[function] = (name, ptx_parameters(self._ptx))
+        self.functions[function] = (name, ptx_parameters(self._ptx))
         return None, function, 32, 0, 1024  # no module, so that nothing is unloaded
 
     # libcuda
 
     def _get_param_info(self, function: int, index: int, offset: Any, size: Any) -> int:
-        kinds = [*self._functions[function][1], *["u64"] * self.hidden]
+        kinds = [*self.functions[function][1], *["u64"] * self.hidden]
         if index >= len(kinds):
             return INVALID_VALUE
         end = 0
@@ -114,7 +114,7 @@ class FakeCuda:
             attribute = ctypes.string_at(attributes, 72)
             assert count == 1 and struct.unpack_from("i", attribute, 0) == (6,)
             is_pdl = struct.unpack_from("i", attribute, 8) == (1,)
-        name, kinds = self._functions[function]
+        name, kinds = self.functions[function]
         places = struct.unpack(f"{len(kinds)}Q", ctypes.string_at(arguments, 8 * len(kinds)))
         values = [
             struct.unpack(FORMATS[kind], ctypes.string_at(at, struct.calcsize(FORMATS[kind])))[0]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loraplex.memory.accounting.block_manager import Owner
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.worker_protocol import StepResult, int_array
 
@@ -250,7 +251,7 @@ def test_logprobs_reach_their_request() -> None:
 
 def test_lost_pages_fail_the_request_rather_than_hang() -> None:
     harness = Harness(num_pages=10, check=False)
-    harness.scheduler.memory.blocks._free.clear()
+    harness.scheduler.memory.blocks.allocate(Owner.KV, 9)  # all, for no tenant
     harness.add("a", [1], max_tokens=1)
     harness.add("b", [1], max_tokens=1)
     assert harness.plan() is None

@@ -167,7 +167,7 @@ def test_a_refused_launch_raises(cuda: FakeCuda) -> None:
 
 
 def test_integers_and_the_rest_follow_the_pointers(cuda: FakeCuda) -> None:
-    cuda._functions[5] = ("raw", ["u64", "u64", "u32", "u32", "f32"])
+    cuda.functions[5] = ("raw", ["u64", "u64", "u32", "u32", "f32"])
     launch = Launch(5, num_threads=96, pdl=True, pointers=(1, 2), integers=(3, 4),
                     rest=(ctypes.c_float(0.5),), shared_bytes=70000)  # fmt: skip
     launch.pointers[1], launch.integers[0] = 1 << 47, -6

@@ -81,10 +81,10 @@ def bgmv(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Iterator[Any]:
     module = importlib.import_module(name)
 
     def compile_(macros: tuple[str, ...], device_index: int) -> Any:
-        function = 1000 + 2 * len(cuda._functions)
+        function = 1000 + 2 * len(cuda.functions)
         for i, num_pointers in enumerate((7, 8)):
             kinds = ["u64"] * num_pointers + ["u32"] * 7
-            cuda._functions[function + i] = (" ".join(macros), kinds)
+            cuda.functions[function + i] = (" ".join(macros), kinds)
         return module.Kernels(function, function + 1)
 
     monkeypatch.setattr(module, "compile_kernels", compile_)
