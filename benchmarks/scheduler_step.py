@@ -1,4 +1,4 @@
-"""What does one step cost the scheduler's process, and how late can other work make a plan?
+"""Measures a step of the scheduler's process, and how late other work can make a plan.
 
 Runs the real scheduler loop on a CPU. The worker is replaced by one that answers every plan at
 once, the sockets by lists of encoded messages; encoding and decoding are the real ones.
@@ -241,7 +241,7 @@ def delay(post: Callable[[Rig, int], None], *, rounds: int) -> dict[str, float]:
 
 
 def _freeze() -> None:
-    """As scheduler_main does after its start: later collections skip what is there."""
+    """Freezes the objects that exist, as scheduler_main does after its start."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""What does loading adapters cost, and what does it cost the steps beside it?
+"""Measures what loading adapters costs, and what it costs the steps beside it.
 
 Rank 16 on all seven projections of Llama-3-8B, 84 MB an adapter, random weights.
 
@@ -216,7 +216,7 @@ def decode_graph(device: torch.device) -> torch.cuda.CUDAGraph:
 
 
 def time_beside(graph: torch.cuda.CUDAGraph, setup: Setup, case: Beside) -> dict[str, float]:
-    """As a worker's loop does it: commands and reports between the launches of steps."""
+    """Times steps while adapters load, with commands and reports between the launches."""
     ends: deque[torch.cuda.Event] = deque()
     times, loads = [], []
     previous = None

@@ -80,7 +80,7 @@ def comments(source: str) -> Iterator[tuple[int, str]]:
 
 def test_docstrings_and_comments_begin_with_a_verb_or_a_noun() -> None:
     found = []
-    for file in python_files(PRODUCT):
+    for file in python_files(ALL_CODE):
         source = file.read_text(encoding="utf-8")
         for line, text in (*docstrings(source), *comments(source)):
             if HIDES_ITS_SUBJECT.match(text):

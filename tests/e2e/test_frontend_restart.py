@@ -59,9 +59,9 @@ class Waiting:
         self._client.submit(self._prompt, LONG, adapter=self._adapter)
         self._client.health()
         self._begun.set()
-        (news,) = self._client.poll(WAIT_S)
-        assert isinstance(news, RequestFailure)
-        raise news.error
+        (result,) = self._client.poll(WAIT_S)
+        assert isinstance(result, RequestFailure)
+        raise result.error
 
     def join(self) -> None:
         self._thread.join(WAIT_S)
@@ -114,8 +114,8 @@ def test_a_frontend_that_dies_again_and_again_ends_the_engine() -> None:
         assert engine.dead_reason == (
             "frontend 0 was killed by signal 9 (SIGKILL), for the 5th time within 60 s"
         )
-        (news,) = client.poll(WAIT_S)
-        assert isinstance(news, RequestFailure) and isinstance(news.error, EngineDeadError)
+        (result,) = client.poll(WAIT_S)
+        assert isinstance(result, RequestFailure) and isinstance(result.error, EngineDeadError)
         client.close()
 
 

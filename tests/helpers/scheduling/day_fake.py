@@ -176,7 +176,7 @@ class FakeDay:
         assert stats["pages_adapter"] == stats["host_adapters"] == 0
         assert not harness.listed()
 
-    # What may happen
+    # Actions
 
     def turn(self) -> None:
         self.harness.turns += 1
@@ -269,7 +269,7 @@ class FakeDay:
             if info["num_running"]:
                 assert info["tier"] == "pages"
 
-    # What that takes
+    # Parts of actions
 
     def _expected(self) -> list[Asked]:
         return [asked for asked in self.harness.expected.values() if isinstance(asked, Asked)]

@@ -41,7 +41,7 @@ FAULTS = ("truncated", "shapes", "no weights", "pickle", "not json")
 
 
 class Contents:
-    """What adapters may hold: by index, the files' bytes and the tokens they must lead to."""
+    """Holds what adapters may contain: by index, the files' bytes and the expected tokens."""
 
     def __init__(self, root: Path) -> None:
         self._model = make_hf_model("llama", root / "base", seed=3, num_hidden_layers=NUM_LAYERS)
@@ -178,7 +178,7 @@ class RealDay:
         assert stats["pages_adapter"] == stats["host_adapters"] == 0
         self.client.close()
 
-    # What may happen
+    # Actions
 
     def ask(self) -> None:
         if len(self.outstanding) >= MAX_OUTSTANDING:
@@ -282,7 +282,7 @@ class RealDay:
         assert stats["pages_pinned"] <= stats["num_pages"] // 2
         assert {info["name"] for info in self.client.list_adapters()} == set(self.meaning)
 
-    # What that takes
+    # Parts of actions
 
     def _popular(self) -> str:
         return self.names[int(NUM_NAMES * self.rng.random() ** 5)]

@@ -101,7 +101,7 @@ class Harness:
         self.requests: dict[Any, Request] = {}  # all that were accepted by add()
         self._names: list[str] = []  # of requests that a test names by a string
 
-    # What a client does
+    # Actions of a client
 
     def add(
         self,
@@ -141,7 +141,7 @@ class Harness:
         return -1 - self._names.index(name)
 
     def name_of(self, request_id: int) -> Any:
-        """What the test calls the request."""
+        """Returns the test's name for the request."""
         return request_id if request_id >= 0 else self._names[-1 - request_id]
 
     def try_add(self, request_id: Any, prompt: list[int], **options: Any) -> str:
@@ -169,7 +169,7 @@ class Harness:
         self.scheduler.register_adapter(name, path)
         self.verify()
 
-    # What an engine does
+    # Actions of an engine
 
     def plan(self) -> StepPlan | None:
         """Plan one step and have the worker execute it; its result waits in `results`."""
@@ -243,7 +243,7 @@ class Harness:
             self.deliver_event()
             self.send_commands()
 
-    # What can be seen from outside
+    # State seen from outside
 
     def resident(self) -> set[str]:
         """Contents in pages."""
@@ -264,7 +264,7 @@ class Harness:
         assert end.finish_reason == "error"
         return end.error_code, end.error
 
-    # What is held to the oracle
+    # Comparison with the oracle
 
     def verify(self) -> None:
         if self.check:

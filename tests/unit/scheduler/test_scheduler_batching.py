@@ -1,4 +1,4 @@
-"""What goes into a step, in which order, and how requests end."""
+"""Contents of a step, their order, and how requests end."""
 
 import pytest
 

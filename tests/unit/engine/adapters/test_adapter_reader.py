@@ -64,7 +64,7 @@ def check_same(got: PackedAdapter, expected: PackedAdapter) -> None:
 
 
 def await_end(pid: int) -> None:
-    """Of a child, which is left for its owner to reap; the test's time limit is this one's."""
+    """Waits until a child has ended; its owner must still reap it."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
@@ -239,7 +239,7 @@ def _serve_to_the_end(link: socket.socket, reader: ThreadReader, slabs: Slabs) -
 
 
 def test_a_descriptor_that_did_not_arrive_is_an_error() -> None:
-    """As where the receiver has too many files open; here one is more than it takes."""
+    """The receiver takes one descriptor. A second is lost, as with too many open files."""
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with ours, theirs:
         socket.send_fds(ours, [codec.encode(NoMemory())], [ours.fileno(), ours.fileno()])

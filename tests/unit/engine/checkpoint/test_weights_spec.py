@@ -25,7 +25,7 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
-# As published, transformers 4 style, cut to the fields that matter.
+# Published files in the style of transformers 4, cut to the fields that matter.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,

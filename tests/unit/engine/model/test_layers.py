@@ -76,7 +76,7 @@ def test_angles_equal_hugging_face(kind: str) -> None:
     rope = RotaryEmbedding(spec, torch.device("cpu"))
     cos_sin = torch.empty(6, 64)
     rope.cos_sin(positions, cos_sin)
-    # Of float64, what is left is the rounding of the angle: half an ulp of 131071.
+    # The difference from float64 is the rounding of the angle: half an ulp of 131071.
     angles = positions[:, None].double() * rope.inv_freq.double()
     want = torch.cat((angles.cos(), angles.sin()), dim=1)
     torch.testing.assert_close(cos_sin.double(), want, atol=5e-3, rtol=0)

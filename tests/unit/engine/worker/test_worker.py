@@ -135,7 +135,7 @@ def test_load_from_the_store_and_from_disk(root: Path, tmp_path: Path) -> None:
     base = Sequence(prompt)
     driver.run([base], 4)
     assert expected.output != base.output
-    # What is on disk has changed since: never the wrong weights under an old name.
+    # The files have changed since: a load never takes other weights under an old name.
     shutil.copy(root / "two" / "adapter_model.safetensors", folder)
     inspect(worker, root / "two")
     loaded = ask(worker, LoadAdapter(2, one.content_hash, one.path, int_array([6])))

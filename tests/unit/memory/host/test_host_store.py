@@ -124,7 +124,7 @@ def test_prepare_takes_a_slab_ahead_within_the_budget() -> None:
 
 
 def test_prepare_keeps_room_for_two() -> None:
-    """As large as the largest so far; not for more, however often it is called."""
+    """For two adapters as large as the largest so far, however often it is called."""
     store = HostStore(100 * UNIT, slab_bytes=8 * UNIT)
     sizes = []
     for name in "abcdef":
@@ -142,7 +142,7 @@ def test_prepare_keeps_room_for_two() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), MemoryError("no space")])
 def test_a_host_that_gives_no_more(error: Exception) -> None:
-    """What is there becomes the budget; only when all of it is pinned does a read fail."""
+    """The memory that was given becomes the budget. A read fails only when all of it is in use."""
     slabs = [plain_slab(2 * UNIT)]
 
     def make_slab(num_bytes: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a child of the engine is started with."""
+"""Environment of a new child of the engine."""
 
 import sys
 
@@ -33,6 +33,6 @@ def test_threads_of_a_child_do_not_spin_unless_the_caller_wants_it(
     spec = ProcessSpec("worker", 0, [sys.executable, "-c", SHOW])
     process = Process.spawn(spec, ChildStart("worker 0", 0, "", EngineConfig()))
     assert process.reports.read().decode() == seen
-    assert process.popen.wait(60) == 0
+    assert process.popen.wait(120) == 0
     process.exited.set()
     process.close()
