@@ -39,6 +39,7 @@ class Worker:
 
     Attributes:
         ready: sizes, for the scheduler.
+        parts: the page pool, the adapter table and the model runner. Callers only read them.
 
     Args:
         wakeup: called from other threads when `events` has something to return.
@@ -58,7 +59,7 @@ class Worker:
     ) -> None:
         started_at = time.perf_counter()
         self._wakeup = wakeup
-        self._parts = parts = set_up(config, rank, progress)
+        self.parts = parts = set_up(config, rank, progress)
         profiled = bool(config.profile.profile_dir)
         self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()
@@ -116,11 +117,11 @@ class Worker:
 
     def _run(self, plan: StepPlan) -> None:
         started_at = time.perf_counter()
-        step = self._parts.runner.launch(plan)
+        step = self.parts.runner.launch(plan)
         if self._profile is not None:
             self._profile.launched(plan, started_at)
         self._step_ends.append((plan.step_id, self._copier.record_event()))
-        if self._parts.device.type == "cuda":
+        if self.parts.device.type == "cuda":
             self._steps.put(step)
         else:
             self._events.put(step.result())
@@ -150,7 +151,7 @@ class Worker:
             self._profile.close()
 
     def _await_steps(self) -> None:
-        _enter_thread(self._parts.device)
+        _enter_thread(self.parts.device)
         while (step := self._steps.get()) is not None:
             try:
                 self._report(step.result())

@@ -56,7 +56,7 @@ class StepRunner:
         worker = Worker(config)
         block_tokens, max_num_seqs = config.memory.block_tokens, config.scheduler.max_num_seqs
         self.close = worker.close
-        self.runner: ModelRunner = worker._parts.runner
+        self.runner: ModelRunner = worker.parts.runner
         self.pool = self.runner.pool.pages
         self.driver = StepDriver(worker, block_tokens=block_tokens, max_num_seqs=max_num_seqs)
         self.slots = {"": -1, **{name: self.driver.load(name, adapters / name) for name in "ab"}}

@@ -173,7 +173,7 @@ def _check_entry(entry: Any, want: torch.Tensor, token: int) -> None:
 @pytest.mark.gpu
 def test_warm_up_leaves_no_trace(setup: Setup) -> None:
     worker = setup.worker("cuda")
-    parts = worker._parts
+    parts = worker.parts
     parts.runner.warm_up(1024, 8)
     table = parts.table.table
     assert not table.host_rank.any() and not table.rank.any()
