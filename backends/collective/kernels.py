@@ -112,9 +112,7 @@ def reduce_add_norm_kernel(
         y_C = ((x_C * scale).to(dtype).to(tl.float32) * weight_C).to(dtype)
         if TWO_SHOT:
             for peer in tl.static_range(WORLD):
-                tl.store(
-                    _address_of(outs, peer, dtype) + place_C, y_C, mask=mask_C
-                )
+                tl.store(_address_of(outs, peer, dtype) + place_C, y_C, mask=mask_C)
         else:
             tl.store(y + place_C, y_C, mask=mask_C)
     if TWO_SHOT and MEET:

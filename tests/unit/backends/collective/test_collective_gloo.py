@@ -26,7 +26,9 @@ def test_every_rank_gets_the_same_right_sums(world_size: int, tmp_path: Path) ->
         torch.testing.assert_close(residual.double(), 3 * total, atol=1e-5, rtol=1e-5)
         for normed, before in ((first, 2 * total), (second, 3 * total)):
             scale = torch.rsqrt(before.square().mean(-1, keepdim=True) + EPS)
-            torch.testing.assert_close(normed.double(), before * scale * weight, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                normed.double(), before * scale * weight, atol=1e-5, rtol=1e-4
+            )
         assert torch.equal(gathered, torch.cat(parts, dim=1))
         for other in ranks[1:]:
             assert all(map(torch.equal, ranks[0][case], other[case]))
