@@ -18,3 +18,9 @@ class BackendConfig:
         default="auto",
         metadata={"help": "kernels of norms, RoPE, SiLU and sampling (see `loraplex backends`)"},
     )
+    collective_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "sums over the GPUs of tensor parallelism (`loraplex backends` lists them)"
+        },
+    )

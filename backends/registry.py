@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from loraplex.backends.attention.contract import AttentionSpec
+    from loraplex.backends.collective.contract import CollectiveSpec
     from loraplex.backends.fused.contract import FusedSpec
     from loraplex.backends.lora.contract import LoRASpec
 
 AUTO = "auto"
 
-Spec: TypeAlias = "AttentionSpec | FusedSpec | LoRASpec"
+Spec: TypeAlias = "AttentionSpec | FusedSpec | LoRASpec | CollectiveSpec"
 
 
 class BackendError(ValueError):
@@ -75,6 +76,9 @@ _BACKENDS: tuple[Backend, ...] = (
     Backend("attention", "torch", "loraplex.backends.attention.torch_sdpa", "TorchAttention"),
     Backend("fused", "triton", "loraplex.backends.fused.triton_ops", "TritonFused"),
     Backend("fused", "torch", "loraplex.backends.fused.torch_ops", "TorchFused"),
+    Backend("collective", "symm_mem", "loraplex.backends.collective.symm_mem", "SymmMemCollective"),
+    Backend("collective", "nccl", "loraplex.backends.collective.distributed", "NcclCollective"),
+    Backend("collective", "gloo", "loraplex.backends.collective.distributed", "GlooCollective"),
 )
 
 OPS = tuple(dict.fromkeys(backend.op for backend in _BACKENDS))

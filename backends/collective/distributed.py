@@ -1,9 +1,13 @@
 """Backends ``nccl`` and ``gloo`` of op ``collective``: torch.distributed's own operators."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
 from loraplex.backends.collective.contract import CollectiveSpec
+from loraplex.backends.collective.errors import RankLostError
 
 
 class DistributedCollective:
@@ -46,13 +50,15 @@ class DistributedCollective:
         spec = self._spec
         num_rows, width = x.shape
         gathered = x.new_empty(spec.world_size * num_rows, width)
-        dist.all_gather_into_tensor(gathered, x, group=spec.group)
+        with _peers():
+            dist.all_gather_into_tensor(gathered, x, group=spec.group)
         by_rank = gathered.view(spec.world_size, num_rows, width)
         return by_rank.transpose(0, 1).reshape(num_rows, spec.world_size * width)
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Sums over the ranks, in place where the backend can."""
-        dist.all_reduce(partial, group=self._spec.group)
+        with _peers():
+            dist.all_reduce(partial, group=self._spec.group)
         return partial
 
 
@@ -63,7 +69,8 @@ class GlooCollective(DistributedCollective):
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
         total = partial.float()  # gloo adds 16-bit numbers with a rounding each
-        dist.all_reduce(total, group=self._spec.group)
+        with _peers():
+            dist.all_reduce(total, group=self._spec.group)
         return total.to(partial.dtype)
 
 
@@ -71,3 +78,12 @@ class NcclCollective(DistributedCollective):
     name = "nccl"
     device_type = "cuda"
     supports_graphs = True
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Raises RankLostError where a peer closed the connection or answers no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"a worker rank is gone: {str(error).splitlines()[0]}") from error

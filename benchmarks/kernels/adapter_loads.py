@@ -33,6 +33,7 @@ from loraplex.engine.adapters.loader import AdapterLoader, Load
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.reader import make_reader
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.model.shard import whole_sides
 from loraplex.entrypoints.bench.dummy import AdapterWriter, model_config
 from loraplex.entrypoints.bench.gpu_timing import capture
 from loraplex.memory.adapter_layout import ModuleShape
@@ -82,7 +83,12 @@ class Setup:
     def __init__(self, folder: Path, host_bytes: int, pool: PagePool) -> None:
         device = pool.pages.device
         target = AdapterTarget(
-            NUM_LAYERS, SHAPES, pool.shape.page_elems, torch.bfloat16, 64, pin_memory=True
+            NUM_LAYERS,
+            whole_sides(SHAPES),
+            pool.shape.page_elems,
+            torch.bfloat16,
+            64,
+            pin_memory=True,
         )
         self.table = AdapterTable(target, NUM_SLOTS, device)
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import module_name, read_adapter
+from loraplex.engine.model.shard import whole_sides
 from loraplex.memory.adapter_layout import MODULES, ModuleShape
 
 RANK, NUM_LAYERS = 16, 32
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="its description")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    target = AdapterTarget(NUM_LAYERS, SHAPES, 32 << 10, torch.bfloat16, max_rank=RANK)
+    target = AdapterTarget(NUM_LAYERS, whole_sides(SHAPES), 32 << 10, torch.bfloat16, max_rank=RANK)
     line = {
         "variant": options.variant,
         "machine": options.machine,

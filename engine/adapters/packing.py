@@ -21,6 +21,7 @@ from loraplex.engine.adapters.safetensors_file import (
     SafetensorsFile,
     TensorPlace,
 )
+from loraplex.engine.model.shard import Piece
 from loraplex.memory.adapter_layout import (
     MODULES,
     ModulePlace,
@@ -39,6 +40,7 @@ BLOCK_BYTES = 16 << 20
 
 ModuleKey = tuple[int, int]  # layer, module id
 BitArray = npt.NDArray[np.unsignedinteger]
+AllSides = tuple[tuple[Piece, Piece], ...]  # by module: the pieces of inputs and outputs
 Sides = dict[str, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
 
 _ALIGN = 64  # bytes; alignment of each array in scratch memory
@@ -54,16 +56,27 @@ class AdapterTarget:
     """Sizes of the base model on one worker rank, which adapters must fit."""
 
     num_layers: int
-    shapes: tuple[ModuleShape, ...]
+    sides: tuple[tuple[Piece, Piece], ...]
+    """This rank's pieces of each module's inputs and outputs: A is cut by input, B by output."""
     page_elems: int
     dtype: torch.dtype
     max_rank: int
     pin_memory: bool = False  # copies in host memory are page-locked
 
     @property
+    def shapes(self) -> tuple[ModuleShape, ...]:
+        """The sizes of this rank's pieces."""
+        return tuple(ModuleShape(ins.size, outs.size) for ins, outs in self.sides)
+
+    @property
+    def full_shapes(self) -> tuple[ModuleShape, ...]:
+        """The sizes that an adapter's files must have."""
+        return tuple(ModuleShape(ins.total, outs.total) for ins, outs in self.sides)
+
+    @property
     def max_file_bytes(self) -> int:
         """Size of a file with every module at the largest rank in float64, and its header."""
-        per_rank = sum(shape.in_features + shape.out_features for shape in self.shapes)
+        per_rank = sum(shape.in_features + shape.out_features for shape in self.full_shapes)
         return 8 * self.num_layers * self.max_rank * per_rank + MAX_HEADER_BYTES
 
 
@@ -134,7 +147,9 @@ def pack(
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
-    leaves = _pack_layers(file, layers, data, packers, is_known=content_hash is not None)
+    leaves = _pack_layers(
+        file, layers, data, packers, sides=target.sides, is_known=content_hash is not None
+    )
     if content_hash is None:
         content_hash = hash_adapter(leaves)
     tables = (torch.from_numpy(array) for array in (rank, a_start, b_start, scale))
@@ -147,6 +162,7 @@ def _pack_layers(
     data: torch.Tensor,
     packers: Executor | None,
     *,
+    sides: AllSides,
     is_known: bool,
 ) -> list[bytes]:
     """Pack all layers. Returns the leaf of each adapted layer, in order; none if `is_known`.
@@ -154,11 +170,11 @@ def _pack_layers(
     No thread writes to `data` after this returns or raises.
     """
     if packers is None:
-        return _pack_some(file, layers, range(len(layers)), data, is_known)
+        return _pack_some(file, layers, range(len(layers)), data, sides, is_known)
     num_tasks = min(NUM_TASKS, len(layers))
     bounds = [len(layers) * task // num_tasks for task in range(num_tasks + 1)]
     tasks = [
-        packers.submit(_pack_some, file, layers, range(start, end), data, is_known)
+        packers.submit(_pack_some, file, layers, range(start, end), data, sides, is_known)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
     wait(tasks)
@@ -174,6 +190,7 @@ def _pack_some(
     layers: list[_Layer],
     numbers: range,
     data: torch.Tensor,
+    sides: AllSides,
     is_known: bool,
 ) -> list[bytes]:
     leaves = []
@@ -181,7 +198,8 @@ def _pack_some(
     scratch = np.empty(max(BLOCK_BYTES, largest) + 2 * len(MODULES) * _ALIGN, dtype=np.uint8)
     for block in _blocks(layers, numbers):
         rows = data[block.start : block.stop]
-        leaves += _pack_block(file, layers[block.start : block.stop], rows, scratch, is_known)
+        some = layers[block.start : block.stop]
+        leaves += _pack_block(file, some, rows, scratch, sides, is_known)
         if not is_known:
             for number in block:
                 _check_layer(number, data[number, : layers[number].num_used])
@@ -206,35 +224,38 @@ def _pack_block(
     layers: list[_Layer],
     rows: torch.Tensor,
     scratch: ByteArray,
+    all_sides: AllSides,
     is_known: bool,
 ) -> list[bytes]:
     """Read and pack layers that are alike into their rows. Returns their leaves."""
     row_bytes = rows.view(torch.uint8).numpy()
     bits = row_bytes.view(_BITS[rows.dtype.itemsize])
     reads: list[tuple[TensorPlace, ByteArray]] = []
-    copies: list[tuple[BitArray, ByteArray, TensorPlace, bool]] = []
+    copies: list[tuple[BitArray, ByteArray, TensorPlace, bool, Piece]] = []
     sources: dict[tuple[int, str], ByteArray] = {}  # uint8 [layers, bytes of the tensor]
     used = 0
     for module, place in layers[0].places.items():
         for side, start in (("A", place.a_start), ("B", place.b_start)):
             tensors = [layer.sides[module][side] for layer in layers]
-            width = tensors[0].shape[1 if side == "A" else 0]
-            num_bytes = tensors[0].num_bytes
-            if side == "A" and tensors[0].dtype is rows.dtype and width == align(width):
+            piece = all_sides[module]["AB".index(side)]
+            width, num_bytes = piece.size, tensors[0].num_bytes
+            is_direct = side == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
+            if is_direct and width == align(width):
                 begin = start * rows.dtype.itemsize
                 source = row_bytes[:, begin : begin + num_bytes]
             else:
                 source = scratch[used : used + len(layers) * num_bytes].reshape(len(layers), -1)
                 used += -(-source.size // _ALIGN) * _ALIGN
                 target = _rows_of(bits, start, place.rank, width)
-                copies.append((target, source, tensors[0], side == "B"))
+                copies.append((target, source, tensors[0], side == "B", piece))
             sources[module, side] = source
             reads += zip(tensors, source, strict=True)
     file.read(reads)
     leaves = [] if is_known else _hash_block(layers, sources)
-    for target, source, tensor, is_transposed in copies:
+    for target, source, tensor, is_transposed, piece in copies:
         matrix = _as_bits(source, tensor, rows.dtype)
         matrix = matrix.swapaxes(1, 2) if is_transposed else matrix
+        matrix = matrix[:, :, piece.start : piece.stop]
         np.copyto(target[:, :, : matrix.shape[2]], matrix)
         target[:, :, matrix.shape[2] :] = 0
     bits[:, layers[0].num_used :] = 0  # the next user of a page must find finite numbers

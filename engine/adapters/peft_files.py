@@ -235,7 +235,7 @@ def _list(keys: Iterable[ModuleKey]) -> str:
 
 
 def _check_sides(key: ModuleKey, sides: Sides, config: PeftConfig, target: AdapterTarget) -> None:
-    name, shape = module_name(*key), target.shapes[key[1]]
+    name, shape = module_name(*key), target.full_shapes[key[1]]
     for side in "AB":
         if side not in sides:
             raise PeftConfigError(f"{name} has no lora_{side}")

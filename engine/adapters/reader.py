@@ -34,6 +34,7 @@ from loraplex.engine.ipc.messages.reader import (
     ReaderStart,
     ReadFailed,
 )
+from loraplex.engine.model.shard import Piece
 from loraplex.memory.host.slab import live_slabs, place_of
 from loraplex.memory.host.store import Allocate, PackedAdapter
 from loraplex.scheduler.worker_protocol import int_array
@@ -189,8 +190,7 @@ class _Process:
                 socket_.close()
         start = ReaderStart(
             num_layers=target.num_layers,
-            in_features=int_array([shape.in_features for shape in target.shapes]),
-            out_features=int_array([shape.out_features for shape in target.shapes]),
+            sides=int_array([value for side in target.sides for p in side for value in _flat(p)]),
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
@@ -207,6 +207,17 @@ class _Process:
             self.popen.kill()
             status = self.popen.wait()
         return how_it_ended(status)
+
+
+def _flat(piece: Piece) -> tuple[int, int, int, int]:
+    return piece.start, piece.stop, piece.size, piece.total
+
+
+def sides_of(start: ReaderStart) -> tuple[tuple[Piece, Piece], ...]:
+    """Returns AdapterTarget.sides from the message."""
+    values = list(start.sides)
+    pieces = [Piece(*values[i : i + 4]) for i in range(0, len(values), 4)]
+    return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
 
 def _give_memory(connection: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:

@@ -6,8 +6,10 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from loraplex.engine.checkpoint.pieces import copy_pieces
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
+from loraplex.engine.model.shard import Piece
 
 _MAX_LISTED = 8
 
@@ -19,8 +21,14 @@ class WeightSource(Protocol):
         """Returns the shape of every tensor by name, in the order of the files."""
         ...
 
-    def copy_to(self, name: str, target: torch.Tensor) -> None:
-        """Writes one tensor to `target`, which has its shape and any dtype and device."""
+    def copy_to(self, name: str, target: torch.Tensor, pieces: tuple[Piece, ...]) -> None:
+        """Writes the pieces of one tensor to the start of `target`, of any dtype and device.
+
+        It reads no more of the file than the pieces need.
+
+        Args:
+            pieces: one for each axis; empty: the whole tensor, whose shape `target` has.
+        """
         ...
 
 
@@ -49,11 +57,15 @@ def load_weights(
         return
     source = _open_source(model, model_path, load_format)
     parameters = model.parameters()
-    _check(parameters, source.shapes(), model_path)
+    _check(model, parameters, source.shapes(), model_path)
     with _bar(parameters, progress, f"loading {model_path.name}") as bar:
         for name in source.shapes():
-            source.copy_to(name, parameters[name])
-            bar.update(parameters[name].nbytes)
+            target, pieces = parameters[name], model.shard.pieces(name)
+            if pieces is None or not all(piece.is_whole for piece in pieces):
+                target.zero_()  # the padding
+            if pieces is not None:
+                source.copy_to(name, target, pieces)
+            bar.update(target.nbytes)
 
 
 def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None:
@@ -70,8 +82,22 @@ def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None
             elif tensor.ndim == 1:
                 tensor.fill_(1.0)
             else:
-                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+                _fill_normal(tensor, model.shard.pieces(name) or (), generator)
             bar.update(tensor.nbytes)
+
+
+def _fill_normal(
+    tensor: torch.Tensor, pieces: tuple[Piece, ...], generator: torch.Generator
+) -> None:
+    """Writes the pieces of a random matrix, so that all ranks together hold the same matrix as
+    one rank would."""
+    if all(piece.is_whole for piece in pieces):
+        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        return
+    shape = [piece.total for piece in pieces]
+    full = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    full.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+    copy_pieces(full, tensor.zero_(), pieces)
 
 
 def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSource:
@@ -91,14 +117,18 @@ def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSo
 
 
 def _check(
-    parameters: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], model_path: Path
+    model: Decoder,
+    parameters: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    model_path: Path,
 ) -> None:
+    needed = {name: _full_shape(model, name, tensor) for name, tensor in parameters.items()}
     missing = [name for name in parameters if name not in shapes]
     unknown = [name for name in shapes if name not in parameters]
     wrong = [
-        f"{name} is {list(shapes[name])}, not {list(tensor.shape)}"
-        for name, tensor in parameters.items()
-        if name in shapes and shapes[name] != tuple(tensor.shape)
+        f"{name} is {list(shapes[name])}, not {list(shape)}"
+        for name, shape in needed.items()
+        if name in shapes and shapes[name] != shape
     ]
     problems = [
         f"{what} {', '.join(names[:_MAX_LISTED])}"
@@ -112,6 +142,12 @@ def _check(
         raise ConfigError(
             f"{model_path}: weights do not fit the configuration: tensors {'; '.join(problems)}"
         )
+
+
+def _full_shape(model: Decoder, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape that a checkpoint has of a tensor, of which this rank holds pieces."""
+    pieces = model.shard.pieces(name)
+    return tuple(piece.total for piece in pieces) if pieces else tuple(tensor.shape)
 
 
 def _bar(parameters: dict[str, torch.Tensor], progress: bool, title: str) -> tqdm:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.checkpoint.gguf_file import GGUFFile
+from loraplex.engine.checkpoint.pieces import copy_pieces
+from loraplex.engine.model.shard import Piece
 from loraplex.engine.model.spec import ModelSpec
 
 _CHUNK_ELEMS = 1 << 24  # elements dequantized at a time: 64 MiB of float32
@@ -50,18 +52,27 @@ class GGUFSource:
         tensors = self._file.tensors
         return {name: tensors[source].shape for name, source in self._names.items()}
 
-    def copy_to(self, name: str, target: torch.Tensor) -> None:
+    def copy_to(self, name: str, target: torch.Tensor, pieces: tuple[Piece, ...]) -> None:
         source = self._names[name]
+        shape = self._file.tensors[source].shape
+        if not pieces:
+            pieces = tuple(Piece(0, size, size, size) for size in shape)
         num_heads = self._permuted_heads.get(name.split(".")[-2])
         if num_heads is not None:
             weight = torch.from_numpy(self._file.read(source))
-            target.copy_(unpermute(weight, num_heads))
+            copy_pieces(unpermute(weight, num_heads), target, pieces)
             return
-        shape = self._file.tensors[source].shape
+        if len(shape) == 1:
+            copy_pieces(torch.from_numpy(self._file.read(source)), target, pieces)
+            return
+        rows, columns = pieces
         step = max(1, _CHUNK_ELEMS // math.prod(shape[1:]))
-        for start in range(0, shape[0], step) if len(shape) > 1 else (0,):
-            rows = torch.from_numpy(self._file.read(source, start, start + step))
-            target[start : start + len(rows)].copy_(rows)
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            part = torch.from_numpy(self._file.read(source, start, stop))
+            part = part[:, columns.start : columns.stop]
+            first = start - rows.start
+            target[first : first + len(part), : part.shape[1]].copy_(part)
 
 
 def hf_name(name: str) -> str:

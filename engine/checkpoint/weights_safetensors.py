@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.model.shard import Piece
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _INDEX = "model.safetensors.index.json"
@@ -39,8 +40,13 @@ class SafetensorsSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def copy_to(self, name: str, target: torch.Tensor) -> None:
-        target.copy_(self._files[name].get_tensor(name))
+    def copy_to(self, name: str, target: torch.Tensor, pieces: tuple[Piece, ...]) -> None:
+        if all(piece.is_whole for piece in pieces):
+            target.copy_(self._files[name].get_tensor(name))
+            return
+        index = tuple(slice(piece.start, piece.stop) for piece in pieces)
+        part = self._files[name].get_slice(name)[index]
+        target[tuple(map(slice, part.shape))].copy_(part)
 
     def _drop_tied_head(self) -> None:
         if _EMBEDDING in self._files and not torch.equal(

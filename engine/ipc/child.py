@@ -142,15 +142,19 @@ def set_up_logging(name: str) -> None:
     )
 
 
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+"""Keeps NVLink multicast off: a program that dies with it on can block it for the whole host."""
+
+
 def child_environment() -> dict[str, str]:
-    """Returns the caller's environment, with a short spin of OpenMP threads.
+    """Returns the caller's environment, with a short spin of OpenMP threads, and no multicast.
 
     Threads that wait for each other then free their cores after some microseconds. By default they
     spin far longer, even if the thread they wait for has no core: on a busy machine a step took two
     to three times as long (benchmarks/results/openmp_cpu.jsonl).
     """
     spin = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
-    return {**spin, **os.environ}
+    return {**spin, **os.environ, **_NO_MULTICAST}
 
 
 def how_it_ended(status: int | None) -> str:

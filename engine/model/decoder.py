@@ -2,8 +2,9 @@
 
 import torch
 
+from loraplex.backends.collective.contract import ATTENTION, CollectiveOp
+from loraplex.backends.collective.contract import MLP as MLP_ROLE
 from loraplex.backends.lora.contract import LoRAGroup
-from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.forward_context import Activations, ForwardContext
 from loraplex.engine.model.layers.attention import Attention
 from loraplex.engine.model.layers.embedding import Embedding
@@ -11,32 +12,9 @@ from loraplex.engine.model.layers.lora_linear import LoRALinear, make_group
 from loraplex.engine.model.layers.mlp import MLP
 from loraplex.engine.model.layers.norm import RMSNorm
 from loraplex.engine.model.layers.rope import RotaryEmbedding
+from loraplex.engine.model.shard import Shard, whole
 from loraplex.engine.model.spec import ModelSpec
 from loraplex.memory.adapter_layout import ModuleShape
-
-
-def local_module_shapes(spec: ModelSpec, tp_size: int) -> tuple[ModuleShape, ...]:
-    """Returns the sizes of one worker's projections, in the order of MODULES.
-
-    Raises:
-        ConfigError: the heads or the feed-forward size do not divide by `tp_size`.
-    """
-    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-        if getattr(spec, name) % tp_size:
-            raise ConfigError(f"{name} {getattr(spec, name)} does not divide by {tp_size} workers")
-    hidden = spec.hidden_size
-    q_width = spec.num_heads // tp_size * spec.head_dim
-    kv_width = spec.num_kv_heads // tp_size * spec.head_dim
-    inner = spec.intermediate_size // tp_size
-    return (
-        ModuleShape(hidden, q_width),
-        ModuleShape(hidden, kv_width),
-        ModuleShape(hidden, kv_width),
-        ModuleShape(q_width, hidden),
-        ModuleShape(hidden, inner),
-        ModuleShape(hidden, inner),
-        ModuleShape(inner, hidden),
-    )
 
 
 def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
@@ -94,8 +72,8 @@ class Decoder:
     Its weights are uninitialised: fill them with `engine.checkpoint.weights.load_weights`. Run it
     under `torch.inference_mode()`.
 
-    Raises:
-        ConfigError: `tp_size` is not 1, or does not divide the model.
+    Attributes:
+        shard: the part of the model that it holds.
     """
 
     def __init__(
@@ -104,27 +82,22 @@ class Decoder:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        tp_size: int = 1,
-        tp_rank: int = 0,
+        shard: Shard | None = None,
+        collective: CollectiveOp | None = None,
     ) -> None:
-        if tp_size != 1 or tp_rank != 0:
-            raise ConfigError(f"tensor parallelism ({tp_size} workers) is not available; use 1")
+        """`collective` joins the ranks of a split model; None where `shard` is all of it."""
         self.spec = spec
+        self.shard = shard or whole(spec)
+        self._collective = collective
         self.dtype = dtype
         self.device = torch.device(device)
-        self._shapes = local_module_shapes(spec, tp_size)
-        self.embedding = Embedding(
-            spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device
-        )
-        self.head = (
-            self.embedding
-            if spec.tie_embeddings
-            else Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=self.device)
-        )
+        self._shapes = self.shard.shapes
+        self.embedding = self._make_embedding()
+        self.head = self.embedding if spec.tie_embeddings else self._make_embedding()
         self.rope = RotaryEmbedding(spec, self.device)
         self.groups = projection_groups(self._shapes)
         self.layers = [self._make_layer(index, self.groups) for index in range(spec.num_layers)]
-        self.norm = self._make_norm(spec.hidden_size)
+        self.norm = self._make_residual_norm()
 
     def module_shapes(self) -> tuple[ModuleShape, ...]:
         """Returns the sizes of this worker's projections, in the order of MODULES."""
@@ -210,9 +183,18 @@ class Decoder:
     def _make_layer(self, index: int, groups: tuple[LoRAGroup, ...]) -> DecoderLayer:
         spec = self.spec
         biases = (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.mlp_bias)
+        roles = (None, ATTENTION, None, MLP_ROLE)  # of the row-parallel ones
         qkv, output, gate_up, down = (
-            LoRALinear(group, index, bias, dtype=self.dtype, device=self.device)
-            for group, bias in zip(groups, biases, strict=True)
+            LoRALinear(
+                group,
+                index,
+                bias,
+                dtype=self.dtype,
+                device=self.device,
+                collective=None if role is None else self._collective,
+                role=role or 0,
+            )
+            for group, bias, role in zip(groups, biases, roles, strict=True)
         )
         attention = Attention(
             qkv,
@@ -221,14 +203,33 @@ class Decoder:
             k_norm=self._make_norm(spec.head_dim) if spec.qk_norm else None,
         )
         return DecoderLayer(
-            attention_norm=self._make_norm(spec.hidden_size),
+            attention_norm=self._make_residual_norm(),
             attention=attention,
-            mlp_norm=self._make_norm(spec.hidden_size),
+            mlp_norm=self._make_residual_norm(),
             mlp=MLP(gate_up, down),
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _make_embedding(self) -> Embedding:
+        return Embedding(
+            self.shard.vocabulary,
+            self.spec.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+            collective=self._collective,
+        )
+
+    def _make_residual_norm(self) -> RMSNorm:
+        spec = self.spec
+        return RMSNorm(
+            spec.hidden_size,
+            spec.rms_norm_eps,
+            dtype=self.dtype,
+            device=self.device,
+            collective=self._collective,
+        )
 
     def _make_norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.spec.rms_norm_eps, dtype=self.dtype, device=self.device)

@@ -19,11 +19,16 @@ _VOCABULARY = frozenset({"embed_tokens", "lm_head"})
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements [start, stop) of an axis, held in `size` elements of which the rest is zero."""
+    """Elements [start, stop) of an axis of `total`, held in `size` elements; the rest is zero."""
 
     start: int
     stop: int
     size: int
+    total: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == self.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,12 @@ class Shard:
     @property
     def shapes(self) -> tuple[ModuleShape, ...]:
         """Sizes of this rank's projections, in the order of MODULES."""
-        sides = (self.sides(module) for module in MODULES)
-        return tuple(ModuleShape(inputs.size, outputs.size) for inputs, outputs in sides)
+        return tuple(ModuleShape(ins.size, outs.size) for ins, outs in self.all_sides)
+
+    @property
+    def all_sides(self) -> tuple[tuple[Piece, Piece], ...]:
+        """The pieces of each module's inputs and outputs, in the order of MODULES."""
+        return tuple(map(self.sides, MODULES))
 
     def sides(self, module: str) -> tuple[Piece, Piece]:
         """Returns the pieces of a module's inputs and outputs."""
@@ -81,6 +90,13 @@ class Shard:
         return ()
 
 
+def whole_sides(shapes: tuple[ModuleShape, ...]) -> tuple[tuple[Piece, Piece], ...]:
+    """Returns the pieces of modules that one worker holds whole."""
+    return tuple(
+        (_padded(shape.in_features, 0, 1), _padded(shape.out_features, 0, 1)) for shape in shapes
+    )
+
+
 def whole(spec: ModelSpec) -> Shard:
     """Returns the shard of a model on one worker."""
     return shard_of(spec, worker_rank=0, world_size=1)
@@ -108,13 +124,11 @@ def shard_of(spec: ModelSpec, *, worker_rank: int, world_size: int) -> Shard:
         world_size=world_size,
         num_heads=own_heads,
         num_kv_heads=own_kv,
-        query=_even(worker_rank, own_heads * spec.head_dim),
-        key=Piece(
-            first_kv * spec.head_dim, (first_kv + own_kv) * spec.head_dim, own_kv * spec.head_dim
-        ),
+        query=_heads(worker_rank * own_heads, own_heads, heads, spec.head_dim),
+        key=_heads(first_kv, own_kv, kv_heads, spec.head_dim),
         inner=_padded(spec.intermediate_size, worker_rank, world_size),
         vocabulary=_padded(spec.vocab_size, worker_rank, world_size),
-        hidden=Piece(0, hidden, hidden),
+        hidden=Piece(0, hidden, hidden, hidden),
     )
 
 
@@ -125,12 +139,13 @@ def _fits(spec: ModelSpec, world_size: int) -> bool:
     return kv_heads % world_size == 0 or world_size % kv_heads == 0
 
 
-def _even(worker_rank: int, size: int) -> Piece:
-    return Piece(worker_rank * size, (worker_rank + 1) * size, size)
+def _heads(first: int, count: int, total: int, head_dim: int) -> Piece:
+    start, size = first * head_dim, count * head_dim
+    return Piece(start, start + size, size, total * head_dim)
 
 
 def _padded(total: int, worker_rank: int, world_size: int) -> Piece:
     """Returns an equal share of `total`, rounded up; the padding lies behind the last element."""
     size = -(-total // world_size)
     start = min(total, worker_rank * size)
-    return Piece(start, min(total, start + size), size)
+    return Piece(start, min(total, start + size), size, total)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapters.packing import AdapterTarget
-from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send
+from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send, sides_of
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.child import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
@@ -24,7 +24,6 @@ from loraplex.engine.ipc.messages.reader import (
     ReaderStart,
     ReadFailed,
 )
-from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host.slab import mapped_slab
 from loraplex.memory.host.store import Allocate, PackedAdapter
 
@@ -101,7 +100,7 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
 def _target(start: ReaderStart) -> AdapterTarget:
     return AdapterTarget(
         num_layers=start.num_layers,
-        shapes=tuple(map(ModuleShape, start.in_features, start.out_features)),
+        sides=sides_of(start),
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,

@@ -40,17 +40,7 @@ logger = logging.getLogger("loraplex")
 def engine_processes(
     config: EngineConfig, worker_command: list[str] | None = None
 ) -> list[ProcessSpec]:
-    """Returns one frontend, one scheduler, and a worker for each rank.
-
-    Raises:
-        ConfigError: `tensor_parallel_size` is above 1, and no other worker command is given.
-    """
-    size = config.parallel.tensor_parallel_size
-    if size > 1 and worker_command is None:
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but a model cannot be split over GPUs yet: set it to "
-            "1, and start one engine for each GPU"
-        )
+    """Returns one frontend, one scheduler, and a worker for each rank."""
     if not sys.executable:
         raise ConfigError("there is no Python executable to start the engine's processes with")
 
@@ -59,7 +49,10 @@ def engine_processes(
 
     worker = worker_command or module("worker")
     return [
-        *(ProcessSpec("worker", rank, worker) for rank in range(size)),
+        *(
+            ProcessSpec("worker", rank, worker)
+            for rank in range(config.parallel.tensor_parallel_size)
+        ),
         ProcessSpec("scheduler", 0, module("scheduler")),
         ProcessSpec("frontend", 0, module("frontend")),
     ]

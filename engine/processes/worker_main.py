@@ -6,7 +6,13 @@ from typing import Protocol
 
 import zmq
 
-from loraplex.engine.ipc.channel import Channel, DealerChannel, worker_identity
+from loraplex.backends.collective.errors import RankLostError
+from loraplex.engine.ipc.channel import (
+    Channel,
+    DealerChannel,
+    PeerGoneError,
+    worker_identity,
+)
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.scheduler.worker_protocol import WorkerCommand, WorkerEvent, WorkerReady
 
@@ -31,12 +37,19 @@ def run(child: Child) -> None:
     from loraplex.engine.worker.worker import Worker
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    worker = Worker(
-        child.start.config, child.start.index, wakeup=child.wakeup.set, progress=child.progress
-    )
-    gc.collect()
-    gc.freeze()  # objects made at start stay; later collections skip them
-    serve(child, worker)
+    try:
+        worker = Worker(
+            child.start.config,
+            child.start.index,
+            wakeup=child.wakeup.set,
+            progress=child.progress,
+            store=f"{child.start.run_dir}/ranks",
+        )
+        gc.collect()
+        gc.freeze()  # objects made at start stay; later collections skip them
+        serve(child, worker)
+    except RankLostError as error:  # the other rank's own end says more
+        raise PeerGoneError(str(error)) from error
 
 
 def serve(child: Child, worker: WorkerLike) -> None:

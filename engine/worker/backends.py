@@ -5,14 +5,20 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.backends.attention.contract import AttentionOp, AttentionSpec
+from loraplex.backends.collective.contract import CollectiveOp, CollectiveSpec
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
 from loraplex.backends.lora.contract import LoRAOp, LoRASpec
 from loraplex.backends.registry import BackendError, resolve
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
-from loraplex.engine.model.decoder import local_module_shapes, projection_groups
+from loraplex.engine.model.decoder import projection_groups
+from loraplex.engine.model.shard import Shard
 from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.worker.ranks import Ranks
 from loraplex.memory.device.pool import PageShape
+
+MAX_GATHERED_ROWS = 256
+"""Rows of logits that are gathered at one time, at least: prompt log-probabilities take as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class WorkerBackends:
     lora: LoRAOp
     attention: AttentionOp
     fused: FusedOps
+    collective: CollectiveOp | None = None  # None: one rank holds the whole model
 
 
 def make_backends(
@@ -29,10 +36,12 @@ def make_backends(
     spec: ModelSpec,
     shape: PageShape,
     *,
+    shard: Shard,
+    ranks: Ranks,
     max_model_len: int,
     device: torch.device,
 ) -> WorkerBackends:
-    """Make the configured backends, or the best that can run here.
+    """Make the configured backends, or the best that can run here, for this rank's shard.
 
     Raises:
         ConfigError: a configured backend is unknown or cannot run here.
@@ -44,11 +53,11 @@ def make_backends(
         dtype=shape.dtype,
         device=device,
         page_elems=shape.page_elems,
-        groups=projection_groups(local_module_shapes(spec, tp_size=1)),
+        groups=projection_groups(shard.shapes),
     )
     attention_spec = AttentionSpec(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_heads=shard.num_heads,
+        num_kv_heads=shard.num_kv_heads,
         head_dim=spec.head_dim,
         block_tokens=shape.block_tokens,
         scale=spec.head_dim**-0.5,
@@ -60,12 +69,42 @@ def make_backends(
     )
     fused_spec = FusedSpec(dtype=shape.dtype, device=device, head_dim=spec.head_dim)
     try:
+        fused = resolve("fused", backend.fused_backend, fused_spec).make(fused_spec)
         return WorkerBackends(
             lora=resolve("lora", backend.lora_backend, lora_spec).make(lora_spec),
             attention=resolve("attention", backend.attention_backend, attention_spec).make(
                 attention_spec
             ),
-            fused=resolve("fused", backend.fused_backend, fused_spec).make(fused_spec),
+            fused=fused,
+            collective=_make_collective(config, spec, shape, shard, ranks, device, fused),
         )
     except BackendError as error:
         raise ConfigError(str(error)) from None
+
+
+def _make_collective(
+    config: EngineConfig,
+    spec: ModelSpec,
+    shape: PageShape,
+    shard: Shard,
+    ranks: Ranks,
+    device: torch.device,
+    fused: FusedOps,
+) -> CollectiveOp | None:
+    if ranks.group is None:
+        return None
+    collective_spec = CollectiveSpec(
+        worker_rank=ranks.worker_rank,
+        world_size=ranks.world_size,
+        group=ranks.group,
+        device=device,
+        dtype=shape.dtype,
+        hidden_size=spec.hidden_size,
+        max_num_tokens=max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs),
+        max_num_samples=max(config.scheduler.max_num_seqs, MAX_GATHERED_ROWS),
+        gather_width=shard.vocabulary.size,
+        fused=fused,
+    )
+    name = config.backend.collective_backend
+    op: CollectiveOp = resolve("collective", name, collective_spec).make(collective_spec)
+    return op

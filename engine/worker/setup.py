@@ -16,10 +16,12 @@ from loraplex.engine.checkpoint.weights import load_weights
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
+from loraplex.engine.model.shard import shard_of
 from loraplex.engine.model.spec import ModelSpec
 from loraplex.engine.worker.backends import WorkerBackends, make_backends
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.pool_sizing import size_pool
+from loraplex.engine.worker.ranks import join_ranks
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.memory.adapter_layout import MODULES
 from loraplex.memory.adapter_layout import num_pages as num_adapter_pages
@@ -50,8 +52,11 @@ class WorkerParts:
     backends: WorkerBackends
 
 
-def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
-    """Load the model and take the memory.
+def set_up(config: EngineConfig, rank: int, progress: Progress, store: str = "") -> WorkerParts:
+    """Load this rank's part of the model and take the memory.
+
+    Args:
+        store: path of the file by which the ranks find each other; empty for one rank.
 
     Raises:
         ConfigError: the model, a backend or the memory does not allow the configuration.
@@ -59,24 +64,29 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
     device = resolve_device(config.model.device, rank)
     path = resolve_model(config.model.model)
     spec = load_spec(path)
+    world_size = config.parallel.tensor_parallel_size
+    shard = shard_of(spec, worker_rank=rank if world_size > 1 else 0, world_size=world_size)
+    ranks = join_ranks(rank, world_size, device, store)
     dtype = resolve_dtype(config.model.dtype, spec, device)
     limit = _model_len_limit(config.model.max_model_len, spec)
     try:
         shape = PageShape(
             num_layers=spec.num_layers,
             block_tokens=config.memory.block_tokens,
-            num_kv_heads=spec.num_kv_heads,
+            num_kv_heads=shard.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=dtype,
         )
     except PoolSizeError as error:
         raise ConfigError(str(error)) from None
-    backends = make_backends(config, spec, shape, max_model_len=limit, device=device)
+    backends = make_backends(
+        config, spec, shape, shard=shard, ranks=ranks, max_model_len=limit, device=device
+    )
     progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
-    model = Decoder(spec, dtype=dtype, device=device)
+    model = Decoder(spec, dtype=dtype, device=device, shard=shard, collective=backends.collective)
     target = AdapterTarget(
         num_layers=spec.num_layers,
-        shapes=model.module_shapes(),
+        sides=shard.all_sides,
         page_elems=shape.page_elems,
         dtype=dtype,
         max_rank=config.memory.max_lora_rank,
@@ -101,7 +111,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress) -> WorkerParts:
             backends=backends,
         )
 
-    num_pages = size_pool(config, shape, device, limit, make_runner)
+    num_pages = ranks.least(size_pool(config, shape, device, limit, make_runner))
     max_model_len = _fit_model_len(config.model.max_model_len, limit, num_pages, shape)
     runner = make_runner(num_pages, max_model_len)
     if device.type == "cuda":

@@ -44,6 +44,7 @@ class Worker:
     Args:
         wakeup: called from other threads when `events` has something to return.
         progress: called with a line for each part of the start.
+        store: path of the file by which worker ranks find each other; empty for one rank.
 
     Raises:
         ConfigError: the engine cannot start as configured.
@@ -56,10 +57,11 @@ class Worker:
         *,
         wakeup: Callable[[], None] = lambda: None,
         progress: Callable[[str], None] = lambda text: None,
+        store: str = "",
     ) -> None:
         started_at = time.perf_counter()
         self._wakeup = wakeup
-        self.parts = parts = set_up(config, rank, progress)
+        self.parts = parts = set_up(config, rank, progress, store)
         profiled = bool(config.profile.profile_dir)
         self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()

@@ -13,6 +13,7 @@ from loraplex.engine.adapters.loader import AdapterLoader, Load
 from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import make_reader
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.model.shard import whole_sides
 from loraplex.memory.adapter_layout import MODULES
 from loraplex.memory.device.page_copier import StreamPageCopier, chunks
 from loraplex.memory.device.pool import PagePool, PageShape
@@ -127,7 +128,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.target = AdapterTarget(
-            3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
+            3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
         )
         self.pool = PagePool(PAGE_SHAPE, 40, CUDA)
         self.table = AdapterTable(self.target, 4, CUDA)

@@ -7,12 +7,10 @@ architectures, so those tests run on two: scaled RoPE, and query and key norms.
 
 import pytest
 
-from loraplex import LLM, LoRARequest, SamplingParams
-
+from helpers.models.engine_runs import check, run
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_oracle import (
     ADAPTERS,
-    Case,
     PeftOracle,
     adapter_names,
     make_adapters,
@@ -21,7 +19,6 @@ from helpers.models.peft_oracle import (
 
 ARCHITECTURES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 SCHEDULED = ("llama3", "qwen3")
-NUM_NEW_TOKENS = 10
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +40,6 @@ def oracles(tmp_path_factory):
 @pytest.fixture(params=SCHEDULED)
 def oracle(request, oracles):
     return oracles(request.param)
-
-
-def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> list:
-    """Returns the results of the last repetition and the stats; all cases are submitted at once."""
-    options = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "num_pages": 2048} | options
-    adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
-    options = {"in_process": True, "skip_tokenizer_init": True, "dtype": "float32"} | options
-    with LLM(str(oracle.base), adapters=adapters, device="cpu", **options) as llm:
-        for _ in range(repeat):
-            outputs = llm.generate(
-                [{"prompt_token_ids": case.prompt} for case in cases],
-                SamplingParams(
-                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
-                ),
-                lora_request=[
-                    LoRARequest(case.adapter, 1 + adapter_names().index(case.adapter))
-                    if case.adapter
-                    else None
-                    for case in cases
-                ],
-                use_tqdm=False,
-            )
-        stats = llm.client.stats()
-    assert stats["running"] == stats["waiting"] == 0
-    return [outputs, stats]
-
-
-def check(oracle: PeftOracle, cases: list[Case], outputs: list) -> None:
-    """Every answer is the greedy one."""
-    for case, output in zip(cases, outputs, strict=True):
-        got = list(output.outputs[0].token_ids)
-        assert len(got) == NUM_NEW_TOKENS
-        expected = oracle.choices(case, got)
-        assert got == expected, f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
-        assert output.outputs[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -7,8 +7,7 @@ class ReaderStart(Message):
     """First message to the reader: the worker's AdapterTarget."""
 
     num_layers: int
-    in_features: Int32Array  # of each module
-    out_features: Int32Array
+    sides: Int32Array  # of each module, inputs then outputs: a Piece's four numbers
     page_elems: int
     dtype: str
     max_rank: int

@@ -1,23 +1,50 @@
-"""Token embedding and output head."""
+"""Token embedding and output head, whole or split by vocabulary."""
 
 import torch
 
+from loraplex.backends.collective.contract import EMBEDDING, CollectiveOp
+from loraplex.engine.model.shard import Piece
+
 
 class Embedding:
-    """Attributes: weight [vocab_size, hidden_size]."""
+    """Holds one rank's rows of the vocabulary.
+
+    Attributes:
+        weight: [vocabulary.size, hidden_size]; rows behind the last token are zero.
+    """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        vocabulary: Piece,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        collective: CollectiveOp | None = None,
     ) -> None:
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self.weight = torch.empty(vocabulary.size, hidden_size, dtype=dtype, device=device)
+        self._vocabulary = vocabulary
+        self._collective = collective
 
     def __call__(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Write the embeddings of token ids, int32 or int64 [T], to `out` [T, hidden_size]."""
-        torch.index_select(self.weight, 0, token_ids, out=out)
+        if self._collective is None:
+            torch.index_select(self.weight, 0, token_ids, out=out)
+            return
+        partial = self._collective.partial(len(token_ids), EMBEDDING)
+        rows = token_ids - self._vocabulary.start
+        is_own = (rows >= 0) & (rows < len(self.weight))
+        torch.index_select(self.weight, 0, rows.clamp(0, len(self.weight) - 1), out=partial)
+        partial.mul_(is_own[:, None])
+        self._collective.all_reduce(partial, out)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the weights' dtype.
 
-        They are written to `out`, if it is given.
+        They are written to `out`, if it is given. Every rank gets the same ones.
         """
-        return torch.mm(hidden, self.weight.t(), out=out)
+        if self._collective is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        own = torch.mm(hidden, self.weight.t())
+        logits = self._collective.all_gather(own)[:, : self._vocabulary.total]
+        return logits.clone() if out is None else out.copy_(logits)

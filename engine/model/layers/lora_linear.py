@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from loraplex.backends.collective.contract import CollectiveOp
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import ForwardContext
 from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape
@@ -36,9 +37,20 @@ class LoRALinear:
     """
 
     def __init__(
-        self, group: LoRAGroup, layer: int, bias: bool, *, dtype: torch.dtype, device: torch.device
+        self,
+        group: LoRAGroup,
+        layer: int,
+        bias: bool,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        collective: CollectiveOp | None = None,
+        role: int = 0,
     ) -> None:
+        """With `collective` y is this rank's partial sum, of this role; see CollectiveOp."""
         self.group = group
+        self._collective = collective
+        self._role = role
         self.layer = layer
         width = sum(group.out_features)
         self.weight = torch.empty(width, group.in_features, dtype=dtype, device=device)
@@ -46,10 +58,17 @@ class LoRALinear:
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Returns [T, sum of out_features] for x [T, in_features]."""
-        y = functional.linear(x, self.weight, self.bias)
+        y = self._product(x)
         ctx.shrink(x, self.layer, self.group)  # after the product, to overlap its last blocks
         ctx.expand(y, self.layer, self.group)
         return y
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self._collective is None:
+            return functional.linear(x, self.weight, self.bias)
+        y = self._collective.partial(len(x), self._role)
+        torch.mm(x, self.weight.t(), out=y)
+        return y if self.bias is None else y.add_(self.bias)
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields each module's rows under its own name, as views."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from loraplex.backends.collective.contract import CollectiveOp
 from loraplex.engine.model.forward_context import ForwardContext
 
 
@@ -12,8 +13,18 @@ class RMSNorm:
         weight: [size].
     """
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        collective: CollectiveOp | None = None,
+    ) -> None:
+        """With `collective`, `add` takes partial sums."""
         self.eps = eps
+        self._collective = collective
         self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -21,5 +32,10 @@ class RMSNorm:
         return ctx.fused.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """Add x to the residual, in place, and return the norm of the sum."""
+        """Add x to the residual, in place, and return the norm of the sum.
+
+        Where the ranks hold partial sums, their total is added; see CollectiveOp.add_rms_norm.
+        """
+        if self._collective is not None:
+            return self._collective.add_rms_norm(x, residual, self.weight, self.eps)
         return ctx.fused.add_rms_norm(x, residual, self.weight, self.eps)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, AdapterTarget
+from loraplex.engine.model.shard import whole_sides
 from loraplex.memory.adapter_layout import ModuleShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,7 +27,7 @@ def make_target(**overrides: Any) -> AdapterTarget:
     """Returns the target for the tiny Llama of hf_models."""
     values = {
         "num_layers": 3,
-        "shapes": SHAPES,
+        "sides": whole_sides(SHAPES),
         "page_elems": PAGE_ELEMS,
         "dtype": torch.float32,
         "max_rank": 64,

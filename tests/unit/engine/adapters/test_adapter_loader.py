@@ -19,6 +19,7 @@ from loraplex.engine.adapters.reader import (
     make_reader,
 )
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.model.shard import whole_sides
 from loraplex.memory.device.page_copier import HostPageCopier
 from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import (
@@ -66,7 +67,9 @@ class Recorder:
     """A loader over a pool of 20 pages whose reports arrive in a list."""
 
     def __init__(self, root: Path, **options: object) -> None:
-        self.target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+        self.target = AdapterTarget(
+            3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8
+        )
         self.pool = PagePool(PAGE_SHAPE, 20, CPU)
         self.table = AdapterTable(self.target, 4, CPU)
         self.items: list[object] = []
@@ -186,7 +189,9 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
 ) -> None:
     cudart = FakeCudart()
     cudart.install(monkeypatch)
-    target = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True)
+    target = AdapterTarget(
+        3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
+    )
     paths = [write_adapter(tmp_path / f"a{n}", TINY, rank=8, seed=n) for n in range(9)]
     expected = [read_adapter(path.name, path, target) for path in paths]
     unit = expected[0].num_bytes + 512

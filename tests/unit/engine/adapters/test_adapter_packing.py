@@ -22,6 +22,7 @@ from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_config import CONFIG_FILE
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
 from loraplex.engine.errors import AdapterError
+from loraplex.engine.model.shard import whole_sides
 from loraplex.memory.adapter_layout import MODULES, ModuleShape
 from loraplex.memory.host.store import PackedAdapter
 
@@ -36,7 +37,7 @@ SHAPES = tuple(
 
 
 def make_target() -> AdapterTarget:
-    return AdapterTarget(3, SHAPES, page_elems=1024, dtype=torch.bfloat16, max_rank=8)
+    return AdapterTarget(3, whole_sides(SHAPES), page_elems=1024, dtype=torch.bfloat16, max_rank=8)
 
 
 @pytest.fixture
@@ -193,7 +194,9 @@ def test_blocks_are_of_layers_that_are_alike(
         ModuleShape(*pair)
         for pair in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 100), (64, 100), (100, 64))
     )
-    target = AdapterTarget(7, shapes, page_elems=1024, dtype=torch.bfloat16, max_rank=8)
+    target = AdapterTarget(
+        7, whole_sides(shapes), page_elems=1024, dtype=torch.bfloat16, max_rank=8
+    )
     check_layout(read_adapter("a", folder, target, allocate=dirty), folder)
 
 

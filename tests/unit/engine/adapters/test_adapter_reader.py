@@ -23,6 +23,7 @@ from loraplex.engine.adapters.reader import (
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.messages.reader import NoMemory
+from loraplex.engine.model.shard import whole_sides
 from loraplex.engine.processes.adapter_reader_main import Slabs, serve
 from loraplex.memory.host.slab import plain_slab, shared_slab
 from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
@@ -30,7 +31,7 @@ from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
 from helpers.models.dummy_models import write_adapter
 from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY
 
-TARGET = AdapterTarget(3, SHAPES, PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+TARGET = AdapterTarget(3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""Runs a batch of cases through an engine, and compares the answers with the oracle's."""
+
+from loraplex import LLM, LoRARequest, SamplingParams
+
+from helpers.models.peft_oracle import Case, PeftOracle, adapter_names
+
+NUM_NEW_TOKENS = 10
+
+
+def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> list:
+    """Returns the results of the last repetition and the stats; all cases are submitted at once."""
+    options = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "num_pages": 2048} | options
+    adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
+    options = {"in_process": True, "skip_tokenizer_init": True, "dtype": "float32"} | options
+    options = {"device": "cpu"} | options
+    with LLM(str(oracle.base), adapters=adapters, **options) as llm:
+        for _ in range(repeat):
+            outputs = llm.generate(
+                [{"prompt_token_ids": case.prompt} for case in cases],
+                SamplingParams(
+                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
+                ),
+                lora_request=[
+                    LoRARequest(case.adapter, 1 + adapter_names().index(case.adapter))
+                    if case.adapter
+                    else None
+                    for case in cases
+                ],
+                use_tqdm=False,
+            )
+        stats = llm.client.stats()
+    assert stats["running"] == stats["waiting"] == 0
+    return [outputs, stats]
+
+
+def check(oracle: PeftOracle, cases: list[Case], outputs: list) -> None:
+    """Every answer is the greedy one."""
+    for case, output in zip(cases, outputs, strict=True):
+        got = list(output.outputs[0].token_ids)
+        assert len(got) == NUM_NEW_TOKENS
+        expected = oracle.choices(case, got)
+        assert got == expected, f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
+        assert output.outputs[0].finish_reason == "length"
