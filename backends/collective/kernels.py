@@ -68,7 +68,7 @@ def reduce_kernel(
     if MEET:
         _meet(flags, RANK, WORLD)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = row.to(tl.int64)
+        row = tl.cast(row, tl.int64)
         total_C = _sum_row(partials, row, column_C, mask_C, out.dtype.element_ty, SIZE, WORLD)
         tl.store(out + row * SIZE + column_C, total_C.to(out.dtype.element_ty), mask=mask_C)
 
@@ -101,7 +101,7 @@ def reduce_add_norm_kernel(
     if MEET:
         _meet(flags, RANK, WORLD)
     for row in range(first + tl.program_id(0), limit, tl.num_programs(0)):
-        row = row.to(tl.int64)
+        row = tl.cast(row, tl.int64)
         place_C = row * SIZE + column_C
         x_C = _sum_row(partials, row, column_C, mask_C, dtype, SIZE, WORLD)
         x_C += tl.load(residual + place_C, mask=mask_C, other=0.0).to(tl.float32)
@@ -133,7 +133,7 @@ def gather_kernel(
         _meet(flags, RANK, WORLD)
     dtype = x.dtype.element_ty
     for item in range(tl.program_id(0), num_rows * BLOCKS, tl.num_programs(0)):
-        row = (item // BLOCKS).to(tl.int64)
+        row = tl.cast(item // BLOCKS, tl.int64)
         column_C = item % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         mask_C = column_C < WIDTH
         value_C = tl.load(x + row * WIDTH + column_C, mask=mask_C)

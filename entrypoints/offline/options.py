@@ -55,6 +55,7 @@ class LLMOptions(TypedDict, total=False):
     lora_backend: str
     attention_backend: str
     fused_backend: str
+    collective_backend: str
     tensor_parallel_size: int
     enable_lora: bool
     max_loras: int

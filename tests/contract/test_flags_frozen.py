@@ -17,7 +17,7 @@ MODEL = [
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
     "--block-tokens", "--enable-prefix-caching", "--enforce-eager",
-    "--fair-share-by", "--fair-share-weight", "--fused-backend",
+    "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",
     "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--lora-backend",
     "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",

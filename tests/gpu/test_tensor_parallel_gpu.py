@@ -1,4 +1,4 @@
-"""Two GPUs that share a model, in fp32 over symmetric memory and NCCL, against Hugging Face + PEFT."""
+"""Two GPUs that share a model, in fp32, against Hugging Face + PEFT."""
 
 from pathlib import Path
 

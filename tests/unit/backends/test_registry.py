@@ -9,7 +9,9 @@ import torch
 
 from loraplex.backends import registry
 from loraplex.backends.attention.contract import AttentionSpec
+from loraplex.backends.collective.contract import CollectiveSpec
 from loraplex.backends.fused.contract import FusedSpec
+from loraplex.backends.fused.torch_ops import TorchFused
 from loraplex.backends.lora.contract import LoRASpec
 from loraplex.backends.registry import Backend, BackendError, list_backends, resolve
 
@@ -81,11 +83,26 @@ def test_errors_list_what_there_is_and_why_not(fakes: None) -> None:
         resolve("sorting")
 
 
+COLLECTIVE = CollectiveSpec(
+    worker_rank=0,
+    world_size=2,
+    group=None,
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    hidden_size=64,
+    max_num_tokens=8,
+    max_num_samples=8,
+    gather_width=32,
+    fused=TorchFused(SPECS["fused"]),
+)
+ALL_SPECS = {**SPECS, "collective": COLLECTIVE}
+
+
 @pytest.mark.parametrize("backend", list_backends(), ids=lambda b: f"{b.op}-{b.name}")
 def test_every_backend_can_be_asked(backend: Backend) -> None:
     reason = backend.probe()
     assert reason is None or (isinstance(reason, str) and reason)
-    reason = backend.probe(SPECS[backend.op])
+    reason = backend.probe(ALL_SPECS[backend.op])
     assert reason is None or (isinstance(reason, str) and reason)
 
 
