@@ -11,6 +11,7 @@ that read the old partial. A peer writes normed rows only after it met this rank
 kernel, hence after this rank's readers of the old rows, which lie before on its stream.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class SymmMemCollective:
         """Returns None when usable, else the reason."""
         if not torch.cuda.is_available():
             return "it needs CUDA devices"
-        if not dist.is_available() or not hasattr(dist, "_symmetric_memory"):
+        if not dist.is_available() or find_spec("torch.distributed._symmetric_memory") is None:
             return "this build of PyTorch has no symmetric memory"
         if spec is None:
             return None
