@@ -1,5 +1,6 @@
 """Opens the socket that clients connect to: address, encryption, limits."""
 
+import contextlib
 import ipaddress
 import os
 import socket as os_socket
@@ -14,10 +15,17 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.frontend.protocol import error_reply
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, open_socket
 
 TURN_S = 0.01
 MAX_IPC_PATH = 107  # bytes that Linux allows for the path of a Unix socket
+IDENTITY_REFUSED = error_reply(
+    "",
+    "identity_refused",
+    "connect without a ZeroMQ identity (ZMQ_ROUTING_ID): the server numbers its clients itself, "
+    "so that none can take the name of another",
+)
 LINGER_MS = 1000  # time for the last errors of a dying engine to reach the clients
 
 
@@ -142,18 +150,44 @@ class ClientSocket:
     def receive(self, handle: Callable[[bytes, list[bytes]], None]) -> None:
         """Calls handle(client, frames) for each message that has arrived, without waiting.
 
-        Returns after TURN_S at the latest, so that outputs are not delayed by new requests.
+        Refuses the messages of clients that chose a ZeroMQ identity. Returns after TURN_S at the
+        latest, so that outputs are not delayed by new requests.
         """
         end = time.monotonic() + TURN_S
         while time.monotonic() < end:
             try:
-                client, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
+                routing_id, *frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            handle(client, frames)
+            if all(map(_is_anonymous, frames)):
+                handle(routing_id.bytes, [frame.bytes for frame in frames])
+            else:
+                self._refuse(routing_id.bytes)
+
+    def _refuse(self, client: bytes) -> None:
+        with contextlib.suppress(PeerGoneError):
+            self.send(client, IDENTITY_REFUSED)
 
     def close(self) -> None:
         """Closes the socket. Destroying the context waits up to LINGER_MS for unsent messages."""
         self.socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
+
+
+def _is_anonymous(frame: zmq.Frame) -> bool:
+    """Tells whether the sender left it to this socket to number it.
+
+    Protocols older than ZMTP 3 carry no properties. Their clients could hide an identity.
+    """
+    return bool(_property(frame, "Socket-Type")) and not _property(frame, "Identity")
+
+
+def _property(frame: zmq.Frame, name: str) -> str:
+    """Returns what the sender said in the handshake, "" if it said nothing."""
+    try:
+        return str(frame.get(name))
+    except UnicodeDecodeError:
+        return "?"
+    except zmq.ZMQError:
+        return ""

@@ -4,6 +4,7 @@ A channel carries messages. The side that binds is a ROUTER: it knows each peer 
 which that connected. The side that connects is a DEALER: its only peer is b"".
 """
 
+import ctypes
 import os
 import signal
 from collections import deque
@@ -54,6 +55,8 @@ def open_socket(
     `heartbeat` is for TCP, where a machine may vanish silently. Within one machine it would
     disconnect a process that is stopped in a debugger.
     """
+    if kind == zmq.ROUTER:
+        seed_peer_numbers()
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, hwm)
     socket.setsockopt(zmq.RCVHWM, hwm)
@@ -70,6 +73,15 @@ def open_socket(
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return socket
+
+
+def seed_peer_numbers() -> None:
+    """Makes the numbers that the next ROUTER gives its peers unpredictable.
+
+    libzmq numbers peers without an identity from libc's rand(), which it never seeds. It aborts
+    the process when a peer has claimed a number that comes up later, so no client may guess one.
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
 
 
 class Channel(Protocol):

@@ -1,8 +1,11 @@
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 
@@ -82,3 +85,45 @@ def test_a_key_file_without_a_key_is_refused(context: Any, tmp_path: Path) -> No
     config = ServerConfig(endpoint="tcp://127.0.0.1:0", server_secret_key_file=str(key))
     with pytest.raises(ConfigError, match=str(key)):
         ClientSocket(context, config, "")
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
+def test_a_client_that_chose_its_identity_is_refused(
+    context: Any, tmp_path: Path, scheme: str
+) -> None:
+    endpoint = "tcp://127.0.0.1:0" if scheme == "tcp" else f"ipc://{tmp_path}/s"
+    server = ClientSocket(context, ServerConfig(endpoint=endpoint), "")
+    chosen, anonymous = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    chosen.setsockopt(zmq.IDENTITY, b"\xff\x00mine")
+    for client in (chosen, anonymous):
+        client.connect(server.endpoint)
+        client.send(b"hello")
+    handled: list[list[bytes]] = []
+    while not chosen.poll(10) or not handled:
+        server.receive(lambda client, frames: handled.append(frames))
+    assert handled == [[b"hello"]]
+    reply = msgpack.unpackb(chosen.recv())
+    assert reply["code"] == "identity_refused"
+    assert "ZMQ_ROUTING_ID" in reply["message"]
+
+
+FIRST_NUMBER = """
+import zmq
+from loraplex.engine.ipc.channel import open_socket
+context = zmq.Context()
+router = open_socket(context, zmq.ROUTER, hwm=9)
+port = router.bind_to_random_port("tcp://127.0.0.1")
+dealer = open_socket(context, zmq.DEALER, hwm=9)
+dealer.connect(f"tcp://127.0.0.1:{port}")
+dealer.send(b"x")
+print(router.recv_multipart()[0].hex())
+context.destroy(linger=0)
+"""
+
+
+def test_no_two_processes_number_their_peers_alike() -> None:
+    run = [sys.executable, "-P", "-c", FIRST_NUMBER]
+    numbers = {
+        subprocess.run(run, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    }
+    assert len(numbers) == 2
