@@ -83,3 +83,15 @@ def optional_adapter_name(value: Any) -> str:
 
 def type_name(value: object) -> str:
     return type(value).__name__
+
+
+def short(value: object) -> str:
+    """Returns at most some 50 characters that show a wrong value.
+
+    Never writes out the whole value first: it may be a list of a million entries.
+    """
+    if isinstance(value, str | bytes):
+        return repr(value[:40])
+    if isinstance(value, list | tuple | dict | set):
+        return f"a {type_name(value)} of {len(value)} entries"
+    return f"{value!r:.40}"

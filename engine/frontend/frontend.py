@@ -14,6 +14,7 @@ from loraplex.engine.adapters.paths import check_under_root
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import protocol
+from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.clients import ClientTable, Clock, Send
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.requests import RequestTable
@@ -74,6 +75,7 @@ class Frontend:
         self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
         self._rows: dict[int, list[dict[str, Any]]] = {}  # by query id, of replies not complete yet
         self._query_ids = itertools.count(1)
+        self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
         self._num_malformed = 0
         self._dead_reason = ""
         self._instance = secrets.token_hex(8)  # another one after a restart
@@ -84,7 +86,7 @@ class Frontend:
             if len(frames) != 1:
                 text = f"a message must be one frame, got {len(frames)}"
                 raise client_error("malformed", text)
-            message = protocol.decode_frame(frames[0])
+            message = protocol.decode_frame(frames[0], self._max_elements)
         except ClientError as error:
             self._num_malformed += 1
             self._reply(client, protocol.error_reply("", error.code, str(error)))
@@ -182,8 +184,10 @@ class Frontend:
         self._reply(client, {"type": reply_type, "request_id": request_id, **values})
 
     def run_ready(self) -> None:
-        """Starts the requests whose prompts other threads have tokenized."""
+        """Starts the requests whose prompts other threads have tokenized, and does a turn's part
+        of long replies."""
         self._requests.start_tokenized()
+        self._requests.convert_logprobs()
 
     @property
     def needs_ticks(self) -> bool:

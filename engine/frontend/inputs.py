@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -18,6 +19,9 @@ from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
 
+MAX_COPIED_TOKENS = 1 << 22  # prompt tokens of all n sequences of a request
+MAX_PROMPT_LOGPROBS = 1 << 17  # entries in one reply; each takes some 10 us and 30 bytes
+ENTRY_CHARS = 4  # a list or map costs a template about as much as so many characters
 GREEDY_TEMPERATURE = 1e-5  # below it logits / temperature overflow, so sampling is greedy
 
 
@@ -100,6 +104,7 @@ class InputProcessor:
         tokenizer, template = self._codec.tokenizer, self._codec.chat_template
         try:
             if message.messages is None:
+                self._check_num_chars(tokenizer, message.prompt or "")
                 return tokenizer.encode(message.prompt or "")
             if template is None:
                 raise ClientError(
@@ -111,17 +116,29 @@ class InputProcessor:
                 add_generation_prompt=message.add_generation_prompt,
                 continue_final_message=message.continue_final_message,
             )
+            self._check_num_chars(tokenizer, text)
             return tokenizer.encode(text, add_special_tokens=False)
         except ClientError:
             raise
         except Exception as error:  # a template can raise any exception
             raise ClientError(f"the prompt cannot be encoded: {error}") from None
 
+    def _check_num_chars(self, tokenizer: Tokenizer, text: str) -> None:
+        """Refuses a text that is too long whatever its tokens are, before they are counted."""
+        limit = self._info.max_model_len * tokenizer.max_token_chars
+        if len(text) > limit:
+            raise client_error(
+                "prompt_too_long",
+                f"the prompt has {len(text)} characters, more than max_model_len "
+                f"({self._info.max_model_len}) tokens can hold: shorten the prompt",
+            )
+
     def sampling_specs(self, params: SamplingParams, num_prompt_tokens: int) -> list[SamplingSpec]:
         """Returns one spec for each of the n sequences.
 
         They differ in their seeds, and only the first asks for prompt logprobs.
         """
+        _check_cost(params, num_prompt_tokens)
         vocab_size = self._info.vocab_size
         bias = params.logit_bias or {}
         self._check_token_ids("logit_bias", list(bias))
@@ -172,6 +189,42 @@ class InputProcessor:
         return _hash63(f"{self._seed_salt}:{self._num_seeds}")
 
 
+def _check_cost(params: SamplingParams, num_prompt_tokens: int) -> None:
+    if params.n * num_prompt_tokens > MAX_COPIED_TOKENS:
+        raise ClientError(
+            f"n ({params.n}) times the prompt's {num_prompt_tokens} tokens exceeds "
+            f"{MAX_COPIED_TOKENS}: lower n, or send several requests"
+        )
+    num_entries = num_prompt_tokens * (1 + (params.prompt_logprobs or 0))
+    if params.prompt_logprobs is not None and num_entries > MAX_PROMPT_LOGPROBS:
+        raise ClientError(
+            f"prompt_logprobs={params.prompt_logprobs} of {num_prompt_tokens} prompt tokens are "
+            f"{num_entries} entries, more than {MAX_PROMPT_LOGPROBS}: lower prompt_logprobs or "
+            "shorten the prompt"
+        )
+
+
 def _hash63(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+def num_chars(message: GenerateRequest) -> int:
+    """Returns the length of the prompt's text; for a chat, of every text and entry in it."""
+    if message.prompt is not None:
+        return len(message.prompt)
+    return _chars_in(message.messages)
+
+
+def _chars_in(value: Any) -> int:
+    """Counts the characters that a chat template may read; an entry costs as much as some."""
+    total, stack = 0, [value]
+    while stack:
+        item = stack.pop()
+        total += len(item) if isinstance(item, str) else ENTRY_CHARS
+        if isinstance(item, dict):
+            stack += item.keys()
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+    return total

@@ -1,6 +1,7 @@
 """Turns token ids into the client's "output" messages: text, stop strings, logprobs, usage."""
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.scheduler.frontend_protocol import SequenceOutput
 from loraplex.scheduler.worker_protocol import TokenLogprobs
 
+MAX_CONVERTED_AT_ONCE = 256  # prompt logprobs of a step; the rest waits for its turn
 DecodeToken = Callable[[int], str]
 
 
@@ -154,6 +156,28 @@ class OutputProcessor:
         self._decode_token = decode_token
         # The first token of a prompt has no logprob: nothing precedes it.
         self._prompt_logprobs: list[list[Any] | None] = [None] if scores_prompt else []
+        self._raw_prompt_logprobs: deque[TokenLogprobs] = deque()
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Tells whether convert() has prompt logprobs to prepare for the reply."""
+        return bool(self._raw_prompt_logprobs)
+
+    def convert(self, max_entries: int) -> int:
+        """Prepares prompt logprobs for the reply. Returns the number of entries made.
+
+        Stops after the token that reaches `max_entries`, so that no request holds up the others.
+        """
+        num_entries = 0
+        while self._raw_prompt_logprobs and num_entries < max_entries:
+            entry = self._raw_prompt_logprobs.popleft()
+            self._prompt_logprobs.append(logprob_entries(entry, self._decode_token))
+            num_entries += len(entry.token_ids)
+        return num_entries
+
+    def drop_unconverted(self) -> None:
+        """Leaves out the prompt logprobs that are not prepared: the request was cancelled."""
+        self._raw_prompt_logprobs.clear()
 
     @property
     def finished(self) -> bool:
@@ -161,13 +185,14 @@ class OutputProcessor:
 
     def update(self, index: int, output: SequenceOutput) -> bool:
         """Adds a step's tokens to completion `index`; see CompletionProcessor.update."""
-        self._prompt_logprobs += [
-            logprob_entries(entry, self._decode_token) for entry in output.prompt_logprobs
-        ]
+        self._raw_prompt_logprobs += output.prompt_logprobs
+        self.convert(MAX_CONVERTED_AT_ONCE)
         return self.completions[index].update(output)
 
     def take_reply(self) -> dict[str, Any] | None:
         """Returns the next "output" message, None if there is nothing to send yet."""
+        if self.needs_conversion:
+            return None
         finished = self.finished
         if not finished and (self._final_only or self._waits_for_prompt_logprobs()):
             return None

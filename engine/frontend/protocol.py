@@ -6,19 +6,19 @@ fit raises a ClientError with an error code.
 
 from array import array
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import islice
 from typing import Any
-
-import msgpack
 
 from loraplex.engine import errors
 from loraplex.engine.errors import ClientError, LoraplexError, client_error
 from loraplex.engine.frontend import field_checks
+from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElementsError, unpack
+from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 
 PROTOCOL_VERSION = 1
 MAX_ID_CHARS = 256
 MAX_ERROR_CHARS = 1000
-MAX_MAP_ENTRIES = 1 << 18
 
 _ID = {"check": field_checks.text(MAX_ID_CHARS, empty=False)}
 _FLAG = {"check": field_checks.boolean}
@@ -167,15 +167,12 @@ CLIENT_MESSAGES: dict[str, type] = {
 }
 
 
-def decode_frame(frame: "bytes | memoryview") -> dict[str, Any]:
-    """Decodes one frame of a client to a map. Raises ClientError "malformed"."""
+def decode_frame(frame: "bytes | memoryview", max_elements: int = MAX_ELEMENTS) -> dict[str, Any]:
+    """Decodes one frame of a client to a map. Raises ClientError "malformed" or "too_large"."""
     try:
-        message = msgpack.unpackb(
-            frame,
-            strict_map_key=False,
-            max_map_len=min(len(frame), MAX_MAP_ENTRIES),
-            max_ext_len=0,
-        )
+        message = unpack(frame, max_elements)
+    except TooManyElementsError as error:
+        raise client_error("too_large", str(error)) from None
     except Exception as error:  # msgpack raises exceptions of many classes for bad bytes
         text = str(error)[:200] or field_checks.type_name(error)
         raise client_error("malformed", f"not a MessagePack map: {text}") from None
@@ -193,13 +190,13 @@ def parse(message: dict[str, Any]) -> ClientMessage:
     if version != PROTOCOL_VERSION or isinstance(version, bool):
         raise client_error(
             "version",
-            f"this server speaks protocol version {PROTOCOL_VERSION}, got version {version!r:.40}",
+            f"this server speaks protocol version {PROTOCOL_VERSION}, got version {short(version)}",
         )
     name = message.pop("type", None)
     cls = CLIENT_MESSAGES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise client_error(
-            "malformed", f'"type" must be one of {", ".join(CLIENT_MESSAGES)}, got {name!r:.40}'
+            "malformed", f'"type" must be one of {", ".join(CLIENT_MESSAGES)}, got {short(name)}'
         )
     values: dict[str, Any] = {}
     for spec in fields(cls):
@@ -212,7 +209,7 @@ def parse(message: dict[str, Any]) -> ClientMessage:
             raise ClientError(f"{name} needs {spec.name!r}")
     if message:
         known = ", ".join(spec.name for spec in fields(cls))
-        extra = ", ".join(f"{key!r:.40}" for key in list(message)[:5])
+        extra = ", ".join(map(short, islice(message, 5)))
         raise ClientError(f"{name} does not take {extra}; it takes {known}")
     try:
         parsed: ClientMessage = cls(**values)

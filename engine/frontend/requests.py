@@ -12,7 +12,7 @@ from typing import Any
 
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
-from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
+from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
@@ -20,6 +20,7 @@ from loraplex.engine.ipc.messages.frontend import AbortRequests
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
+MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
 MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool
 
 Reply = Callable[[bytes, dict[str, Any]], None]
@@ -61,6 +62,7 @@ class RequestTable:
         self._pooled_chars = 0
         self._by_client: dict[bytes, dict[str, _Request]] = {}
         self._by_sequence: dict[int, _Request] = {}
+        self._converting: dict[_Request, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
         self._decode_token = functools.lru_cache(maxsize=65536)(self._decode_one)
         self.counters = dict.fromkeys(("received", "finished", "failed", "cancelled"), 0)
@@ -87,14 +89,14 @@ class RequestTable:
                 f"this client has {limit} unfinished requests, as many as "
                 "max_requests_per_client allows: send this one after another has finished",
             )
-        num_chars = _num_chars(message)
-        if num_chars > POOL_PROMPT_CHARS and self._pooled_chars + num_chars > MAX_POOLED_CHARS:
+        length = num_chars(message)
+        if length > POOL_PROMPT_CHARS and self._pooled_chars + length > MAX_POOLED_CHARS:
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
         request = _Request(client, message)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
-        if num_chars > POOL_PROMPT_CHARS:
-            self._pooled_chars += num_chars
+        if length > POOL_PROMPT_CHARS:
+            self._pooled_chars += length
             self._pool.submit(self._tokenize_in_pool, request)
             return
         self._start(request, self._tokenize(request))
@@ -116,7 +118,7 @@ class RequestTable:
         """Starts the requests whose prompts the pool has tokenized."""
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
-            self._pooled_chars -= _num_chars(request.message)
+            self._pooled_chars -= num_chars(request.message)
             if self._is_current(request):
                 self._start(request, token_ids)
 
@@ -213,12 +215,29 @@ class RequestTable:
     def _send_output(self, request: _Request) -> None:
         if request.outputs is None:
             return
+        if request.outputs.needs_conversion:
+            if request not in self._converting:
+                self._converting[request] = None
+                self._wakeup.set()
+            return
         reply = request.outputs.take_reply()
         if request.outputs.finished:
             self.counters["finished"] += 1
             self._drop(request)
         if reply is not None:
             self._reply(request.client, reply)
+
+    def convert_logprobs(self) -> None:
+        """Prepares a bounded part of the prompt logprobs that wait, in turns of requests."""
+        if not self._converting:
+            return
+        request = next(iter(self._converting))
+        del self._converting[request]
+        if self._is_current(request) and request.outputs is not None:
+            request.outputs.convert(MAX_CONVERTED_A_TURN)
+            self._send_output(request)  # or puts it behind the others
+        if self._converting:
+            self._wakeup.set()
 
     def cancel(self, client: bytes, request_id: str) -> None:
         """Ends a request. Its last output holds what was generated and not sent yet."""
@@ -231,6 +250,7 @@ class RequestTable:
             num_sequences = request.message.sampling_params.n
             self._reply(client, aborted_reply(request_id, num_sequences))
             return
+        request.outputs.drop_unconverted()
         for completion in request.outputs.completions:
             completion.abort()
         reply = request.outputs.take_reply()
@@ -279,11 +299,3 @@ class RequestTable:
             return []
         ids = range(request.first_id, request.first_id + len(request.outputs.completions))
         return [i for i in ids if self._by_sequence.pop(i, None) is not None]
-
-
-def _num_chars(message: GenerateRequest) -> int:
-    """Returns the length of the prompt's text; for a chat, the sum of its text contents."""
-    if message.prompt is not None:
-        return len(message.prompt)
-    contents = (turn.get("content") for turn in message.messages or ())
-    return sum(len(content) for content in contents if isinstance(content, str))

@@ -1,11 +1,20 @@
 """The user's sampling parameters; names and defaults are vLLM's."""
 
 import math
+from collections.abc import Sized
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
+from loraplex.engine.frontend.field_checks import short
+
 MAX_LOGPROBS = 128
+MAX_STOP_STRINGS = 128
+MAX_STOP_CHARS = 16384  # all stop strings together
+MAX_STOP_TOKEN_IDS = 4096
+MAX_BIASES = 4096
+MAX_LOGPROBS_A_STEP = 4096  # n * (logprobs + 1): entries that a step adds to one reply
 
 _FLOATS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
@@ -75,12 +84,15 @@ class SamplingParams:
         if not isinstance(values, dict):
             raise TypeError("sampling_params must be a map")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(str(k) for k in values if k not in known)
+        unknown = list(islice((short(k) for k in values if k not in known), 5))
         if unknown:
-            raise ValueError(f"unknown sampling parameters {unknown}; known: {sorted(known)}")
+            raise ValueError(
+                f"unknown sampling parameters {', '.join(unknown)}; known: {sorted(known)}"
+            )
         values = dict(values)
         bias = values.get("logit_bias")
         if isinstance(bias, dict):  # JSON and some MessagePack writers make integer keys text
+            _check_count("logit_bias", bias, MAX_BIASES)
             try:
                 values["logit_bias"] = {int(k): v for k, v in bias.items()}
             except (TypeError, ValueError):
@@ -100,7 +112,7 @@ class SamplingParams:
         for name in _FLOATS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {short(value)}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
             setattr(self, name, float(value))
@@ -111,11 +123,12 @@ class SamplingParams:
                 _check_int(name, getattr(self, name))
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a bool, got {short(getattr(self, name))}")
         _check_stop(self.stop)
         if self.stop_token_ids is not None:
             if not isinstance(self.stop_token_ids, list | tuple):
                 raise TypeError("stop_token_ids must be a list of integers")
+            _check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
             for token in self.stop_token_ids:
                 _check_int("stop_token_ids", token)
         _check_bias(self.logit_bias)
@@ -156,6 +169,10 @@ class SamplingParams:
                 value is None or 0 <= value <= MAX_LOGPROBS,
                 f"{name} must lie in [0, {MAX_LOGPROBS}], got {value}",
             )
+        require(
+            self.n * (1 + (self.logprobs or 0)) <= MAX_LOGPROBS_A_STEP,
+            f"n * (logprobs + 1) must not exceed {MAX_LOGPROBS_A_STEP}: lower n or logprobs",
+        )
         require(all(self.stop_strings), "stop strings must not be empty")
         require(
             self.detokenize or not self.stop_strings,
@@ -165,17 +182,21 @@ class SamplingParams:
 
 def _check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {short(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got {value}")
 
 
+def _check_count(name: str, values: Sized, limit: int) -> None:
+    if len(values) > limit:
+        raise ValueError(f"{name} must have at most {limit} entries, got {len(values)}")
+
+
 def _output_kind(value: Any) -> RequestOutputKind:
-    try:
-        return RequestOutputKind(value)
-    except ValueError:
+    if not isinstance(value, str) or value not in list(RequestOutputKind):
         known = ", ".join(RequestOutputKind)
-        raise ValueError(f"output_kind must be one of {known}, got {value!r}") from None
+        raise ValueError(f"output_kind must be one of {known}, got {short(value)}")
+    return RequestOutputKind(value)
 
 
 def _check_stop(stop: object) -> None:
@@ -184,6 +205,9 @@ def _check_stop(stop: object) -> None:
         return
     if not isinstance(texts, list | tuple) or not all(isinstance(s, str) for s in texts):
         raise TypeError("stop must be a string or a list of strings")
+    _check_count("stop", texts, MAX_STOP_STRINGS)
+    if sum(map(len, texts)) > MAX_STOP_CHARS:
+        raise ValueError(f"stop must have at most {MAX_STOP_CHARS} characters in all")
 
 
 def _check_bias(bias: object) -> None:
@@ -191,6 +215,7 @@ def _check_bias(bias: object) -> None:
         return
     if not isinstance(bias, dict):
         raise TypeError("logit_bias must map token ids to numbers")
+    _check_count("logit_bias", bias, MAX_BIASES)
     for token, value in bias.items():
         _check_int("logit_bias key", token)
         if (
@@ -198,4 +223,4 @@ def _check_bias(bias: object) -> None:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise ValueError(f"logit_bias must map token ids to finite numbers, got {value!r}")
+            raise ValueError(f"logit_bias must map token ids to finite numbers, got {short(value)}")

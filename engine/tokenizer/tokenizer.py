@@ -1,6 +1,7 @@
 """Turns text into token ids, and token ids into text or bytes."""
 
 import codecs
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -132,6 +133,12 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             **variables,
         )
+
+    @functools.cached_property
+    def max_token_chars(self) -> int:
+        """Returns the length of the longest piece: a text of n times as many has over n tokens."""
+        pieces = (self._backend.id_to_piece(i) or "" for i in range(self.vocab_size))
+        return max(1, max(map(len, pieces), default=1))
 
     def id_to_token(self, token_id: int) -> str | None:
         """Returns the piece as the vocabulary spells it, None for an unknown id."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.frontend.frontend import Frontend
@@ -33,7 +34,9 @@ class FrontendHarness:
         scheduler_error: what a send to the scheduler raises, None for no error.
     """
 
-    def __init__(self, codec: TextCodec | None, **parts: Any) -> None:
+    def __init__(
+        self, codec: TextCodec | None, *, max_model_len: int = INFO.max_model_len, **parts: Any
+    ) -> None:
         self.sent: list[Any] = []  # to the scheduler
         self.replies: list[tuple[bytes, dict[str, Any]]] = []
         self.gone: set[bytes] = set()
@@ -44,7 +47,7 @@ class FrontendHarness:
         self.frontend = Frontend(
             EngineConfig(model=ModelConfig(model="m"), **parts),
             name="frontend 0",
-            info=INFO,
+            info=msgspec.structs.replace(INFO, max_model_len=max_model_len),
             codec=codec,
             scheduler=self,
             send=self.reply,

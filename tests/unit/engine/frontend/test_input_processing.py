@@ -181,6 +181,6 @@ def test_only_the_first_of_n_judges_the_prompt() -> None:
 
 
 def test_a_long_text_is_refused_by_its_length(codec: TextCodec) -> None:
-    with pytest.raises(ClientError, match="tokens; max_model_len") as caught:
+    with pytest.raises(ClientError, match="characters, more than max_model_len") as caught:
         processor(codec).tokenize(ask(prompt="lorem ipsum " * 20_000))
     assert caught.value.code == "prompt_too_long"
