@@ -26,6 +26,10 @@ IDENTITY_REFUSED = error_reply(
     "connect without a ZeroMQ identity (ZMQ_ROUTING_ID): the server numbers its clients itself, "
     "so that none can take the name of another",
 )
+PING = cast(bytes, msgpack.packb({"type": "ping"}))
+SEND_SLOTS = 64  # messages that the socket keeps for one client; ClientTable keeps the others
+SLOT_BYTES = 64 << 10
+MAX_UNREAD_BYTES = 64 << 20  # received of one client and not handled
 LINGER_MS = 1000  # time for the last errors of a dying engine to reach the clients
 
 
@@ -98,13 +102,15 @@ class ClientSocket:
         """
         wanted = (config.endpoint or endpoint).replace("tcp://localhost:", "tcp://127.0.0.1:")
         self._authenticator: ThreadAuthenticator | None = None
+        self._max_fillers = min(SEND_SLOTS, config.max_client_backlog) // 4
         self.socket = open_socket(
             context,
             zmq.ROUTER,
-            hwm=config.max_client_backlog,
+            hwm=min(SEND_SLOTS, config.max_client_backlog),
+            receive_hwm=max(1, MAX_UNREAD_BYTES // config.max_message_bytes),
             max_message_bytes=config.max_message_bytes,
             linger_ms=LINGER_MS,
-            heartbeat=wanted.startswith("tcp:"),
+            heartbeat=True,
         )
         if config.server_secret_key_file:
             self._set_up_curve(context, config)
@@ -133,15 +139,20 @@ class ClientSocket:
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)
 
-    def send(self, client: bytes, message: dict[str, Any]) -> None:
-        """Sends a message to a client without waiting.
+    def send(self, client: bytes, data: bytes) -> None:
+        """Sends an encoded message to a client without waiting.
+
+        A socket counts messages, not bytes. So a large one takes several places of the client's
+        queue: "ping" messages, which clients ignore, fill the others.
 
         Raises:
             PeerGoneError: the client has left.
             SlowPeerError: the client does not read.
         """
         try:
-            self.socket.send_multipart((client, msgpack.packb(message)), zmq.DONTWAIT)
+            for _ in range(min(len(data) // SLOT_BYTES, self._max_fillers)):
+                self.socket.send_multipart((client, PING), zmq.DONTWAIT)
+            self.socket.send_multipart((client, data), zmq.DONTWAIT)
         except zmq.Again:
             raise SlowPeerError("too many unread messages") from None
         except zmq.ZMQError as error:
@@ -166,7 +177,7 @@ class ClientSocket:
 
     def _refuse(self, client: bytes) -> None:
         with contextlib.suppress(PeerGoneError):
-            self.send(client, IDENTITY_REFUSED)
+            self.send(client, msgpack.packb(IDENTITY_REFUSED))
 
     def close(self) -> None:
         """Closes the socket. Destroying the context waits up to LINGER_MS for unsent messages."""

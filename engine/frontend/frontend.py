@@ -54,8 +54,8 @@ class Frontend:
         Args:
             name: makes the seeds of this frontend differ from those of others.
             codec: tokenizer and chat template, None if clients send and receive token ids.
-            send: raises PeerGoneError for a client that has left, SlowPeerError for one that
-                does not read.
+            send: sends an encoded reply; raises PeerGoneError for a client that has left,
+                SlowPeerError for one that does not read.
             wakeup: is set when run_ready() has something to do.
             clock: returns seconds.
         """
@@ -71,7 +71,9 @@ class Frontend:
             max_requests_per_client=config.server.max_requests_per_client,
             wakeup=wakeup,
         )
-        self._clients = ClientTable(send, self._requests, clock=clock)
+        self._clients = ClientTable(
+            send, self._requests, max_unread=config.server.max_client_backlog, clock=clock
+        )
         self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
         self._rows: dict[int, list[dict[str, Any]]] = {}  # by query id, of replies not complete yet
         self._query_ids = itertools.count(1)
@@ -188,6 +190,12 @@ class Frontend:
         of long replies."""
         self._requests.start_tokenized()
         self._requests.convert_logprobs()
+        self._clients.flush()
+
+    @property
+    def flush_due_s(self) -> float | None:
+        """Seconds until run_ready() must be called for clients that read slowly, or None."""
+        return self._clients.flush_due_s
 
     @property
     def needs_ticks(self) -> bool:
@@ -248,4 +256,6 @@ class Frontend:
             "lost_clients": self._clients.num_lost,
             "slow_clients": self._clients.num_slow,
             "waiting_clients": len(self._clients),
+            "unread_bytes": self._clients.num_unread_bytes,
+            "prompt_bytes": self._requests.num_prompt_bytes,
         }

@@ -209,6 +209,17 @@ def _hash63(text: str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
+def prompt_bytes(params: SamplingParams, num_prompt_tokens: int) -> int:
+    """Returns about how much memory the unfinished request holds in frontend and scheduler."""
+    stops = sum(map(len, params.stop_strings)) + 8 * len(params.stop_token_ids or ())
+    return (
+        4 * num_prompt_tokens * (1 + params.n)
+        + 1024 * params.n
+        + stops
+        + (100 * len(params.logit_bias or ()))
+    )
+
+
 def num_chars(message: GenerateRequest) -> int:
     """Returns the length of the prompt's text; for a chat, of every text and entry in it."""
     if message.prompt is not None:

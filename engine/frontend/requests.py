@@ -7,12 +7,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
+from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
-from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars
+from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.ipc.channel import Channel, Wakeup
@@ -22,6 +23,9 @@ from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
 MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool
+MAX_CLIENT_CHARS = 32 << 20  # of one client
+MAX_PROMPTS = 256 << 20  # bytes that unfinished requests hold in all
+MAX_CLIENT_PROMPTS = 64 << 20
 
 Reply = Callable[[bytes, dict[str, Any]], None]
 logger = logging.getLogger("loraplex.frontend")
@@ -35,6 +39,7 @@ class _Request:
     message: GenerateRequest
     outputs: OutputProcessor | None = None
     first_id: int = 0
+    num_bytes: int = 0  # that `prompts` counts
 
 
 class RequestTable:
@@ -59,7 +64,8 @@ class RequestTable:
         self._wakeup = wakeup
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._tokenized: deque[tuple[_Request, array[int] | ClientError]] = deque()
-        self._pooled_chars = 0
+        self._texts = ByteBudget(for_each=MAX_CLIENT_CHARS, in_all=MAX_POOLED_CHARS)
+        self._prompts = ByteBudget(for_each=MAX_CLIENT_PROMPTS, in_all=MAX_PROMPTS)
         self._by_client: dict[bytes, dict[str, _Request]] = {}
         self._by_sequence: dict[int, _Request] = {}
         self._converting: dict[_Request, None] = {}  # in the order of their turns
@@ -90,13 +96,13 @@ class RequestTable:
                 "max_requests_per_client allows: send this one after another has finished",
             )
         length = num_chars(message)
-        if length > POOL_PROMPT_CHARS and self._pooled_chars + length > MAX_POOLED_CHARS:
+        pooled = length > POOL_PROMPT_CHARS
+        if pooled and not self._texts.take(client, length):
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
         request = _Request(client, message)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
-        if length > POOL_PROMPT_CHARS:
-            self._pooled_chars += length
+        if pooled:
             self._pool.submit(self._tokenize_in_pool, request)
             return
         self._start(request, self._tokenize(request))
@@ -118,7 +124,7 @@ class RequestTable:
         """Starts the requests whose prompts the pool has tokenized."""
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
-            self._pooled_chars -= num_chars(request.message)
+            self._texts.give_back(request.client, num_chars(request.message))
             if self._is_current(request):
                 self._start(request, token_ids)
 
@@ -128,6 +134,7 @@ class RequestTable:
             if isinstance(token_ids, ClientError):
                 raise token_ids
             specs = self._inputs.sampling_specs(params, len(token_ids))
+            self._charge(request, len(token_ids))
         except ClientError as error:
             self._fail(request, error.code, str(error))
             return
@@ -147,6 +154,28 @@ class RequestTable:
                     use_prefix_cache=message.use_prefix_cache,
                 )
             )
+
+    def _charge(self, request: _Request, num_tokens: int) -> None:
+        """Counts the memory that a request holds until its end, and frees its text.
+
+        Raises:
+            QueueFullError: the client or all clients hold too much.
+        """
+        num_bytes = prompt_bytes(request.message.sampling_params, num_tokens)
+        if not self._prompts.take(request.client, num_bytes):
+            raise QueueFullError(
+                "the unfinished requests hold too much memory: send this one after others have "
+                "finished"
+            )
+        request.num_bytes = num_bytes
+        request.message = replace(
+            request.message, prompt=None, messages=None, prompt_token_ids=array("i")
+        )
+
+    @property
+    def num_prompt_bytes(self) -> int:
+        """Number of bytes that unfinished requests hold."""
+        return self._prompts.total
 
     def _new_outputs(self, message: GenerateRequest, token_ids: "array[int]") -> OutputProcessor:
         params = message.sampling_params
@@ -295,6 +324,8 @@ class RequestTable:
         mine.pop(request.message.request_id, None)
         if not mine:
             self._by_client.pop(request.client, None)
+        self._prompts.give_back(request.client, request.num_bytes)
+        request.num_bytes = 0
         if request.outputs is None:
             return []
         ids = range(request.first_id, request.first_id + len(request.outputs.completions))

@@ -45,6 +45,7 @@ def open_socket(
     kind: int,
     *,
     hwm: int,
+    receive_hwm: int | None = None,
     identity: bytes = b"",
     max_message_bytes: int = -1,
     linger_ms: int = 0,
@@ -52,14 +53,14 @@ def open_socket(
 ) -> "zmq.Socket[bytes]":
     """Returns a ROUTER or DEALER with every limit set; the caller binds or connects it.
 
-    `heartbeat` is for TCP, where a machine may vanish silently. Within one machine it would
-    disconnect a process that is stopped in a debugger.
+    `heartbeat` is for clients, which may stop or vanish silently. Between the engine's own
+    processes it would disconnect one that is stopped in a debugger.
     """
     if kind == zmq.ROUTER:
         seed_peer_numbers()
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, hwm)
-    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.RCVHWM, hwm if receive_hwm is None else receive_hwm)
     socket.setsockopt(zmq.LINGER, linger_ms)
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)

@@ -60,7 +60,9 @@ def serve(
     """Serve clients until the engine ends, then send the reason to every client that waits."""
     next_tick = time.monotonic()
     while not child.stopping:
-        wait_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
+        tick_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
+        waits = [wait for wait in (tick_s, frontend.flush_due_s) if wait is not None]
+        wait_s = min(waits, default=None)
         poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
         child.wakeup.clear()
         for _, message in scheduler.receive():
@@ -72,6 +74,10 @@ def serve(
             next_tick = time.monotonic() + TICK_S
     frontend.fail_all(child.dead_reason or "the engine was stopped")
     clients.receive(frontend.on_frames)
+    deadline = time.monotonic() + LINGER_MS / 1000
+    while frontend.flush_due_s is not None and time.monotonic() < deadline:
+        time.sleep(frontend.flush_due_s)
+        frontend.run_ready()
     frontend.close()
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import zmq
 
 from loraplex.engine.adapters.paths import adapters_at_start
@@ -73,7 +74,7 @@ class InProcessEngine:
             info=self.info,
             codec=load_text_codec(config.model),
             scheduler=scheduler_end,
-            send=lambda client, message: self._replies.append(message),
+            send=lambda client, data: self._replies.append(_decoded(data)),
             wakeup=self._wakeup,
         )
         self._poller = zmq.Poller()
@@ -128,6 +129,12 @@ class InProcessEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineDeadError("the engine was closed")
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    """Returns the map of an encoded reply."""
+    reply: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
+    return reply
 
 
 def _ignore(text: str) -> None:

@@ -64,7 +64,7 @@ class SocketTransport:
                 zmq.DEALER,
                 hwm=CLIENT_HWM,
                 linger_ms=LINGER_MS,
-                heartbeat=endpoint.startswith("tcp:"),
+                heartbeat=True,
             )
             self._socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
             if server_public_key:

@@ -63,12 +63,12 @@ class FrontendHarness:
     def receive(self) -> list[tuple[bytes, Any]]:
         return []
 
-    def reply(self, client: bytes, message: dict[str, Any]) -> None:
+    def reply(self, client: bytes, data: bytes) -> None:
         if client in self.gone:
             raise PeerGoneError("gone")
         if client in self.slow:
             raise SlowPeerError("slow")
-        self.replies.append((client, msgpack.unpackb(msgpack.packb(message))))
+        self.replies.append((client, msgpack.unpackb(data)))
 
     def ask(self, client: bytes, kind: str = "generate", **values: Any) -> None:
         if kind == "generate" and not {"prompt", "messages"} & values.keys():

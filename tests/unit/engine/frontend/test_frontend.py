@@ -219,19 +219,45 @@ def test_a_silent_wait_is_probed(harness: FrontendHarness) -> None:
     assert not harness.frontend.needs_ticks
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_told_later(harness: FrontendHarness) -> None:
+def test_replies_wait_for_a_client_that_reads_slowly(harness: FrontendHarness) -> None:
+    harness.ask(A)
+    (added,) = harness.take_sent(AddRequest)
+    harness.slow.add(A)
+    for token_id in (70, 71):
+        harness.output(added.request_id, [token_id])
+    assert harness.stats["unread_bytes"] > 0
+    harness.slow.clear()
+    harness.output(added.request_id, [72], finish_reason="length")
+    assert not harness.replies
+    due_s = harness.frontend.flush_due_s
+    assert due_s is not None
+    harness.now_s += due_s
+    harness.frontend.run_ready()
+    assert [m["outputs"][0]["token_ids"] for m in harness.take(A)] == [[70], [71], [72]]
+    assert harness.frontend.flush_due_s is None
+    assert harness.stats["unread_bytes"] == 0
+    assert harness.stats["slow_clients"] == 0
+    assert not harness.frontend.needs_ticks
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_told_later(codec: TextCodec) -> None:
+    harness = FrontendHarness(codec, server=ServerConfig(max_client_backlog=2))
     harness.ask(A, request_id="r1")
     harness.ask(A, request_id="r2")
     r1, r2 = (added.request_id for added in harness.take_sent(AddRequest))
     harness.slow.add(A)
-    harness.output(r1, [70])
+    for token_id in (70, 71, 72):
+        assert not harness.sent
+        harness.output(r1, [token_id])
     aborted = [i for m in harness.take_sent(AbortRequests) for i in m.request_ids]
     assert sorted(aborted) == [r1, r2]
     assert harness.frontend.needs_ticks
-    harness.frontend.tick()
+    harness.now_s += 1.0
+    harness.frontend.run_ready()
     assert not harness.replies
     harness.slow.clear()
-    harness.frontend.tick()
+    harness.now_s += 1.0
+    harness.frontend.run_ready()
     told = harness.take(A)
     assert [(m["code"], m["request_id"]) for m in told] == [
         ("slow_client", "r1"), ("slow_client", "r2"),
@@ -262,18 +288,18 @@ def test_a_long_prompt_can_be_cancelled_while_it_is_tokenized(harness: FrontendH
     assert not harness.sent
 
 
-def test_long_prompts_that_wait_are_limited(
-    harness: FrontendHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frontend_requests, "MAX_POOLED_CHARS", 2 * len(LONG_TEXT))
-    for i in range(3):
-        harness.ask(A, prompt=LONG_TEXT, request_id=f"r{i}")
-    (error,) = harness.take()
-    assert (error["code"], error["request_id"]) == ("queue_full", "r2")
-    while len(harness.replies) < 2:
+def test_long_prompts_that_wait_are_limited(harness: FrontendHarness) -> None:
+    text = "x" * (frontend_requests.MAX_CLIENT_CHARS * 2 // 3)
+    for client, request_id in [(A, "r1"), (A, "r2"), (B, "r3"), (b"c", "r4"), (b"d", "r5")]:
+        harness.ask(client, prompt=text, request_id=request_id)
+    refused = [m["request_id"] for m in harness.take() if m["code"] == "queue_full"]
+    assert refused == ["r2", "r5"]
+    for _ in range(3):
         harness.run_pooled()
-    harness.take()
-    harness.ask(A, prompt=LONG_TEXT, request_id="r2")
+        if len(harness.replies) == 3:
+            break
+    assert {m["code"] for m in harness.take()} == {"prompt_too_long"}
+    harness.ask(A, prompt=text, request_id="r2")
     assert not harness.take()
 
 
