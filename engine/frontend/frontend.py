@@ -18,7 +18,8 @@ from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.clients import ClientTable, Clock, Send
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.requests import RequestTable
-from loraplex.engine.ipc.channel import Channel, PeerGoneError, Wakeup
+from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
     AdapterReply,
@@ -62,11 +63,11 @@ class Frontend:
         self._config = config
         self._info = info
         self._codec = codec
-        self._scheduler = scheduler
+        self._scheduler = SchedulerLink(scheduler)
         self._requests = RequestTable(
             inputs=InputProcessor(config, info, codec, seed_salt=name),
             codec=codec,
-            scheduler=scheduler,
+            scheduler=self._scheduler,
             reply=self._reply,
             max_requests_per_client=config.server.max_requests_per_client,
             wakeup=wakeup,
@@ -101,8 +102,6 @@ class Frontend:
             self._dispatch(client, protocol.parse(message))
         except ClientError as error:
             code, text = error.code, str(error)
-        except PeerGoneError as error:
-            code, text = "engine_dead", f"the scheduler does not answer: {error}"
         except Exception:
             logger.exception("a client's message failed")
             code, text = "internal", "internal error: see the server's log"
@@ -128,7 +127,7 @@ class Frontend:
                 self._requests.add(client, message)
             case protocol.StatsRequest():
                 query_id = self._new_query(client, message.request_id, "stats")
-                self._scheduler.send(StatsQuery(query_id))
+                self._ask_scheduler(query_id, StatsQuery(query_id))
             case _:
                 self._dispatch_adapter(client, message)
 
@@ -151,7 +150,14 @@ class Frontend:
         self, client: bytes, request_id: str, op: str, name: str = "", path: str = ""
     ) -> None:
         command_id = self._new_query(client, request_id, "adapters")
-        self._scheduler.send(AdapterCommand(command_id, op, name, path))
+        self._ask_scheduler(command_id, AdapterCommand(command_id, op, name, path))
+
+    def _ask_scheduler(self, query_id: int, message: StatsQuery | AdapterCommand) -> None:
+        try:
+            self._scheduler.send(message)
+        except ClientError:
+            del self._queries[query_id]
+            raise
 
     def _new_query(self, client: bytes, request_id: str, reply_type: str) -> int:
         if len(self._queries) >= MAX_QUERIES:
@@ -200,11 +206,12 @@ class Frontend:
     @property
     def needs_ticks(self) -> bool:
         """Tells whether clients wait, so that tick() must be called."""
-        return len(self._clients) > 0
+        return len(self._clients) > 0 or self._scheduler.has_unsent
 
     def tick(self) -> None:
         """Probes silent clients. Call it about once a second while `needs_ticks`."""
         self._clients.tick()
+        self._scheduler.flush()
 
     def fail_all(self, reason: str) -> None:
         """Ends every request and query with the error "engine_dead", also later ones."""

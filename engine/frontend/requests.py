@@ -16,8 +16,8 @@ from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
-from loraplex.engine.ipc.channel import Channel, Wakeup
-from loraplex.engine.ipc.messages.frontend import AbortRequests
+from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.ipc.channel import Wakeup
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
@@ -50,7 +50,7 @@ class RequestTable:
         *,
         inputs: InputProcessor,
         codec: TextCodec | None,
-        scheduler: Channel,
+        scheduler: SchedulerLink,
         reply: Reply,
         max_requests_per_client: int,
         wakeup: Wakeup,
@@ -141,19 +141,22 @@ class RequestTable:
         request.outputs = self._new_outputs(message, token_ids)
         ids = [next(self._sequence_ids) for _ in specs]
         request.first_id = ids[0]
-        for sequence_id, spec in zip(ids, specs, strict=True):
-            self._by_sequence[sequence_id] = request
-            self._scheduler.send(
-                AddRequest(
-                    request_id=sequence_id,
-                    prompt_token_ids=token_ids,
-                    sampling=spec,
-                    adapter=message.adapter,
-                    salt=message.salt,
-                    priority=message.priority,
-                    use_prefix_cache=message.use_prefix_cache,
+        self._by_sequence.update(dict.fromkeys(ids, request))
+        try:
+            for sequence_id, spec in zip(ids, specs, strict=True):
+                self._scheduler.send(
+                    AddRequest(
+                        request_id=sequence_id,
+                        prompt_token_ids=token_ids,
+                        sampling=spec,
+                        adapter=message.adapter,
+                        salt=message.salt,
+                        priority=message.priority,
+                        use_prefix_cache=message.use_prefix_cache,
+                    )
                 )
-            )
+        except ClientError as error:
+            self._fail(request, error.code, str(error))  # aborts those that were sent
 
     def _charge(self, request: _Request, num_tokens: int) -> None:
         """Counts the memory that a request holds until its end, and frees its text.
@@ -312,7 +315,7 @@ class RequestTable:
 
     def _abort(self, sequence_ids: list[int]) -> None:
         if sequence_ids:
-            self._scheduler.send(AbortRequests(array("q", sequence_ids)))
+            self._scheduler.abort(sequence_ids)
 
     def _is_current(self, request: _Request) -> bool:
         mine = self._by_client.get(request.client, {})

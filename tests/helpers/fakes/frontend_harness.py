@@ -31,6 +31,7 @@ class FrontendHarness:
 
     Attributes:
         now_s: the time that the frontend sees.
+        scheduler_room: how many more messages the scheduler takes, None for any number.
         scheduler_error: what a send to the scheduler raises, None for no error.
     """
 
@@ -42,6 +43,7 @@ class FrontendHarness:
         self.gone: set[bytes] = set()
         self.slow: set[bytes] = set()
         self.now_s = 0.0
+        self.scheduler_room: int | None = None
         self.scheduler_error: Exception | None = None
         self.wakeup = Wakeup()
         self.frontend = Frontend(
@@ -58,6 +60,10 @@ class FrontendHarness:
     def send(self, message: object, peer: bytes = b"") -> None:
         if self.scheduler_error is not None:
             raise self.scheduler_error
+        if self.scheduler_room is not None:
+            if not self.scheduler_room:
+                raise SlowPeerError("the other side does not read its messages")
+            self.scheduler_room -= 1
         self.sent.append(message)
 
     def receive(self) -> list[tuple[bytes, Any]]:
