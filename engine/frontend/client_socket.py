@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import os
 import socket as os_socket
+import stat
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -77,6 +78,7 @@ def _check_ipc_path(path: str) -> None:
             f"the path of ipc://{path} is longer than {MAX_IPC_PATH} bytes: choose a shorter one"
         )
     if os.path.lexists(path):
+        check_replaceable(path)
         with os_socket.socket(os_socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)
@@ -85,6 +87,21 @@ def _check_ipc_path(path: str) -> None:
             except OSError as error:
                 raise ConfigError(f"ipc://{path} cannot be used: {error}") from None
         raise ConfigError(f"ipc://{path} is in use by another server: stop it or choose a path")
+
+
+def check_replaceable(path: str) -> None:
+    """Raises ConfigError unless `path` is a socket or missing: binding deletes what is there."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"ipc://{path} cannot be used: {error}") from None
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"ipc://{path} is no socket but a file of another kind, which binding would delete: "
+            "choose another path, or remove it yourself"
+        )
 
 
 class ClientSocket:
@@ -114,6 +131,8 @@ class ClientSocket:
         )
         if config.server_secret_key_file:
             self._set_up_curve(context, config)
+        if wanted.startswith("ipc://"):
+            check_replaceable(wanted.removeprefix("ipc://"))
         try:
             self.socket.bind(wanted)
         except zmq.ZMQError as error:

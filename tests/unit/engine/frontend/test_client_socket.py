@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -70,6 +71,28 @@ def test_the_socket_of_a_living_server_is_not_taken_over(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="in use"):
             check_server_config(ServerConfig(endpoint=f"ipc://{path}"))
     check_server_config(ServerConfig(endpoint=f"ipc://{path}"))  # left by a dead one
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link", "dangling link"])
+def test_only_a_socket_is_ever_replaced(context: Any, tmp_path: Path, kind: str) -> None:
+    path, content = tmp_path / "endpoint", tmp_path / "content"
+    content.write_text("precious")
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(content if kind == "link" else tmp_path / "nothing")
+    before = path.lstat()
+    config = ServerConfig(endpoint=f"ipc://{path}")
+    with pytest.raises(ConfigError, match="is no socket"):
+        check_server_config(config)
+    with pytest.raises(ConfigError, match="is no socket"):
+        ClientSocket(context, config, "")
+    assert path.lstat() == before
+    assert content.read_text() == "precious"
 
 
 def test_a_port_in_use_is_named(context: Any) -> None:
