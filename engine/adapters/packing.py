@@ -62,6 +62,7 @@ class AdapterTarget:
     dtype: torch.dtype
     max_rank: int
     pin_memory: bool = False  # copies in host memory are page-locked
+    adapter_root: str = ""  # real path; files of adapters in it are opened without leaving it
 
     @property
     def shapes(self) -> tuple[ModuleShape, ...]:

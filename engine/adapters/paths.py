@@ -13,12 +13,12 @@ ADAPTER_NAME = re.compile(r"\w[\w.:/@+-]{0,199}")
 
 
 def adapters_at_start(config: AdapterConfig) -> list[tuple[str, str]]:
-    """Returns (name, absolute path) of every adapter that the configuration names.
+    """Returns (name, real path) of every adapter that the configuration names.
 
     Raises:
         ConfigError: a path is no PEFT directory, or a name is malformed or given twice.
     """
-    found = [(name, os.path.abspath(os.path.expanduser(path))) for name, path in config.adapters]
+    found = [(name, os.path.realpath(os.path.expanduser(path))) for name, path in config.adapters]
     for name, path in found:
         if not os.path.isdir(path):
             raise ConfigError(f"adapter {name!r}: {path} is no directory")
@@ -41,7 +41,7 @@ def _peft_directories(folder: str) -> list[tuple[str, str]]:
     if not os.path.isdir(folder):
         raise ConfigError(f"adapter_dir {folder} is no directory")
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-    found = [(os.path.basename(path), path) for path in paths if _is_peft_directory(path)]
+    found = [(os.path.basename(p), os.path.realpath(p)) for p in paths if _is_peft_directory(p)]
     if not found:
         logger.warning("adapter_dir %s holds no PEFT directory", folder)
     return found
@@ -49,6 +49,12 @@ def _peft_directories(folder: str) -> list[tuple[str, str]]:
 
 def _is_peft_directory(path: str) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_FILE))
+
+
+def real_root(config: AdapterConfig) -> str:
+    """Returns the real path of the folder for adapters of clients, "" if there is none."""
+    root = config.adapter_root
+    return os.path.realpath(os.path.expanduser(root)) if root else ""
 
 
 def check_under_root(path: str, root: str) -> str:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.peft_patterns import Pattern, PatternCompiler, PatternError
 
 CONFIG_FILE = "adapter_config.json"
@@ -94,8 +94,11 @@ class PeftConfig:
         return False
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
+def read_peft_config(folder: Path, root: str = "") -> PeftConfig:
     """Read and check the configuration of the adapter in `folder`.
+
+    Args:
+        root: see open_regular_file.
 
     Raises:
         PeftConfigError: the file is missing, unreadable or malformed, or asks for something that
@@ -103,16 +106,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise PeftConfigError(f"{CONFIG_FILE} is no regular file")
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise PeftConfigError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
-        values = json.loads(path.read_bytes())
+        with open_regular_file(path, root) as descriptor:
+            content = _read_bounded(descriptor)
+        values = json.loads(content)
     except FileNotFoundError:
         raise PeftConfigError(f"there is no {CONFIG_FILE} in {folder}") from None
     except OSError as error:
         raise PeftConfigError(f"{CONFIG_FILE} cannot be read: {error}") from None
+    except NotRegularFileError as error:
+        raise PeftConfigError(str(error)) from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, PeftConfigError):
             raise
@@ -120,6 +122,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if not isinstance(values, dict):
         raise PeftConfigError(f"{CONFIG_FILE} must hold a JSON object")
     return parse_peft_config(values)
+
+
+def _read_bounded(descriptor: int) -> bytes:
+    """Returns the content of a file that may grow meanwhile."""
+    with open(descriptor, "rb", closefd=False) as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise PeftConfigError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+    return content
 
 
 def parse_peft_config(values: dict[str, Any]) -> PeftConfig:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
+from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.packing import (
     AdapterTarget,
     ModuleKey,
@@ -32,7 +33,6 @@ from loraplex.engine.adapters.peft_config import (
 )
 from loraplex.engine.adapters.safetensors_file import (
     DamagedFileError,
-    NotRegularFileError,
     SafetensorsFile,
     TensorPlace,
     open_safetensors,
@@ -96,10 +96,10 @@ def read_adapter(
     try:
         if not folder.is_dir():
             raise PeftConfigError(f"{folder} is no directory")
-        config_stamp = _stamp_config(folder)
-        config = read_peft_config(folder)
+        config_stamp = _stamp_config(folder, target.adapter_root)
+        config = read_peft_config(folder, target.adapter_root)
         logger.debug("adapter %s was trained on %s", name, config.base_model or "an unnamed base")
-        with open_safetensors(folder / WEIGHTS_FILE) as file:
+        with open_safetensors(folder / WEIGHTS_FILE, target.adapter_root) as file:
             files = (file.stamp(), config_stamp)
             found = _find_modules(file, config, target)
             packed = pack(
@@ -111,7 +111,7 @@ def read_adapter(
                 packers=packers,
                 content_hash=hash_cache.get(folder, files) if hash_cache else None,
             )
-            if (file.stamp(), _stamp_config(folder)) != files:
+            if (file.stamp(), _stamp_config(folder, target.adapter_root)) != files:
                 raise PeftConfigError("its files changed while they were read; load it again")
         if hash_cache:
             hash_cache.remember(folder, files, packed.content_hash)
@@ -125,10 +125,11 @@ def read_adapter(
     raise AdapterError(f"adapter {name!r}: {reason}")
 
 
-def _stamp_config(folder: Path) -> tuple[int, ...]:
+def _stamp_config(folder: Path, root: str) -> tuple[int, ...]:
     try:
-        return stamp(os.stat(folder / CONFIG_FILE))
-    except OSError:
+        with open_regular_file(folder / CONFIG_FILE, root) as descriptor:
+            return stamp(os.fstat(descriptor))
+    except (OSError, NotRegularFileError):
         return ()  # read_peft_config reports the error
 
 

@@ -194,6 +194,7 @@ class _Process:
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
+            adapter_root=target.adapter_root,
         )
         send(self.connections[0], start)
 

@@ -8,7 +8,6 @@ map from a tensor's name to its type, shape and place. Files that the library re
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from loraplex.engine.adapters.open_file import open_regular_file
 
 MAX_HEADER_BYTES = 16 << 20
 ByteArray = npt.NDArray[np.uint8]
@@ -35,10 +36,6 @@ _DTYPES = {
 
 class DamagedFileError(ValueError):
     """The file is damaged; the safetensors library would refuse it, too."""
-
-
-class NotRegularFileError(ValueError):
-    """The path is a directory, a pipe or a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +105,10 @@ class SafetensorsFile:
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
-    """Open a file. Raises OSError or NotRegularFileError; does not block on a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        file = SafetensorsFile(descriptor)
-        if not stat.S_ISREG(file.status.st_mode):
-            raise NotRegularFileError(f"{path.name} is no regular file")
-        yield file
-    finally:
-        os.close(descriptor)
+def open_safetensors(path: Path, root: str = "") -> Iterator[SafetensorsFile]:
+    """Opens a file; see open_regular_file for `root` and the errors."""
+    with open_regular_file(path, root) as descriptor:
+        yield SafetensorsFile(descriptor)
 
 
 def parse_header(text: bytes, file_bytes: int) -> dict[str, TensorPlace]:

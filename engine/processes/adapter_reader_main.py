@@ -104,6 +104,7 @@ def _target(start: ReaderStart) -> AdapterTarget:
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,
+        adapter_root=start.adapter_root,
     )
 
 

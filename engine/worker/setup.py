@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
@@ -91,6 +92,7 @@ def set_up(config: EngineConfig, rank: int, progress: Progress, store: str = "")
         dtype=dtype,
         max_rank=config.memory.max_lora_rank,
         pin_memory=device.type == "cuda",
+        adapter_root=real_root(config.adapter),
     )
     reader = make_reader(target)  # its process starts while the weights are loaded
     load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())

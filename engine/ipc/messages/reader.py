@@ -11,6 +11,7 @@ class ReaderStart(Message):
     page_elems: int
     dtype: str
     max_rank: int
+    adapter_root: str
 
 
 class ReadAdapter(Message):

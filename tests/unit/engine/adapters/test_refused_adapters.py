@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,23 @@ def test_other_base_and_limits_refused(folder: Path) -> None:
     read_adapter("mine", folder, make_target())
     with pytest.raises(AdapterError, match="some that torch.float16 cannot"):
         read_adapter("mine", folder, make_target(dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE, "the folder"])
+def test_a_path_swapped_after_its_registration_is_not_served(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    root = tmp_path / "root"
+    outside = tmp_path / "outside"
+    shutil.copytree(folder, root / "a")
+    shutil.copytree(folder, outside)
+    target = make_target(adapter_root=str(root))
+    read_adapter("mine", root / "a", target)
+    if name == "the folder":
+        shutil.rmtree(root / "a")
+        (root / "a").symlink_to(outside)
+    else:
+        (root / "a" / name).unlink()
+        (root / "a" / name).symlink_to(outside / name)
+    with pytest.raises(AdapterError, match="leads out of the server's adapter_root"):
+        read_adapter("mine", root / "a", target)

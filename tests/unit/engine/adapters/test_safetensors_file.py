@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from loraplex.engine.adapters.open_file import NotRegularFileError
 from loraplex.engine.adapters.safetensors_file import (
     DamagedFileError,
-    NotRegularFileError,
     open_safetensors,
     parse_header,
 )

@@ -1,0 +1,110 @@
+"""Opens files of adapters: never a pipe, and never a file outside the folder for clients."""
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+OPENAT2 = 437  # the number of the system call on every architecture
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_BENEATH = 0x08
+_NUM_TRIES = 16  # the kernel gives up with EAGAIN when somebody renames a folder meanwhile
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EPERM)  # an old kernel; a container's filter
+
+
+class NotRegularFileError(ValueError):
+    """The path names a directory, a pipe or a device."""
+
+
+class OutsideRootError(PermissionError):
+    """The path leads out of the folder that clients may name adapters in."""
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+
+
+@contextmanager
+def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
+    """Yields the descriptor of a file. Does not wait for a writer if it is a pipe.
+
+    Args:
+        root: real path of a folder. A `path` in it may go through symbolic links that stay in it,
+            at the time of this call. Other paths are not restricted.
+
+    Raises:
+        OutsideRootError: a link leads out of `root`.
+        NotRegularFileError: it is a directory, a pipe or a device.
+        OSError: it cannot be opened.
+    """
+    descriptor = _open_beneath(path, root) if is_beneath(path, root) else os.open(path, _FLAGS)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotRegularFileError(f"{path.name} is no regular file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_beneath(path: Path, root: str) -> bool:
+    """Tells whether `path`, as it is written, lies in `root`. No path lies in "" ."""
+    return bool(root) and Path(os.path.normpath(path)).is_relative_to(root)
+
+
+def _open_beneath(path: Path, root: str) -> int:
+    inside = os.path.relpath(path, root)
+    folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            return _openat2(folder, inside)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            return _open_without_links(folder, inside)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.ELOOP):
+            raise OutsideRootError(
+                error.errno, "it leads out of the server's adapter_root", str(path)
+            ) from None
+        raise
+    finally:
+        os.close(folder)
+
+
+def _openat2(folder: int, path: str) -> int:
+    """Opens a path below a folder; the kernel follows only links that stay below it."""
+    how = _OpenHow(_FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    syscall.restype = ctypes.c_long
+    number = errno.EAGAIN
+    for _ in range(_NUM_TRIES):
+        descriptor: int = syscall(
+            ctypes.c_long(OPENAT2), ctypes.c_int(folder), ctypes.c_char_p(os.fsencode(path)),
+            ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)),
+        )  # fmt: skip
+        if descriptor >= 0:
+            return descriptor
+        number = ctypes.get_errno()
+        if number not in (errno.EAGAIN, errno.EINTR):
+            break
+    raise OSError(number, os.strerror(number), path)
+
+
+def _open_without_links(folder: int, path: str) -> int:
+    """Opens a path below a folder one name at a time, and refuses every link (ELOOP)."""
+    *parents, name = Path(path).parts
+    opened: list[int] = []
+    try:
+        for parent in parents:
+            folder = os.open(parent, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            opened.append(folder)
+            if stat.S_ISLNK(os.fstat(folder).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        return os.open(name, _FLAGS | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
