@@ -181,10 +181,13 @@ class AsyncClient:
         finally:
             del self._queues[request_id]
             self._session.forget(request_id)
-        if isinstance(answer, RequestFailure):
-            raise answer.error
-        assert isinstance(answer, dict)
-        return answer
+        try:
+            if isinstance(answer, RequestFailure):
+                raise answer.error
+            assert isinstance(answer, dict)
+            return answer
+        finally:
+            del answer  # or error, traceback and this frame would be a cycle that holds the client
 
     async def _next(
         self, queue: "asyncio.Queue[RequestResult | Message]", timeout_s: float | None
@@ -193,10 +196,13 @@ class AsyncClient:
             result = await asyncio.wait_for(queue.get(), timeout_s)
         except TimeoutError:
             raise TimeoutError(f"no output in {timeout_s:g} s") from None
-        if isinstance(result, RequestFailure):
-            raise result.error
-        assert isinstance(result, RequestOutput)
-        return result
+        try:
+            if isinstance(result, RequestFailure):
+                raise result.error
+            assert isinstance(result, RequestOutput)
+            return result
+        finally:
+            del result  # or error, traceback and this frame would be a cycle that holds the client
 
     def _connect(self) -> SocketTransport:
         self._transport = transport = SocketTransport(self._endpoint, **self._keys)
@@ -239,7 +245,7 @@ class AsyncClient:
         try:
             replies = self._transport.drain()
         except EngineDeadError as error:
-            self._disconnect(error)
+            self._disconnect(error.with_traceback(None))
             return
         for reply in replies:
             result = self._session.on_reply(reply)

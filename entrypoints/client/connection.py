@@ -59,9 +59,12 @@ class Connection:
                     f"no answer to {kind!r} from {self._endpoint} in {self._timeout_s:g} s"
                 )
             self.pump(left)
-        if isinstance(answer, RequestFailure):
-            raise answer.error
-        return answer
+        try:
+            if isinstance(answer, RequestFailure):
+                raise answer.error
+            return answer
+        finally:
+            del answer  # or error, traceback and this frame would be a cycle that holds the client
 
     def pump(self, timeout_s: float | None) -> None:
         """Waits for replies and puts their results into the inbox.
@@ -76,7 +79,7 @@ class Connection:
             transport, self._transport = self._transport, None
             if transport is not None:
                 transport.close()
-            for failure in self.session.fail_all(error):
+            for failure in self.session.fail_all(error.with_traceback(None)):
                 self.inbox.put(failure.request_id, failure)
             return
         for reply in replies:

@@ -236,6 +236,9 @@ class Client:
                 raise TimeoutError(f"no output in {timeout_s:g} s")
             self._connection.pump(left)
         result = queue.popleft()
-        if isinstance(result, RequestFailure):
-            raise result.error
-        return result
+        try:
+            if isinstance(result, RequestFailure):
+                raise result.error
+            return result
+        finally:
+            del result  # or error, traceback and this frame would be a cycle that holds the client

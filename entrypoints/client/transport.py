@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from typing import Any
 
 import msgpack
@@ -82,6 +83,9 @@ class SocketTransport:
             self._context.destroy(linger=0)
             raise
         self.sockets = (self._socket, self._monitor)
+        # A context that the collector finds in a cycle with its sockets would wait for them for
+        # ever. The finalizer keeps all of them out of such a cycle.
+        self._finalizer = weakref.finalize(self, _close, self._context, self._socket, self._monitor)
         self._poller = zmq.Poller()
         for socket in self.sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -190,8 +194,14 @@ class SocketTransport:
         return self._num_failed_handshakes < MAX_FAILED_HANDSHAKES
 
     def close(self) -> None:
-        self._socket.disable_monitor()
-        self._context.destroy(linger=LINGER_MS)
+        """Disconnects. So does dropping the transport. Calling again does nothing."""
+        self._finalizer()
+
+
+def _close(context: "zmq.Context[Any]", socket: "zmq.Socket[bytes]", monitor: Any) -> None:
+    """Closes everything; `monitor` is an argument so that it lives as long as its socket."""
+    socket.disable_monitor()
+    context.destroy(linger=LINGER_MS)
 
 
 def _certificate(path: str) -> tuple[bytes, bytes | None]:
