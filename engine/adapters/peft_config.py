@@ -13,6 +13,7 @@ from loraplex.engine.adapters.peft_patterns import Pattern, PatternCompiler, Pat
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 ALL_LINEAR = "all-linear"
+MIN_SCALE, MAX_SCALE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal float32 numbers
 
 # Fields that do not change the forward pass, and fields that PeftConfig holds.
 _HARMLESS = frozenset((
@@ -61,9 +62,15 @@ class PeftConfig:
         return next((r for pattern, r in self.rank_pattern if pattern.match(module)), self.rank)
 
     def scale_of(self, module: str) -> float:
+        """Returns the factor of B A x. Raises PeftConfigError if it is 0 or inf in float32."""
         alpha = next((a for pattern, a in self.alpha_pattern if pattern.match(module)), self.alpha)
         rank = self.rank_of(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        if not MIN_SCALE <= abs(scale) <= MAX_SCALE:
+            raise PeftConfigError(
+                f"lora_alpha gives {module} the scale {scale:g}, which float32 cannot hold"
+            )
+        return scale
 
     def targets(self, module: str) -> bool:
         """Returns True if PEFT would adapt the linear layer of this full name."""
@@ -173,16 +180,20 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
 
 
 def _rank(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PeftConfigError(f"{name} must be a positive integer, got {value!r:.40}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise PeftConfigError(f"{name} must be a positive integer of 31 bits, got {value!r:.40}")
     return value
 
 
 def _alpha(name: str, value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value == 0:  # type: ignore[arg-type]
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        alpha = float(value) if is_number else 0.0  # type: ignore[arg-type]
+    except OverflowError:
+        alpha = math.inf
+    if not math.isfinite(alpha) or alpha == 0:
         raise PeftConfigError(f"{name} must be a finite number other than 0, got {value!r:.40}")
-    return float(value)  # type: ignore[arg-type]
+    return alpha
 
 
 def _pattern_map(

@@ -64,7 +64,7 @@ def spec_from_config(model_path: Path) -> tuple[ModelSpec, bytes]:
     _refuse_unsupported(config, model_path)
     try:
         return _build(model_path, architecture, config), header
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{path}: {what}") from None
 
@@ -207,7 +207,7 @@ def _eos_token_ids(model_path: Path, config: dict[str, Any]) -> tuple[int, ...]:
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         config = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must hold a JSON object")

@@ -112,7 +112,9 @@ class RequestTable:
             return self._inputs.tokenize(request.message)
         except ClientError as error:
             return error
-        except Exception:  # an executor would swallow it, and the client would wait forever
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # PanicException of the tokenizers library is no Exception
             logger.exception("tokenizing failed")
             return client_error("internal", "the prompt cannot be encoded: see the server's log")
 

@@ -5,6 +5,17 @@ from typing import Any
 
 import torch
 
+SIZE_LIMITS = {
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_layers": 1024,
+    "num_heads": 4096,
+    "num_kv_heads": 4096,
+    "head_dim": 4096,
+    "vocab_size": 1 << 24,
+    "max_position": 1 << 30,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -31,3 +42,10 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     fingerprint: str = ""  # identifies the base in prefix-cache keys
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size that no model has, before anything is allocated by it."""
+        for name, limit in SIZE_LIMITS.items():
+            value = getattr(self, name)
+            if not 1 <= value <= limit:
+                raise ValueError(f"{name} must lie in [1, {limit}], got {value:.6g}")

@@ -1,5 +1,6 @@
 """Runs a frontend: ``python -m loraplex.engine.processes.frontend_main``."""
 
+import resource
 import time
 
 import zmq
@@ -15,7 +16,17 @@ from loraplex.engine.ipc.messages.lifecycle import ChildStart
 TICK_S = 1.0
 
 
+def raise_descriptor_limit() -> None:
+    """Lets the process open as many files as the system allows: each client needs one.
+
+    Without a free one libzmq accepts nobody for some 30 s.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run(child: Child) -> None:
+    raise_descriptor_limit()
     """Run a frontend until the supervisor stops it or the engine ends."""
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()

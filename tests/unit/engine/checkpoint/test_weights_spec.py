@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -257,3 +258,28 @@ def test_model_paths(tmp_path: Path) -> None:
         resolve_model("meta-llama/Llama-3.1-8B")
     with pytest.raises(ConfigError, match="does not exist"):
         resolve_model("/no/such/model")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", math.inf),
+        ("hidden_size", 10**9),
+        ("intermediate_size", 10**400),
+        ("num_attention_heads", 0),
+        ("vocab_size", 10**12),
+        ("max_position_embeddings", 10**12),
+        ("head_dim", -1),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: "):
+        _spec(tmp_path, "llama-2-7b", **{field: value})
+
+
+def test_a_config_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_spec(tmp_path)

@@ -187,3 +187,31 @@ def test_a_request_may_be_cancelled_while_its_logprobs_are_prepared(codec: TextC
     assert reply["outputs"][0]["token_ids"] == [70]
     harness.run_pooled()
     assert not harness.replies
+
+
+class PanicException(BaseException):
+    """Like that of the tokenizers library, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [PanicException("rust"), RecursionError(), MemoryError()])
+def test_whatever_a_tokenizer_raises_fails_its_request_alone(
+    codec: TextCodec, error: BaseException
+) -> None:
+    class PanickingTokenizer:
+        max_token_chars = 1 << 20
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(codec.tokenizer, name)
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            raise error
+
+    panicking = PanickingTokenizer()
+    harness = FrontendHarness(TextCodec(panicking, codec.chat_template))  # type: ignore[arg-type]
+    harness.ask(A, prompt="short")
+    (reply,) = harness.take(A)
+    assert (reply["type"], reply["request_id"]) == ("error", "r")
+    harness.ask(A, prompt="x" * (requests.POOL_PROMPT_CHARS + 1))
+    harness.run_pooled()
+    (reply,) = harness.take(A)
+    assert (reply["type"], reply["request_id"]) == ("error", "r")
