@@ -70,6 +70,8 @@ class SamplingSpec(Record):
     num_prompt_logprobs: int  # -1: none
     bias_token_ids: Int32Array
     bias_values: Float32Array  # array('f'), as long as bias_token_ids
+    # Ends of sequence that the request ignores. They too are forbidden before min_tokens.
+    ignored_eos_ids: Int32Array = msgspec.field(default_factory=int_array)
 
 
 class NewRequest(Record):

@@ -22,7 +22,8 @@ from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
 MAX_COPIED_TOKENS = 1 << 22  # prompt tokens of all n sequences of a request
 MAX_PROMPT_LOGPROBS = 1 << 17  # entries in one reply; each takes some 10 us and 30 bytes
 ENTRY_CHARS = 4  # a list or map costs a template about as much as so many characters
-GREEDY_TEMPERATURE = 1e-5  # below it logits / temperature overflow, so sampling is greedy
+MIN_TEMPERATURE = 0.01
+"""Smaller temperatures count as this one, as in vLLM. 0 is greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +149,9 @@ class InputProcessor:
         stop = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop.update(self._eos_token_ids)
-        greedy = params.temperature < GREEDY_TEMPERATURE
+        greedy = params.temperature == 0.0
         first = SamplingSpec(
-            temperature=0.0 if greedy else params.temperature,
+            temperature=0.0 if greedy else max(params.temperature, MIN_TEMPERATURE),
             top_p=1.0 if greedy else params.top_p,
             top_k=0 if greedy else max(0, min(params.top_k, vocab_size)),
             min_p=0.0 if greedy else params.min_p,
@@ -161,6 +162,7 @@ class InputProcessor:
             max_tokens=max_tokens,
             min_tokens=min(params.min_tokens, max_tokens),
             stop_token_ids=int_array(sorted(stop)),
+            ignored_eos_ids=int_array(sorted(self._eos_token_ids - stop)),
             num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
             num_prompt_logprobs=(
                 -1 if params.prompt_logprobs is None else min(params.prompt_logprobs, vocab_size)
@@ -184,7 +186,7 @@ class InputProcessor:
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:
-            return params.seed & (2**63 - 1)
+            return params.seed
         self._num_seeds += 1
         return _hash63(f"{self._seed_salt}:{self._num_seeds}")
 

@@ -50,7 +50,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    seed: int | None = None
+    seed: int | None = None  # -1 also means None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
@@ -65,7 +65,12 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                setattr(self, name, 1)
         self._check_types()
+        if self.seed == -1:
+            self.seed = None
         self._check_ranges()
 
     @property
@@ -152,6 +157,11 @@ class SamplingParams:
             f"temperature must lie in [0, 100], got {self.temperature}",
         )
         require(0.0 < self.top_p <= 1.0, f"top_p must lie in (0, 1], got {self.top_p}")
+        require(
+            self.seed is None or self.seed >= 0,
+            f"seed must not be negative, got {self.seed}: leave it out, or give -1 or None, "
+            "for a different answer each time",
+        )
         require(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, got {self.top_k}")
         require(0.0 <= self.min_p <= 1.0, f"min_p must lie in [0, 1], got {self.min_p}")
         require(

@@ -47,7 +47,7 @@ class SamplingStates:
         )
         self._min_tokens[slot] = spec.min_tokens
         # An id outside the vocabulary can neither be sampled nor biased.
-        stop_ids = np.array(spec.stop_token_ids, dtype=np.int64)
+        stop_ids = np.array(spec.stop_token_ids + spec.ignored_eos_ids, dtype=np.int64)
         self._stop_ids[slot] = stop_ids[(stop_ids >= 0) & (stop_ids < self._vocab_size)]
         bias_ids = np.array(spec.bias_token_ids, dtype=np.int64)
         known = (bias_ids >= 0) & (bias_ids < self._vocab_size)

@@ -137,10 +137,27 @@ def test_values_are_passed_on_and_switched_off_where_greedy() -> None:
     assert (spec.num_logprobs, spec.num_prompt_logprobs) == (3, 0)
     assert spec.bias_token_ids.tolist() == [7, 9]
     assert spec.bias_values == array("f", [-1.5, 2.0])
-    greedy = replace(params, temperature=1e-9)
+    greedy = replace(params, temperature=0.0)
     (spec,) = processor(None).sampling_specs(greedy, 3)
     assert (spec.temperature, spec.top_p, spec.top_k, spec.min_p) == (0.0, 1.0, 0, 0.0)
     assert spec.repetition_penalty == 1.2
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-5, 0.009])
+def test_a_tiny_temperature_counts_as_a_hundredth(temperature: float) -> None:
+    (spec,) = processor(None).sampling_specs(SamplingParams(temperature=temperature, top_k=5), 3)
+    assert (spec.temperature, spec.top_k) == (0.01, 5)
+
+
+def test_an_ignored_end_is_still_forbidden_before_min_tokens(codec: TextCodec) -> None:
+    def ignored(**values: Any) -> list[int]:
+        (spec,) = processor(codec).sampling_specs(SamplingParams(min_tokens=2, **values), 4)
+        return spec.ignored_eos_ids.tolist()
+
+    (eos,) = codec.tokenizer.eos_token_ids
+    assert ignored() == []
+    assert ignored(ignore_eos=True) == sorted({eos, 4})
+    assert ignored(ignore_eos=True, stop_token_ids=[4]) == [eos]
 
 
 @pytest.mark.parametrize(("top_k", "expected"), [(-1, 0), (0, 0), (7, 7), (2**60, 384)])
@@ -172,7 +189,26 @@ def test_seeds() -> None:
     assert four[0] == 7
     assert len(set(four)) == 4
     assert four == seeds(other, seed=7, n=4)
-    assert all(0 <= seed < 2**63 for seed in [*four, *seeds(inputs, seed=-1)])
+    assert all(0 <= seed < 2**63 for seed in four)
+
+
+def test_the_seed_minus_one_is_no_seed_and_other_negative_ones_are_refused() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams()
+    assert SamplingParams.from_wire({"seed": -1}).seed is None
+    inputs = processor(None)
+    drawn = {inputs.sampling_specs(SamplingParams(seed=-1), 3)[0].seed for _ in range(20)}
+    assert len(drawn) == 20
+    for seed in (-2, -(2**63)):
+        with pytest.raises(ValueError, match=f"seed must not be negative, got {seed}"):
+            SamplingParams(seed=seed)
+
+
+def test_logprobs_true_means_the_most_likely_token() -> None:
+    params = SamplingParams(logprobs=True, prompt_logprobs=True)
+    assert (params.logprobs, params.prompt_logprobs) == (1, 1)
+    assert SamplingParams.from_wire({"logprobs": True}).logprobs == 1
+    with pytest.raises(TypeError, match="logprobs"):
+        SamplingParams(logprobs=False)
 
 
 def test_only_the_first_of_n_judges_the_prompt() -> None:

@@ -72,7 +72,8 @@ def naive_distribution(
             )
         values[token] -= spec.frequency_penalty * answer.count(token)
         values[token] -= spec.presence_penalty * (token in answer)
-        if len(answer) < spec.min_tokens and token in spec.stop_token_ids:
+        ends = spec.stop_token_ids + spec.ignored_eos_ids
+        if len(answer) < spec.min_tokens and token in ends:
             values[token] = -math.inf
     if spec.temperature == 0:
         best = values.index(max(values))
@@ -115,6 +116,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": -1.2},
     "bias": {"bias_token_ids": int_array([4, 9]), "bias_values": array("f", [3.0, -50.0])},
     "min-tokens": {"min_tokens": 4, "stop_token_ids": int_array([6, 7, 8, 1000])},
+    "min-tokens-ignoring-the-end": {"min_tokens": 4, "ignored_eos_ids": int_array([6, 7])},
     "min-tokens-reached": {"min_tokens": 3, "stop_token_ids": int_array([6, 7])},
     "everything": {
         "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3,
