@@ -48,6 +48,12 @@ class _Metadata:
     def of_type(self, kind: int) -> list[int]:
         return [i for i, found in enumerate(self.types) if found == kind]
 
+    def special_ids(self) -> list[int]:
+        """Returns the control tokens and those that the file names, whatever their type."""
+        ends = [i for i in self.end_ids() if i < len(self.tokens)]
+        named = [self.tokens.index(token) for token in self.named.values()]
+        return sorted({*self.of_type(_CONTROL), *named, *ends})
+
     def end_ids(self) -> tuple[int, ...]:
         """Returns the ids that end a sequence, a turn or a message."""
         found = (self.read(f"{name}_token_id") for name in ("eos", "eot", "eom"))
@@ -84,7 +90,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         vocab_size=len(data.tokens),
         byte_level=kind == "gpt2",
         strips_leading_space=strips,
-        special_ids=frozenset(data.of_type(_CONTROL)),
+        special_ids=frozenset(data.special_ids()),
         special_tokens=data.named,
         eos_token_ids=data.end_ids(),
         chat_template=file.metadata.get("tokenizer.chat_template"),
@@ -114,7 +120,7 @@ def _byte_level_bpe(data: _Metadata) -> TokenizerBackend:
     if pre == "qwen2":
         fast.normalizer = normalizers.NFC()
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(tokens[i], special=True) for i in data.of_type(_CONTROL)])
+    fast.add_special_tokens([AddedToken(tokens[i], special=True) for i in data.special_ids()])
     fast.add_tokens([AddedToken(tokens[i], normalized=False) for i in data.of_type(_USER_DEFINED)])
     adds_bos = data.read("add_bos_token", pre == "llama-bpe")
     adds_eos = data.read("add_eos_token", False)
@@ -138,6 +144,7 @@ def _sentencepiece(data: _Metadata) -> tuple[SentencePieceBackend, bool]:
     backend = SentencePieceBackend(
         proto,
         added={},
+        named=[AddedToken(data.tokens[i], special=True) for i in data.special_ids()],
         add_bos=bool(data.read("add_bos_token", True)),
         add_eos=bool(data.read("add_eos_token", False)),
         legacy=True,

@@ -9,12 +9,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from loraplex.engine.checkpoint.gguf_file import GGUFFile
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.tokenizer.added_tokens import AddedTokens, read_added_tokens
 from loraplex.engine.tokenizer.fast import FastBackend, decoder_traits
 from loraplex.engine.tokenizer.gguf import tokenizer_from_gguf
 from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits, first_known
-
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
@@ -45,16 +44,13 @@ def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
 
 def _load_file(path: Path) -> Tokenizer:
     config = _read_json(path.parent / "tokenizer_config.json")
-    named = _named_tokens(config, _read_json(path.parent / "special_tokens_map.json"))
     template = _chat_template(path.parent, config)
     if path.suffix == ".model":
-        return _sentencepiece(path, config, named, template)
-    return _fast(path, config, named, template)
+        return _sentencepiece(path, config, template)
+    return _fast(path, config, template)
 
 
-def _fast(
-    path: Path, config: dict[str, Any], named: dict[str, str], template: str | None
-) -> Tokenizer:
+def _fast(path: Path, config: dict[str, Any], template: str | None) -> Tokenizer:
     """Ignores add_bos_token of `config`: tokenizer.json defines its own post-processor."""
     try:
         fast = FastTokenizer.from_file(str(path))
@@ -62,31 +58,30 @@ def _fast(
         raise ConfigError(f"cannot read {path}: {error}") from None
     fast.no_truncation()
     fast.no_padding()
-    _add_tokens(fast, config, path)
+    own = fast.get_added_tokens_decoder()
+    declared = _declared_tokens(path, config, own)
+    _add_tokens(fast, declared, path)
     byte_level, strips = decoder_traits(fast, path)
-    added = fast.get_added_tokens_decoder()
+    added = own.items() | fast.get_added_tokens_decoder().items()
     traits = TokenizerTraits(
         vocab_size=max(fast.get_vocab().values(), default=-1) + 1,
         byte_level=byte_level,
         strips_leading_space=strips,
-        special_ids=frozenset(i for i, token in added.items() if token.special),
-        special_tokens=named,
-        eos_token_ids=first_known(FastBackend(fast), [named.get("eos_token")]),
+        special_ids=frozenset(i for i, token in added if token.special),
+        special_tokens=declared.names,
+        eos_token_ids=first_known(FastBackend(fast), [declared.names.get("eos_token")]),
         chat_template=template,
     )
     return Tokenizer(FastBackend(fast), traits)
 
 
-def _sentencepiece(
-    path: Path, config: dict[str, Any], named: dict[str, str], template: str | None
-) -> Tokenizer:
-    added = _added_tokens(config)
-    more = _read_json(path.parent / "added_tokens.json")
-    added.update({int(i): (token, True) for token, i in more.items() if int(i) not in added})
+def _sentencepiece(path: Path, config: dict[str, Any], template: str | None) -> Tokenizer:
+    declared = _declared_tokens(path, config, {})
     try:
         backend = SentencePieceBackend(
             path.read_bytes(),
-            added={i: token for i, (token, _) in added.items()},
+            added=declared.by_id,
+            named=declared.in_order()[len(declared.by_id) :],
             add_bos=bool(config.get("add_bos_token", True)),
             add_eos=bool(config.get("add_eos_token", False)),
             legacy=bool(config.get("legacy", True)),
@@ -95,13 +90,13 @@ def _sentencepiece(
         raise ConfigError(
             f"{path}: {error}; if the model has a tokenizer.json, put it into this folder"
         ) from None
-    named = backend.control_tokens() | named
-    special = {i for i, (_, is_special) in added.items() if is_special}
+    named = backend.control_tokens() | declared.names
+    texts = [token.content for token in declared.in_order() if token.special]
     traits = TokenizerTraits(
         vocab_size=backend.vocab_size,
         byte_level=False,
         strips_leading_space=backend.adds_prefix_space,
-        special_ids=backend.control_ids() | special | set(first_known(backend, [*named.values()])),
+        special_ids=backend.control_ids() | set(first_known(backend, [*named.values(), *texts])),
         special_tokens=named,
         eos_token_ids=first_known(backend, [named.get("eos_token")]),
         chat_template=template,
@@ -109,34 +104,33 @@ def _sentencepiece(
     return Tokenizer(backend, traits)
 
 
-def _add_tokens(fast: FastTokenizer, config: dict[str, Any], path: Path) -> None:
-    """Adds the tokens of tokenizer_config.json that tokenizer.json lacks."""
-    for token_id, (content, special) in sorted(_added_tokens(config).items()):
-        if fast.token_to_id(content) is None:
-            token = AddedToken(content, special=special, normalized=not special)
-            fast.add_special_tokens([token]) if special else fast.add_tokens([token])
-        if fast.token_to_id(content) != token_id:
+def _declared_tokens(
+    path: Path, config: dict[str, Any], known: dict[int, AddedToken]
+) -> AddedTokens:
+    folder = path.parent
+    try:
+        return read_added_tokens(
+            config,
+            _read_json(folder / "special_tokens_map.json"),
+            _read_json(folder / "added_tokens.json"),
+            known,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: the added tokens in tokenizer_config.json, special_tokens_map.json or "
+            f"added_tokens.json cannot be read: {error!r}"
+        ) from None
+
+
+def _add_tokens(fast: FastTokenizer, declared: AddedTokens, path: Path) -> None:
+    """Adds the declared tokens, so that `encode` finds them in a text."""
+    fast.add_tokens(declared.in_order(fast.get_added_tokens_decoder().values()))
+    for token_id, token in sorted(declared.by_id.items()):
+        if fast.token_to_id(token.content) != token_id:
             raise ConfigError(
-                f"{path}: tokenizer_config.json gives {content!r} id {token_id}, "
-                f"tokenizer.json {fast.token_to_id(content)}: download both files again"
+                f"{path}: tokenizer_config.json gives {token.content!r} id {token_id}, "
+                f"tokenizer.json {fast.token_to_id(token.content)}: download both files again"
             )
-
-
-def _added_tokens(config: dict[str, Any]) -> dict[int, tuple[str, bool]]:
-    entries = config.get("added_tokens_decoder") or {}
-    return {int(i): (e["content"], bool(e.get("special", False))) for i, e in entries.items()}
-
-
-def _named_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, str]:
-    """Returns the texts of bos_token and so on. A value is a string, or an AddedToken as a map."""
-    named = {}
-    for name in _NAMED:
-        value = config[name] if name in config else special_map.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            named[name] = value
-    return named
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -2,9 +2,10 @@
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 
 from loraplex.engine.errors import ConfigError
 
@@ -60,6 +61,14 @@ def _text(field: int, value: str) -> bytes:
     return _message(field, value.encode())
 
 
+def _pattern(token: AddedToken) -> str:
+    """Returns a pattern with one group, the token; around it, what its flags make it swallow."""
+    pattern = f"({re.escape(token.content)})"
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+
+
 class SentencePieceBackend:
     """Implements TokenizerBackend with a SentencePiece model.
 
@@ -72,7 +81,14 @@ class SentencePieceBackend:
     """
 
     def __init__(
-        self, proto: bytes, *, added: dict[int, str], add_bos: bool, add_eos: bool, legacy: bool
+        self,
+        proto: bytes,
+        *,
+        added: dict[int, AddedToken],
+        named: Iterable[AddedToken] = (),
+        add_bos: bool,
+        add_eos: bool,
+        legacy: bool,
     ) -> None:
         """Loads a model.
 
@@ -80,6 +96,7 @@ class SentencePieceBackend:
             proto: a serialized ModelProto, the content of a tokenizer.model.
             added: tokens from other files, by id. An id below the vocabulary's size renames a
                 piece.
+            named: tokens that the files name without an id. One that is no piece gets a new id.
 
         Raises:
             ConfigError: `proto` is not a SentencePiece model.
@@ -90,15 +107,19 @@ class SentencePieceBackend:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"not a SentencePiece model ({error})") from None
         size = self._model.get_piece_size()
+        added = dict(added)
+        for token in named:
+            token_id = self._model.piece_to_id(token.content)
+            is_piece = self._model.id_to_piece(token_id) == token.content
+            added[token_id if is_piece else max([size, *(i + 1 for i in added)])] = token
         self.vocab_size = max([size, *(i + 1 for i in added)])
         self._prefix = [self._model.bos_id()] if add_bos and self._model.bos_id() >= 0 else []
         self._suffix = [self._model.eos_id()] if add_eos and self._model.eos_id() >= 0 else []
-        self._added = added
-        ids = {self._model.id_to_piece(i): i for i in self._control_ids()}
-        ids.update({token: i for i, token in added.items()})
-        self._special = ids
-        longest_first = sorted(ids, key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, longest_first))) if ids else None
+        self._added = {i: token.content for i, token in added.items()}
+        tokens = {i: AddedToken(self._model.id_to_piece(i)) for i in self._control_ids()} | added
+        self._special = {token.content: i for i, token in tokens.items()}
+        longest_first = sorted(tokens.values(), key=lambda token: len(token.content), reverse=True)
+        self._split = re.compile("|".join(map(_pattern, longest_first))) if tokens else None
         self.adds_prefix_space = self._model.encode("a") != self._bare_model.encode("a")
         self._legacy = legacy
 
@@ -107,7 +128,7 @@ class SentencePieceBackend:
         at = 0
         for match in self._split.finditer(text) if self._split else ():
             self._encode_part(text[at : match.start()], at == 0, ids)
-            ids.append(self._special[match.group()])
+            ids.append(self._special[match.group(match.lastindex or 0)])
             at = match.end()
         self._encode_part(text[at:], at == 0, ids)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids

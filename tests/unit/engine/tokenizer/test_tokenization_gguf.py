@@ -186,7 +186,7 @@ def test_sentencepiece_vocabulary_equals_the_library(spm_from_gguf: Tokenizer, t
 
 
 def test_sentencepiece_properties(tmp_path: Path, spm_from_gguf: Tokenizer) -> None:
-    assert spm_from_gguf.special_ids == {1, 2}
+    assert spm_from_gguf.special_ids == {0, 1, 2}
     assert spm_from_gguf.bos_token_id == 1 and spm_from_gguf.eos_token_ids == (2,)
     assert spm_from_gguf.encode("a</s>", add_special_tokens=False)[-1] == 2
     bare = _sentencepiece_file(tmp_path / "b.gguf", add_space_prefix=False, add_bos_token=False)
