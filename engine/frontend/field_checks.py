@@ -65,6 +65,24 @@ def conversation(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def list_of_maps(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise TypeError("must be a list of maps")
+    return value
+
+
+def template_variables(value: Any) -> dict[str, Any]:
+    """Checks names and values for a chat template; nil stands for none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError("must be a map with string keys")
+    for key in ("messages", "chat_template", "tokenize"):
+        if key in value:
+            raise ValueError(f"must not set {key!r}: it is not a variable of the template")
+    return value
+
+
 def adapter_name(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"must be a string, got {type_name(value)}")

@@ -3,14 +3,13 @@
 import hashlib
 from array import array
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig, ModelConfig
-from loraplex.engine.errors import ClientError, ConfigError, client_error
+from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
@@ -44,15 +43,9 @@ def load_text_codec(config: ModelConfig) -> TextCodec | None:
     """
     if config.skip_tokenizer_init:
         return None
-    tokenizer = load_tokenizer(resolve_model(config.model), config.tokenizer)
-    source = tokenizer.chat_template
-    if config.chat_template:
-        try:
-            source = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template {config.chat_template}: {error}") from None
-    template = ChatTemplate(source, tokenizer.special_tokens) if source else None
-    return TextCodec(tokenizer, template)
+    path = resolve_model(config.model)
+    tokenizer = load_tokenizer(path, config.tokenizer, config.chat_template)
+    return TextCodec(tokenizer, tokenizer.compiled_template())
 
 
 class InputProcessor:
@@ -112,11 +105,13 @@ class InputProcessor:
                     "the model has no chat template: send a prompt, or start the server with "
                     "--chat-template"
                 )
-            text = template.render(
-                message.messages,
-                add_generation_prompt=message.add_generation_prompt,
-                continue_final_message=message.continue_final_message,
-            )
+            options: dict[str, Any] = {
+                "add_generation_prompt": message.add_generation_prompt,
+                "continue_final_message": message.continue_final_message,
+                "tools": message.tools,
+                "documents": message.documents,
+            }
+            text = template.render(message.messages, **(options | message.chat_template_kwargs))
             self._check_num_chars(tokenizer, text)
             return tokenizer.encode(text, add_special_tokens=False)
         except ClientError:

@@ -22,6 +22,7 @@ MAX_ERROR_CHARS = 1000
 
 _ID = {"check": field_checks.text(MAX_ID_CHARS, empty=False)}
 _FLAG = {"check": field_checks.boolean}
+_MAPS = {"check": field_checks.list_of_maps}
 _ANY_TEXT = {"check": field_checks.text(1 << 30)}
 
 
@@ -42,6 +43,11 @@ class GenerateRequest:
     )
     add_generation_prompt: bool = field(default=True, metadata=_FLAG)
     continue_final_message: bool = field(default=False, metadata=_FLAG)
+    tools: list[dict[str, Any]] | None = field(default=None, metadata=_MAPS)
+    documents: list[dict[str, Any]] | None = field(default=None, metadata=_MAPS)
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"check": field_checks.template_variables}
+    )
     sampling_params: SamplingParams = field(
         default_factory=SamplingParams, metadata={"check": SamplingParams.from_wire}
     )

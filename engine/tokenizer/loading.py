@@ -16,16 +16,24 @@ from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits, first_known
 
 
-def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
+def load_tokenizer(model_path: Path, tokenizer: str = "", chat_template: str = "") -> Tokenizer:
     """Returns the tokenizer of `model_path`, or the one that `tokenizer` names.
 
     Args:
         model_path: a Hugging Face directory or a GGUF file.
         tokenizer: another directory, or a tokenizer.json, tokenizer.model or .gguf file.
+        chat_template: a Jinja file, or Jinja source, that replaces the chat template of the files.
 
     Raises:
         ConfigError: there is no tokenizer, it is damaged, or its kind is not supported.
     """
+    loaded = _load(model_path, tokenizer)
+    if chat_template:
+        loaded.set_chat_template(_own_template(chat_template))
+    return loaded
+
+
+def _load(model_path: Path, tokenizer: str) -> Tokenizer:
     path = Path(tokenizer).expanduser() if tokenizer else model_path
     if path.suffix == ".gguf":
         return tokenizer_from_gguf(GGUFFile(path))
@@ -44,13 +52,13 @@ def load_tokenizer(model_path: Path, tokenizer: str = "") -> Tokenizer:
 
 def _load_file(path: Path) -> Tokenizer:
     config = _read_json(path.parent / "tokenizer_config.json")
-    template = _chat_template(path.parent, config)
+    templates = _chat_templates(path.parent, config)
     if path.suffix == ".model":
-        return _sentencepiece(path, config, template)
-    return _fast(path, config, template)
+        return _sentencepiece(path, config, templates)
+    return _fast(path, config, templates)
 
 
-def _fast(path: Path, config: dict[str, Any], template: str | None) -> Tokenizer:
+def _fast(path: Path, config: dict[str, Any], templates: dict[str, str]) -> Tokenizer:
     """Ignores add_bos_token of `config`: tokenizer.json defines its own post-processor."""
     try:
         fast = FastTokenizer.from_file(str(path))
@@ -70,12 +78,13 @@ def _fast(path: Path, config: dict[str, Any], template: str | None) -> Tokenizer
         special_ids=frozenset(i for i, token in added if token.special),
         special_tokens=declared.names,
         eos_token_ids=first_known(FastBackend(fast), [declared.names.get("eos_token")]),
-        chat_template=template,
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
     )
     return Tokenizer(FastBackend(fast), traits)
 
 
-def _sentencepiece(path: Path, config: dict[str, Any], template: str | None) -> Tokenizer:
+def _sentencepiece(path: Path, config: dict[str, Any], templates: dict[str, str]) -> Tokenizer:
     declared = _declared_tokens(path, config, {})
     try:
         backend = SentencePieceBackend(
@@ -99,7 +108,8 @@ def _sentencepiece(path: Path, config: dict[str, Any], template: str | None) -> 
         special_ids=backend.control_ids() | set(first_known(backend, [*named.values(), *texts])),
         special_tokens=named,
         eos_token_ids=first_known(backend, [named.get("eos_token")]),
-        chat_template=template,
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
     )
     return Tokenizer(backend, traits)
 
@@ -133,19 +143,37 @@ def _add_tokens(fast: FastTokenizer, declared: AddedTokens, path: Path) -> None:
             )
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Returns the template of chat_template.jinja, else of tokenizer_config.json.
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Returns the chat templates by name. The name "default" may be missing.
 
-    If the latter has several, returns the one named "default".
+    chat_template.jinja goes before tokenizer_config.json, as in Hugging Face's loader.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    named: dict[str, Any] = {}
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    elif template is not None:
+        named = {"default": template}
+    path = folder / "chat_template.jinja"
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if path.is_file():
+        named = {"default": path.read_text(encoding="utf-8")}
+    named.update({file.stem: file.read_text(encoding="utf-8") for file in more})
+    return {str(name): source for name, source in named.items() if isinstance(source, str)}
+
+
+def _own_template(value: str) -> str:
+    """Returns the template in a file, or `value` itself if it is Jinja.
+
+    Raises:
+        ConfigError: `value` is neither.
+    """
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if any(mark in value for mark in ("{{", "{%", "\n")):
+            return value
+        raise ConfigError(f"chat_template {value}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class TokenizerTraits:
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    tool_template: str | None = None  # the template for chats with tools, if it is another
 
 
 class Tokenizer:
@@ -85,6 +86,7 @@ class Tokenizer:
         self.special_tokens = traits.special_tokens
         self.eos_token_ids = traits.eos_token_ids
         self.chat_template = traits.chat_template
+        self._tool_template = traits.tool_template
         self.strips_leading_space = traits.strips_leading_space
         bos = traits.special_tokens.get("bos_token")
         self.bos_token_id = backend.piece_to_id(bos) if bos else None
@@ -104,35 +106,54 @@ class Tokenizer:
         text = raw.decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
+    def set_chat_template(self, source: str) -> None:
+        """Replaces the templates of the files by one."""
+        self.chat_template, self._tool_template, self._template = source, None, None
+
+    def compiled_template(self) -> ChatTemplate | None:
+        """Returns the chat template, None if the model has none. The first call compiles it.
+
+        Raises:
+            ConfigError: the template is not valid Jinja.
+        """
+        if self._template is None and self.chat_template:
+            self._template = ChatTemplate(
+                self.chat_template, self.special_tokens, tool_source=self._tool_template
+            )
+        return self._template
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
-    ) -> str:
-        """Returns the prompt of a chat; see ChatTemplate.render.
+        tokenize: bool = False,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> str | list[int]:
+        """Returns the prompt of a chat, as text or with `tokenize` as token ids.
 
-        The prompt contains its special tokens, so encode it with add_special_tokens=False.
+        The text contains its special tokens, so encode it with add_special_tokens=False.
+
+        Args:
+            chat_template: Jinja source that replaces the model's template.
+            options: arguments of ChatTemplate.render.
 
         Raises:
             ClientError: there is no template, or the template refuses the messages.
+            ConfigError: `chat_template` is not valid Jinja.
         """
-        if not self.chat_template:
+        if chat_template is not None:
+            template: ChatTemplate | None = ChatTemplate(chat_template, self.special_tokens)
+        else:
+            template = self.compiled_template()
+        if template is None:
             raise ClientError(
                 "the model has no chat template: send a plain prompt, or start the engine with "
                 "--chat-template FILE"
             )
-        template = self._template
-        if template is None:
-            template = self._template = ChatTemplate(self.chat_template, self.special_tokens)
-        return template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **variables,
-        )
+        text = template.render(messages, **options)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     @functools.cached_property
     def max_token_chars(self) -> int:

@@ -91,13 +91,22 @@ class AsyncClient:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Does what generate() does for a conversation; `options` are generate()'s."""
+        """Does what generate() does for a conversation; `options` are generate()'s.
+
+        `chat_template_kwargs` are more variables for the template, such as enable_thinking.
+        """
         prompt = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "tools": tools,
+            "documents": documents,
+            "chat_template_kwargs": chat_template_kwargs,
         }
         return self.generate(prompt, sampling_params, **options)
 

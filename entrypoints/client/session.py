@@ -14,11 +14,13 @@ from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, R
 Prompt = str | list[int] | dict[str, Any]
 """Text, token ids, or a map with one of "prompt", "prompt_token_ids" and "messages".
 
-A map with "messages" (a chat) may also hold "add_generation_prompt" and "continue_final_message".
+A map with "messages" (a chat) may also hold "add_generation_prompt", "continue_final_message",
+"tools", "documents" and "chat_template_kwargs".
 """
 
 _PROMPT_KEYS = (
     "prompt", "prompt_token_ids", "messages", "add_generation_prompt", "continue_final_message",
+    "tools", "documents", "chat_template_kwargs",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, EngineDeadError, LoraplexError
@@ -21,7 +21,13 @@ from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
 from loraplex.entrypoints.offline.progress import BarFactory, BatchBar
-from loraplex.entrypoints.offline.prompts import Message, Prompt, chat_prompts, completion_prompts
+from loraplex.entrypoints.offline.prompts import (
+    Message,
+    Prompt,
+    chat_prompts,
+    completion_prompts,
+    rendered,
+)
 
 if TYPE_CHECKING:
     from loraplex.engine.tokenizer.tokenizer import Tokenizer
@@ -89,13 +95,14 @@ class LLM:
         return self._engine.info
 
     def get_tokenizer(self) -> "Tokenizer":
-        """Returns the engine's tokenizer. The first call loads it."""
+        """Returns the engine's tokenizer, with its chat template. The first call loads it."""
         if self._tokenizer is None:
             from loraplex.engine.checkpoint.locate import resolve_model
             from loraplex.engine.tokenizer.loading import load_tokenizer
 
             model = self.config.model
-            self._tokenizer = load_tokenizer(resolve_model(model.model), model.tokenizer)
+            path = resolve_model(model.model)
+            self._tokenizer = load_tokenizer(path, model.tokenizer, model.chat_template)
         return self._tokenizer
 
     def generate(
@@ -129,7 +136,7 @@ class LLM:
         batch = make_batch(completion_prompts(prompts), sampling_params, lora_request, priority)
         return self._run(batch, use_tqdm)
 
-    def chat(
+    def chat(  # noqa: PLR0913  # the arguments are vLLM's
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParamsOrList = None,
@@ -139,6 +146,10 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template.
 
@@ -148,12 +159,21 @@ class LLM:
             messages: one or more conversations, lists of {"role": ..., "content": ...}.
             add_generation_prompt: end the prompt with the header of an answer.
             continue_final_message: let the model continue the last message.
+            tools: JSON schemas of the functions that the model may call.
+            documents: maps with "title" and "text", for templates that read them.
+            chat_template: Jinja source that replaces the model's template.
+            chat_template_kwargs: more variables for the template, such as enable_thinking.
         """
         prompts = chat_prompts(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
         )
+        if chat_template is not None:
+            prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
         return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)
 
     def shutdown(self) -> None:

@@ -2,7 +2,10 @@
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraplex.engine.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | dict[str, Any]
 """Text, or a map with "prompt" (text) or "prompt_token_ids"; the map may have a "cache_salt"."""
@@ -30,8 +33,9 @@ def chat_prompts(
     *,
     add_generation_prompt: bool,
     continue_final_message: bool,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Returns one conversation or many as prompts that hold "messages".
+    """Returns one conversation or many as prompts that hold "messages" and the options.
 
     Raises:
         ValueError, TypeError: a conversation is empty or has a message without a role.
@@ -54,9 +58,25 @@ def chat_prompts(
             "messages": [dict(message) for message in conversation],
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            **{name: value for name, value in options.items() if value is not None},
         }
         for conversation in conversations
     ]
+
+
+def rendered(prompt: dict[str, Any], tokenizer: "Tokenizer", chat_template: str) -> dict[str, Any]:
+    """Returns a prompt of token ids for one that holds "messages".
+
+    Raises:
+        ClientError: the template refuses the messages.
+        ConfigError: the template is not valid Jinja.
+    """
+    options = {key: value for key, value in prompt.items() if key != "messages"}
+    options |= options.pop("chat_template_kwargs", {})
+    token_ids = tokenizer.apply_chat_template(
+        prompt["messages"], tokenize=True, chat_template=chat_template, **options
+    )
+    return {"prompt_token_ids": token_ids}
 
 
 def _completion_prompt(index: int, prompt: object) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class FakeClient:
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
         self.loaded: list[tuple[str, str]] = []
+        self.prompts: list[dict[str, Any]] = []
         self.salts: list[str] = []
         self.priorities: list[int] = []
         self.max_sequences = 0
@@ -49,6 +50,7 @@ class FakeClient:
         assert request_id not in self.submitted, "an id is never used twice"
         self.submitted.append(request_id)
         self.outstanding[request_id] = (prompt, sampling_params, adapter)
+        self.prompts.append(prompt)
         self.salts.append(salt)
         self.priorities.append(priority)
         num = sum(params.n for _, params, _ in self.outstanding.values())

@@ -7,10 +7,12 @@ import pytest
 
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, ConfigError
+from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, load_text_codec
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.tokenizer.chat_template import ChatTemplate
 from loraplex.scheduler.worker_protocol import WorkerReady
 
 from helpers.models.hf_models import make_tokenizer
@@ -26,6 +28,9 @@ INFO = EngineInfo(
                     eos_token_ids=array("i", [4]))
     ],
 )  # fmt: skip
+
+
+CHAT = [{"role": "user", "content": "hi"}]
 
 
 def processor(codec: TextCodec | None, *, seed: int = 0, name: str = "frontend 0") -> Any:
@@ -82,6 +87,23 @@ def test_a_chat_without_a_template_says_what_to_do(codec: TextCodec) -> None:
         processor(replace(codec, chat_template=None)).tokenize(
             ask(messages=[{"role": "user", "content": "hi"}])
         )
+
+
+def test_tools_documents_and_variables_reach_the_template(codec: TextCodec) -> None:
+    source = "{{ tools | tojson }} {{ documents | tojson }} {{ mood }}"
+    inputs = processor(replace(codec, chat_template=ChatTemplate(source, {})))
+
+    def render(**values: Any) -> str:
+        message = {"type": "generate", "request_id": "a", "messages": CHAT, **values}
+        return codec.tokenizer.decode(inputs.tokenize(protocol.parse(message)))
+
+    assert render() == "null null "
+    assert render(tools=None, chat_template_kwargs=None) == "null null "
+    more = {"tools": [{"name": "f"}], "documents": [], "chat_template_kwargs": {"mood": "up"}}
+    assert render(**more) == '[{"name": "f"}] [] up'
+    for name in ("messages", "tokenize"):
+        with pytest.raises(ClientError, match=f"chat_template_kwargs: must not set '{name}'"):
+            render(chat_template_kwargs={name: 1})
 
 
 def test_a_chat_that_the_template_refuses_is_the_clients_fault(codec: TextCodec) -> None:

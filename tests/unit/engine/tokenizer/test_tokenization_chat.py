@@ -42,6 +42,12 @@ start
 {% endgeneration %}
 {% endfor %}
 {% set ns = namespace(count=0) %}{% set ns.count = messages | length %}{{ ns.count }}""",
+    "is-not-none": "{{ 1 if tools is not none else 0 }}{{ documents is none }}{{ tools is defined }}",
+    "parts": """{% for m in messages %}{% if m.content is string %}{{ m.content }}
+    {%- else %}{% for part in m.content %}<{{ part.type }}>{{ part['text'] }}{% endfor %}{% endif %}
+    {%- for call in m.tool_calls or [] %}{{ call.function.name }}
+        {%- for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}
+    {%- endfor %}{{ m.reasoning_content }}{{ '|' }}{% endfor %}{{ mood }}""",
     "tools": "{{ tools | tojson(indent=2) if tools else 0 }}|{{ strftime_now('%Y') | length }}",
 }
 
@@ -62,13 +68,67 @@ def test_rendering_equals_transformers(name: str, mode: str, tmp_path: Path) -> 
         "add_generation_prompt": mode == "answer",
         "continue_final_message": mode == "continue",
     }
-    if name == "tools" and mode == "continue":
+    if name in ("tools", "is-not-none") and mode == "continue":
         with pytest.raises(ClientError, match="drops the last message"):
             ours.apply_chat_template(CHAT, **flags)
         return
     more: dict[str, Any] = {"tools": [{"name": "f", "text": "é<&>"}]} if name == "tools" else {}
     want = theirs.apply_chat_template(CHAT, tokenize=False, **flags, **more)
     assert ours.apply_chat_template(CHAT, **flags, **more) == want
+
+
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "thinking": "hm",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    },
+    {"role": "tool", "content": "5", "tool_call_id": None},
+    {"role": "assistant", "content": [{"type": "text", "text": "so"}]},
+]
+
+
+@pytest.mark.parametrize("mode", ["answer", "continue"])
+def test_parts_tool_calls_and_variables_equal_transformers(mode: str, tmp_path: Path) -> None:
+    path = _folder(tmp_path, TEMPLATES["parts"])
+    flags = {
+        "add_generation_prompt": mode == "answer",
+        "continue_final_message": mode == "continue",
+        "mood": "" if mode == "continue" else "gay",
+    }
+    want = AutoTokenizer.from_pretrained(path).apply_chat_template(PARTS, tokenize=False, **flags)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.apply_chat_template(PARTS, **flags) == want
+    as_json = json.loads(json.dumps(PARTS))
+    as_json[1]["tool_calls"][0]["function"]["arguments"] = '{"x": 1}'  # as OpenAI's clients send it
+    assert tokenizer.apply_chat_template(as_json, **flags) == want
+    ids = tokenizer.apply_chat_template(PARTS, tokenize=True, **flags)
+    assert ids == tokenizer.encode(want, add_special_tokens=False)
+
+
+def test_a_template_of_plain_texts_gets_the_parts_joined(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(
+        _folder(tmp_path, "{% for m in messages %}{{ m.content + ';' }}{% endfor %}")
+    )
+    chat = [{"role": "user", "content": ["a", {"type": "input_text", "text": "b"}]}]
+    assert tokenizer.apply_chat_template(chat) == "a\nb;"
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(ClientError, match="part 0 .* 'image_url': this model reads text alone"):
+        tokenizer.apply_chat_template(chat)
+
+
+def test_a_callers_template_replaces_the_models(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(_folder(tmp_path, None))
+    text = tokenizer.apply_chat_template(
+        CHAT, chat_template="{{ messages | length }}{{ eos_token }}"
+    )
+    assert text == "3</s>"
+    other = load_tokenizer(tmp_path, "", "{{ 'mine' }}")
+    assert other.apply_chat_template(CHAT) == "mine"
+    with pytest.raises(ConfigError, match="chat_template /nowhere"):
+        load_tokenizer(tmp_path, "", "/nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "e", "<", "Well, ", "a\nb"])
@@ -96,7 +156,11 @@ def test_several_templates_in_the_config(tmp_path: Path) -> None:
         {"name": "default", "template": "{{ messages[0].content }}"},
     ]
     path.write_text(json.dumps(config))
-    assert load_tokenizer(tmp_path).apply_chat_template(CHAT) == CHAT[0]["content"]
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.apply_chat_template(CHAT) == CHAT[0]["content"]
+    for tools in (None, [], [{"name": "f"}]):
+        want = theirs.apply_chat_template(CHAT, tokenize=False, tools=tools)
+        assert ours.apply_chat_template(CHAT, tools=tools) == want
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
@@ -114,7 +178,11 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
         ["hello"],
         [{"role": "user"}],
         [{"role": 1, "content": "x"}],
-        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": [3]}],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "assistant", "tool_calls": "f"}],
+        [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
         [{"role": "user", "content": None}],
     ],
 )

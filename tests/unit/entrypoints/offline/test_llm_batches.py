@@ -14,6 +14,9 @@ from loraplex.engine.errors import ClientError, EngineDeadError, UnknownAdapterE
 from loraplex.entrypoints.offline import llm as llm_module
 
 from helpers.fakes.fake_client import FakeClient, FakeEngine
+from helpers.models.hf_models import make_tokenizer
+
+TURN = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture
@@ -153,6 +156,28 @@ def test_continue_final_message_excludes_a_new_header(llm: LLM) -> None:
     with pytest.raises(ValueError, match="add_generation_prompt=False"):
         llm.chat(turns, continue_final_message=True, use_tqdm=False)
     assert llm.chat(turns, continue_final_message=True, add_generation_prompt=False, use_tqdm=False)
+
+
+def test_chat_passes_the_templates_options_on(llm: LLM) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    llm.chat([TURN], tools=tools, chat_template_kwargs={"mood": 1}, use_tqdm=False)
+    (prompt,) = client_of(llm).prompts
+    assert (prompt["tools"], prompt["chat_template_kwargs"]) == (tools, {"mood": 1})
+    assert "documents" not in prompt
+
+
+def test_a_chat_template_of_the_call_or_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    make_tokenizer(tmp_path)
+    with LLM(str(tmp_path), chat_template="{{ 'engine' }}{{ mood }}") as llm:
+        tokenizer = llm.get_tokenizer()
+        assert tokenizer.apply_chat_template([TURN], mood="!") == "engine!"
+        options = {"chat_template": "{{ mood }}{{ tools | length }}", "tools": [{}]}
+        llm.chat([TURN], chat_template_kwargs={"mood": "ok"}, use_tqdm=False, **options)
+        (prompt,) = client_of(llm).prompts
+        assert prompt == {"prompt_token_ids": tokenizer.encode("ok1", add_special_tokens=False)}
 
 
 def test_window_bounds_what_is_outstanding(monkeypatch: pytest.MonkeyPatch) -> None:
