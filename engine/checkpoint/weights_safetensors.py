@@ -77,6 +77,9 @@ class SafetensorsSource:
 
 
 def _find_files(model_path: Path) -> list[Path]:
+    """Returns a whole model.safetensors, else the files of the index, as transformers does."""
+    if (model_path / _SINGLE).is_file():
+        return [model_path / _SINGLE]
     index = model_path / _INDEX
     if index.is_file():
         try:
@@ -91,8 +94,6 @@ def _find_files(model_path: Path) -> list[Path]:
         if absent:
             raise ConfigError(f"{model_path}: the index names files that are missing: {absent}")
         return files
-    if (model_path / _SINGLE).is_file():
-        return [model_path / _SINGLE]
     pickles = [path.name for pattern in _PICKLES for path in model_path.glob(pattern)]
     if pickles:
         raise ConfigError(

@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loraplex.engine.checkpoint.gguf_file import GGUFFile
 from loraplex.engine.checkpoint.spec_loading import load_spec
@@ -166,6 +167,23 @@ def test_broken_indexes_are_refused(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(ConfigError, match="is damaged"):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["shards", "stale", "damaged"])
+def test_a_whole_file_goes_before_an_index(tmp_path: Path, index: str) -> None:
+    """As in transformers: a merged checkpoint is often saved over a sharded one."""
+    make_hf_model("llama", tmp_path, seed=1, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    other = tmp_path / "other"
+    make_hf_model("llama", other, seed=2)
+    (other / "model.safetensors").rename(tmp_path / "model.safetensors")
+    if index != "shards":
+        shards[0].unlink()
+    if index == "damaged":
+        (tmp_path / "model.safetensors.index.json").write_text("{")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in _load(tmp_path).parameters().items():
+        assert torch.equal(tensor, reference[name]), name
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:

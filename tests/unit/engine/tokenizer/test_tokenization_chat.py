@@ -42,7 +42,7 @@ start
 {% endgeneration %}
 {% endfor %}
 {% set ns = namespace(count=0) %}{% set ns.count = messages | length %}{{ ns.count }}""",
-    "is-not-none": "{{ 1 if tools is not none else 0 }}{{ documents is none }}{{ tools is defined }}",
+    "is-not-none": "{{ tools is not none }}{{ documents is none }}{{ tools is defined }}",
     "parts": """{% for m in messages %}{% if m.content is string %}{{ m.content }}
     {%- else %}{% for part in m.content %}<{{ part.type }}>{{ part['text'] }}{% endfor %}{% endif %}
     {%- for call in m.tool_calls or [] %}{{ call.function.name }}
