@@ -7,6 +7,7 @@ from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.policies.policy import Context, Policy
+from loraplex.scheduler.prompt_shares import MAX_PARTIAL_PROMPTS, prompt_shares
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
@@ -75,9 +76,8 @@ class StepPlanner:
         step = StepBuilder(
             blocks.num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
         )
-        self._plan_running(step, now)
-        if self._waiting.by_age and step.budget and self._running.has_free_slot:
-            self._plan_waiting(step, now)
+        prompts = self._plan_running(step, now)
+        self._plan_prompts(prompts, step, now)
         self.look_ahead(now)
         if not step.requests:
             return None
@@ -138,8 +138,8 @@ class StepPlanner:
         self._memory.kv.release(request.uid)
         self._admission.unreserve_adapter(request, now)
 
-    def _plan_running(self, step: StepBuilder, now: float) -> None:
-        """Decode rows first, then chunks of prompts in order while the budget lasts.
+    def _plan_running(self, step: StepBuilder, now: float) -> list[Request]:
+        """Add the decode rows. Returns the running requests with prompts to compute, in order.
 
         Only decoding takes pages: a prompt has all of its own since it started.
         """
@@ -158,13 +158,29 @@ class StepPlanner:
                 request.num_scheduled += 1
                 request.num_total += 1
         step.add_decodes(decodes, positions)
-        for request in prefills:
-            if step.budget:
-                self._add_chunk(request, step)
+        return prefills
 
-    def _add_chunk(self, request: Request, step: StepBuilder) -> None:
+    def _plan_prompts(self, prompts: list[Request], step: StepBuilder, now: float) -> None:
+        """Give running prompts their shares, start requests, and give out what is left in order."""
+        starts = (
+            bool(self._waiting.by_age)
+            and self._running.has_free_slot
+            and len(prompts) < MAX_PARTIAL_PROMPTS
+        )
+        num_left = [request.num_total - request.num_scheduled for request in prompts]
+        shares = prompt_shares(num_left, step.budget, newcomers=starts)
+        for request, share in zip(prompts, shares, strict=True):
+            if share:
+                self._add_chunk(request, step, share)
+        if starts and step.budget:
+            self._plan_waiting(step, now)
+        for request, left, share in zip(prompts, num_left, shares, strict=True):
+            if share < left and step.budget:
+                self._add_chunk(request, step, left - share)
+
+    def _add_chunk(self, request: Request, step: StepBuilder, max_tokens: int) -> None:
         """Add a chunk of known tokens, and cache the blocks that it fills for later steps."""
-        step.add_chunk(request)
+        step.add_chunk(request, max_tokens)
         kv, num_tokens = self._memory.kv, request.num_scheduled
         kv.register_planned(request.uid, request.token_ids, num_tokens)
         request.num_registered = num_tokens - num_tokens % kv.block_tokens
@@ -208,7 +224,7 @@ class StepPlanner:
             step.new_requests.append(
                 new_request(request, page_ids, adapter.slot if adapter else -1)
             )
-            self._add_chunk(request, step)
+            self._add_chunk(request, step, step.budget)
             return step.budget > 0 and self._running.has_free_slot
 
         self._admission.admit(

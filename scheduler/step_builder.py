@@ -14,7 +14,7 @@ class StepBuilder:
     """
 
     __slots__ = (
-        "budget", "follows", "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
+        "budget", "chunk_rows", "follows", "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
         "positions", "requests", "samples", "slots", "step_id",
     )  # fmt: skip
 
@@ -22,6 +22,7 @@ class StepBuilder:
         self.step_id = step_id
         self.follows = follows  # requests were running already: the GPU should not have waited
         self.budget = budget  # tokens that the step can still take
+        self.chunk_rows: dict[Request, int] = {}
         self.requests: list[Request] = []
         self.positions: list[int] = []
         self.num_tokens: list[int] = []
@@ -41,15 +42,24 @@ class StepBuilder:
         self.samples += ones
         self.budget -= len(requests)
 
-    def add_chunk(self, request: Request) -> None:
-        """Feed as many of a request's tokens as the budget allows; sample if they are its last."""
+    def add_chunk(self, request: Request, max_tokens: int) -> None:
+        """Feed the next tokens of a request; sample if they are its last.
+
+        A request that has a chunk in this step gets a longer one.
+        """
         position = request.num_scheduled
-        num_tokens = min(request.num_total - position, self.budget)
+        num_tokens = min(request.num_total - position, max_tokens, self.budget)
         samples = position + num_tokens == request.num_total
-        self.requests.append(request)
-        self.positions.append(position)
-        self.num_tokens.append(num_tokens)
-        self.samples.append(samples)
+        row = self.chunk_rows.get(request)
+        if row is None:
+            self.chunk_rows[request] = len(self.requests)
+            self.requests.append(request)
+            self.positions.append(position)
+            self.num_tokens.append(num_tokens)
+            self.samples.append(samples)
+        else:
+            self.num_tokens[row] += num_tokens
+            self.samples[row] = samples
         self.budget -= num_tokens
         request.num_scheduled += num_tokens
         request.num_total += samples
