@@ -16,7 +16,11 @@ class SchedulerConfig:
 
     max_num_seqs: int = field(default=256, metadata={"help": "requests running at one time"})
     max_num_batched_tokens: int = field(
-        default=8192, metadata={"help": "token budget of one step, prefill and decode together"}
+        default=8192,
+        metadata={
+            "help": "token budget of one step, prefill and decode; "
+            "on a CPU at most 512, or max_num_seqs"
+        },
     )
     max_queue_len: int = field(
         default=16384, metadata={"help": "waiting requests; one more is refused"}

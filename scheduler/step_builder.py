@@ -14,7 +14,8 @@ class StepBuilder:
     """
 
     __slots__ = (
-        "budget", "chunk_rows", "follows", "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
+        "budget", "chunk_rows", "follows",
+        "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
         "positions", "requests", "samples", "slots", "step_id",
     )  # fmt: skip
 

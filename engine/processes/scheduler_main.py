@@ -1,6 +1,7 @@
 """``python -m loraplex.engine.processes.scheduler_main``: the scheduler's process."""
 
 import gc
+from dataclasses import replace
 
 import zmq
 
@@ -11,8 +12,12 @@ from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
+from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import WorkerReady
+
+MAX_CPU_STEP_TOKENS = 512
+"""A request that comes while a step runs waits for its end; thousands of tokens take seconds."""
 
 
 def run(child: Child) -> None:
@@ -57,10 +62,19 @@ def engine_info(config: EngineConfig, workers: list[WorkerReady]) -> EngineInfo:
     )
 
 
+def scheduler_config(config: EngineConfig, info: EngineInfo) -> SchedulerConfig:
+    """Returns the scheduler's part, with a step on a CPU held to MAX_CPU_STEP_TOKENS."""
+    wanted = config.scheduler
+    if all(worker.device != "cpu" for worker in info.workers):
+        return wanted
+    limit = max(MAX_CPU_STEP_TOKENS, wanted.max_num_seqs)
+    return replace(wanted, max_num_batched_tokens=min(wanted.max_num_batched_tokens, limit))
+
+
 def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
     """Returns a scheduler with every adapter that the configuration names."""
     scheduler = Scheduler(
-        config=config.scheduler,
+        config=scheduler_config(config, info),
         memory=config.memory,
         num_pages=info.num_pages,
         max_model_len=info.max_model_len,
