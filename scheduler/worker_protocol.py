@@ -154,6 +154,7 @@ class AdapterInspected(Message):
     num_bytes: int = 0  # packed, over all layers, on one worker
     max_rank: int = 0
     modules: list[str] = []
+    warnings: list[str] = []  # parts of its folder that are not used
 
 
 class LoadAdapter(Message):

@@ -66,6 +66,7 @@ class AdapterLoader:
             order in which the store changed, or an error that no adapter caused. The thread that
             launches steps must raise such an error.
         enter_thread: called first in each thread.
+        find_warnings: names the parts of an adapter's folder that are not used.
 
     Attributes:
         store: the host store. Callers only read it.
@@ -81,12 +82,14 @@ class AdapterLoader:
         host_bytes: int,
         report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
+        find_warnings: Callable[[Path], list[str]] = lambda folder: [],
     ) -> None:
         self._table = table
         self._copier = copier
         self._report = report
         self._enter_thread = enter_thread
         self._reader = reader
+        self._find_warnings = find_warnings
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
@@ -155,7 +158,10 @@ class AdapterLoader:
                 lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
                 acquire=True,
             )
-            self._report_in_order(_describe(command, adapter), release=adapter.content_hash)
+            warnings = self._find_warnings(Path(command.path))
+            self._report_in_order(
+                _describe(command, adapter, warnings), release=adapter.content_hash
+            )
         except Exception as error:
             text = _explain(command.name, error)
             self._report_in_order(
@@ -248,7 +254,9 @@ class AdapterLoader:
             self._report(AdapterEvicted(content_hash))
 
 
-def _describe(command: InspectAdapter, adapter: PackedAdapter) -> AdapterInspected:
+def _describe(
+    command: InspectAdapter, adapter: PackedAdapter, warnings: list[str]
+) -> AdapterInspected:
     used = adapter.rank.amax(dim=0).tolist()
     return AdapterInspected(
         name=command.name,
@@ -258,6 +266,7 @@ def _describe(command: InspectAdapter, adapter: PackedAdapter) -> AdapterInspect
         num_bytes=adapter.num_bytes,
         max_rank=max(used),
         modules=[name for name, rank in zip(MODULES, used, strict=True) if rank],
+        warnings=warnings,
     )
 
 

@@ -1,13 +1,11 @@
 """Finds the adapters that are named at start, and checks the paths that clients send."""
 
-import logging
 import os
 import re
 
 from loraplex.engine.config import AdapterConfig
 from loraplex.engine.errors import ConfigError, client_error
 
-logger = logging.getLogger("loraplex")
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_NAME = re.compile(r"\w[\w.:/@+-]{0,199}")
 
@@ -23,7 +21,7 @@ def adapters_at_start(config: AdapterConfig) -> list[tuple[str, str]]:
         if not os.path.isdir(path):
             raise ConfigError(f"adapter {name!r}: {path} is no directory")
         if not _is_peft_directory(path):
-            raise ConfigError(f"adapter {name!r}: {path} holds no {ADAPTER_FILE}")
+            raise ConfigError(f"adapter {name!r}: {path} holds no {ADAPTER_FILE}{_hint(path)}")
     if config.adapter_dir:
         found += _peft_directories(os.path.abspath(os.path.expanduser(config.adapter_dir)))
     seen: dict[str, str] = {}
@@ -40,11 +38,31 @@ def adapters_at_start(config: AdapterConfig) -> list[tuple[str, str]]:
 def _peft_directories(folder: str) -> list[tuple[str, str]]:
     if not os.path.isdir(folder):
         raise ConfigError(f"adapter_dir {folder} is no directory")
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-    found = [(os.path.basename(p), os.path.realpath(p)) for p in paths if _is_peft_directory(p)]
+    if _is_peft_directory(folder):
+        raise ConfigError(
+            f"adapter_dir {folder} is an adapter itself: give it as "
+            f"--adapter {os.path.basename(folder)}={folder}, or name the folder above it"
+        )
+    found = _adapters_in(folder)
     if not found:
-        logger.warning("adapter_dir %s holds no PEFT directory", folder)
+        raise ConfigError(
+            f"adapter_dir {folder} holds no folder with an {ADAPTER_FILE}: name the folder whose "
+            "subfolders are adapters, or leave adapter_dir out"
+        )
     return found
+
+
+def _adapters_in(folder: str) -> list[tuple[str, str]]:
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    return [(os.path.basename(p), os.path.realpath(p)) for p in paths if _is_peft_directory(p)]
+
+
+def _hint(path: str) -> str:
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return "; it is a whole model: give it as --model"
+    if _adapters_in(path):
+        return "; it is a folder of adapters: give it as --adapter-dir"
+    return ""
 
 
 def _is_peft_directory(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reads PEFT's adapter_config.json and refuses every option that is not supported."""
+"""Reads PEFT's adapter_config.json and refuses options that would change the forward pass."""
 
 import json
 import math
@@ -17,9 +17,10 @@ MIN_SCALE, MAX_SCALE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal float32 
 
 # Fields that do not change the forward pass, and fields that PeftConfig holds.
 _HARMLESS = frozenset((
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type", "velora_config",
 ))  # fmt: skip
 _READ = frozenset((
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
@@ -28,13 +29,16 @@ _READ = frozenset((
 _REASONS = {
     "use_dora": "DoRA is not supported",
     "lora_bias": "a bias on lora_B is not supported",
-    "fan_in_fan_out": "fan_in_fan_out is for another layout of the base weights",
     "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces embeddings of the base model",
     "layer_replication": "it repeats layers of the base model",
     "target_parameters": "LoRA on bare parameters is not supported",
     "use_qalora": "QALoRA is not supported",
     "alora_invocation_tokens": "activated LoRA is not supported",
+    "arrow_config": "Arrow routing is not supported",
+    "kasa_config": "KaSA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
 }
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 
@@ -57,6 +61,7 @@ class PeftConfig:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[Pattern, ...]
     base_model: str  # informational
+    unknown: tuple[str, ...] = ()  # options that are set and not known; PEFT ignores them too
 
     def rank_of(self, module: str) -> int:
         return next((r for pattern, r in self.rank_pattern if pattern.match(module)), self.rank)
@@ -156,6 +161,7 @@ def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
             layers_to_transform=_layers(values.get("layers_to_transform")),
             layers_pattern=_layers_pattern(values.get("layers_pattern"), patterns),
             base_model=str(values.get("base_model_name_or_path") or ""),
+            unknown=_unknown(values),
         )
     except PatternError as error:
         raise PeftConfigError(str(error)) from None
@@ -174,9 +180,13 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
             "LoRA when saving it (PEFT: path_initial_model_for_weight_conversion)"
         )
     for name, value in values.items():
-        if value and name not in _HARMLESS and name not in _READ:
-            reason = _REASONS.get(name, "this option is not known here")
-            raise PeftConfigError(f"{name}={str(value)[:80]}: {reason}")
+        if value and name in _REASONS:
+            raise PeftConfigError(f"{name}={str(value)[:80]}: {_REASONS[name]}")
+
+
+def _unknown(values: dict[str, Any]) -> tuple[str, ...]:
+    known = _HARMLESS | _READ | _REASONS.keys()
+    return tuple(name[:80] for name, value in values.items() if value and name not in known)
 
 
 def _rank(name: str, value: object) -> int:

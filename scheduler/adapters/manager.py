@@ -73,6 +73,8 @@ class AdapterManager:
         """Record an inspection and answer those who asked for it."""
         if event.content_hash:
             self._memory.adapters.set_on_host(event.content_hash, True)
+        for warning in event.warnings:
+            logger.warning("adapter %r: %s", event.name, warning)
         version, refusal = self.registry.on_inspected(event)
         if refusal and event.content_hash:
             self._free_unused(event.content_hash)
@@ -207,6 +209,7 @@ class AdapterManager:
             "num_bytes": version.num_bytes,
             "max_rank": version.max_rank,
             "modules": list(version.modules),
+            "warnings": list(version.warnings),
             "tier": "pages" if is_resident else "host" if on_host else "disk",
             "residency": _residency(adapter),
             "pinned": version.is_pinned or version.wants_pin,

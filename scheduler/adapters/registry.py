@@ -157,6 +157,7 @@ class AdapterRegistry:
         version.num_bytes = event.num_bytes
         version.max_rank = event.max_rank
         version.modules = list(event.modules)
+        version.warnings = list(event.warnings)
         self._by_hash.setdefault(version.content_hash, []).append(version)
         refusal = self._promote(version)
         self._forget_unused(version)

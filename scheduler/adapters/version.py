@@ -29,6 +29,7 @@ class AdapterVersion:
     num_bytes: int = 0
     max_rank: int = 0
     modules: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # parts of its folder that are not used
     num_requests: int = 0  # unfinished ones
     reply_keys: list[Hashable] = field(default_factory=list)  # of those who wait for the inspection
     pin_keys: list[Hashable] = field(default_factory=list)  # of those who wait for it to be pinned

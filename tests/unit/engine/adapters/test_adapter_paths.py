@@ -42,6 +42,23 @@ def test_the_same_adapter_twice_is_one(tmp_path: Path) -> None:
     assert adapters_at_start(config) == [("a", path)]
 
 
+def test_a_folder_of_the_wrong_kind_says_what_to_give(tmp_path: Path) -> None:
+    """Otherwise the server starts without the adapter, and only the base model answers."""
+    mine, empty, model = peft(tmp_path / "all" / "mine"), tmp_path / "empty", tmp_path / "model"
+    for folder in (empty / "notes", model):
+        folder.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    for option, path, text in [
+        ("adapter_dir", mine, f"is an adapter itself: give it as --adapter mine={mine}"),
+        ("adapter_dir", empty, "holds no folder with an adapter_config.json: name the folder"),
+        ("adapters", tmp_path / "all", "folder of adapters: give it as --adapter-dir"),
+        ("adapters", model, "a whole model: give it as --model"),
+    ]:
+        value = str(path) if option == "adapter_dir" else (("x", str(path)),)
+        with pytest.raises(ConfigError, match=text):
+            adapters_at_start(AdapterConfig(**{option: value}))
+
+
 def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     good = str(peft(tmp_path / "good"))
     (tmp_path / "empty").mkdir()

@@ -131,3 +131,26 @@ def test_unsloths_regex_is_not_too_complex(folder: Path) -> None:
         r"|feed_forward|ffn|dense)\.(?:(?:q_proj|down_proj)))",
     )
     read_adapter("mine", folder, make_target())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ensure_weight_tying": True},
+        {"fan_in_fan_out": True},  # PEFT switches it off for torch.nn.Linear
+        {"velora_config": {"num_groups": 4}},
+        {"megatron_config": {"x": 1}},
+        {"loraplus_lr_ratio": 16.0},
+        {"some_future_option": 3},
+        {"target_modules": ["q_proj", "down_proj", "query_key_value", "gate"]},
+    ],
+    ids=str,
+)
+def test_what_peft_loads_with_equal_results_is_served(
+    hf_model: PreTrainedModel, folder: Path, changes: dict[str, Any]
+) -> None:
+    plain = read_adapter("mine", folder, make_target())
+    edit_config(folder, **changes)
+    if "megatron_config" not in changes:  # PEFT itself needs megatron.core for it
+        PeftModel.from_pretrained(hf_model, folder).unload()
+    assert read_adapter("mine", folder, make_target()).content_hash == plain.content_hash
