@@ -7,8 +7,11 @@ class LoraplexError(Exception):
     code = "internal"
 
 
-class ClientError(LoraplexError):
-    """A request cannot be served as it is; the client gets the text unchanged."""
+class ClientError(LoraplexError, ValueError):
+    """A request cannot be served as it is; the client gets the text unchanged.
+
+    It is a ValueError, which vLLM raises for such requests.
+    """
 
     code = "bad_request"
 

@@ -4,7 +4,21 @@ The public names are imported on first use, so that ``import loraplex`` loads no
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers do not follow __getattr__
+    from loraplex.engine.frontend.sampling_params import (
+        RequestOutputKind as RequestOutputKind,
+    )
+    from loraplex.engine.frontend.sampling_params import (
+        SamplingParams as SamplingParams,
+    )
+    from loraplex.entrypoints.client.async_client import AsyncClient as AsyncClient
+    from loraplex.entrypoints.client.lora_request import LoRARequest as LoRARequest
+    from loraplex.entrypoints.client.outputs import CompletionOutput as CompletionOutput
+    from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
+    from loraplex.entrypoints.client.sync_client import Client as Client
+    from loraplex.entrypoints.offline.llm import LLM as LLM
 
 __version__ = "0.1.0"
 

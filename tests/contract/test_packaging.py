@@ -1,5 +1,7 @@
 """The package list and the wheel are complete, and each module has one name."""
 
+import ast
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -99,3 +101,23 @@ def _copy_sources(target: Path) -> None:
         (target / name).write_bytes((ROOT / name).read_bytes())
     for folder in {path.relative_to(ROOT).parts[0] for path in TOP.values()}:
         (target / folder).symlink_to(ROOT / folder)
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """They look for py.typed in the top package and do not follow its __getattr__."""
+    import loraplex
+
+    root = TOP["loraplex"]
+    assert (root / "py.typed").exists()
+    tree = ast.parse((root / "__init__.py").read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {
+        (f"{node.module}", alias.name): alias.asname
+        for node in typed.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {asname for asname in imported.values()} == set(loraplex.__all__) - {"__version__"}
+    for (module, name), asname in imported.items():
+        assert asname == name
+        assert getattr(loraplex, name) is getattr(importlib.import_module(module), name)
