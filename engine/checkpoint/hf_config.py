@@ -58,6 +58,11 @@ def spec_from_config(model_path: Path) -> tuple[ModelSpec, bytes]:
     try:
         header = path.read_bytes()
     except OSError as error:
+        if (model_path / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{model_path} is a LoRA adapter, not a model: give its base model as --model and "
+                f"the adapter as --adapter NAME={model_path}"
+            ) from None
         raise ConfigError(f"{model_path} has no readable config.json: {error}") from None
     config = _parse(path, header)
     architecture = find_architecture(config, model_path)

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loraplex.engine.config import ServerConfig
+from loraplex.engine.errors import EngineDeadError
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.entrypoints.cli.flag_types import parse_pair
@@ -17,6 +19,7 @@ ACTIONS = {
     "pin": "keep adapters in GPU pages",
     "unpin": "allow pinned adapters to be evicted again",
 }
+PROBE_TIMEOUT_S = 3.0
 HEADER = ("name", "state", "tier", "pinned", "rank", "pages", "MB", "running", "waiting", "used")
 
 
@@ -84,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from loraplex.entrypoints.client.sync_client import Client
 
+    check_listening(args.endpoint)
     with Client(
         args.endpoint,
         server_public_key=args.server_public_key,
@@ -106,6 +110,28 @@ def run(args: argparse.Namespace) -> int:
     for line in map(json.dumps, found) if args.json else table(found):
         print(line)
     return 0
+
+
+def check_listening(endpoint: str) -> None:
+    """Raises EngineDeadError if nothing listens at a tcp or ipc address; does nothing for others.
+
+    ZeroMQ itself would wait for a server to come.
+    """
+    kind, _, rest = endpoint.partition("://")
+    host, _, port = rest.rpartition(":")
+    try:
+        if kind == "ipc" and not rest.startswith("@"):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(PROBE_TIMEOUT_S)
+                probe.connect(rest)
+        elif kind == "tcp" and port.isdigit():
+            address = (host.strip("[]"), int(port))
+            socket.create_connection(address, PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise EngineDeadError(
+            f"no server answers at {endpoint} ({error}): start one with `loraplex serve`, or give "
+            "its address with --endpoint"
+        ) from None
 
 
 def table(adapters: Iterable[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ dataclass and nowhere else.
 import argparse
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from loraplex.backends import registry
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.cli.flag_hints import explain
 from loraplex.entrypoints.cli.flag_types import (
     format_size,
     parse_bias,
@@ -67,10 +68,21 @@ SAMPLING_HELP = {
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser without abbreviations, so that a new flag never changes what a script means."""
+    """A parser without abbreviations, so that a new flag never changes what a script means.
+
+    An unknown flag is an error that names the most similar one.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(explain(unknown, self._option_string_actions))
+        return found, unknown
 
 
 def flag_of(field: Field[Any]) -> str:
@@ -116,6 +128,10 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, offline: bool) -> None:
     for name, title in GROUPS.items():
         if name not in hidden:
             add_flags(parser, parts[name], title=title, hidden=hidden)
+    # vLLM's names. Adapters are always enabled.
+    hide: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--enable-lora", action="store_true", **hide)
+    parser.add_argument("--max-loras", dest="max_adapter_slots", type=int, **hide)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -37,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_serve(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
     parser = commands.add_parser(
         "serve",
-        usage="loraplex serve [FLAGS]",
+        usage="loraplex serve [MODEL] [FLAGS]",
         help="serve clients over ZeroMQ",
         description="Serve clients over ZeroMQ until Ctrl-C or SIGTERM.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
     )
     add_log_level(parser)
     flags.add_engine_flags(parser, offline=False)

@@ -65,12 +65,22 @@ _PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "gra
 _ALIASES = {"max_loras": "max_adapter_slots"}
 _ELSEWHERE = {
     "block_size": "use block_tokens",
+    "cpu_offload_gb": "weights stay on the device; leave it out",
+    "download_dir": "nothing is downloaded: give a local folder as model",
+    "fully_sharded_loras": "leave it out",
+    "hf_token": "nothing is downloaded: give a local folder as model",
     "kv_cache_memory_bytes": "use pool_bytes",
+    "lora_dtype": "adapters have the model's type; leave it out",
     "max_cpu_loras": "use adapter_host_bytes",
     "disable_log_stats": "leave it out",
     "enable_chunked_prefill": "it is always on; leave it out",
+    "num_gpu_blocks_override": "use num_pages",
+    "pipeline_parallel_size": "use tensor_parallel_size",
+    "revision": "nothing is downloaded: give a local folder as model",
+    "scheduling_policy": "use policy",
     "quantization": "the format is read from the checkpoint; leave it out",
     "swap_space": "preempted requests are recomputed; leave it out",
+    "tokenizer_mode": "leave it out",
     "trust_remote_code": "code in a checkpoint never runs; leave it out",
 }
 """Maps keywords of vLLM's class that LLM does not have to advice."""
@@ -116,6 +126,6 @@ def _unknown(name: str) -> str:
     if name in _ELSEWHERE:
         return f"LLM() has no keyword {name!r}: {_ELSEWHERE[name]}"
     known = list(typing.get_type_hints(LLMOptions))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
     return f"LLM() has no keyword {name!r}; {hint}"

@@ -16,10 +16,10 @@ MODEL = [
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
-    "--block-tokens", "--enable-prefix-caching", "--enforce-eager",
+    "--block-tokens", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
     "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",
     "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--lora-backend",
-    "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank",
+    "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank", "--max-loras",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
     "--num-pages", "--policy", "--pool-bytes", "--profile-dir",

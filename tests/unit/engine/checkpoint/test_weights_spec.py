@@ -165,6 +165,10 @@ def test_refusals_name_the_cause(overrides: dict[str, Any], words: str, tmp_path
 
 
 def test_missing_fields_and_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a LoRA adapter, not a model: .*--adapter NAME="):
+        load_spec(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"no readable config\.json"):
         load_spec(tmp_path)
     with pytest.raises(ConfigError, match="field 'vocab_size' is missing"):

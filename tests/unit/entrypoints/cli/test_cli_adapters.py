@@ -1,6 +1,7 @@
 """`loraplex adapters` against the whole engine in one thread, with a fake worker."""
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,26 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
             yield client
 
         monkeypatch.setattr(client_module, "Client", connect)
-        yield client
+        monkeypatch.chdir(tmp_path)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("there")
+            server.listen()
+            yield client
 
 
 def adapters(*arguments: str) -> int:
     return cli.main(["adapters", *arguments, "--endpoint", "ipc://there", "--timeout-s", "9"])
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///nowhere/at/all", "tcp://127.0.0.1:1"])
+def test_no_server_is_an_error_at_once(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client_module, "Client", None)  # it would wait for --timeout-s
+    assert cli.main(["adapters", "list", "--endpoint", endpoint]) == 1
+    error = capsys.readouterr().err
+    assert f"no server answers at {endpoint}" in error
+    assert "start one with `loraplex serve`" in error
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:

@@ -42,6 +42,36 @@ def test_every_part_is_reached() -> None:
     assert config.server.insecure is True
 
 
+def test_a_model_without_a_flag_and_vllms_names() -> None:
+    args = parse("serve", "m", "--enable-lora", "--max-loras", "5", "--enable-prefix-caching")
+    config = flags.engine_config_of(args)
+    assert (config.model.model, config.memory.max_adapter_slots) == ("m", 5)
+    assert flags.engine_config_of(parse("serve", "--model", "m")).model.model == "m"
+    assert parse("generate", "hi", "--max-loras", "5").prompts == ["hi"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("--max-model-length=5", "did you mean --max-model-len?"),
+        ("--max_model_len", "did you mean --max-model-len?"),
+        ("-max-model-len", "did you mean --max-model-len?"),
+        ("--max-cpu-loras", "use --adapter-host-bytes"),
+        ("--lora-modules", "use --adapter NAME=PATH"),
+        ("--hf-token", "nothing is downloaded"),
+        ("--zzz", "--help lists the flags"),
+        ("second", "unrecognized argument second"),
+    ],
+)
+def test_unknown_flags_are_errors_with_advice(
+    argument: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("serve", "m", argument)
+    assert caught.value.code == 2
+    assert advice in capsys.readouterr().err
+
+
 def test_sampling_flags() -> None:
     params = flags.sampling_params_of(
         parse(

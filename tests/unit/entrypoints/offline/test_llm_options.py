@@ -62,6 +62,8 @@ def test_defaults_are_the_configs() -> None:
         ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
         ("block_size", "use block_tokens"),
         ("quantization", "leave it out"),
+        ("hf_token", "nothing is downloaded"),
+        ("revision", "nothing is downloaded"),
         ("zzz", "known: adapter_dir"),
         ("endpoint", "no keyword 'endpoint'"),
     ],
