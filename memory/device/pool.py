@@ -1,6 +1,5 @@
 """The page pool on a device: one allocation that KV cache and adapters share."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 from loraplex.memory.adapter_layout import ROW_ALIGN
 from loraplex.memory.config import MemoryConfig
+from loraplex.memory.free_memory import available_bytes
 
 CPU_POOL_BYTES = 1 << 30
 """Largest pool on a CPU by default."""
@@ -107,20 +107,13 @@ def choose_num_pages(config: MemoryConfig, shape: PageShape, free_bytes: int) ->
     return num_pages
 
 
-def free_cpu_bytes() -> int:
-    """Return the default pool size on a CPU: a quarter of the available memory, at most 1 GiB."""
-    return min(CPU_POOL_BYTES, available_ram_bytes() // 4)
+def free_cpu_bytes(root: Path = Path("/")) -> int:
+    """Return the default pool size on a CPU: a quarter of the available memory, at most 1 GiB.
 
-
-def available_ram_bytes() -> int:
-    """Return the available memory as the kernel estimates it, or all memory if it does not."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    Args:
+        root: folder that holds proc and sys, see available_bytes.
+    """
+    return min(CPU_POOL_BYTES, available_bytes(root) // 4)
 
 
 def free_gpu_bytes(

@@ -18,17 +18,16 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from loraplex.memory.free_memory import available_bytes
 
 PIECE_BYTES = 16 << 20
 """A page-locked piece ends where its address is a multiple of this."""
 
 PAUSE_S = 0.002
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 _ids = itertools.count()
 
@@ -139,27 +138,6 @@ def place_of(tensor: torch.Tensor) -> SlabPlace:
 def live_slabs() -> list[int]:
     """Return the ids of the shared slabs of this process."""
     return [slab.id for slab in list(_shared.values())]
-
-
-def available_bytes() -> int:
-    """Return the bytes of host memory that are available without swapping.
-
-    The kernel does not refuse to give more; it kills a process later.
-    """
-    available = _read_sizes(Path("/proc/meminfo"))["MemAvailable:"] << 10
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        cached = _read_sizes(_CGROUP / "memory.stat")["inactive_file"]
-    except (OSError, ValueError, KeyError):  # no limit, or an unreadable one
-        return available
-    return max(0, min(available, limit - used + cached))
-
-
-def _read_sizes(path: Path) -> dict[str, int]:
-    """Read a file of lines that begin with a name and a number."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {name: int(number) for name, number, *_ in lines}
 
 
 def pieces(address: int, num_bytes: int) -> Iterator[tuple[int, int]]:

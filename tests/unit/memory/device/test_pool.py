@@ -1,5 +1,7 @@
 """The page pool, and copies of adapters into it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +12,6 @@ from loraplex.memory.device.pool import (
     PagePool,
     PageShape,
     PoolSizeError,
-    available_ram_bytes,
     choose_num_pages,
     free_cpu_bytes,
 )
@@ -59,7 +60,20 @@ def test_number_of_pages() -> None:
 
 
 def test_cpu_default_is_bounded() -> None:
-    assert 0 < free_cpu_bytes() <= min(CPU_POOL_BYTES, available_ram_bytes() // 4 + (1 << 28))
+    assert 0 < free_cpu_bytes() <= CPU_POOL_BYTES
+
+
+def test_cpu_default_keeps_to_the_limit_of_a_container(tmp_path: Path) -> None:
+    """Otherwise the kernel kills the worker while it loads."""
+    for name, text in {
+        "proc/meminfo": "MemAvailable: 64000000 kB\n",
+        "sys/fs/cgroup/memory.max": "500000000\n",
+        "sys/fs/cgroup/memory.current": "110000000\n",
+        "sys/fs/cgroup/memory.stat": "anon 9\ninactive_file 10000000\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_cpu_bytes(tmp_path) == 100_000_000
 
 
 @pytest.mark.gpu
