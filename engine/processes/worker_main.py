@@ -48,6 +48,7 @@ def run(child: Child) -> None:
         gc.collect()
         gc.freeze()  # objects made at start stay; later collections skip them
         serve(child, worker)
+        worker.close_profile()
     except RankLostError as error:  # the other rank's own end says more
         raise PeerGoneError(str(error)) from error
 

@@ -152,6 +152,10 @@ class Worker:
         """Stop the threads. Reads that have not begun are dropped."""
         self._loader.close()
         self._steps.put(None)
+        self.close_profile()
+
+    def close_profile(self) -> None:
+        """Write the timeline that is being recorded. Waits for no thread."""
         if self._profile is not None:
             self._profile.close()
 
