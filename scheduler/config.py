@@ -41,7 +41,8 @@ class SchedulerConfig:
     max_wait_s: float = field(
         default=60.0,
         metadata={
-            "help": "seconds after which a waiting request goes before all that came later; under "
+            "help": "seconds after which a waiting request goes before all that came later, "
+            "under fcfs in turns with the order of priorities; under "
             "priority, what one level is worth; under vtc, how long a client may go unserved"
         },
     )

@@ -10,13 +10,20 @@ from loraplex.scheduler.request import Rank, Request
 class FirstComeFirstServed(Policy):
     """Serves lower priority numbers first, then in order of arrival.
 
-    Bound: once a request has waited `max_wait_s`, nothing that arrived later starts before it.
+    While requests wait that have waited `max_wait_s`, every second admission goes to the oldest of
+    them. So priorities count also in a queue that is longer than `max_wait_s`. Bound: once a
+    request has waited that long, and n older ones wait, at most n + 1 later ones are admitted
+    before it.
     """
 
     admitted_first = False  # the order of keys never changes
 
     def __init__(self, *, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
+        self._num_admitted = 0
+
+    def on_admitted(self, request: Request, now: float) -> None:
+        self._num_admitted += 1
 
     def flow(self, request: Request) -> Hashable:
         return None
@@ -30,8 +37,22 @@ class FirstComeFirstServed(Policy):
         return (-math.inf, request.order) if aged else request.key
 
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
-        now, max_wait_s = context.now, self._max_wait_s
-        yield from aged_prefix(view.by_age, now=now, max_wait_s=max_wait_s)
-        for request in view.flows.get(None, ()):
-            if now - request.arrival < max_wait_s:
+        aged = aged_prefix(view.by_age, now=context.now, max_wait_s=self._max_wait_s)
+        lanes = [aged, iter(view.flows.get(None, ()))]
+        is_turn_of_priority = self._num_admitted % 2 == 1
+        if is_turn_of_priority:
+            lanes.reverse()
+        yield from _alternate(lanes)
+
+
+def _alternate(lanes: list[Iterator[Request]]) -> Iterator[Request]:
+    """Yields from two iterators in turns, and each request once."""
+    seen: set[Request] = set()
+    while lanes:
+        lane = lanes.pop(0)
+        for request in lane:
+            if request not in seen:
+                seen.add(request)
                 yield request
+                lanes.append(lane)
+                break

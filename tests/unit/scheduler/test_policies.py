@@ -21,7 +21,17 @@ def test_fcfs_takes_priorities_strictly_until_a_request_has_aged() -> None:
     queue.add("c", at=5.0, priority=-2)
     assert queue.names_in_order(now=9.9) == "c b late"
     assert queue.names_in_order(now=10.0) == "late c b"
-    assert queue.names_in_order(now=15.0) == "late b c"
+    assert queue.names_in_order(now=15.0) == "late c b"
+
+
+def test_fcfs_keeps_priorities_in_a_queue_longer_than_the_wait() -> None:
+    queue = PolicyQueue("fcfs", max_wait_s=10.0)
+    for index in range(4):
+        queue.add(f"low{index}", at=float(index), priority=5)
+    for index in range(3):
+        queue.add(f"high{index}", at=5.0 + index)
+    chosen = [queue.admit(1, now=100.0) for _ in range(7)]
+    assert chosen == ["low0", "high0", "low1", "high1", "low2", "high2", "low3"]
 
 
 def test_fcfs_does_not_preempt_first_what_started_by_its_age() -> None:

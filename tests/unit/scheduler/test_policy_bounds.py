@@ -35,6 +35,7 @@ class Witness:
         self.harness = harness
         self.scheduler = harness.scheduler
         self.num_overtaken = 0
+        self.passes_left: dict[Request, int] = {}  # of aged requests under fcfs
 
     def plan(self) -> None:
         waiting = list(self.scheduler.waiting.by_age)
@@ -65,6 +66,11 @@ class Witness:
         unserved: dict[str, float],
     ) -> bool:
         waited = self.harness.now - passed.arrival
+        if self.policy == "fcfs" and waited >= MAX_WAIT_S:
+            older = [r for r in self.scheduler.waiting.by_age if r.order < passed.order]
+            left = self.passes_left.setdefault(passed, len(older) + len(started_now) + 1)
+            self.passes_left[passed] = left - 1
+            return left > 0 and started.key < passed.key
         match self.policy:
             case "priority":
                 levels = passed.priority - started.priority
