@@ -50,7 +50,8 @@ SAMPLING_HELP = {
     "presence_penalty": "lowers tokens already in the answer, once each",
     "frequency_penalty": "lowers tokens already in the answer, by how often",
     "repetition_penalty": "above 1 lowers tokens already in prompt or answer",
-    "temperature": "0 always takes the most likely token",
+    "temperature": "0 always takes the most likely token; without the flag, the value in the "
+    "model's generation_config.json goes before the default",
     "top_p": "smallest set of tokens with this much probability",
     "top_k": "number of most likely tokens to draw from; 0: all",
     "min_p": "least probability of a token, as a share of the most likely one's",
@@ -160,13 +161,19 @@ def engine_config_of(args: argparse.Namespace) -> EngineConfig:
         raise ConfigError(str(error)) from None
 
 
-def sampling_params_of(args: argparse.Namespace) -> SamplingParams:
+def sampling_params_of(
+    args: argparse.Namespace, model_defaults: Mapping[str, float] | None = None
+) -> SamplingParams:
     """Build the sampling parameters that the flags describe.
+
+    Args:
+        model_defaults: values of fields whose flags were not given.
 
     Raises:
         ConfigError: a value is out of range; the message names it.
     """
-    values = {**SAMPLING_DEFAULTS, **values_of(args, SamplingParams, SAMPLING_HIDDEN)}
+    given = values_of(args, SamplingParams, SAMPLING_HIDDEN)
+    values = {**(model_defaults or {}), **SAMPLING_DEFAULTS, **given}
     try:
         return SamplingParams(**values)
     except (TypeError, ValueError) as error:

@@ -105,6 +105,16 @@ class LLM:
             self._tokenizer = load_tokenizer(path, model.tokenizer, model.chat_template)
         return self._tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what generate() and chat() use without parameters: the model's defaults.
+
+        They are those of generation_config.json; other fields are SamplingParams' own.
+        """
+        from loraplex.engine.checkpoint.generation_defaults import generation_defaults
+        from loraplex.engine.checkpoint.locate import resolve_model
+
+        return SamplingParams(**generation_defaults(resolve_model(self.config.model.model)))  # type: ignore[arg-type]
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -121,7 +131,7 @@ class LLM:
         Args:
             prompts: one prompt or a list: text, {"prompt": text} or {"prompt_token_ids": [...]}.
                 A map may have a "cache_salt": prompts share cached work only under equal salts.
-            sampling_params: one for all prompts or one each; SamplingParams() if None.
+            sampling_params: one for all prompts or one each; the model's defaults if None.
             use_tqdm: True for a progress bar, or a function that makes one.
             lora_request: the adapter of all prompts or one each; None is the base model.
             priority: one for all prompts or one each; lower is earlier.
@@ -133,6 +143,8 @@ class LLM:
             ConnectionLostError: the frontend ended and is started again; call again.
             EngineDeadError: another process of the engine ended; the text says which and how.
         """
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         batch = make_batch(completion_prompts(prompts), sampling_params, lora_request, priority)
         return self._run(batch, use_tqdm)
 
@@ -172,6 +184,8 @@ class LLM:
             documents=documents,
             chat_template_kwargs=chat_template_kwargs,
         )
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         if chat_template is not None:
             prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
         return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)

@@ -88,6 +88,11 @@ def test_sampling_flags() -> None:
 
 def test_sampling_defaults_but_for_the_length() -> None:
     assert flags.sampling_params_of(parse("generate", "hi")) == SamplingParams(max_tokens=256)
+    model = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 5}
+    args = parse("generate", "hi", "--top-p", "0.5")
+    assert flags.sampling_params_of(args, model) == SamplingParams(
+        temperature=0.2, top_p=0.5, max_tokens=256
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,26 @@ def test_token_ids_and_numpy_integers(llm: LLM) -> None:
     ]
 
 
-def test_default_sampling_params_are_vllms(llm: LLM) -> None:
+def test_default_sampling_params_are_the_models_as_in_vllm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
+    (tmp_path / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": true, "eos_token_id": 2,'
+        ' "repetition_penalty": null}'
+    )
+    with LLM(str(tmp_path)) as llm:
+        want = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=16)
+        assert llm.get_default_sampling_params() == want
+        assert params_of(llm, None) == want
+        assert params_of(llm, SamplingParams()) == SamplingParams(temperature=1.0)
+    (tmp_path / "generation_config.json").unlink()
+    with LLM(str(tmp_path)) as llm:
+        assert params_of(llm, None) == SamplingParams(temperature=1.0, max_tokens=16)
+
+
+def params_of(llm: LLM, given: SamplingParams | None) -> SamplingParams:
+    """Returns the parameters with which a prompt is sent."""
     seen: list[SamplingParams] = []
     client = client_of(llm)
     submit = client.submit
@@ -65,8 +84,8 @@ def test_default_sampling_params_are_vllms(llm: LLM) -> None:
         return submit(prompt, params, **options)
 
     client.submit = spy  # type: ignore[method-assign, assignment]
-    texts(llm, "hi")
-    assert seen == [SamplingParams(temperature=1.0, max_tokens=16)]
+    texts(llm, "hi", given)
+    return seen.pop()
 
 
 def test_params_adapters_and_priorities_pair_up(llm: LLM) -> None:
