@@ -92,7 +92,7 @@ def _ways(spec: CollectiveSpec, fused: FusedOps) -> dict[str, Way]:
     ways: dict[str, Way] = {"nccl": _through(nccl), "torch": _torch_two_shot(spec, fused)}
     for name, limit in (("one_shot", 1 << 62), ("two_shot", 0)):
         op = SymmMemCollective(spec)
-        op._two_shot_bytes = limit
+        op.two_shot_bytes = limit
         ways[name] = _through(op)
     ways["gather_nccl"] = lambda x, r, w, role: nccl.all_gather(x)
     ways["gather_symm_mem"] = lambda x, r, w, role: symm.all_gather(x)
@@ -137,7 +137,7 @@ def _measure(spec: CollectiveSpec, ways: dict[str, Way], rows: int) -> dict[str,
         "world_size": spec.world_size, "rows": rows, "hidden": hidden, "dtype": "bfloat16",
         "KiB": rows * hidden * 2 >> 10, "calls": CALLS, "replays": REPLAYS,
     }  # fmt: skip
-    copy = _time(lambda x, r, w, role: ways_copy(x), spec, rows)
+    copy = _time(lambda x, r, w, role: copy_alone(x), spec, rows)
     row["copy_us"] = round(copy, 2)
     for name in ("nccl", "torch", "one_shot", "two_shot"):
         _check(spec, ways[name], rows, name)
@@ -145,7 +145,7 @@ def _measure(spec: CollectiveSpec, ways: dict[str, Way], rows: int) -> dict[str,
     return row
 
 
-def ways_copy(x: torch.Tensor) -> torch.Tensor:
+def copy_alone(x: torch.Tensor) -> torch.Tensor:
     """The copy to the partial alone, which every way does: it is subtracted."""
     return torch.empty_like(x).copy_(x)
 

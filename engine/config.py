@@ -76,7 +76,9 @@ class ParallelConfig:
 
     tensor_parallel_size: int = field(
         default=1,
-        metadata={"help": "GPUs that share the model, one worker for each; only 1 for now"},
+        metadata={
+            "help": "GPUs that share the model, one worker each; on a CPU, processes that share it"
+        },
     )
 
     def __post_init__(self) -> None:

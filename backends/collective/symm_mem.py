@@ -29,14 +29,21 @@ MAX_PROGRAMS = 1024
 """Most programs of a launch: as many pairs of flags as this are kept for each peer."""
 
 TWO_SHOT_BYTES = 1 << 20
-"""Partial sums of at least this many bytes take the two-shot way."""
+"""Partial sums of at least this many bytes take the two-shot way, among more than two ranks."""
+
+TWO_SHOT_BYTES_OF_TWO = 64 << 20
+"""The same for two ranks, where one shot reads no more than two do (collectives_h100x2.jsonl)."""
 
 GATHER_BLOCK = 2048
 _ALIGN = 512
 
 
 class SymmMemCollective:
-    """One launch for each sum, norm included."""
+    """One launch for each sum, norm included.
+
+    Attributes:
+        two_shot_bytes: sums of at least this many bytes take the two-shot way; equal on all ranks.
+    """
 
     name = "symm_mem"
     supports_graphs = True
@@ -62,7 +69,7 @@ class SymmMemCollective:
 
     def __init__(self, spec: CollectiveSpec) -> None:
         self._spec = spec
-        self._two_shot_bytes = TWO_SHOT_BYTES
+        self.two_shot_bytes = TWO_SHOT_BYTES if spec.world_size > 2 else TWO_SHOT_BYTES_OF_TWO
         shapes = {
             "partials": (NUM_PARTIALS, spec.max_num_tokens, spec.hidden_size),
             "normed": (spec.max_num_tokens, spec.hidden_size),
@@ -103,7 +110,7 @@ class SymmMemCollective:
         """Returns whether a sum of so many rows takes the two-shot way; equal on all ranks."""
         spec = self._spec
         num_bytes = num_rows * spec.hidden_size * spec.dtype.itemsize
-        return num_bytes >= self._two_shot_bytes and num_rows >= spec.world_size
+        return num_bytes >= self.two_shot_bytes and num_rows >= spec.world_size
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, width = x.shape

@@ -218,6 +218,7 @@ def _engine_row(model: str, config: EngineConfig, engine: LocalEngine) -> Row:
         **asdict(config.memory),
         **asdict(config.scheduler),
         **asdict(config.graph),
+        **asdict(config.parallel),
         "model": model or "SmolLM2-135M-Instruct",
         "load_format": config.model.load_format,
         "dtype": config.model.dtype,

@@ -29,6 +29,6 @@ def test_two_gpus_answer_as_one_worker_would(collective: str, tmp_path: Path) ->
         collective_backend=collective,
         attention_backend="torch",
         lora_backend="triton",
-        max_num_batched_tokens=512,  # some sums take the two-shot way
+        max_num_batched_tokens=512,
     )
     check(oracle, cases, outputs)
