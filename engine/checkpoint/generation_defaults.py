@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-from loraplex.engine.checkpoint.locate import PACKAGED_FILE
 from loraplex.engine.errors import ConfigError
 
 _FILE = "generation_config.json"
@@ -13,15 +12,18 @@ _PACKAGED = {"temperature": 0.2, "top_p": 0.9}
 """The model card of SmolLM2-135M-Instruct. A GGUF file holds no such values."""
 
 
-def generation_defaults(model_path: Path) -> dict[str, float | int]:
+def generation_defaults(model: str) -> dict[str, float | int]:
     """Returns fields of SamplingParams, as vLLM takes them from generation_config.json.
+
+    Args:
+        model: a model's folder or file; empty: the packaged model.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    if model_path.name == PACKAGED_FILE:
+    if not model:
         return dict(_PACKAGED)
-    path = model_path / _FILE
+    path = Path(model).expanduser() / _FILE
     if not path.is_file():
         return {}
     try:

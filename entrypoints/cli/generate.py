@@ -11,7 +11,6 @@ from typing import Any
 
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.checkpoint.generation_defaults import generation_defaults
-from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.cli import flags
@@ -25,7 +24,7 @@ BASE = "base"
 
 def run(args: argparse.Namespace) -> int:
     config = flags.engine_config_of(args)
-    defaults = generation_defaults(resolve_model(config.model.model))
+    defaults = generation_defaults(config.model.model)
     params = flags.sampling_params_of(args, defaults)
     prompts = read_prompts(args.prompts, args.file)
     registered = [name for name, _ in adapters_at_start(config.adapter)]

@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from loraplex.engine.checkpoint.generation_defaults import generation_defaults
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, EngineDeadError, LoraplexError
 from loraplex.engine.frontend.sampling_params import SamplingParams
@@ -110,10 +111,7 @@ class LLM:
 
         They are those of generation_config.json; other fields are SamplingParams' own.
         """
-        from loraplex.engine.checkpoint.generation_defaults import generation_defaults
-        from loraplex.engine.checkpoint.locate import resolve_model
-
-        return SamplingParams(**generation_defaults(resolve_model(self.config.model.model)))  # type: ignore[arg-type]
+        return SamplingParams(**generation_defaults(self.config.model.model))  # type: ignore[arg-type]
 
     def generate(
         self,
