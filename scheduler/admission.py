@@ -27,9 +27,9 @@ from enum import Enum, auto
 from loraplex.memory.accounting.adapter_cache import CachedAdapter
 from loraplex.memory.accounting.kv_cache import NO_PREFIX, BlockChain, Prefix, prefix_root
 from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.prefetch import Prefetcher
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.policies.policy import Context, Policy
-from loraplex.scheduler.prefetch import Prefetcher
 from loraplex.scheduler.request import Rank, Request
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats

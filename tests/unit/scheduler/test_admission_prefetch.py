@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.scheduler.prefetch import LOOK_AHEAD, MAX_LOADS
+from loraplex.scheduler.adapters.prefetch import LOOK_AHEAD, MAX_LOADS
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.scheduler import Scheduler
 

@@ -1,4 +1,4 @@
-"""What is opened is what was asked for, also when paths change between check and use."""
+"""Opens the file that was asked for, also when paths change between check and use."""
 
 import errno
 import os

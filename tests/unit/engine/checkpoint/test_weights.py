@@ -171,7 +171,7 @@ def test_broken_indexes_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", ["shards", "stale", "damaged"])
 def test_a_whole_file_goes_before_an_index(tmp_path: Path, index: str) -> None:
-    """As in transformers: a merged checkpoint is often saved over a sharded one."""
+    """transformers does the same: a merged checkpoint is often saved over a sharded one."""
     make_hf_model("llama", tmp_path, seed=1, max_shard_size="100KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     other = tmp_path / "other"
