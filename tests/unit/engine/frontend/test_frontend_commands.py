@@ -28,7 +28,7 @@ def test_health_stats_and_ping(harness: FrontendHarness) -> None:
     assert (health["type"], health["status"], health["max_model_len"]) == ("health", "ok", 64)
     assert (health["tokenizer"], health["chat_template"]) == (True, True)
     harness.frontend.on_message(A, {"type": "ping"})
-    assert harness.take() == [{"type": "pong"}]
+    assert harness.take() == [{"type": "pong", "instance": health["instance"]}]
     harness.ask(A, "stats")
     (query,) = harness.take_sent(StatsQuery)
     harness.frontend.on_scheduler(StatsReply(query.query_id, {"running": 3}))

@@ -162,7 +162,12 @@ def test_backends_table_marks_what_auto_takes() -> None:
 def test_backends_command_runs_here(capsys: Capture) -> None:
     assert cli.main(["backends"]) == 0
     out = capsys.readouterr().out
-    assert {line.split()[0] for line in out.splitlines()[1:]} == {"lora", "attention", "fused"}
+    assert {line.split()[0] for line in out.splitlines()[1:]} == {
+        "lora",
+        "attention",
+        "fused",
+        "collective",
+    }
 
 
 @pytest.mark.parametrize(
