@@ -28,8 +28,8 @@ IDENTITY_REFUSED = error_reply(
     "so that none can take the name of another",
 )
 PING = cast(bytes, msgpack.packb({"type": "ping"}))
-SEND_SLOTS = 64  # messages that the socket keeps for one client; ClientTable keeps the others
-SLOT_BYTES = 64 << 10
+SEND_SLOTS = 1024  # messages that the socket keeps for one client; ClientTable keeps the others
+SLOT_BYTES = 16 << 10
 MAX_UNREAD_BYTES = 64 << 20  # received of one client and not handled
 LINGER_MS = 1000  # time for the last errors of a dying engine to reach the clients
 
