@@ -221,7 +221,8 @@ def num_chars(message: GenerateRequest) -> int:
     """Returns the length of the prompt's text; for a chat, of every text and entry in it."""
     if message.prompt is not None:
         return len(message.prompt)
-    return _chars_in(message.messages)
+    parts = (message.messages, message.tools, message.documents, message.chat_template_kwargs)
+    return sum(map(_chars_in, parts))
 
 
 def _chars_in(value: Any) -> int:
