@@ -1,5 +1,6 @@
 """Plans steps: decode rows, chunks of prompts, then requests that start; preempts for room."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -8,12 +9,15 @@ from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.prompt_shares import MAX_PARTIAL_PROMPTS, prompt_shares
-from loraplex.scheduler.request import Request, RequestState
+from loraplex.scheduler.request import Rank, Request, RequestState
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder, new_request
 from loraplex.scheduler.waiting_queue import WaitingQueue
 from loraplex.scheduler.worker_protocol import StepPlan, StepResult
+
+FIRST_RANK: Rank = (-math.inf, -1)
+"""Comes before the rank of every request."""
 
 
 class StepPlanner:
@@ -67,7 +71,9 @@ class StepPlanner:
         self._fail_late(now)
         plan = self._plan_step(now)
         while plan is None and self._is_stuck():
-            self._fail_first(now)
+            # The first in the policy's order may lack pages that one behind it has reserved.
+            if not self._admission.unreserve_newest(FIRST_RANK, now):
+                self._fail_first(now)
             plan = self._plan_step(now)
         return plan
 

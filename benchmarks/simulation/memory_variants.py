@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex.memory.accounting.eviction import EvictionClock, Priority
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler import prefetch
+from loraplex.scheduler.adapters import prefetch
 
 
 class LRUClock(EvictionClock):

@@ -1,6 +1,7 @@
 """Configurations of known models, and adapters with random weights of their true shapes."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class AdapterWriter:
         weights = folder.absolute() / "adapter_model.safetensors"
         round_, source = divmod(index, self._num_files)
         if source in self._files:
-            weights.symlink_to(self._files[source])
+            # A relative link: a server opens nothing that leads out of its adapter_root.
+            weights.symlink_to(os.path.relpath(self._files[source], weights.parent))
         else:
             self._write_weights(weights, source)
             self._files[source] = weights

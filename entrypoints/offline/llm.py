@@ -238,7 +238,9 @@ class LLM:
                 not indices or num_sequences + batch[waiting[0]].sampling_params.n <= limit
             ):
                 index = waiting.popleft()
-                indices[self._submit(batch[index])] = index
+                request_id = self._new_request_id()
+                indices[request_id] = index  # before it is sent: an interrupt must cancel it
+                self._submit(batch[index], request_id)
                 num_sequences += batch[index].sampling_params.n
             for result in self.client.poll(timeout_s=1.0):
                 if result.request_id not in indices:
@@ -258,11 +260,13 @@ class LLM:
         allowed = self.config.scheduler.max_queue_len, self.config.server.max_requests_per_client
         return min(wanted, *allowed)
 
-    def _submit(self, request: BatchRequest) -> str:
-        """Sends a request that returns one output, at the end."""
-        request_id = str(self._num_requests)
+    def _new_request_id(self) -> str:
         self._num_requests += 1
-        return self.client.submit(
+        return str(self._num_requests)
+
+    def _submit(self, request: BatchRequest, request_id: str) -> None:
+        """Sends a request that returns one output, at the end."""
+        self.client.submit(
             request.prompt,
             request.sampling_params,
             adapter=request.adapter,

@@ -1,7 +1,7 @@
 """The ways of managing memory that only a benchmark uses, to compare with the product's."""
 
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler import prefetch
+from loraplex.scheduler.adapters import prefetch
 from loraplex.scheduler.config import SchedulerConfig
 
 import memory_variants as variants
