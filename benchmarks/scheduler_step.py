@@ -32,6 +32,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
+from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest
@@ -44,6 +45,7 @@ from loraplex.scheduler.worker_protocol import (
     SamplingSpec,
     StepPlan,
     StepResult,
+    WorkerCommand,
     WorkerReady,
     int_array,
 )
@@ -100,6 +102,9 @@ class TimedChannel:
         self.sent.append(codec.encode(message))
         self._seconds["encode"] += time.thread_time() - start
 
+    def send_encoded(self, data: bytes, peer: bytes) -> None:
+        self.sent.append(data)
+
     def receive(self, limit: int = 1024) -> list[tuple[bytes, Any]]:
         start = time.thread_time()
         count = min(limit, len(self.inbox))
@@ -107,6 +112,17 @@ class TimedChannel:
         messages = [(peer, codec.decode(data)) for peer, data in taken]
         self._seconds["decode"] += time.thread_time() - start
         return messages
+
+
+class TimedWorkers(WorkerGroup):
+    """A group of one worker; adds the seconds of encoding commands to `seconds`."""
+
+    seconds: Seconds
+
+    def send(self, command: WorkerCommand) -> None:
+        start = time.thread_time()
+        super().send(command)
+        self.seconds["encode"] += time.thread_time() - start
 
 
 class Rig:
@@ -133,8 +149,10 @@ class Rig:
             max_queue_len=16_384,
             workers=[READY],
         )
+        group = TimedWorkers(self.workers, 1)
+        group.seconds = self.seconds
         self.loop = SchedulerLoop(
-            self.scheduler, info=info, frontends=self.frontends, workers=self.workers
+            self.scheduler, info=info, frontends=self.frontends, workers=group
         )
 
     def ask(self, first_id: int, count: int, adapter: Callable[[int], str] = lambda i: "") -> None:
