@@ -29,7 +29,6 @@ _VLLM = {
     "--download-dir": "nothing is downloaded: give a local folder as --model",
     "--disable-log-stats": _NOT_NEEDED,
     "--disable-log-requests": _NOT_NEEDED,
-    "--enable-log-requests": "use --log-level info",
     "--tokenizer-mode": _NOT_NEEDED,
     "--pipeline-parallel-size": "use --tensor-parallel-size",
 }
