@@ -70,17 +70,19 @@ def _run(rank: int, options: argparse.Namespace) -> None:
         )
         ways = _ways(spec, fused)
         for rows in options.rows:
-            row = _measure(spec, ways, rows)
-            if rank == 0:
-                print(json.dumps(row), flush=True)
-                if options.out:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-        if rank == 0:
-            print(json.dumps(_gather_row(spec, ways)), flush=True)
-        else:
-            _gather_row(spec, ways)
+            _report(rank, options, _measure(spec, ways, rows))
+        _report(rank, options, _gather_row(spec, ways))
     dist.destroy_process_group()
+
+
+def _report(rank: int, options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Rank 0 prints the line and appends it to --out."""
+    if rank:
+        return
+    print(json.dumps(row), flush=True)
+    if options.out:
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -85,5 +85,7 @@ def _peers() -> Iterator[None]:
     """Raises RankLostError where a peer closed the connection or answers no more."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError of this rank's own
+        raise
     except RuntimeError as error:
         raise RankLostError(f"a worker rank is gone: {str(error).splitlines()[0]}") from error

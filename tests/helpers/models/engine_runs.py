@@ -11,8 +11,12 @@ def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) ->
     """Returns the results of the last repetition and the stats; all cases are submitted at once."""
     options = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "num_pages": 2048} | options
     adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
-    options = {"in_process": True, "skip_tokenizer_init": True, "dtype": "float32"} | options
-    options = {"device": "cpu"} | options
+    options = {
+        "device": "cpu",
+        "dtype": "float32",
+        "in_process": True,
+        "skip_tokenizer_init": True,
+    } | options
     with LLM(str(oracle.base), adapters=adapters, **options) as llm:
         for _ in range(repeat):
             outputs = llm.generate(
