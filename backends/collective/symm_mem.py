@@ -24,6 +24,7 @@ from loraplex.backends.collective.kernels import (
     reduce_add_norm_kernel,
     reduce_kernel,
 )
+from loraplex.backends.launch.triton import TritonLaunch
 
 MAX_PROGRAMS = 1024
 """Most programs of a launch: as many pairs of flags as this are kept for each peer."""
@@ -76,33 +77,38 @@ class SymmMemCollective:
             "gathered": (spec.max_num_samples, spec.world_size * spec.gather_width),
         }
         self._buffers, self._addresses, self._flags = _allocate(spec, shapes)
+        self._partials = self._addresses["partials"].unbind()
+        self._partial_bytes = self._buffers["partials"][0].nbytes
         self._options: dict[str, Any] = {"RANK": spec.worker_rank, "WORLD": spec.world_size}
         self._options |= {"MEET": True, "PDL": True, "launch_pdl": True}
-        self._block = triton.next_power_of_2(spec.hidden_size)
-        self._num_warps = min(16, max(1, self._block // (8 * 32)))
+        block = triton.next_power_of_2(spec.hidden_size)
+        self._row_options = self._options | {
+            "SIZE": spec.hidden_size, "BLOCK": block, "num_warps": min(16, max(1, block // 256)),
+        }  # fmt: skip
+        self._reduce = TritonLaunch(reduce_kernel, (0,), **self._row_options)
+        self._norms: dict[tuple[bool, float], TritonLaunch] = {}
+        self._gathers: dict[int, TritonLaunch] = {}
 
     def partial(self, num_tokens: int, role: int) -> torch.Tensor:
         return self._buffers["partials"][role, :num_tokens]
 
     def all_reduce(self, partial: torch.Tensor, out: torch.Tensor) -> None:
-        num_rows, size = partial.shape
-        reduce_kernel[(min(num_rows, MAX_PROGRAMS),)](
-            out, self._addresses_of(partial), self._flags, num_rows,
-            SIZE=size, BLOCK=self._block, num_warps=self._num_warps, **self._options,
+        num_rows = len(partial)
+        self._reduce(
+            min(num_rows, MAX_PROGRAMS), out, self._addresses_of(partial), self._flags,
+            first_scalar=num_rows,
         )  # fmt: skip
 
     def add_rms_norm(
         self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        num_rows, size = partial.shape
+        num_rows = len(partial)
         two_shot = self.is_two_shot(num_rows)
         normed = self._buffers["normed"][:num_rows] if two_shot else torch.empty_like(partial)
         share = -(-num_rows // self._spec.world_size) if two_shot else num_rows
-        reduce_add_norm_kernel[(min(share, MAX_PROGRAMS),)](
-            residual, weight, normed, self._addresses_of(partial), self._flags,
-            self._addresses["normed"][0], num_rows, eps,
-            SIZE=size, BLOCK=self._block, TWO_SHOT=two_shot, num_warps=self._num_warps,
-            **self._options,
+        self._norm(two_shot, eps)(
+            min(share, MAX_PROGRAMS), residual, weight, normed, self._addresses_of(partial),
+            self._flags, self._addresses["normed"][0], first_scalar=num_rows,
         )  # fmt: skip
         return normed
 
@@ -114,20 +120,36 @@ class SymmMemCollective:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, width = x.shape
-        spec = self._spec
-        gathered = self._buffers["gathered"].view(-1)[: num_rows * spec.world_size * width]
+        columns = self._spec.world_size * width
+        gathered = self._buffers["gathered"].view(-1)[: num_rows * columns]
         num_items = num_rows * -(-width // GATHER_BLOCK)
-        gather_kernel[(min(num_items, MAX_PROGRAMS),)](
-            x, self._addresses["gathered"][0], self._flags, num_rows,
-            WIDTH=width, BLOCK=GATHER_BLOCK, num_warps=8, **self._options,
+        self._gather(width)(
+            min(num_items, MAX_PROGRAMS), x, self._addresses["gathered"][0], self._flags,
+            first_scalar=num_rows,
         )  # fmt: skip
-        return gathered.view(num_rows, spec.world_size * width)
+        return gathered.view(num_rows, columns)
+
+    def _norm(self, two_shot: bool, eps: float) -> TritonLaunch:
+        launch = self._norms.get((two_shot, eps))
+        if launch is None:
+            launch = self._norms[two_shot, eps] = TritonLaunch(
+                reduce_add_norm_kernel, (0, eps), TWO_SHOT=two_shot, **self._row_options
+            )
+        return launch
+
+    def _gather(self, width: int) -> TritonLaunch:
+        launch = self._gathers.get(width)
+        if launch is None:
+            launch = self._gathers[width] = TritonLaunch(
+                gather_kernel, (0,), WIDTH=width, BLOCK=GATHER_BLOCK, num_warps=8, **self._options
+            )
+        return launch
 
     def _addresses_of(self, partial: torch.Tensor) -> torch.Tensor:
-        """Returns int64 [world_size], the partial's address on each rank."""
+        """Returns int64 [at least world_size], the partial's address on each rank."""
         buffer = self._buffers["partials"]
         offset = partial.data_ptr() - buffer.data_ptr()
-        return self._addresses["partials"][offset // buffer[0].nbytes]
+        return self._partials[offset // self._partial_bytes]
 
 
 def _allocate(
@@ -136,8 +158,8 @@ def _allocate(
     """Takes one symmetric allocation for all buffers and the flags.
 
     Returns:
-        The buffers by name; int64 [first dimension or 1, world_size], their addresses on each
-        rank; int64 [world_size], the addresses of the flags.
+        The buffers by name; int64 [first dimension or 1, at least world_size], their addresses
+        on each rank; int64 [world_size], the addresses of the flags.
     """
     import torch.distributed._symmetric_memory as symm_mem
 
@@ -152,6 +174,7 @@ def _allocate(
     torch.cuda.synchronize(spec.device)
     dist.barrier(group=spec.group)  # no peer may raise a flag before it is zero
     bases = list(handle.buffer_ptrs)
+    padded = bases + [0] * (len(bases) % 2)  # each row of addresses starts at 16 bytes
     buffers, addresses = {}, {}
     for name, shape in shapes.items():
         num_bytes = _num_elems(shape) * spec.dtype.itemsize
@@ -159,7 +182,7 @@ def _allocate(
         buffers[name] = memory[start : start + num_bytes].view(spec.dtype).view(shape)
         count = shape[0] if len(shape) == 3 else 1
         step = num_bytes // count
-        rows = [[base + start + i * step for base in bases] for i in range(count)]
+        rows = [[base + start + i * step for base in padded] for i in range(count)]
         addresses[name] = torch.tensor(rows, dtype=torch.int64, device=spec.device)
     flags = torch.tensor(bases, dtype=torch.int64, device=spec.device)
     return buffers, addresses, flags

@@ -87,6 +87,10 @@ class Launch:
             arguments, None,
         )  # fmt: skip
 
+    def set_scalar(self, index: int, value: int) -> None:
+        """Replace one of `rest`, for later launches."""
+        self._rest[index].value = value
+
     def enqueue(self, num_blocks: int, stream: int) -> None:
         """Launch on a raw stream. Raises RuntimeError if the driver refuses."""
         config = self._config

@@ -38,7 +38,7 @@ class UnknownLayout(Exception):
 
 
 class TritonLaunch:
-    """A Triton kernel of which only the first tensors change between calls.
+    """A Triton kernel of which only the first tensors, and the first scalar, change between calls.
 
     The tensors of all calls have the dtypes of the first call's and lie on its device, whose
     context is current. Their contents and addresses may change. If the driver cannot launch the
@@ -47,7 +47,8 @@ class TritonLaunch:
 
     Args:
         kernel: made by triton.jit.
-        scalars: the arguments after the tensors, in order.
+        scalars: the arguments after the tensors, in order. If calls set the first one, the kernel
+            must not specialise on it (`do_not_specialize`).
         kept: tensors that follow those of each call; their contents may change.
         options: the constexprs, and Triton's options (num_warps and so on).
     """
@@ -62,20 +63,30 @@ class TritonLaunch:
         self._kernel = kernel
         self._scalars = tuple(scalars)
         self._kept = tuple(kept)
-        self._rest = (*kept, *scalars)
         self._options = options
         self._launch: Launch | None = None
         self._may_prepare = isinstance(kernel, triton.JITFunction)
         self._device_index = -1
         self._compiled: Any = None  # unloads the kernel when it is collected
 
-    def __call__(self, num_blocks: int, *tensors: torch.Tensor) -> None:
-        """Enqueue on torch's current stream. Does nothing for 0 blocks."""
+    def __call__(
+        self, num_blocks: int, *tensors: torch.Tensor, first_scalar: int | None = None
+    ) -> None:
+        """Enqueue on torch's current stream. Does nothing for 0 blocks.
+
+        Args:
+            first_scalar: replaces the first of `scalars`, in this call and later ones.
+        """
         if not num_blocks:
             return
         launch = self._launch or self._prepare(tensors)
+        if first_scalar is not None:
+            self._scalars = (first_scalar, *self._scalars[1:])
+            if launch is not None:
+                launch.set_scalar(0, first_scalar)
         if launch is None or not _set_pointers(launch, tensors):
-            self._kernel[(num_blocks,)](*tensors, *self._rest, **self._options)
+            rest = (*self._kept, *self._scalars)
+            self._kernel[(num_blocks,)](*tensors, *rest, **self._options)
         else:
             launch.enqueue(num_blocks, current_stream(self._device_index))
 
@@ -87,7 +98,8 @@ class TritonLaunch:
         if any(tensor.data_ptr() % ALIGNMENT for tensor in everything):
             return None
         self._may_prepare = False
-        self._compiled = self._kernel.warmup(*tensors, *self._rest, grid=(1,), **self._options)
+        rest = (*self._kept, *self._scalars)
+        self._compiled = self._kernel.warmup(*tensors, *rest, grid=(1,), **self._options)
         try:
             self._launch = lay_out(self._compiled, self._scalars)
             _set_pointers(self._launch, everything)

@@ -10,6 +10,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from loraplex.backends.collective.kernels import (  # noqa: E402
+    gather_kernel,
+    reduce_add_norm_kernel,
+    reduce_kernel,
+)
 from loraplex.backends.fused.contract import FusedSpec  # noqa: E402
 from loraplex.backends.fused.kernels.draw import (  # noqa: E402
     draw_merge_kernel,
@@ -45,6 +50,8 @@ EXPAND = SGMV | {
 ROPE = {"NUM_HEADS": 4, "NUM_KV_HEADS": 2, "HEAD_DIM": 64, "BLOCK_TOKENS": 16, "HEADS": 8,
         "BLOCK_D": 32, "PDL": True}  # fmt: skip
 NORM = {"SIZE": 576, "BLOCK": 1024, "ADD": True, "PDL": True}
+RANKS = {"RANK": 1, "WORLD": 2, "MEET": True, "PDL": True}
+REDUCE = RANKS | {"SIZE": 576, "BLOCK": 1024}
 POOL = [BF16, I32, F32, BF16, I32, I32, I32]
 # Kernel, dtypes of its tensors, scalars, which of these stay parameters, constants.
 CASES: dict[str, tuple[Any, list[torch.dtype], tuple[int | float, ...], str, dict[str, Any]]] = {
@@ -60,6 +67,10 @@ CASES: dict[str, tuple[Any, list[torch.dtype], tuple[int | float, ...], str, dic
     "draw": (draw_split_kernel, [F32, F32, I64, I64], (32001, 1, 1024), "yyy",
              {"VOCAB": 32001, "BLOCK": 1024, "PDL": True}),
     "merge": (draw_merge_kernel, [I64] * 2, (1,), "y", {"MAX_SPLITS": 256, "PDL": True}),
+    "reduce": (reduce_kernel, [BF16, I64, I64], (1,), "y", REDUCE),
+    "reduce, norm": (reduce_add_norm_kernel, [BF16] * 3 + [I64] * 3, (1, 1e-5), "yy",
+                     REDUCE | {"TWO_SHOT": True}),
+    "gather": (gather_kernel, [BF16, I64, I64], (16,), "y", RANKS | {"WIDTH": 64, "BLOCK": 64}),
     "shrink": (shrink_kernel, POOL, (1, 576, HUGE, 9, 7, 14, 2), "yyyyyyy", SHRINK),
     "shrink, ones": (shrink_kernel, POOL, (0, 1, 4096, 1, 1, 1, 1), "ynyyyyn", SHRINK),
     "expand": (expand_kernel, [*POOL, F32], (31, 577, 1, 9, 1, 14, 1), "yynyyyn", EXPAND),
@@ -123,6 +134,18 @@ def test_only_aligned_tensors_and_work_go_to_the_driver(cuda: FakeCuda) -> None:
     assert not cuda.launches[0].is_pdl and cuda.launches[0].arguments[:2] == [
         x.data_ptr(), y.data_ptr(),
     ]  # fmt: skip
+
+
+def test_the_first_scalar_may_change_from_call_to_call(cuda: FakeCuda) -> None:
+    out, addresses, flags = make_tensors([BF16, I64, I64])
+    odd = torch.zeros(65, dtype=BF16)[1:]
+    launch = TritonLaunch(reduce_kernel, (0,), **REDUCE)
+    for tensor, num_rows in ((out, 1), (out, 16), (odd, 5), (out, 7)):
+        launch(3, tensor, addresses, flags, first_scalar=num_rows)
+    launch(3, out, addresses, flags)
+    assert [one.arguments[3] for one in cuda.launches] == [1, 16, 7, 7]
+    (seen,) = cuda.ordinary
+    assert 5 in [value for value in seen if isinstance(value, int)]
 
 
 def test_kept_tensors_follow_those_of_each_call(cuda: FakeCuda) -> None:
