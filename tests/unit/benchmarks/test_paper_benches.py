@@ -57,7 +57,8 @@ def test_help_lists_the_flags_of_the_engine_and_of_the_script(
 
 
 def test_settings_are_the_papers() -> None:
-    assert published_figures.SETTINGS.keys() == published_figures.SLORA.keys()
+    of_ranks = {setting for setting, _, _ in published_figures.SLORA_RANKS}
+    assert published_figures.SETTINGS.keys() == published_figures.SLORA.keys() | of_ranks
     assert all(model in MODELS for model, _ in published_figures.SETTINGS.values())
     assert published_figures.SETTINGS["S4"] == ("llama-2-13b", (64, 32, 16))
     assert published_figures.PUNICA.keys() == published_figures.PUNICA_BASE.keys() <= MODELS.keys()
@@ -65,6 +66,16 @@ def test_settings_are_the_papers() -> None:
         rates = [figure.requests_per_s for _, figure in sorted(figures.items())]
         assert rates[0] == max(rates)
         assert all(0 < figure.attainment <= 1 for figure in figures.values())
+
+
+def test_settings_of_several_gpus_have_the_papers_share_of_the_base() -> None:
+    shares = {
+        case: slora.paper_figures(*case)["paper_of_base"] for case in published_figures.SLORA_RANKS
+    }
+    assert (min(shares.values()), max(shares.values())) == (0.3667, 0.6464)  # "37 to 65 %"
+    assert shares["S6", 10, 4] == 0.5231
+    assert slora.paper_figures("S6", 100, 4) == {}
+    assert slora.paper_figures("S1", 100, 1)["paper_requests_per_s"] == 7.99
 
 
 def test_punica_lengths() -> None:
