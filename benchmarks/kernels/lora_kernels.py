@@ -124,8 +124,11 @@ def rows_of(case: Case) -> list[int]:
 class Setup:
     """Pool, table and batch of one case, filled with random weights."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
-        self.case, self.model = case, MODELS[case.model]
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: torch.device, model: Model | None = None
+    ) -> None:
+        """`model` replaces the sizes of the model that the case names."""
+        self.case, self.model = case, model or MODELS[case.model]
         self.page_elems = BLOCK_TOKENS * 2 * self.model.kv
         rows = rows_of(case)
         count = max(case.num_resident, max(rows) + 1)
