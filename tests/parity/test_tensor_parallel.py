@@ -1,4 +1,4 @@
-"""Several ranks on the CPU, over gloo and real processes, against Hugging Face + PEFT in fp32."""
+"""Worker ranks that end, and rank counts that a model refuses."""
 
 import os
 import signal
@@ -9,40 +9,12 @@ import psutil
 import pytest
 
 from loraplex import LLM, SamplingParams
-from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.config import EngineConfig, ModelConfig, ParallelConfig
+from loraplex.engine.errors import ConfigError, EngineDeadError
+from loraplex.engine.worker.worker import Worker
 
-from helpers.models.engine_runs import check, run
 from helpers.models.hf_models import make_hf_model
-from helpers.models.peft_oracle import PeftOracle, make_adapters, make_cases
 from helpers.running.processes import is_alive, wait_until
-
-CASES = (
-    pytest.param("llama3", 2, marks=pytest.mark.long),  # scaled RoPE
-    ("qwen2", 2),  # biases
-    pytest.param("qwen3", 2, marks=pytest.mark.long),  # norms of query and key heads
-    ("llama", 4),  # fewer KV heads than ranks
-)
-
-
-@pytest.mark.parametrize(("architecture", "world_size"), CASES)
-def test_ranks_answer_as_one_worker_would(
-    architecture: str, world_size: int, tmp_path: Path
-) -> None:
-    model = make_hf_model(architecture, tmp_path / "base", seed=3)
-    make_adapters(model, tmp_path / "adapters")
-    oracle = PeftOracle(tmp_path / "base", tmp_path / "adapters", model=model)
-    cases = make_cases(oracle, lengths=(1, 17, 64))
-    outputs, stats = run(
-        oracle,
-        cases,
-        repeat=2,  # the second time with a warm prefix cache
-        in_process=False,
-        tensor_parallel_size=world_size,
-        max_num_batched_tokens=40,  # prompts run in chunks
-        max_num_seqs=8,
-    )
-    check(oracle, cases, outputs)
-    assert stats["prefix_hit_tokens"] > 0
 
 
 def worker_pids() -> list[int]:
@@ -75,3 +47,24 @@ def test_a_rank_that_is_killed_ends_the_engine_with_its_name(victim: int, tmp_pa
             )
         killer.join()
         wait_until(lambda: not any(map(is_alive, pids)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "world_size", "fitting"),
+    [(4, 2, 3, "1, 2, 4"), (6, 3, 2, "1, 3, 6"), (9, 3, 4, "1, 3, 9"), (8, 8, 16, "1, 2, 4, 8")],
+)
+def test_heads_that_the_ranks_do_not_divide_are_refused(
+    heads: int, kv_heads: int, world_size: int, fitting: str, tmp_path: Path
+) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 16}
+    make_hf_model("llama", tmp_path, hidden_size=16 * heads, **sizes)
+    config = EngineConfig(
+        model=ModelConfig(model=str(tmp_path), device="cpu"),
+        parallel=ParallelConfig(tensor_parallel_size=world_size),
+    )
+    text = (
+        f"tensor_parallel_size {world_size} does not fit a model of {heads} heads and {kv_heads} "
+        f"KV heads; use one of {fitting}$"
+    )
+    with pytest.raises(ConfigError, match=text):
+        Worker(config, 1)

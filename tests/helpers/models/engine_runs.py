@@ -19,29 +19,34 @@ def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) ->
     } | options
     with LLM(str(oracle.base), adapters=adapters, **options) as llm:
         for _ in range(repeat):
-            outputs = llm.generate(
-                [{"prompt_token_ids": case.prompt} for case in cases],
-                SamplingParams(
-                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False
-                ),
-                lora_request=[
-                    LoRARequest(case.adapter, 1 + adapter_names().index(case.adapter))
-                    if case.adapter
-                    else None
-                    for case in cases
-                ],
-                use_tqdm=False,
-            )
+            outputs = answer(llm, cases)
         stats = llm.client.stats()
     assert stats["running"] == stats["waiting"] == 0
     return [outputs, stats]
 
 
-def check(oracle: PeftOracle, cases: list[Case], outputs: list) -> None:
+def answer(llm: LLM, cases: list[Case], **sampling) -> list:
+    """Returns the greedy answers to all cases, which are submitted at once."""
+    return llm.generate(
+        [{"prompt_token_ids": case.prompt} for case in cases],
+        greedy(**sampling),
+        lora_request=[LoRARequest(case.adapter) if case.adapter else None for case in cases],
+        use_tqdm=False,
+    )
+
+
+def greedy(**sampling) -> SamplingParams:
+    values = {"max_tokens": NUM_NEW_TOKENS, "ignore_eos": True, "detokenize": False} | sampling
+    return SamplingParams(temperature=0.0, **values)
+
+
+def check(
+    oracle: PeftOracle, cases: list[Case], outputs: list, num_new_tokens: int = NUM_NEW_TOKENS
+) -> None:
     """Every answer is the greedy one."""
     for case, output in zip(cases, outputs, strict=True):
         got = list(output.outputs[0].token_ids)
-        assert len(got) == NUM_NEW_TOKENS
+        assert len(got) == num_new_tokens
         expected = oracle.choices(case, got)
         assert got == expected, f"{case.adapter or 'base'}, prompt of {len(case.prompt)} tokens"
         assert output.outputs[0].finish_reason == "length"
