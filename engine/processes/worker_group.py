@@ -71,7 +71,8 @@ class WorkerGroup:
         """Take at most `limit` messages. Returns the events that are complete; never waits.
 
         Raises:
-            ValueError: a message comes from no rank, or a rank answers what was not asked.
+            ValueError: a message comes from no rank, or a rank answers what was not asked or has
+                left out a step.
         """
         events: list[WorkerEvent] = []
         messages = self._channel.receive(limit)
@@ -132,11 +133,13 @@ class _OpenCommands:
     def __init__(self, size: int) -> None:
         self._size = size
         self._answers: dict[Hashable, deque[list[Any]]] = {}  # None: the rank has not answered
+        self._steps: dict[Hashable, None] = {}  # the open steps, in order
 
     def add(self, command: WorkerCommand) -> None:
         match command:
             case StepPlan():
                 key: Hashable = command.step_id
+                self._steps[key] = None
             case InspectAdapter():
                 key = (command.name, command.path)
             case LoadAdapter():
@@ -161,6 +164,8 @@ class _OpenCommands:
                 raise ValueError(f"worker {rank} sent {type(answer).__name__}")
         waiting = self._answers.get(key, ())
         answers = next((answers for answers in waiting if answers[rank] is None), None)
+        if answers is not None and isinstance(answer, StepResult):
+            self._check_order(rank, answer.step_id)
         if answers is None:
             raise ValueError(
                 f"worker {rank} sent {type(answer).__name__} for {key!r:.200}, which no command "
@@ -172,7 +177,18 @@ class _OpenCommands:
         self._answers[key].popleft()
         if not self._answers[key]:
             del self._answers[key]
+            self._steps.pop(key, None)
         return answers
+
+    def _check_order(self, rank: int, step_id: int) -> None:
+        """A rank answers steps in order. One that leaves out a step would never end it."""
+        for open_id in self._steps:
+            if open_id == step_id:
+                return
+            if self._answers[open_id][0][rank] is None:
+                raise ValueError(
+                    f"worker {rank} sent the result of step {step_id} before that of step {open_id}"
+                )
 
 
 class _HostMisses:
