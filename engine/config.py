@@ -3,6 +3,7 @@
 The help texts are also the configuration reference.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from loraplex.backends.config import BackendConfig
@@ -85,6 +86,25 @@ class ParallelConfig:
         if self.tensor_parallel_size < 1:
             raise ValueError(
                 f"tensor_parallel_size must be positive, got {self.tensor_parallel_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessConfig:
+    """How the engine watches its own processes."""
+
+    watchdog_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "seconds after which a process that is busy without progress counts as hung; "
+            "0: watch no process, for debuggers"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watchdog_timeout < math.inf:
+            raise ValueError(
+                f"watchdog_timeout must be a number of seconds, or 0, got {self.watchdog_timeout}"
             )
 
 
@@ -190,6 +210,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -28,6 +28,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.scheduler.frontend_protocol import StepOutputs
 
 MAX_QUERIES = 1024  # unanswered commands to the scheduler, all clients together
@@ -36,7 +37,11 @@ logger = logging.getLogger("loraplex.frontend")
 
 
 class Frontend:
-    """Holds one frontend's clients, their requests and the queries that await an answer."""
+    """Holds one frontend's clients, their requests and the queries that await an answer.
+
+    Attributes:
+        step_clock: for health. The owner sets it to the scheduler's.
+    """
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class Frontend:
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
         self._num_malformed = 0
         self._dead_reason = ""
+        self.step_clock = StepClock()
         self._instance = secrets.token_hex(8)  # another one after a restart
 
     def on_frames(self, client: bytes, frames: list[bytes]) -> None:
@@ -236,6 +242,9 @@ class Frontend:
             "reason": self._dead_reason,
             "protocol": protocol.PROTOCOL_VERSION,
             "instance": self._instance,
+            "last_step_age_s": self.step_clock.age_s,
+            "steps_in_flight": self.step_clock.num_in_flight,
+            "unfinished_requests": self._requests.num_unfinished,
             "model": config.model.model,
             "max_model_len": info.max_model_len,
             "vocab_size": info.vocab_size,

@@ -178,6 +178,10 @@ class RequestTable:
         )
 
     @property
+    def num_unfinished(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    @property
     def num_prompt_bytes(self) -> int:
         """Number of bytes that unfinished requests hold."""
         return self._prompts.total

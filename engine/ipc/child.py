@@ -9,16 +9,19 @@ once.
 import contextlib
 import logging
 import os
+import select
 import shutil
 import signal
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from loraplex.engine.errors import LoraplexError
 from loraplex.engine.ipc import codec
+from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineDead, EngineInfo
 from loraplex.engine.ipc.messages.lifecycle import (
@@ -32,6 +35,8 @@ from loraplex.engine.ipc.messages.lifecycle import (
 EXIT_FAILED = 1
 EXIT_ORPHANED = 3
 MAX_FRAME_BYTES = 16 << 20
+BEAT_S = 1.0
+"""Seconds between two signs of life."""
 
 logger = logging.getLogger("loraplex")
 
@@ -55,7 +60,12 @@ def read_frame(stream: BinaryIO) -> Any | None:
 
 
 class Child:
-    """Connects a child with its supervisor. `wakeup` is readable when a message may have come."""
+    """Connects a child with its supervisor.
+
+    Attributes:
+        wakeup: readable when a message may have come.
+        activity: what the loop does; the supervisor's watchdog hears of it every BEAT_S seconds.
+    """
 
     def __init__(self, control: BinaryIO, reports: BinaryIO) -> None:
         start = read_frame(control)
@@ -63,11 +73,13 @@ class Child:
             raise SystemExit("this module is started by the engine's supervisor")
         self.start: ChildStart = start
         self.wakeup = Wakeup()
+        self.activity = Activity()
         self.dead_reason = ""  # set when another process of the engine has died
         self.stopping = False
         self._control, self._reports = control, reports
         self._report_lock = threading.Lock()
         threading.Thread(target=self._watch, name="control", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def progress(self, text: str) -> None:
         self._report(ChildProgress(text))
@@ -86,6 +98,16 @@ class Child:
     def _report(self, message: object) -> None:
         with self._report_lock:
             write_frame(self._reports, message)
+
+    def _beat(self) -> None:
+        """Send beats. One that would wait, because the supervisor is stopped, is left out."""
+        poller = select.poll()
+        poller.register(self._reports, select.POLLOUT)
+        with contextlib.suppress(OSError):  # the supervisor is gone; _watch() ends the process
+            while True:
+                if poller.poll(0):
+                    self._report(self.activity.beat())
+                time.sleep(BEAT_S)
 
     def _on_sigterm(self, signum: int, frame: object) -> None:
         self.stopping = True

@@ -12,6 +12,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.ipc.messages.lifecycle import (
+    ChildBeat,
     ChildFailed,
     ChildProgress,
     ChildReady,
@@ -42,14 +43,14 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 
 WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
     AdapterReply, StatsQuery, StatsReply, EngineDead,
-    ChildStart, ChildProgress, ChildReady, ChildFailed, Shutdown,
+    ChildStart, ChildProgress, ChildBeat, ChildReady, ChildFailed, Shutdown,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,

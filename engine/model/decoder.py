@@ -1,5 +1,7 @@
 """The decoder of the Llama family. A ModelSpec says which parts a checkpoint has."""
 
+from collections.abc import Callable
+
 import torch
 
 from loraplex.backends.collective.contract import ATTENTION, CollectiveOp
@@ -84,11 +86,18 @@ class Decoder:
         device: torch.device | str,
         shard: Shard | None = None,
         collective: CollectiveOp | None = None,
+        on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        """`collective` joins the ranks of a split model; None where `shard` is all of it."""
+        """Makes the layers.
+
+        Args:
+            collective: joins the ranks of a split model; None where `shard` is all of it.
+            on_layer: called before each layer of `forward`, as a sign that a long step goes on.
+        """
         self.spec = spec
         self.shard = shard or whole(spec)
         self._collective = collective
+        self._on_layer = on_layer
         self.dtype = dtype
         self.device = torch.device(device)
         self._shapes = self.shard.shapes
@@ -116,8 +125,10 @@ class Decoder:
         self.start(token_ids, activations, ctx)
         *layers, last = self.layers
         for index, layer in enumerate(layers):
+            self._on_layer()
             layer.attend(activations, ctx)
             self.resume(index, activations, ctx)
+        self._on_layer()
         last.attend(activations, ctx)
         return self.finish(activations, ctx)
 

@@ -12,6 +12,7 @@ from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
+from loraplex.engine.ipc.step_clock import StepClock
 
 TICK_S = 1.0
 
@@ -26,8 +27,8 @@ def raise_descriptor_limit() -> None:
 
 
 def run(child: Child) -> None:
-    raise_descriptor_limit()
     """Run a frontend until the supervisor stops it or the engine ends."""
+    raise_descriptor_limit()
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()
     identity = frontend_identity(child.start.index, child.start.incarnation)
@@ -54,7 +55,9 @@ def run(child: Child) -> None:
             send=clients.send,
             wakeup=child.wakeup,
         )
+        frontend.step_clock = StepClock(f"{run_dir}/steps")
         poller.register(clients.socket, zmq.POLLIN)
+        child.activity.end()
         child.ready(endpoint=clients.endpoint)
         serve(child, frontend, scheduler, clients, poller)
     clients.close()
@@ -75,6 +78,7 @@ def serve(
         waits = [wait for wait in (tick_s, frontend.flush_due_s) if wait is not None]
         wait_s = min(waits, default=None)
         poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
+        child.activity.begin()
         child.wakeup.clear()
         for _, message in scheduler.receive():
             frontend.on_scheduler(message)
@@ -83,6 +87,7 @@ def serve(
         if time.monotonic() >= next_tick:
             frontend.tick()
             next_tick = time.monotonic() + TICK_S
+        child.activity.end()
     frontend.fail_all(child.dead_reason or "the engine was stopped")
     clients.receive(frontend.on_frames)
     deadline = time.monotonic() + LINGER_MS / 1000

@@ -16,6 +16,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
+from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import (
     RECEIVE_LIMIT,
     InprocChannel,
@@ -24,6 +25,7 @@ from loraplex.engine.ipc.channel import (
     worker_identity,
 )
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
 from loraplex.engine.processes.worker_group import WorkerGroup
@@ -59,9 +61,11 @@ class InProcessEngine:
         frontends, scheduler_end = InprocChannel.pair(frontend_identity(0))
         workers, self._worker_end = InprocChannel.pair(worker_identity(0))
         self.scheduler = make_scheduler(config, self.info)
+        step_clock = StepClock()
         self._loop = SchedulerLoop(
             self.scheduler,
             info=self.info,
+            step_clock=step_clock,
             frontends=frontends,
             workers=WorkerGroup(workers, 1),
             messages_per_turn=RECEIVE_LIMIT,  # the worker runs in this thread: no plan can be late
@@ -77,8 +81,10 @@ class InProcessEngine:
             send=lambda client, data: self._replies.append(_decoded(data)),
             wakeup=self._wakeup,
         )
+        self._frontend.step_clock = step_clock
         self._poller = zmq.Poller()
         self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        self._activity = Activity()
         self._closed = False
 
     def send(self, message: dict[str, Any]) -> None:
@@ -109,7 +115,7 @@ class InProcessEngine:
         busy = self._loop.turn()
         for _, command in self._worker_end.receive():
             self._worker.handle(command)
-            send_events(self._worker, self._worker_end)
+            send_events(self._worker, self._worker_end, self._activity)
             busy = True
         for event in self._worker.events(0.0):
             self._worker_end.send(event)

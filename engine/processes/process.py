@@ -11,7 +11,12 @@ import msgspec
 
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc.child import child_environment, how_it_ended, write_frame
-from loraplex.engine.ipc.messages.lifecycle import ChildFailed, ChildReady, ChildStart
+from loraplex.engine.ipc.messages.lifecycle import (
+    ChildBeat,
+    ChildFailed,
+    ChildReady,
+    ChildStart,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,12 @@ class ProcessSpec:
 
 @dataclass(eq=False)
 class Process:
-    """A started child and its reports."""
+    """A started child and its reports.
+
+    Attributes:
+        beat: its last sign of life.
+        hang: how it hung, if it was killed for that.
+    """
 
     spec: ProcessSpec
     start: ChildStart
@@ -37,6 +47,8 @@ class Process:
     reports: BinaryIO
     ready: ChildReady | None = None
     failed: ChildFailed | None = None
+    beat: ChildBeat | None = None
+    hang: str = ""
     exited: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -101,6 +113,14 @@ class Process:
         self.reports.close()
 
     def how_it_ended(self) -> str:
-        if self.failed is not None:
-            return f"{self.spec.name} failed: {self.failed.text}"
-        return f"{self.spec.name} {how_it_ended(self.popen.returncode)}"
+        """Returns the process's name and how it ended, with a worker's place among its ranks."""
+        if self.hang:
+            how = f"{self.hang}, and was killed"
+        elif self.failed is not None:
+            how = f"failed: {self.failed.text}"
+        else:
+            how = how_it_ended(self.popen.returncode)
+        num_ranks = self.start.config.parallel.tensor_parallel_size
+        if self.spec.kind == "worker" and num_ranks > 1:
+            how += f" (worker rank {self.spec.index} of {num_ranks})"
+        return f"{self.spec.name} {how}"

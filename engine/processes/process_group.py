@@ -19,6 +19,7 @@ from loraplex.engine.ipc.channel import PeerGoneError
 from loraplex.engine.ipc.child import read_frame
 from loraplex.engine.ipc.messages.frontend import EngineDead
 from loraplex.engine.ipc.messages.lifecycle import (
+    ChildBeat,
     ChildFailed,
     ChildProgress,
     ChildReady,
@@ -27,6 +28,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
 )
 from loraplex.engine.processes.process import Process, ProcessSpec
 from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
+from loraplex.engine.processes.watchdog import LOOK_S, Watchdog
 
 MAX_BASE_CHARS = 60  # leaves room for file names within the 107 bytes of a Unix socket's path
 FRONTEND_GRACE_S = 2.0  # for a frontend to send the reason to its clients
@@ -59,7 +61,8 @@ def engine_processes(
 
 
 class ProcessGroup:
-    """All processes of one engine. A thread for each reads its reports and awaits its end.
+    """All processes of one engine. A thread for each reads its reports and awaits its end. One
+    more kills those that hang, so that a hang is a death.
 
     A process that ends before stop() ends the engine: frontends pass the reason to their clients,
     and every process is stopped. After allow_restarts() a frontend is started again instead, unless
@@ -96,6 +99,11 @@ class ProcessGroup:
         finally:  # only when all are there: the end of one stops all that are in the list
             for process in self.processes:
                 self._watch_in_thread(process)
+        timeout_s = config.process.watchdog_timeout
+        if timeout_s:
+            threading.Thread(
+                target=self._end_hung, args=(Watchdog(timeout_s),), name="watchdog", daemon=True
+            ).start()
 
     def allow_restarts(self) -> None:
         """From now on the end of a frontend does not end the engine."""
@@ -141,6 +149,9 @@ class ProcessGroup:
 
     def _watch(self, process: Process) -> None:
         while (report := _read_report(process)) is not None:
+            if isinstance(report, ChildBeat):
+                process.beat = report
+                continue
             if isinstance(report, ChildReady):
                 process.ready = report
                 self._report_progress(f"{process.spec.name} is ready")
@@ -152,6 +163,15 @@ class ProcessGroup:
         process.popen.wait()
         process.exited.set()
         self._on_exit(process)
+
+    def _end_hung(self, watchdog: Watchdog) -> None:
+        """Kill processes that hang, until the engine is stopped."""
+        while not self._stopping.wait(LOOK_S):
+            for process, how in watchdog.look(self.processes, are_started=bool(self._restarts)):
+                process.hang = how
+                process.send_signal(signal.SIGKILL)
+                if not process.exited.wait(KILL_WAIT_S):  # the kernel waits for a device or a disk
+                    self._end_engine(process, f"{process.spec.name} {how} and cannot be killed")
 
     def _report_progress(self, text: str) -> None:
         if self._on_progress is not None:

@@ -19,6 +19,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
 from loraplex.scheduler.request import Request, RequestRefused
@@ -51,12 +52,15 @@ class SchedulerLoop:
         info: EngineInfo,
         frontends: Channel,
         workers: WorkerGroup,
+        step_clock: StepClock | None = None,
         messages_per_turn: int = MESSAGES_PER_TURN,
     ) -> None:
         self._scheduler = scheduler
         self._info = info
         self._frontends = frontends
         self._workers = workers
+        self._step_clock = step_clock or StepClock()
+        self._num_in_flight = 0
         self._messages_per_turn = messages_per_turn
         self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
         self._frontend_peers: dict[str, bytes] = {}  # by name: the identity in use since its hello
@@ -88,10 +92,17 @@ class SchedulerLoop:
             if plan is None:
                 return
             self._workers.send(plan)
+            self._count_steps(1)
+
+    def _count_steps(self, change: int) -> None:
+        self._num_in_flight += change
+        self._step_clock.set_in_flight(self._num_in_flight)
 
     def _on_worker(self, message: object) -> None:
         match message:
             case StepResult():
+                self._step_clock.step_ended()
+                self._count_steps(-1)
                 self._send_outputs(self._scheduler.commit(message))
             case AdapterInspected():
                 self._scheduler.on_adapter_inspected(message)

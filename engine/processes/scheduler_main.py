@@ -10,6 +10,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
 from loraplex.scheduler.config import SchedulerConfig
@@ -37,15 +38,24 @@ def run(child: Child) -> None:
     if not child.stopping:
         info = engine_info(config, [workers.ready[rank] for rank in sorted(workers.ready)])
         scheduler = make_scheduler(config, info)
-        loop = SchedulerLoop(scheduler, info=info, frontends=frontends, workers=workers)
+        loop = SchedulerLoop(
+            scheduler,
+            info=info,
+            frontends=frontends,
+            workers=workers,
+            step_clock=StepClock(f"{run_dir}/steps"),
+        )
         gc.collect()
         gc.freeze()  # later collections skip the objects made at start
+        child.activity.end()
         child.ready(info=info)
         has_more = False
         while not child.stopping:
             poller.poll(0 if has_more else None)
+            child.activity.begin()
             child.wakeup.clear()
             has_more = loop.turn()
+            child.activity.end()
     context.destroy(linger=0)
 
 

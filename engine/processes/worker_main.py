@@ -7,6 +7,7 @@ from typing import Protocol
 import zmq
 
 from loraplex.backends.collective.errors import RankLostError
+from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import (
     Channel,
     DealerChannel,
@@ -14,7 +15,13 @@ from loraplex.engine.ipc.channel import (
     worker_identity,
 )
 from loraplex.engine.ipc.child import Child, run_child
-from loraplex.scheduler.worker_protocol import WorkerCommand, WorkerEvent, WorkerReady
+from loraplex.scheduler.worker_protocol import (
+    StepPlan,
+    StepResult,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerReady,
+)
 
 
 class WorkerLike(Protocol):
@@ -44,6 +51,7 @@ def run(child: Child) -> None:
             wakeup=child.wakeup.set,
             progress=child.progress,
             store=f"{child.start.run_dir}/ranks",
+            on_layer=child.activity.mark,
         )
         gc.collect()
         gc.freeze()  # objects made at start stay; later collections skip them
@@ -59,22 +67,31 @@ def serve(child: Child, worker: WorkerLike) -> None:
     identity = worker_identity(child.start.index)
     scheduler = DealerChannel(context, f"ipc://{child.start.run_dir}/workers", identity)
     scheduler.send(worker.ready)
+    activity = child.activity
+    activity.end()
     child.ready()
     poller = zmq.Poller()
     poller.register(child.wakeup.fileno(), zmq.POLLIN)
     poller.register(scheduler.socket, zmq.POLLIN)
     while not child.stopping:
         poller.poll()
+        activity.begin()
         child.wakeup.clear()
         for _, command in scheduler.receive():
+            if isinstance(command, StepPlan):
+                activity.begin_step()
             worker.handle(command)
-            send_events(worker, scheduler)  # a CPU's result must not wait for the next plan
-        send_events(worker, scheduler)
+            send_events(worker, scheduler, activity)  # a CPU's result must not wait for a plan
+        send_events(worker, scheduler, activity)
+        activity.end()
     context.destroy(linger=0)
 
 
-def send_events(worker: WorkerLike, scheduler: Channel) -> None:
+def send_events(worker: WorkerLike, scheduler: Channel, activity: Activity) -> None:
+    """Send the events that there are, and note in `activity` which of them end a step."""
     for event in worker.events(0.0):
+        if isinstance(event, StepResult):
+            activity.end_step()
         scheduler.send(event)
 
 

@@ -53,11 +53,18 @@ class WorkerParts:
     backends: WorkerBackends
 
 
-def set_up(config: EngineConfig, rank: int, progress: Progress, store: str = "") -> WorkerParts:
+def set_up(
+    config: EngineConfig,
+    rank: int,
+    progress: Progress,
+    store: str = "",
+    on_layer: Callable[[], None] = lambda: None,
+) -> WorkerParts:
     """Load this rank's part of the model and take the memory.
 
     Args:
         store: path of the file by which the ranks find each other; empty for one rank.
+        on_layer: see Decoder.
 
     Raises:
         ConfigError: the model, a backend or the memory does not allow the configuration.
@@ -84,7 +91,14 @@ def set_up(config: EngineConfig, rank: int, progress: Progress, store: str = "")
         config, spec, shape, shard=shard, ranks=ranks, max_model_len=limit, device=device
     )
     progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
-    model = Decoder(spec, dtype=dtype, device=device, shard=shard, collective=backends.collective)
+    model = Decoder(
+        spec,
+        dtype=dtype,
+        device=device,
+        shard=shard,
+        collective=backends.collective,
+        on_layer=on_layer,
+    )
     target = AdapterTarget(
         num_layers=spec.num_layers,
         sides=shard.all_sides,

@@ -47,6 +47,7 @@ class Worker:
         wakeup: called from other threads when `events` has something to return.
         progress: called with a line for each part of the start.
         store: path of the file by which worker ranks find each other; empty for one rank.
+        on_layer: called in `handle` for each layer of a step that runs operator by operator.
 
     Raises:
         ConfigError: the engine cannot start as configured.
@@ -60,10 +61,11 @@ class Worker:
         wakeup: Callable[[], None] = lambda: None,
         progress: Callable[[str], None] = lambda text: None,
         store: str = "",
+        on_layer: Callable[[], None] = lambda: None,
     ) -> None:
         started_at = time.perf_counter()
         self._wakeup = wakeup
-        self.parts = parts = set_up(config, rank, progress, store)
+        self.parts = parts = set_up(config, rank, progress, store, on_layer)
         profiled = bool(config.profile.profile_dir)
         self._profile = StepProfile(config.profile, rank) if profiled else None
         self._events: queue.SimpleQueue[WorkerEvent | Load | BaseException] = queue.SimpleQueue()

@@ -31,6 +31,7 @@ GROUPS = {
     "scheduler": "scheduler",
     "backend": "backends",
     "parallel": "several GPUs",
+    "process": "processes",
     "graph": "CUDA graphs",
     "profile": "profiling",
     "server": "server",

@@ -57,11 +57,13 @@ class LLMOptions(TypedDict, total=False):
     fused_backend: str
     collective_backend: str
     tensor_parallel_size: int
+    watchdog_timeout: float
     enable_lora: bool
     max_loras: int
 
 
-_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "graph", "profile")
+_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "process", "graph",
+          "profile")  # fmt: skip
 _ALIASES = {"max_loras": "max_adapter_slots"}
 _ELSEWHERE = {
     "block_size": "use block_tokens",

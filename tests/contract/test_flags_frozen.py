@@ -24,6 +24,7 @@ ENGINE = [
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
     "--num-pages", "--policy", "--pool-bytes", "--profile-dir",
     "--profile-every", "--profile-steps", "--tensor-parallel-size", "--ttft-slo-s",
+    "--watchdog-timeout",
 ]  # fmt: skip
 SAMPLING = [
     "--frequency-penalty", "--ignore-eos", "--include-stop-str-in-output", "--logit-bias",

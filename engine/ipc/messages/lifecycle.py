@@ -21,6 +21,16 @@ class ChildProgress(Message):
     text: str
 
 
+class ChildBeat(Message):
+    """A sign of life, sent every second. A worker's steps are counted since its start."""
+
+    num_marks: int  # grows with every turn of the loop, every layer, and every step's end
+    is_busy: bool  # False: it waits for messages, and its device has nothing to do
+    is_traced: bool  # a Python debugger may stop it
+    num_steps: int = 0  # begun
+    num_marks_in_step: int = 0  # since the last one began
+
+
 class ChildReady(Message):
     """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
 

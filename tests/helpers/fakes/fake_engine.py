@@ -63,8 +63,15 @@ class FakeEngineWorker:
         progress: Callable[[str], None] = lambda text: None,
         delay_s: float = 0.0,
         crash_after: int = 0,
+        sleep_after: int = 0,
+        num_layers: int = 1,
+        on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        """It raises after `crash_after` steps, like a worker whose GPU has failed."""
+        """It raises after `crash_after` steps, like a worker whose GPU has failed. The step after
+        `sleep_after` steps never ends. The delay of a step has `num_layers` parts."""
+        self._sleep_after = sleep_after
+        self._num_layers = num_layers
+        self._on_layer = on_layer
         self._delay_s = delay_s
         self._crash_after = crash_after
         self._num_steps = 0
@@ -110,7 +117,11 @@ class FakeEngineWorker:
         self._num_steps += 1
         if self._crash_after and self._num_steps > self._crash_after:
             raise RuntimeError("the fake device is broken")
-        time.sleep(self._delay_s)
+        while self._sleep_after and self._num_steps > self._sleep_after:
+            time.sleep(1)
+        for _ in range(self._num_layers):
+            self._on_layer()
+            time.sleep(self._delay_s / self._num_layers)
         self._events.append(self._fake.step(plan))
 
     def events(self, timeout_s: float = 0.0) -> list[Any]:

@@ -1,7 +1,8 @@
 """A worker process without a model; the supervisor starts it where a test asks for it.
 
 Options before the descriptor that the supervisor appends: --delay SECONDS, --crash-after STEPS,
---fail TEXT (a ConfigError while loading), --hang (never ready).
+--fail TEXT (a ConfigError while loading), --hang (never ready), --sleep-after STEPS (the next step
+never ends), --layers N (each step's delay has N parts, and each part is marked as done).
 """
 
 import argparse
@@ -20,6 +21,8 @@ from helpers.fakes.fake_engine import FakeEngineWorker
 parser = argparse.ArgumentParser()
 parser.add_argument("--delay", type=float, default=0.0)
 parser.add_argument("--crash-after", type=int, default=0)
+parser.add_argument("--sleep-after", type=int, default=0)
+parser.add_argument("--layers", type=int, default=1)
 parser.add_argument("--fail", default="")
 parser.add_argument("--hang", action="store_true")
 options, rest = parser.parse_known_args()
@@ -37,6 +40,9 @@ def run(child: Child) -> None:
         wakeup=child.wakeup.set,
         delay_s=options.delay,
         crash_after=options.crash_after,
+        sleep_after=options.sleep_after,
+        num_layers=options.layers,
+        on_layer=child.activity.mark,
     )
     serve(child, worker)
 
