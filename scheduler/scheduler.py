@@ -247,7 +247,7 @@ class Scheduler:
         requests = self.waiting.unpark(version)
         self.waiting.push_all(requests)
         for request in requests:
-            if version.state is AdapterState.FAILED:
+            if version.state is not AdapterState.READY:
                 self._fail(request, "adapter", failure(version), now)
             elif refusal := self._capacity_problem(request, version):
                 self._fail(request, "bad_request", refusal, now)

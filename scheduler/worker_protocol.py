@@ -144,7 +144,11 @@ class InspectAdapter(Message):
 
 
 class AdapterInspected(Message):
-    """`error` is empty on success. `path` echoes the question."""
+    """`error` is empty on success. `path` echoes the question.
+
+    `is_transient`: the files are not at fault. The worker has tried several times, and a later try
+    may work.
+    """
 
     name: str
     path: str
@@ -155,6 +159,7 @@ class AdapterInspected(Message):
     max_rank: int = 0
     modules: list[str] = []
     warnings: list[str] = []  # parts of its folder that are not used
+    is_transient: bool = False
 
 
 class LoadAdapter(Message):
@@ -176,6 +181,7 @@ class AdapterLoaded(Message):
     error: str = ""
     load_us: int = 0
     from_host: bool = False  # it was in the host store when the load began
+    is_transient: bool = False  # of an error: as in AdapterInspected
 
 
 class UnloadAdapter(Message):

@@ -1,6 +1,7 @@
 """Loads adapters from disk into host memory and from there into their pages.
 
-Reader threads (engine/adapters/reader.py) read, check and pack. One loader thread copies into pages
+Reader threads (engine/adapters/reader.py) read, check and pack. A read that fails for a passing
+reason is repeated (engine/adapters/read_queue.py). One loader thread copies into pages
 and reports the end of each copy. On a GPU no step waits for a read or a copy; the streams are
 explained in memory/device/page_copier.py.
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapters.packing import AdapterTarget
+from loraplex.engine.adapters.read_queue import ReadQueue
 from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
+from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.adapters.table import AdapterTable
 from loraplex.engine.errors import AdapterError
 from loraplex.memory.adapter_layout import MODULES
@@ -51,6 +54,7 @@ class Load:
     from_host: bool = False
     copied: Event | None = None  # the end of the copy; None: not enqueued
     error: str = ""
+    is_transient: bool = False  # of the error: reading it later may work
 
 
 class AdapterLoader:
@@ -95,7 +99,7 @@ class AdapterLoader:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
         self.store = HostStore(host_bytes, make_slab=make_slab)
         self._report_order = threading.Lock()
-        self._readers = ThreadPoolExecutor(NUM_READERS, "adapter-reader", initializer=enter_thread)
+        self._reads = ReadQueue(NUM_READERS, enter_thread)
         self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
         self._thread.start()
@@ -104,7 +108,17 @@ class AdapterLoader:
 
     def inspect(self, command: InspectAdapter) -> None:
         """Answered by an AdapterInspected."""
-        self._readers.submit(self._inspect, command)
+
+        def fail(error: Exception, is_transient: bool) -> None:
+            text = _explain(command.name, error)
+            self._report_in_order(
+                AdapterInspected(
+                    name=command.name, path=command.path, error=text, is_transient=is_transient
+                )
+            )
+            self._prepare()
+
+        self._reads.submit(lambda: self._inspect(command), fail)
 
     def load(self, command: LoadAdapter, wait_for: Event) -> None:
         """Begin a load, which is answered by a Load.
@@ -118,7 +132,7 @@ class AdapterLoader:
             load.from_host = True
             self._queue.put(load)
         else:
-            self._readers.submit(self._read_again, load)
+            self._submit_read(load)
 
     def unload(self, adapter_slot: int) -> None:
         """Empty the row of a loaded adapter. Its pages may be reused from now on."""
@@ -142,32 +156,38 @@ class AdapterLoader:
             error=load.error,
             load_us=int((time.perf_counter() - load.started_at) * 1e6),
             from_host=load.from_host,
+            is_transient=load.is_transient,
         )
 
     def close(self) -> None:
         """Stop the threads; reads that have not begun are dropped."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._reads.close()
         self._preparer.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
         self._queue.put(None)
         self._thread.join()
 
     def _inspect(self, command: InspectAdapter) -> None:
+        adapter = self.store.add(
+            lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
+            acquire=True,
+        )
         try:
-            adapter = self.store.add(
-                lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
-                acquire=True,
-            )
             warnings = self._find_warnings(Path(command.path))
-            self._report_in_order(
-                _describe(command, adapter, warnings), release=adapter.content_hash
-            )
-        except Exception as error:
-            text = _explain(command.name, error)
-            self._report_in_order(
-                AdapterInspected(name=command.name, path=command.path, error=text)
-            )
+        except BaseException:
+            self.store.release(adapter.content_hash)
+            raise
+        self._report_in_order(_describe(command, adapter, warnings), release=adapter.content_hash)
         self._prepare()
+
+    def _submit_read(self, load: Load) -> None:
+        def fail(error: Exception, is_transient: bool) -> None:
+            load.error = _explain(Path(load.command.path).name, error)
+            load.is_transient = is_transient
+            self._report_in_order(load)
+            self._prepare()
+
+        self._reads.submit(lambda: self._read_again(load), fail)
 
     def _read_again(self, load: Load) -> None:
         """Read an adapter that the host store has evicted; its content must be unchanged."""
@@ -182,12 +202,8 @@ class AdapterLoader:
                 )
             return adapter
 
-        try:
-            load.adapter = self.store.add(read, acquire=True)
-            self._queue.put(load)
-        except Exception as error:
-            load.error = _explain(name, error)
-            self._report_in_order(load)
+        load.adapter = self.store.add(read, acquire=True)
+        self._queue.put(load)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -273,5 +289,8 @@ def _describe(
 def _explain(name: str, error: Exception) -> str:
     if isinstance(error, AdapterError):
         return str(error)
-    logger.exception("reading adapter %s failed", name, exc_info=error)
-    return f"adapter {name!r}: reading it failed: {type(error).__name__}: {error}"
+    if isinstance(error, ReaderError | MemoryError):
+        logger.warning("adapter %s cannot be read: %s", name, error)
+    else:
+        logger.exception("reading adapter %s failed", name, exc_info=error)
+    return f"adapter {name!r}: reading it failed for now: {error or type(error).__name__}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.peft_patterns import Pattern, PatternCompiler, PatternError
+from loraplex.engine.adapters.reader_error import is_transient
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
@@ -124,6 +125,8 @@ def read_peft_config(folder: Path, root: str = "") -> PeftConfig:
     except FileNotFoundError:
         raise PeftConfigError(f"there is no {CONFIG_FILE} in {folder}") from None
     except OSError as error:
+        if is_transient(error):
+            raise
         raise PeftConfigError(f"{CONFIG_FILE} cannot be read: {error}") from None
     except NotRegularFileError as error:
         raise PeftConfigError(str(error)) from None

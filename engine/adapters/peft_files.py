@@ -31,6 +31,7 @@ from loraplex.engine.adapters.peft_config import (
     PeftConfigError,
     read_peft_config,
 )
+from loraplex.engine.adapters.reader_error import ReaderError, is_transient
 from loraplex.engine.adapters.safetensors_file import (
     DamagedFileError,
     SafetensorsFile,
@@ -118,6 +119,8 @@ def read_adapter(
             hash_cache.remember(folder, files, packed.content_hash)
         return packed
     except OSError as error:
+        if is_transient(error):
+            raise ReaderError(f"the files in {folder} cannot be read now: {error}") from error
         reason = _explain(error, folder)
     except DamagedFileError as error:
         reason = f"{WEIGHTS_FILE} is damaged: {error}"

@@ -4,12 +4,14 @@ Threads that read and pack share the interpreter with the loop that launches ste
 for that loop. A worker with a GPU therefore uses another process; each read costs it two messages.
 """
 
+import contextlib
 import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ import torch
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
+from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.child import child_environment, how_it_ended
@@ -34,9 +37,10 @@ from loraplex.engine.ipc.messages.reader import (
     ReaderStart,
     ReadFailed,
 )
+from loraplex.engine.ipc.process_state import process_state
 from loraplex.engine.model.shard import Piece
 from loraplex.memory.host.slab import live_slabs, place_of
-from loraplex.memory.host.store import Allocate, PackedAdapter
+from loraplex.memory.host.store import Allocate, MemoryInUseError, PackedAdapter
 from loraplex.scheduler.worker_protocol import int_array
 
 logger = logging.getLogger("loraplex")
@@ -52,9 +56,19 @@ MAX_MESSAGE_BYTES = 128 << 10
 
 END_TIMEOUT_S = 5.0
 
+_LOOK_S = 0.5
 
-class ReaderError(RuntimeError):
-    """Reading failed, and the adapter is not the cause."""
+
+READ_LIMIT_S = 60.0
+"""Longest wait for a read. Where it took longer, its files are mostly in the page cache by then, so
+that a repetition gets further."""
+
+STOPPED_S = 3.0
+"""How long the process that reads may be stopped by a signal."""
+
+
+class ReaderStuckError(ReaderError, MemoryInUseError):
+    """The process that reads hangs in the kernel and cannot be killed."""
 
 
 class AdapterReader(Protocol):
@@ -108,13 +122,15 @@ class ThreadReader:
 class ProcessReader:
     """Reads in a child process (engine/processes/adapter_reader_main.py) that ends with this one.
 
-    If the child dies, the reads in progress fail, and the next read starts another child.
+    If the child dies, the reads in progress fail, and the next read starts another child. A child
+    that is stopped by a signal, or that takes longer than `limit_s` for a read, is killed.
     """
 
     needs_shared_memory = True
 
-    def __init__(self, target: AdapterTarget) -> None:
+    def __init__(self, target: AdapterTarget, limit_s: float = READ_LIMIT_S) -> None:
         self._target = target
+        self._limit_s = limit_s
         self._lock = threading.Lock()
         self._process: _Process | None = _Process(target)
 
@@ -125,12 +141,19 @@ class ProcessReader:
         return process.popen.pid if process is not None else None
 
     def read(self, name: str, folder: Path, allocate: Allocate) -> PackedAdapter:
-        with self._connection() as connection:
+        with self._connection() as (connection, pid):
             send(connection, ReadAdapter(name, str(folder)))
-            answer, data = receive(connection)[0], None
+            deadline = time.monotonic() + self._limit_s
+            answer, data = self._receive(connection, pid, deadline), None
             if isinstance(answer, NeedMemory):
-                data = _give_memory(connection, answer.num_bytes, allocate)
-                answer = receive(connection)[0]
+                started_at = time.monotonic()
+                try:
+                    data = _give_memory(connection, answer.num_bytes, allocate)
+                except _NoRoomError as error:
+                    self._receive(connection, pid, deadline)  # the child's ReadFailed
+                    raise error.cause from None
+                deadline += time.monotonic() - started_at
+                answer = self._receive(connection, pid, deadline)
         if isinstance(answer, ReadFailed):
             raise (AdapterError if answer.is_refused else ReaderError)(answer.text)
         assert data is not None
@@ -143,27 +166,64 @@ class ProcessReader:
             self._process = None
 
     @contextmanager
-    def _connection(self) -> Iterator[socket.socket]:
-        """Lend a connection to a living child for one read, starting a child if there is none."""
+    def _connection(self) -> Iterator[tuple[socket.socket, int]]:
+        """Lend a connection to a living child, and its id, for one read. Starts one if needed."""
         with self._lock:
-            if self._process is None or self._process.popen.poll() is not None:
-                if self._process is not None:
-                    how = self._process.end()
-                    logger.warning("the process that reads adapters %s: another is started", how)
-                self._process = _Process(self._target)
-            process = self._process
+            process = self._living_process()
             connection = process.connections.pop()
         try:
-            yield connection
-        except (ConnectionError, EOFError, codec.WireError) as error:
-            raise ReaderError(f"the process that reads adapters {process.end()}") from error
+            yield connection, process.popen.pid
+        except (ConnectionError, EOFError, TimeoutError, codec.WireError) as error:
+            connection.close()
+            with self._lock:  # the next read takes another child, not a link of this one
+                if self._process is process:
+                    self._process = None
+            how = process.end(at_once=isinstance(error, TimeoutError))
+            hung = f"{error}, and " if isinstance(error, TimeoutError) else ""
+            kind = ReaderError if process.has_ended else ReaderStuckError
+            raise kind(f"the process that reads adapters {hung}{how}") from error
         finally:
-            process.connections.append(connection)
+            with self._lock:
+                if self._process is process:
+                    process.connections.append(connection)
+                else:
+                    connection.close()
+
+    def _living_process(self) -> "_Process":
+        """Returns the child, another one if it has died. The caller holds the lock."""
+        process = self._process
+        if process is not None and process.has_ended:
+            self._process = None
+            logger.warning("the process that reads adapters %s: another is started", process.end())
+        if self._process is None:
+            self._process = _Process(self._target)
+        return self._process
+
+    def _receive(self, connection: socket.socket, pid: int, deadline: float) -> Any:
+        """Returns the next message. Raises TimeoutError for a child that hangs."""
+        num_stopped = 0
+        connection.settimeout(min(_LOOK_S, self._limit_s))
+        while True:
+            try:
+                return receive(connection)[0]
+            except TimeoutError:
+                num_stopped = num_stopped + 1 if process_state(pid).is_stopped else 0
+                if num_stopped * _LOOK_S >= STOPPED_S:
+                    raise TimeoutError(f"was stopped by a signal for {STOPPED_S:g} s") from None
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"took longer than {self._limit_s:g} s") from None
 
 
 def make_reader(target: AdapterTarget) -> AdapterReader:
     """Returns a ProcessReader for a GPU and a ThreadReader for a CPU."""
     return ProcessReader(target) if target.pin_memory else ThreadReader(target)
+
+
+class _NoRoomError(Exception):
+    """Carries the error of `allocate`."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
 
 
 class _Process:
@@ -196,18 +256,23 @@ class _Process:
             max_rank=target.max_rank,
             adapter_root=target.adapter_root,
         )
-        send(self.connections[0], start)
+        with contextlib.suppress(ConnectionError):  # it has died already: the first read says so
+            send(self.connections[0], start)
 
-    def end(self) -> str:
-        """Close the connections, which ends the child. Returns how it ended."""
+    @property
+    def has_ended(self) -> bool:
+        return self.popen.poll() is not None
+
+    def end(self, at_once: bool = False) -> str:
+        """Close the free connections, which ends the child, or kill it. Returns how it ended."""
         for connection in self.connections:
             connection.close()
-        try:
-            status = self.popen.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            status = self.popen.wait()
-        return how_it_ended(status)
+        for wait_s in (0.0 if at_once else END_TIMEOUT_S, END_TIMEOUT_S):
+            try:
+                return how_it_ended(self.popen.wait(wait_s))
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+        return "does not end: the kernel waits for a disk or a network"
 
 
 def _flat(piece: Piece) -> tuple[int, int, int, int]:
@@ -222,14 +287,17 @@ def sides_of(start: ReaderStart) -> tuple[tuple[Piece, Piece], ...]:
 
 
 def _give_memory(connection: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:
-    """Allocate memory for the child to pack into and send it the place. Returns the memory."""
+    """Allocate memory for the child to pack into and send it the place. Returns the memory.
+
+    Raises:
+        _NoRoomError: `allocate` failed. The child was told and answers.
+    """
     try:
         data = allocate(num_bytes)
         place = place_of(data)
-    except BaseException:
+    except BaseException as error:
         send(connection, NoMemory())
-        receive(connection)  # the child answers with a ReadFailed
-        raise
+        raise _NoRoomError(error) from error
     live = array("q", live_slabs())
     send(connection, HostMemory(place.slab_id, place.slab_bytes, place.offset, live), place.fd)
     return data

@@ -43,7 +43,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 

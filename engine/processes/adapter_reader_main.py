@@ -13,6 +13,7 @@ import torch
 
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send, sides_of
+from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.child import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
@@ -76,7 +77,7 @@ def _answer(
         return ReadFailed(str(error), is_refused=True)
     except (EOFError, ConnectionError):
         raise
-    except MemoryError as error:
+    except (MemoryError, ReaderError) as error:
         return ReadFailed(str(error), is_refused=False)
     except Exception as error:
         logger.exception("reading adapter %s failed", request.name)

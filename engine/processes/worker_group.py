@@ -273,8 +273,9 @@ def _merge_loaded(answers: Sequence[AdapterLoaded]) -> AdapterLoaded:
 
 
 def _first_failed(answers: Sequence[Answer]) -> Answer | None:
-    """Returns the first error among the answers, with the rank in its text."""
-    for rank, answer in enumerate(answers):
-        if answer.error:
-            return replace(answer, error=f"worker {rank}: {answer.error}")
-    return None
+    """Returns the first error among the answers, with the rank in its text; transient ones last."""
+    failed = [(rank, answer) for rank, answer in enumerate(answers) if answer.error]
+    if not failed:
+        return None
+    rank, answer = min(failed, key=lambda item: item[1].is_transient)
+    return replace(answer, error=f"worker {rank}: {answer.error}")

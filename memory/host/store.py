@@ -6,7 +6,9 @@ places adapters within them.
 """
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ SLAB_BYTES = 256 << 20
 
 NUM_SPARE = 2
 """Number of adapters that may be read while a slab is allocated."""
+
+GROW_AGAIN_S = 10.0
+"""Seconds for which the store asks for no further slab after the host had no memory for one."""
 
 Allocate = Callable[[int], torch.Tensor]
 """Allocates uint8 [number of bytes], uninitialized."""
@@ -47,6 +52,10 @@ class PackedAdapter:
         return self.data.nbytes
 
 
+class MemoryInUseError(RuntimeError):
+    """Reading failed, and something may still write into the memory of that read."""
+
+
 @dataclass(slots=True)
 class _Entry:
     adapter: PackedAdapter
@@ -69,8 +78,11 @@ class HostStore:
         *,
         make_slab: Allocate = plain_slab,
         slab_bytes: int = SLAB_BYTES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`make_slab` raises MemoryError, OSError or RuntimeError where the host has too little."""
+        self._clock = clock
+        self._grows_from = -math.inf  # time before which no slab within the budget is asked for
         self._budget_bytes = budget_bytes
         self._make_slab = make_slab
         self._slab_bytes = min(slab_bytes, budget_bytes) // CHUNK_ALIGN * CHUNK_ALIGN
@@ -112,7 +124,7 @@ class HostStore:
         """Add the adapter that `read` returns, and evict others to make room.
 
         If the store has an equal adapter already, it keeps and returns that copy. If `read` raises,
-        its memory is freed and the error is raised.
+        its memory is freed and the error is raised. After a MemoryInUseError the memory is lost.
 
         Raises:
             MemoryError: the host has no more memory and every adapter here is in use.
@@ -120,6 +132,8 @@ class HostStore:
         chunks: list[Chunk] = []
         try:
             adapter = read(lambda num_bytes: self._allocate(num_bytes, chunks))
+        except MemoryInUseError:
+            raise
         except BaseException:
             with self._lock:
                 self._free(chunks)
@@ -243,13 +257,17 @@ class HostStore:
         is_extra = self._space.num_bytes + num_bytes > self._budget_bytes
         if num_bytes < 1 or (is_extra and not may_exceed_budget):
             return False
+        if not may_exceed_budget and self._clock() < self._grows_from:
+            return False
         try:
             slab = self._make_slab(num_bytes)
         except (MemoryError, OSError, RuntimeError) as error:
-            self._budget_bytes = min(self._budget_bytes, self._space.num_bytes)
+            self._grows_from = self._clock() + GROW_AGAIN_S
             logger.warning(
-                "the host has no more memory for adapters: the store keeps to %d bytes (%s)",
+                "the host has no more memory for adapters: the store keeps to %d bytes for %g s "
+                "(%s)",
                 self._space.num_bytes,
+                GROW_AGAIN_S,
                 error,
             )
             return False

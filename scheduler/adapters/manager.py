@@ -92,11 +92,13 @@ class AdapterManager:
         now = self._clock()
         self.usage_stats.on_loaded(event, version, waited)
         if event.error:
-            if version.is_pinned:
-                logger.warning("adapter %r is pinned no longer: %s", version.name, event.error)
-            self.pins.unpin(version, now)
-            self.registry.fail(version, event.error)
+            if not event.is_transient:
+                if version.is_pinned:
+                    logger.warning("adapter %r is pinned no longer: %s", version.name, event.error)
+                self.pins.unpin(version, now)
+            self.registry.fail(version, event.error, is_transient=event.is_transient)
         else:
+            version.error = ""
             self._memory.adapters.set_on_host(event.content_hash, True)
             self.pins.keep(now)
         self._free_unused(event.content_hash)
@@ -131,7 +133,7 @@ class AdapterManager:
         self._updates.append(AdapterUpdate(reply_key, version.name, refusal, code, adapter))
 
     def _pin_inspected(self, version: AdapterVersion) -> None:
-        failed = version.state is AdapterState.FAILED
+        failed = version.state is not AdapterState.READY
         refusal = failure(version) if failed else self.pins.pin(version)
         if refusal and not version.pin_keys:
             logger.warning("%s; its name was pinned, and is no longer", refusal)

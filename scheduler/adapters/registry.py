@@ -149,8 +149,9 @@ class AdapterRegistry:
             del self._inspecting[event.name, event.path]
         error = event.error or self._check_size(event)
         if error:
-            self.fail(version, error)
+            self.fail(version, error, is_transient=event.is_transient)
             return version, failure(version)
+        version.error = ""
         version.state = AdapterState.READY
         version.content_hash = event.content_hash
         version.num_pages = event.num_pages
@@ -163,12 +164,16 @@ class AdapterRegistry:
         self._forget_unused(version)
         return version, refusal
 
-    def fail(self, version: AdapterVersion, error: str) -> None:
-        """Mark a version as FAILED."""
+    def fail(self, version: AdapterVersion, error: str, *, is_transient: bool) -> None:
+        """Mark a version as FAILED. After a transient error the next request tries it again."""
+        version.error = error
+        if is_transient:
+            if version.state is not AdapterState.READY:
+                version.state = AdapterState.REGISTERED
+            return
         if version.state is AdapterState.READY:
             self._drop_hash(version)
         version.state = AdapterState.FAILED
-        version.error = error
 
     def _promote(self, version: AdapterVersion) -> str:
         """Let an inspected version serve its name; returns the reason if it cannot."""

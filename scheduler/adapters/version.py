@@ -40,5 +40,10 @@ class AdapterVersion:
 
 
 def failure(version: AdapterVersion) -> str:
-    """Return the error text of a FAILED version."""
+    """Return the error text of a version that is FAILED or whose last read has failed."""
+    if version.state is not AdapterState.FAILED:
+        return (
+            f"adapter {version.name!r} at {version.path} cannot be served now: {version.error}; "
+            "the next request tries again"
+        )
     return f"adapter {version.name!r} at {version.path} cannot be served: {version.error}"

@@ -52,7 +52,11 @@ class AdapterPacked(Message):
 
 
 class ReadFailed(Message):
-    """`is_refused`: the adapter is at fault, and `text` is for its user."""
+    """The read failed.
+
+    `is_refused`: the adapter is at fault, and `text` is for its user. Otherwise reading it again
+    may work.
+    """
 
     text: str
     is_refused: bool

@@ -10,6 +10,8 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
     AdapterInspected,
@@ -63,6 +65,7 @@ class FakeAdapter:
     content: str = ""
     num_pages: int = 1
     error: str = ""
+    is_transient: bool = False  # the error
 
 
 def _mix(state: int, token_id: int) -> int:
@@ -157,7 +160,8 @@ class FakeWorker:
     def inspect(self, command: InspectAdapter) -> AdapterInspected:
         file = self.files.get(command.path, FakeAdapter(error="no such directory"))
         if file.error:
-            return AdapterInspected(command.name, command.path, error=file.error)
+            answer = AdapterInspected(command.name, command.path, error=file.error)
+            return replace(answer, is_transient=file.is_transient)
         self._keep_on_host(file.content, file.num_pages)
         return AdapterInspected(
             command.name,
@@ -188,7 +192,8 @@ class FakeWorker:
             return AdapterLoaded(slot, command.content_hash, load_us=1, from_host=True)
         file = self.files.get(command.path, FakeAdapter(error="no such directory"))
         if file.error or file.content != command.content_hash:
-            return AdapterLoaded(slot, command.content_hash, error=file.error or "it changed")
+            answer = AdapterLoaded(slot, command.content_hash, error=file.error or "it changed")
+            return replace(answer, is_transient=file.is_transient)
         self.adapters[slot] = (command.content_hash, page_ids)
         self._keep_on_host(file.content, file.num_pages)
         return AdapterLoaded(slot, command.content_hash, load_us=1)

@@ -162,6 +162,10 @@ class Harness:
     def file(self, path: str, content: str, num_pages: int = 1, error: str = "") -> None:
         self.files[path] = FakeAdapter(content, num_pages, error)
 
+    def fail_for_now(self, path: str, error: str) -> None:
+        """Let reads of a path fail for a passing reason; file() ends it."""
+        self.files[path] = FakeAdapter("", 1, error, is_transient=True)
+
     def register(self, name: str, content: str = "", num_pages: int = 1, error: str = "") -> None:
         """A new path with this content, registered as `name`."""
         path = f"/{name}/{len(self.files)}"

@@ -264,3 +264,53 @@ def test_thousands_registered_cost_nothing_until_used() -> None:
     with pytest.raises(RequestRefused) as refusal:
         harness.add("a", [1], adapter="missing")
     assert len(refusal.value.text) < 1000
+
+
+def test_passing_failure_of_the_first_read_is_tried_again_by_the_next_request() -> None:
+    harness = Harness()
+    harness.register("x", num_pages=2)
+    harness.fail_for_now("/x/0", "the disk hangs")
+    harness.add("a", [1], adapter="x")
+    harness.run()
+    code, text = harness.error_of("a")
+    assert code == "adapter" and "the disk hangs; the next request tries again" in text
+    assert harness.scheduler.adapters.describe_one("x")["state"] == "registered"
+    harness.file("/x/0", "x", 2)
+    harness.add("b", [1], adapter="x", max_tokens=2)
+    harness.run()
+    described = harness.scheduler.adapters.describe_one("x")
+    assert (described["state"], described["error"]) == ("ready", "")
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_passing_failure_of_a_load_is_tried_again_by_the_next_request(is_pinned: bool) -> None:
+    harness = Harness(num_pages=10, max_model_len=28)
+    harness.register("x", num_pages=4)
+    harness.add("first", [1], adapter="x", max_tokens=1)
+    harness.add("large", [2] * 4, max_tokens=24)  # 7 of 9 pages: evicts the adapter
+    harness.run()
+    if is_pinned:
+        harness.scheduler.pin_adapter("x", "pin")
+    harness.fail_for_now("/x/0", "too many open files")
+    harness.add("a", [1], adapter="x", max_tokens=1)
+    harness.plan()
+    assert harness.events, "no load was asked for"
+    harness.settle()
+    assert "too many open files; the next request" in harness.error_of("a")[1]
+    harness.file("/x/0", "x", 4)
+    harness.add("b", [1], adapter="x", max_tokens=1)
+    harness.run()
+    described = harness.scheduler.adapters.describe_one("x")
+    assert (described["state"], described["error"]) == ("ready", "")
+    assert described["pinned"] is is_pinned
+
+
+def test_passing_failure_of_load_adapter_is_its_answer() -> None:
+    harness = Harness()
+    harness.fail_for_now("/p", "no memory")
+    harness.scheduler.load_adapter("x", "/p", "first")
+    harness.settle()
+    assert "no memory" in harness.adapter_updates["first"].error
+    harness.file("/p", "good", 2)
+    harness.add("a", [1], adapter="x", max_tokens=3)
+    harness.run()

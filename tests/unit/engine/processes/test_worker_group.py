@@ -146,6 +146,19 @@ def test_an_error_of_any_rank_is_the_answer(failing: int) -> None:
     assert ranks.commands_of(failing)[2:] == []
 
 
+@pytest.mark.parametrize("command", [INSPECT, LOAD])
+@pytest.mark.parametrize("is_lasting", [False, True])
+def test_a_passing_failure_is_passed_on_unless_another_rank_has_a_lasting_one(
+    command: InspectAdapter | LoadAdapter, is_lasting: bool
+) -> None:
+    ranks, answer = Ranks(2), INSPECTED if command is INSPECT else LOADED
+    ranks.group.send(command)
+    assert ranks.answer(0, replace(answer, error="no memory", is_transient=True)) == []
+    events = ranks.answer(1, replace(answer, error="damaged") if is_lasting else answer)
+    text = "worker 1: damaged" if is_lasting else "worker 0: no memory"
+    assert events == [replace(answer, error=text, is_transient=not is_lasting)]
+
+
 @pytest.mark.parametrize("change", [{"content_hash": "other"}, {"max_rank": 9}, {"modules": []}])
 def test_ranks_that_read_different_files_are_an_error(change: dict[str, Any]) -> None:
     ranks = Ranks(2)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from loraplex.memory.host.slab import plain_slab
-from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
+from loraplex.memory.host.store import (
+    GROW_AGAIN_S,
+    Allocate,
+    HostStore,
+    MemoryInUseError,
+    PackedAdapter,
+)
 
 UNIT = 1024
 EMPTY = torch.zeros(1, 7, dtype=torch.int32)
@@ -142,7 +148,7 @@ def test_prepare_keeps_room_for_two() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), MemoryError("no space")])
 def test_a_host_that_gives_no_more(error: Exception) -> None:
-    """The memory that was given becomes the budget. A read fails only when all of it is in use."""
+    """The store keeps to the memory that was given. A read fails only when all is in use."""
     slabs = [plain_slab(2 * UNIT)]
 
     def make_slab(num_bytes: int) -> torch.Tensor:
@@ -157,6 +163,46 @@ def test_a_host_that_gives_no_more(error: Exception) -> None:
     store.release("a")
     store.add(reading("b"))
     check(store, "b")
+
+
+def test_a_slab_that_could_not_be_had_is_asked_for_again() -> None:
+    now, num_asked, is_full = 100.0, 0, True
+
+    def make_slab(num_bytes: int) -> torch.Tensor:
+        nonlocal num_asked
+        num_asked += 1
+        if is_full and num_asked > 1:
+            raise OSError(24, "Too many open files")
+        return plain_slab(num_bytes)
+
+    store = HostStore(8 * UNIT, slab_bytes=2 * UNIT, make_slab=make_slab, clock=lambda: now)
+    store.add(reading("a", 2))
+    for _ in range(5):
+        store.prepare()
+    assert (num_asked, store.num_slab_bytes) == (2, 2 * UNIT), "it asks at each call"
+    is_full = False
+    now += GROW_AGAIN_S
+    store.add(reading("b", 2))
+    assert "a" in store and "b" in store
+    for _ in range(5):
+        store.prepare()
+    assert store.num_slab_bytes == 8 * UNIT, "the budget is smaller than before"
+    store.check_integrity()
+
+
+def test_memory_that_may_still_be_written_is_not_given_to_others() -> None:
+    store = HostStore(4 * UNIT, slab_bytes=4 * UNIT)
+
+    def read(allocate: Allocate) -> PackedAdapter:
+        allocate(2 * UNIT)
+        raise MemoryInUseError("it hangs in the kernel")
+
+    with pytest.raises(MemoryInUseError):
+        store.add(read)
+    store.add(reading("a"))
+    store.add(reading("b"))
+    store.add(reading("c"))
+    check(store, "b", "c")
 
 
 def test_under_threads() -> None:
