@@ -1,5 +1,6 @@
 """Runs the process that reads a worker's adapters into the worker's memory."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -27,6 +28,8 @@ from loraplex.engine.ipc.messages.reader import (
 )
 from loraplex.memory.host.slab import mapped_slab
 from loraplex.memory.host.store import Allocate, PackedAdapter
+
+_PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("loraplex")
 
@@ -109,9 +112,19 @@ def _target(start: ReaderStart) -> AdapterTarget:
     )
 
 
+def end_with_parent_thread() -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    The end of the connections says the same, but a process that a signal has stopped reads nothing.
+    The threads of a worker that start readers live as long as the worker.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
     """Serve each connection, given by its descriptor, in a thread; end when the first one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent_thread()
     set_up_logging("adapter reader")
     torch.set_num_threads(1)  # the packers already use the cores
     connections = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from loraplex.engine.config import EngineConfig, ParallelConfig, ProcessConfig
+from loraplex.engine.config import EngineConfig, ParallelConfig, ProcessConfig, ServerConfig
 from loraplex.engine.errors import ConnectionLostError, EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.processes.engine import Engine
@@ -148,3 +149,42 @@ def test_the_watchdog_can_be_switched_off() -> None:
         os.kill(engine.pids["worker 0"], signal.SIGCONT)
         (result,) = client.poll(GUARD_S)
         assert result.outputs[0].token_ids == expected_tokens([3], max_tokens=5)
+
+
+CLIENT = """
+import subprocess
+import sys
+from loraplex.engine.errors import LoraplexError
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.sync_client import Client
+client = Client(sys.argv[1])
+try:
+    for output in client.generate([3], SamplingParams(max_tokens=500)):
+        print("begun", flush=True)
+except LoraplexError as error:
+    print("failed:", type(error).__name__, flush=True)
+for output in client.generate([3], SamplingParams(max_tokens=5), stream=False):
+    print("ended:", output.outputs[0].token_ids, flush=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["private", "tcp"])
+def test_a_stopped_client_loses_its_request_and_goes_on_with_an_error(scheme: str) -> None:
+    endpoint = "" if scheme == "private" else "tcp://127.0.0.1:0"
+    config = fake_config(server=ServerConfig(endpoint=endpoint))
+    with running_engine(config, "--delay", "0.2") as engine, Client(engine.endpoint) as other:
+        with subprocess.Popen(
+            [sys.executable, "-c", CLIENT, engine.endpoint], stdout=subprocess.PIPE, text=True
+        ) as client:
+            try:
+                assert client.stdout is not None and client.stdout.readline() == "begun\n"
+                client.send_signal(signal.SIGSTOP)
+                wait_until(lambda: other.stats()["running"] == 0)
+                assert other.stats()["finished"]["length"] == 0, "the request ran to its end"
+                client.send_signal(signal.SIGCONT)
+                said, _ = client.communicate(timeout=GUARD_S)
+            finally:
+                client.kill()
+        assert "failed: ConnectionLostError" in said
+        assert f"ended: {expected_tokens([3], max_tokens=5)}" in said

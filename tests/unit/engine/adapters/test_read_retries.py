@@ -1,9 +1,12 @@
 """Reads that fail for a passing reason are repeated; those of a bad adapter are not."""
 
+import contextlib
 import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -249,3 +252,40 @@ def test_a_sibling_of_a_broken_link_reads_through_another_process(
     assert not thread.is_alive()
     store.drop(first.content_hash)
     assert store.add(partial(reader.read, "a", folder)).num_pages
+
+
+OWNER = """
+import os, sys, torch
+from pathlib import Path
+from loraplex.engine.adapters.reader import ProcessReader
+from loraplex.memory.host.slab import shared_slab
+from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES
+from loraplex.engine.adapters.packing import AdapterTarget
+from loraplex.engine.model.shard import whole_sides
+target = AdapterTarget(3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+reader = ProcessReader(target)
+reader.read("a", Path(sys.argv[1]), lambda n: shared_slab(n, page_locked=False)[:n])
+print(reader.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stopped_process_ends_with_its_owner(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", TINY, rank=2, seed=1)
+    tests = str(Path(__file__).parents[3])
+    path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), tests) if p)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        owner.kill()
+        owner.communicate()
+        wait_until(lambda: not is_alive(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
