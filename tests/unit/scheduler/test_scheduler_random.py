@@ -87,6 +87,18 @@ class Traffic:
         """From now on a file that was read before is not there; its requests may fail."""
         path = self.rng.choice(sorted(self.harness.files))
         self.harness.files[path].error = "it is gone"
+        self.harness.files[path].is_transient = False
+
+    def trouble_file(self) -> None:
+        """A file cannot be read for a passing reason, or all such trouble is over."""
+        if self.rng.random() < 0.4:
+            for file in self.harness.files.values():
+                if file.is_transient:
+                    file.error, file.is_transient = "", False
+            return
+        file = self.harness.files[self.rng.choice(sorted(self.harness.files))]
+        if not file.error:
+            file.error, file.is_transient = "too many open files", True
 
     def add(self) -> None:
         rng = self.rng
@@ -147,6 +159,7 @@ def test_random_traffic(policy: str, seed: int) -> None:
         traffic.load: 0.5,
         traffic.unload: 0.2,
         traffic.break_file: 0.1,
+        traffic.trouble_file: 0.5,
         lambda: traffic.register(traffic.rng.choice(NAMES)): 0.3,
     }
     for action in traffic.rng.choices(list(weights), list(weights.values()), k=150):
@@ -213,6 +226,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def unload(self) -> None:
         self.traffic.unload()
+
+    @rule()
+    def trouble_file(self) -> None:
+        self.traffic.trouble_file()
 
     @rule(name=st.sampled_from(NAMES))
     def register(self, name: str) -> None:
