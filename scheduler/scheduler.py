@@ -211,8 +211,8 @@ class Scheduler:
         now = self._clock()
         self._policy.on_result(step, now)
         self.adapters.usage_stats.on_result(step, now)
-        for request in apply_result(step, result, self.memory.kv, self._stats):
-            self._end(request, request.finish_reason(), now)
+        for request, reason in apply_result(step, result, self.memory.kv, self._stats):
+            self._end(request, reason, now)
         return self.outputs.take()
 
     # Adapters

@@ -1,5 +1,6 @@
 """Hands the result of a step to its requests and writes their outputs."""
 
+import math
 from array import array
 
 from loraplex.memory.accounting.kv_cache import KVCache
@@ -7,23 +8,27 @@ from loraplex.scheduler.frontend_protocol import SequenceOutput
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder
-from loraplex.scheduler.worker_protocol import StepResult, TokenLogprobs
+from loraplex.scheduler.worker_protocol import NOT_FINITE, StepResult, TokenLogprobs
+
+Ended = list[tuple[Request, str]]
+"""Requests that end, each with its reason, one of FINISH_REASONS."""
 
 
 def apply_result(
     step: StepBuilder, result: StepResult, kv: KVCache, stats: SchedulerStats
-) -> list[Request]:
+) -> Ended:
     """Append sampled ids to their requests and register computed blocks in the prefix cache.
 
     A token is a row of the output columns of its request's frontend. It becomes a SequenceOutput
     only if it is the request's first or last one or has log-probabilities. Requests that ended
     meanwhile get nothing. A request that was preempted meanwhile keeps its new id, but its pages
-    are no longer its own.
+    are no longer its own. A request whose logits are not finite ends with an error, and its blocks
+    leave the prefix cache.
 
     Returns:
         The requests that end with this step; the caller has to end them.
     """
-    ended: list[Request] = []
+    ended: Ended = []
     prompt_logprobs = _sort_prompt_logprobs(step, result)
     logprobs = result.logprobs
     block_tokens, finished = kv.block_tokens, RequestState.FINISHED
@@ -40,6 +45,11 @@ def apply_result(
                 num_dropped += 1
                 continue
             token_ids = request.token_ids
+            if token_id == NOT_FINITE or (judged and not _are_finite(judged)):
+                num_dropped += 1
+                _fail(request, len(token_ids), judged, kv)
+                ended.append((request, "error"))
+                continue
             token_ids.append(token_id)
             if (
                 request.num_prompt_tokens + 1 < len(token_ids) < request.max_total
@@ -50,8 +60,12 @@ def apply_result(
                 outputs = request.outputs
                 outputs.request_ids.append(request.request_id)
                 outputs.token_ids.append(token_id)
-            elif _add_details(request, token_id, entry, judged):
-                ended.append(request)
+            elif reason := _add_details(request, token_id, entry, judged):
+                ended.append((request, reason))
+        elif judged and not _are_finite(judged):
+            _fail(request, position + num_tokens, judged, kv)
+            ended.append((request, "error"))
+            continue
         elif judged is not None:
             request.outputs.details.append(
                 SequenceOutput(request.request_id, array("i"), prompt_logprobs=judged)
@@ -71,8 +85,8 @@ def _add_details(
     token_id: int,
     entry: TokenLogprobs | None,
     judged: list[TokenLogprobs] | None,
-) -> bool:
-    """Write the output of the token just appended; True if the request ends with it."""
+) -> str:
+    """Write the output of the token just appended. Returns why the request ends, or nothing."""
     reason = request.finish_reason()
     request.outputs.details.append(
         SequenceOutput(
@@ -85,7 +99,38 @@ def _add_details(
             prompt_logprobs=judged or [],
         )
     )
-    return reason != ""
+    return reason
+
+
+def _are_finite(entries: list[TokenLogprobs]) -> bool:
+    """False if the logits at any of these prompt positions were not finite."""
+    return not any(math.isnan(entry.logprobs[0]) for entry in entries)
+
+
+def _fail(request: Request, position: int, judged: list[TokenLogprobs] | None, kv: KVCache) -> None:
+    """Write the error of a request whose logits for `position`, or for one of the prompt tokens
+    judged before it, are not finite."""
+    if request.chain is not None:
+        kv.forget(request.chain)
+    if judged and not _are_finite(judged):
+        end = request.num_prompt_logprobs
+        is_bad = [math.isnan(entry.logprobs[0]) for entry in judged]
+        position = end - len(judged) + is_bad.index(True)
+    who = f"adapter {request.adapter!r}" if request.adapter else "the base model"
+    text = (
+        f"{who} gave logits that are NaN or infinite for the token at position {position}, so the "
+        "request ends there: check the weights and scale of the adapter, and those of the base "
+        "model; float16 overflows where bfloat16 does not"
+    )
+    request.outputs.details.append(
+        SequenceOutput(
+            request.request_id,
+            array("i"),
+            finish_reason="error",
+            error=text,
+            error_code="not_finite",
+        )
+    )
 
 
 def _count(step: StepBuilder, result: StepResult, stats: SchedulerStats) -> None:

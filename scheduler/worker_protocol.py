@@ -122,8 +122,16 @@ class PromptLogprobs(Record):
     entries: list[TokenLogprobs]
 
 
+NOT_FINITE = -1
+"""Sampled id of a row whose logits hold a NaN or +inf, or nothing but -inf."""
+
+
 class StepResult(Message):
-    """Sampled ids of a step, one for each row with `samples[r] == 1`, in row order."""
+    """Sampled ids of a step, one for each row with `samples[r] == 1`, in row order.
+
+    An id is NOT_FINITE where none could be sampled. The logprobs at a prompt position are NaN where
+    that position's logits are not finite.
+    """
 
     step_id: int
     token_ids: Int32Array

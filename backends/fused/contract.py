@@ -101,17 +101,18 @@ class FusedOps(Protocol):
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the index of the greatest element of each row.
+        """Returns the index of the greatest element of each row, or -1 for a row that is broken.
 
         The row is logits / temperature + noise (see above), or the logits where the temperature is
-        0. Among equals the lowest token id wins.
+        0. Among equals the lowest token id wins. A row is broken if any of its logits is NaN or
+        +inf, or if all are -inf.
 
         Args:
-            logits: [N, vocabulary], the model's dtype or float32, any row stride, no NaN.
+            logits: [N, vocabulary], the model's dtype or float32, any row stride.
             temperature: float32 [N], not negative.
             keys: int64 [N, 2], 32 bits each.
 
         Returns:
-            Token ids, int64 [N].
+            Token ids, int32 [N].
         """
         ...

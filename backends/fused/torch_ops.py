@@ -62,7 +62,8 @@ class TorchFused:
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
-        sampled = logits.argmax(dim=-1)
+        sampled = logits.argmax(dim=-1)  # the first NaN, where there is one
+        greatest = logits.gather(1, sampled[:, None])[:, 0]
         rows = torch.arange(len(sampled), device=logits.device)
         if logits.device.type == "cpu":  # on a GPU, finding the random rows would sync
             rows = temperature.nonzero()[:, 0]
@@ -72,7 +73,7 @@ class TorchFused:
             values += gumbel_noise(keys.index_select(0, part), logits.shape[1])
             greedy = sampled.index_select(0, part)
             sampled.index_copy_(0, part, torch.where(heat > 0, values.argmax(dim=-1), greedy))
-        return sampled
+        return sampled.masked_fill_(~greatest.isfinite(), -1).int()
 
 
 def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -145,7 +145,7 @@ class TritonFused:
         most = max(1, min(MAX_SPLITS, self._draw_programs // num_rows))
         blocks_per_split = -(-vocab_size // (DRAW_BLOCK * most))
         num_splits = -(-vocab_size // (DRAW_BLOCK * blocks_per_split))
-        sampled = logits.new_empty(num_rows, dtype=torch.int64)
+        sampled = logits.new_empty(num_rows, dtype=torch.int32)
         candidates = logits.new_empty(num_rows * num_splits, dtype=torch.int64)  # best of a split
         stride = logits.stride()[0]
         key = ("draw", vocab_size, stride, num_splits, logits.dtype)

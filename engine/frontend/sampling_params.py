@@ -14,6 +14,7 @@ MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 16384  # all stop strings together
 MAX_STOP_TOKEN_IDS = 4096
 MAX_BIASES = 4096
+MAX_BIAS = 1e30  # a logit and its bias stay finite in 32 bits
 MAX_LOGPROBS_A_STEP = 4096  # n * (logprobs + 1): entries that a step adds to one reply
 
 _FLOATS = (
@@ -228,9 +229,9 @@ def _check_bias(bias: object) -> None:
     _check_count("logit_bias", bias, MAX_BIASES)
     for token, value in bias.items():
         _check_int("logit_bias key", token)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise ValueError(f"logit_bias must map token ids to finite numbers, got {short(value)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not value <= MAX_BIAS:
+            raise ValueError(
+                f"logit_bias must map token ids to numbers up to {MAX_BIAS} (-inf removes a "
+                f"token), got {short(value)}"
+            )

@@ -257,11 +257,13 @@ class ModelRunner:
         wanted = np.flatnonzero(num_best >= 0)
         longest = int(rows.next_positions.max())
         sampled = sample(logits, batch, self.states.token_ids, longest, fused=self._fused)
-        output.token_ids = sampled.int()
-        self.states.token_ids.view(-1).index_copy_(0, places, output.token_ids)
+        output.token_ids = sampled
+        # Steps planned before the verdict is known still feed the token of a row that failed.
+        known = sampled.clamp_min(0)
+        self.states.token_ids.view(-1).index_copy_(0, places, known)
         if len(wanted):
             output.scored_rows = [(int(row), int(num_best[row])) for row in wanted]
-            output.scores = self._score_rows(logits, sampled, wanted, int(num_best.max()))
+            output.scores = self._score_rows(logits, known, wanted, int(num_best.max()))
 
     def _score_rows(
         self,
@@ -286,7 +288,7 @@ class ModelRunner:
             for at in range(first, end, PROMPT_SCORE_ROWS):
                 stop = min(at + PROMPT_SCORE_ROWS, end)
                 logits = self._model.logits(hidden[start + at - first : start + stop - first])
-                targets = self.states.token_ids[slot, at:stop].long()
+                targets = self.states.token_ids[slot, at:stop]
                 scores = score(logits, targets, num_best)
                 output.prompts.append(ScoredPrompt(slot, at, num_best, scores))
 

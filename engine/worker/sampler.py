@@ -6,6 +6,9 @@ are of the logits as the model gave them.
 
 A draw is the Gumbel-max trick. Its noise is a hash of (seed, position, token id), so it depends
 neither on the batch nor on earlier steps. The op ``fused`` draws for all rows.
+
+A row with a NaN or +inf, or with -inf alone, gets the id NOT_FINITE (scheduler/worker_protocol.py).
+A single -inf is legal: masks use it, and its token is never drawn.
 """
 
 from dataclasses import dataclass
@@ -63,7 +66,7 @@ def sample(
     *,
     fused: FusedOps,
 ) -> torch.Tensor:
-    """Returns the next token of each row, int64 [N].
+    """Returns the next token of each row, int32 [N]; NOT_FINITE where there can be none.
 
     Args:
         logits: [N, vocabulary], the model's dtype.
@@ -81,9 +84,13 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_best: int) -> Logpr
 
     Args:
         logits: [n, vocabulary], the model's dtype, as it gave them.
-        token_ids: int64 [n].
+        token_ids: int32 or int64 [n], of the vocabulary.
+
+    Returns:
+        NaN for each logprob of a row whose logits are not finite.
     """
     logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
+    token_ids = token_ids.long()
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > own).sum(dim=1, dtype=torch.int32) + 1
     best, best_ids = logprobs.topk(min(num_best, logits.shape[1]), dim=1)
@@ -104,7 +111,8 @@ def _adjust(
     if batch.penalty_rows is not None:
         _penalize(logits, batch, token_ids, num_known_tokens)
     if batch.forbidden_rows is not None:
-        logits[batch.forbidden_rows, batch.forbidden_ids] = -torch.inf
+        forbidden = (batch.forbidden_rows, batch.forbidden_ids)
+        logits[forbidden] = logits[forbidden] - torch.inf  # a NaN or +inf stays visible, as NaN
     if batch.cut_rows is not None:
         rows_per_chunk = max(1, CHUNK_ELEMS // logits.shape[1])
         for start in range(0, len(batch.cut_rows), rows_per_chunk):

@@ -109,6 +109,7 @@ class KVCache:
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, Priority] = OrderedDict()  # by page id, in order of eviction
+        self._forgotten: set[int] = set()  # pages in use that forget() took out of the cache
         self._written: set[bytes] = set()  # hashes of blocks that step `_written_in` writes
         self._written_in = 0
 
@@ -218,8 +219,26 @@ class KVCache:
         priority = self._clock.stamp(self._recompute_cost_ns, 1)
         for page_id in reversed(table.page_ids):
             keep = page_id in self._hash_of
-            if self._blocks.release(page_id, keep=keep) and keep:
-                self._idle[page_id] = priority
+            if self._blocks.release(page_id, keep=keep):
+                self._forgotten.discard(page_id)
+                if keep:
+                    self._idle[page_id] = priority
+
+    def forget(self, chain: BlockChain) -> None:
+        """Remove a request's blocks from the cache, because their KV may be wrong.
+
+        Requests that use such a block keep its page, and free it in the end. The request itself
+        may have a page table or not.
+        """
+        for key in chain.hashes:
+            page_id = self._page_of.get(key)
+            if page_id is None:
+                continue
+            if page_id in self._idle:
+                self.evict(page_id)
+            else:
+                del self._page_of[key], self._hash_of[page_id]
+                self._forgotten.add(page_id)
 
     def evict(self, page_id: int) -> None:
         """Remove an idle prefix block from the cache and free its page."""
@@ -252,7 +271,7 @@ class KVCache:
         for request_id, table in self._tables.items():
             for block, page_id in enumerate(table.page_ids):
                 key = self._hash_of.get(page_id)
-                if page_id in in_use and key is None:
+                if page_id in in_use and key is None and page_id not in self._forgotten:
                     raise IntegrityError(f"page {page_id} is shared but not a prefix block")
                 if key is not None and (
                     block >= table.num_registered or table.chain.hashes[block] != key
@@ -265,6 +284,8 @@ class KVCache:
         for page_id in self._hash_of:
             if (page_id in in_use) == (page_id in self._idle):
                 raise IntegrityError(f"cached page {page_id} must be either in use or idle")
+        if not self._forgotten <= in_use - self._hash_of.keys():
+            raise IntegrityError("a forgotten page is free or cached")
         stamps = list(self._idle.values())
         if stamps != sorted(stamps):
             raise IntegrityError("idle prefix blocks are out of order")

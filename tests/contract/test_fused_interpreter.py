@@ -19,7 +19,7 @@ FAST = (
     "test_silu_mul and (1000 or 33)",
     "test_rope_store_kv and float16",
     "test_padded_rows",
-    "test_draw and (1-50 or 32001 or equals or forbidden or neighbours)",
+    "test_draw and (1-50 or 32001 or equals or forbidden or broken or neighbours)",
 )
 LONG = (
     "test_norms and 3584",

@@ -195,7 +195,7 @@ def test_draw(
     padded[:, :vocab_size] = logits
     view = padded.to(device)[:, :vocab_size]
     got = op.draw(view, temperature.to(device), keys.to(device))
-    assert got.dtype == torch.int64 and got.shape == (num_rows,)
+    assert got.dtype == torch.int32 and got.shape == (num_rows,)
     for row, sampled in enumerate(got.tolist()):
         values = draw_values(logits[row], float(temperature[row]), keys[row].tolist())
         if temperature[row] == 0:
@@ -212,7 +212,7 @@ def test_draw_takes_the_lowest_of_equals(name: str, dtype: torch.dtype, device: 
     logits = torch.full((7, 5000), -3.0, dtype=dtype)
     logits[1, [4999, 1023, 1024]] = 2.5
     logits[2, [17, 4998, 3000]] = 65504.0
-    logits[3] = -torch.inf
+    logits[3, 1:] = -torch.inf
     logits[4, 3:] = -torch.inf
     logits[5], logits[5, 9], logits[5, 4000] = -1.0, -0.0, 0.0
     logits[6], logits[6, 4900] = -torch.inf, -1e4
@@ -230,6 +230,34 @@ def test_draw_never_takes_what_is_forbidden(name: str, device: str) -> None:
     _, _, keys = make_draw(24, 8, torch.float32)
     got = op.draw(logits.to(device), torch.ones(24, device=device), keys.to(device))
     assert set(got.tolist()) == {5, 2999}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_draw_tells_broken_rows(name: str, dtype: torch.dtype, device: str) -> None:
+    """Each kind of row once greedy and once random. Rows of finite values and -inf are not broken,
+    however small the temperature."""
+    op = make_op(name, dtype, device)
+    size, nan, inf = 3000, torch.nan, torch.inf
+    broken = [{0: nan}, {2999: nan}, {1500: -nan}, {7: inf}, {7: inf, 8: nan}, {9: nan, 2500: inf}]
+    whole = [{}, {5: -inf}, {0: 60000.0}, dict.fromkeys(range(1, size), -inf)]
+    rows = torch.randn(len(broken) + 1 + len(whole), size).to(dtype)
+    rows[len(broken)] = -inf
+    for row, marks in zip(rows, [*broken, {}, *whole], strict=True):
+        for token_id, value in marks.items():
+            row[token_id] = value
+    num_broken = len(broken) + 1
+    want = rows[num_broken:].argmax(dim=1).tolist()
+    for heat in (0.0, 1e-36, 0.7, 90.0):
+        temperature = torch.full((len(rows),), heat, device=device)
+        keys = torch.arange(2 * len(rows), device=device).view(-1, 2)
+        got = op.draw(rows.to(device), temperature, keys).tolist()
+        assert got[:num_broken] == [-1] * num_broken
+        assert min(got[num_broken:]) >= 0
+        assert got[-1] == 0 and got[num_broken + 1] != 5
+        if heat == 0:
+            assert got[num_broken:] == want
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,11 +3,17 @@
 A candidate is one int64. Its high half holds the value's bits, mapped so that integers order like
 the values. Its low half is 2^31 - 1 - token id. So the greatest candidate is the best, and the
 lowest token id among equal values, in whatever order candidates are compared.
+
+The value of a NaN or +inf is +inf, and no other value is. So the best value of a row is finite
+unless the row is broken (see FusedOps.draw).
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
+_INF_ORDERED = tl.constexpr(0x7F800000)  # the high half of +inf's candidate; -inf's is its ~
 
 
 @triton.jit
@@ -55,7 +61,10 @@ def draw_split_kernel(
         mask_C = (next_C < VOCAB) & (not is_last)
         raw_C = tl.load(logits + next_C, mask=mask_C, other=float("-inf"))
         if heat > 0:
-            value_C = value_C / heat + _gumbel(id_C, key_0, key_1)
+            drawn_C = value_C / heat + _gumbel(id_C, key_0, key_1)
+            drawn_C = tl.minimum(drawn_C, _MAX_FLOAT)
+            value_C = tl.where(value_C < float("inf"), drawn_C, value_C)
+        value_C = tl.where(value_C < float("inf"), value_C, float("inf"))  # also a NaN
         better_C = value_C > best_C
         best_C = tl.where(better_C, value_C, best_C)
         best_id_C = tl.where(better_C, id_C, best_id_C)
@@ -68,7 +77,7 @@ def draw_split_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def draw_merge_kernel(candidates, sampled, num_splits, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """Each program writes the token id of the best of one row's splits."""
+    """Each program writes the token id of the best of one row's splits; -1 if it is not finite."""
     row = tl.program_id(0)
     split = tl.arange(0, MAX_SPLITS)
     mask = split < num_splits
@@ -76,4 +85,7 @@ def draw_merge_kernel(candidates, sampled, num_splits, MAX_SPLITS: tl.constexpr,
         gdc_wait()
         gdc_launch_dependents()
     candidate = tl.load(candidates + row * num_splits + split, mask=mask, other=-(1 << 63))
-    tl.store(sampled + row, 0x7FFFFFFF - (tl.max(candidate, axis=0) & 0x7FFFFFFF))
+    best = tl.max(candidate, axis=0)
+    ordered = best >> 32
+    is_finite = (ordered < _INF_ORDERED) & (ordered > ~_INF_ORDERED)
+    tl.store(sampled + row, tl.where(is_finite, 0x7FFFFFFF - (best & 0x7FFFFFFF), -1))

@@ -6,6 +6,7 @@ read, so a page that is stale, shared by mistake or overwritten is found at once
 a function of the same hash, so `oracle()` predicts every output whatever the batch.
 """
 
+import math
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from loraplex.scheduler.worker_protocol import (
+    NOT_FINITE,
     AdapterEvicted,
     AdapterInspected,
     AdapterLoaded,
@@ -40,22 +42,11 @@ def sampling_spec(
     num_prompt_logprobs: int = -1,
 ) -> SamplingSpec:
     return SamplingSpec(
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        seed=0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop_token_ids=array("i", stop_token_ids),
-        num_logprobs=num_logprobs,
-        num_prompt_logprobs=num_prompt_logprobs,
-        bias_token_ids=array("i"),
-        bias_values=array("f"),
-    )
+        temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, repetition_penalty=1.0,
+        presence_penalty=0.0, frequency_penalty=0.0, max_tokens=max_tokens, min_tokens=min_tokens,
+        stop_token_ids=array("i", stop_token_ids), num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs, bias_token_ids=array("i"), bias_values=array("f"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -137,7 +128,11 @@ class FakeWorker:
         files: dict[str, FakeAdapter] | None = None,
         max_host: int = 0,
     ) -> None:
-        """`max_host` adapters fit the host store; with 0 every load reads its files."""
+        """`max_host` adapters fit the host store; with 0 every load reads its files.
+
+        Set `broken[content]` to make logits not finite for this position of its requests and all
+        later ones; the content of the base model is empty.
+        """
         self.num_pages = num_pages
         self.block_tokens = block_tokens
         self.max_num_seqs = max_num_seqs
@@ -147,6 +142,7 @@ class FakeWorker:
         self.files = files if files is not None else {}
         self.num_steps = 0
         self.num_loads = 0
+        self.broken: dict[str, int] = {}
         self._slots: dict[int, _Slot] = {}
         self.adapters: dict[int, tuple[str, list[int]]] = {}  # slot -> content, pages
         self.max_host = max_host
@@ -327,7 +323,9 @@ class FakeWorker:
         num_generated = len(slot.token_ids) - slot.num_prompt_tokens
         banned = slot.stop_ids if num_generated < slot.sampling.min_tokens else frozenset()
         token_id = next_token(slot.states[-1], self.vocab_size, banned)
-        self._push(slot, token_id)
+        if self._is_broken(slot, len(slot.token_ids)):
+            token_id = NOT_FINITE
+        self._push(slot, max(token_id, 0))
         result.token_ids.append(token_id)
         asked = slot.sampling.num_logprobs >= 0
         result.logprobs.append(_logprobs(token_id, slot.states[-1]) if asked else None)
@@ -339,12 +337,16 @@ class FakeWorker:
         if slot.sampling.num_prompt_logprobs < 0 or last <= position:
             return
         entries = [
-            _logprobs(slot.token_ids[judged], slot.states[judged])
+            _logprobs(slot.token_ids[judged], slot.states[judged], self._is_broken(slot, judged))
             for judged in range(position + 1, last + 1)
         ]
         result.prompt_logprobs.append(PromptLogprobs(slot_id, position + 1, entries))
 
+    def _is_broken(self, slot: _Slot, position: int) -> bool:
+        return position >= self.broken.get(slot.content, position + 1)
 
-def _logprobs(token_id: int, state: int) -> TokenLogprobs:
+
+def _logprobs(token_id: int, state: int, is_broken: bool = False) -> TokenLogprobs:
     """The rank carries a fingerprint of the history, so that tests can tell positions apart."""
-    return TokenLogprobs(array("i", [token_id]), array("f", [-1.0]), array("i", [state % 9973]))
+    value = math.nan if is_broken else -1.0
+    return TokenLogprobs(array("i", [token_id]), array("f", [value]), array("i", [state % 9973]))

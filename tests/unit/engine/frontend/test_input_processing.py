@@ -196,6 +196,17 @@ def test_biased_and_stop_ids_outside_the_vocabulary_are_refused(token_id: int) -
         processor(None).sampling_specs(SamplingParams(stop_token_ids=[token_id]), 3)
 
 
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), 1e39, True, "1"])
+def test_biases_that_are_no_finite_logits_are_refused(bias: Any) -> None:
+    with pytest.raises(ValueError, match="logit_bias must map"):
+        SamplingParams(logit_bias={5: bias})
+
+
+def test_bias_of_minus_infinity_is_taken() -> None:
+    (spec,) = processor(None).sampling_specs(SamplingParams(logit_bias={5: -float("inf")}), 3)
+    assert spec.bias_values == array("f", [-float("inf")])
+
+
 def test_seeds() -> None:
     def seeds(inputs: Any, **values: Any) -> list[int]:
         return [spec.seed for spec in inputs.sampling_specs(SamplingParams(**values), 3)]

@@ -14,7 +14,7 @@ from loraplex.backends.fused.torch_ops import TorchFused, gumbel_noise
 from loraplex.engine.worker import sampler
 from loraplex.engine.worker.sampler import SamplingBatch, sample, score
 from loraplex.engine.worker.sampling_states import SamplingStates, noise_keys
-from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
+from loraplex.scheduler.worker_protocol import NOT_FINITE, SamplingSpec, int_array
 
 VOCAB = 50
 FUSED = TorchFused(FusedSpec(torch.float32, torch.device("cpu"), 64))
@@ -54,7 +54,7 @@ def draw(
     batch = SamplingBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})
     before = logits.clone()
     sampled = sample(logits, batch, token_ids, max(positions), fused=FUSED)
-    assert torch.equal(logits, before)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
     return sampled.tolist()
 
 
@@ -199,6 +199,50 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "CHUNK_ELEMS", 3 * VOCAB)
     monkeypatch.setattr(torch_ops, "CHUNK_ELEMS", 2 * VOCAB)
     assert draw(specs, logits, **texts) == whole
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_broken_logits_give_no_token(name: str) -> None:
+    """Nothing that adjusts logits hides a NaN or +inf, not even under a forbidden id."""
+    good = torch.randn(VOCAB, generator=torch.Generator().manual_seed(8)).bfloat16()
+    spec = make_spec(**SPECS[name])
+    named = {*spec.stop_token_ids, *spec.ignored_eos_ids, *spec.bias_token_ids}
+    places = {0, 5, VOCAB - 1} | {token_id for token_id in named if token_id < VOCAB}
+    rows = [good.clone() for _ in range(2 * len(places) + 2)]
+    for index, place in enumerate(sorted(places)):
+        rows[index][place] = torch.nan
+        rows[len(places) + index][place] = torch.inf
+    rows[-2][:] = -torch.inf
+    texts = {"prompts": [PROMPT] * len(rows), "answers": [ANSWER] * len(rows)}
+    got = draw([spec] * len(rows), torch.stack(rows), **texts)
+    assert got[:-1] == [NOT_FINITE] * (len(rows) - 1)
+    assert got[-1] >= 0
+
+
+def test_masks_of_the_user_are_legal() -> None:
+    """A bias of -inf removes a token; a request that removes every token has none to draw."""
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 7] = 9.0
+
+    def mask(ids: list[int], **values: Any) -> SamplingSpec:
+        bias = array("f", [-math.inf] * len(ids))
+        return make_spec(bias_token_ids=int_array(ids), bias_values=bias, **values)
+
+    specs = [mask([7], temperature=0.0), mask([*range(49)]), mask([*range(VOCAB)])]
+    assert draw(specs, logits) == [0, 49, NOT_FINITE]
+
+
+@pytest.mark.parametrize(
+    "bad", [{3: math.nan}, {3: math.inf}, dict.fromkeys(range(VOCAB), -math.inf)]
+)
+def test_scores_of_broken_logits_are_nan(bad: dict[int, float]) -> None:
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(4))
+    for token_id, value in bad.items():
+        logits[1, token_id] = value
+    logits[0, 9] = -torch.inf
+    scores = score(logits, torch.tensor([5, 5], dtype=torch.int32), 3)
+    assert scores.logprobs[0].isfinite().all()
+    assert scores.logprobs[1].isnan().all()
 
 
 class OnlyDraws:

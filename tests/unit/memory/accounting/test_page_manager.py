@@ -28,6 +28,7 @@ class PoolTraffic(RuleBasedStateMachine):
         self.now = 0.0
         self.num_requests = 0
         self.requests: dict[int, array[int]] = {}
+        self.chains: list[BlockChain] = []
         self.reserved: list[str] = []
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
@@ -43,6 +44,19 @@ class PoolTraffic(RuleBasedStateMachine):
         memory.make_room(needed)
         assert len(kv.grow(self.num_requests, len(tokens))) == needed
         self.requests[self.num_requests] = token_ids
+        self.chains.append(chain)
+
+    @precondition(lambda self: self.chains)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=3, max_size=12))
+    def forget(self, data: st.DataObject, tokens: list[int]) -> None:
+        """Forget the blocks of a request, be it running or not; nothing shares them later."""
+        kv, before = self.memory.kv, self.memory.num_available
+        chain = data.draw(st.sampled_from(self.chains))
+        kv.forget(chain)
+        assert self.memory.num_available == before
+        probe = BlockChain(b"r", BLOCK)
+        prefix = kv.find_prefix(probe, array("i", tokens))
+        assert set(probe.hashes[: len(prefix.page_ids)]).isdisjoint(chain.hashes)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
