@@ -53,4 +53,5 @@ def describe_load(
         "pages_kv": pages["kv"],
         "pages_prefix": pages["prefix"],
         "pages_adapter": pages["adapter"],
+        "num_resident_adapters": len(memory.adapters),
     }

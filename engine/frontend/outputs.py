@@ -159,6 +159,16 @@ class OutputProcessor:
         self._raw_prompt_logprobs: deque[TokenLogprobs] = deque()
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt_token_ids)
+
+    @property
+    def finish_reasons(self) -> str:
+        """The different reasons of the completions that have ended, joined by commas."""
+        reasons = (completion.finish_reason for completion in self.completions)
+        return ",".join(dict.fromkeys(reason for reason in reasons if reason))
+
+    @property
     def needs_conversion(self) -> bool:
         """Tells whether convert() has prompt logprobs to prepare for the reply."""
         return bool(self._raw_prompt_logprobs)

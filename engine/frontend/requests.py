@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
@@ -16,6 +16,7 @@ from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
 from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
+from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.ipc.channel import Wakeup
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
@@ -40,6 +41,7 @@ class _Request:
     outputs: OutputProcessor | None = None
     first_id: int = 0
     num_bytes: int = 0  # that `prompts` counts
+    times: RequestTimes = field(default_factory=RequestTimes)
 
 
 class RequestTable:
@@ -239,6 +241,8 @@ class RequestTable:
             if output.finish_reason == "error":
                 self._fail(request, output.error_code or "internal", output.error)
                 continue
+            if output.token_ids:
+                request.times.on_output()
             index = output.request_id - request.first_id
             if request.outputs.update(index, output):
                 stopped.append(output.request_id)
@@ -261,7 +265,7 @@ class RequestTable:
         reply = request.outputs.take_reply()
         if request.outputs.finished:
             self.counters["finished"] += 1
-            self._drop(request)
+            self._drop(request, request.outputs.finish_reasons)
         if reply is not None:
             self._reply(request.client, reply)
 
@@ -283,7 +287,7 @@ class RequestTable:
         if request is None:
             return
         self.counters["cancelled"] += 1
-        self._abort(self._drop(request))
+        self._abort(self._drop(request, "abort"))
         if request.outputs is None:
             num_sequences = request.message.sampling_params.n
             self._reply(client, aborted_reply(request_id, num_sequences))
@@ -301,14 +305,14 @@ class RequestTable:
         request_ids = list(mine)
         for request in list(mine.values()):
             self.counters["cancelled"] += 1
-            self._abort(self._drop(request))
+            self._abort(self._drop(request, "client left"))
         return request_ids
 
     def fail_all(self, code: str, text: str) -> None:
         """Ends every request of every client with an error reply."""
         for mine in list(self._by_client.values()):
             for request in list(mine.values()):
-                self._drop(request)
+                self._drop(request, code)
                 self._reply(request.client, error_reply(request.message.request_id, code, text))
 
     def close(self) -> None:
@@ -316,7 +320,7 @@ class RequestTable:
 
     def _fail(self, request: _Request, code: str, text: str) -> None:
         self.counters["failed"] += 1
-        self._abort(self._drop(request))
+        self._abort(self._drop(request, code))
         self._reply(request.client, error_reply(request.message.request_id, code, text))
 
     def _abort(self, sequence_ids: list[int]) -> None:
@@ -327,8 +331,10 @@ class RequestTable:
         mine = self._by_client.get(request.client, {})
         return mine.get(request.message.request_id) is request
 
-    def _drop(self, request: _Request) -> list[int]:
-        """Removes a request. Returns the ids of its unfinished sequences."""
+    def _drop(self, request: _Request, reason: str) -> list[int]:
+        """Removes a request and logs why it ended. Returns the ids of its unfinished sequences."""
+        message, outputs = request.message, request.outputs
+        log_end(message.request_id, message.adapter, outputs, reason=reason, times=request.times)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         if not mine:

@@ -29,6 +29,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildProgress,
     ChildReady,
     ChildStart,
+    ChildStatus,
     Shutdown,
 )
 
@@ -83,6 +84,9 @@ class Child:
 
     def progress(self, text: str) -> None:
         self._report(ChildProgress(text))
+
+    def status(self, text: str) -> None:
+        self._report(ChildStatus(text))
 
     def ready(self, *, endpoint: str = "", info: EngineInfo | None = None) -> None:
         """Report that the child can work. From here on SIGTERM asks its loop to end; before, it

@@ -17,6 +17,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildProgress,
     ChildReady,
     ChildStart,
+    ChildStatus,
     Shutdown,
 )
 from loraplex.engine.ipc.messages.reader import (
@@ -50,7 +51,7 @@ other."""
 WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
     AdapterReply, StatsQuery, StatsReply, EngineDead,
-    ChildStart, ChildProgress, ChildBeat, ChildReady, ChildFailed, Shutdown,
+    ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Shutdown,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,

@@ -39,14 +39,21 @@ class Engine:
         config: EngineConfig,
         *,
         on_progress: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
     ) -> None:
-        """Takes a callback for lines of progress, called from other threads, and a command that
-        replaces ``python -m loraplex.engine.processes.worker_main``."""
+        """Makes an engine that is not started.
+
+        Args:
+            on_progress: takes lines about the start; called from other threads.
+            on_status: takes a line now and then while the engine is busy; called from another
+                thread, which must not be held up.
+            worker_command: replaces ``python -m loraplex.engine.processes.worker_main``.
+        """
         self._config = config
         self._worker_command = worker_command
         self._interrupted = False
-        self._group = ProcessGroup(on_progress)
+        self._group = ProcessGroup(on_progress, on_status)
 
     @property
     def dead_reason(self) -> str | None:

@@ -24,6 +24,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildProgress,
     ChildReady,
     ChildStart,
+    ChildStatus,
     Shutdown,
 )
 from loraplex.engine.processes.process import Process, ProcessSpec
@@ -76,7 +77,11 @@ class ProcessGroup:
         ended: set when every process is gone and nothing is left of them.
     """
 
-    def __init__(self, on_progress: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        on_progress: Callable[[str], None] | None,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
         self.processes: list[Process] = []
         self.dead_process: Process | None = None
         self.dead_reason = ""
@@ -84,6 +89,7 @@ class ProcessGroup:
         self.run_dir = ""
         self.changed = threading.Condition()
         self._on_progress = on_progress
+        self._on_status = on_status
         self._lock = threading.Lock()  # guards the start of a process against the end of all
         self._stopping = threading.Event()
         self._restarts: dict[str, RestartPolicy] = {}  # by name; empty until allow_restarts()
@@ -154,11 +160,13 @@ class ProcessGroup:
                 continue
             if isinstance(report, ChildReady):
                 process.ready = report
-                self._report_progress(f"{process.spec.name} is ready")
+                self._tell(self._on_progress, f"{process.spec.name} is ready")
             elif isinstance(report, ChildFailed):
                 process.failed = report
             elif isinstance(report, ChildProgress):
-                self._report_progress(f"{process.spec.name}: {report.text}")
+                self._tell(self._on_progress, f"{process.spec.name}: {report.text}")
+            elif isinstance(report, ChildStatus):
+                self._tell(self._on_status, report.text)
             self._notify()
         process.popen.wait()
         process.exited.set()
@@ -173,12 +181,12 @@ class ProcessGroup:
                 if not process.exited.wait(KILL_WAIT_S):  # the kernel waits for a device or a disk
                     self._end_engine(process, f"{process.spec.name} {how} and cannot be killed")
 
-    def _report_progress(self, text: str) -> None:
-        if self._on_progress is not None:
+    def _tell(self, callback: Callable[[str], None] | None, text: str) -> None:
+        if callback is not None:
             try:
-                self._on_progress(text)
+                callback(text)
             except Exception:  # an error of the caller must not end the watch
-                logger.exception("on_progress failed")
+                logger.exception("a callback of the engine failed")
 
     def _on_exit(self, process: Process) -> None:
         if process.failed is not None and process.failed.code == PeerGoneError.code:

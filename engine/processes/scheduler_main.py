@@ -1,6 +1,7 @@
 """``python -m loraplex.engine.processes.scheduler_main``: the scheduler's process."""
 
 import gc
+import math
 from dataclasses import replace
 
 import zmq
@@ -12,6 +13,7 @@ from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
+from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.scheduler import Scheduler
@@ -49,12 +51,16 @@ def run(child: Child) -> None:
         gc.freeze()  # later collections skip the objects made at start
         child.activity.end()
         child.ready(info=info)
+        status = StatusLine(scheduler.stats)
         has_more = False
         while not child.stopping:
-            poller.poll(0 if has_more else None)
+            due_s = 0.0 if has_more else status.due_s
+            poller.poll(None if due_s is None else math.ceil(1000 * due_s))
             child.activity.begin()
             child.wakeup.clear()
             has_more = loop.turn()
+            if line := status.take(scheduler.num_unfinished):
+                child.status(line)
             child.activity.end()
     context.destroy(linger=0)
 

@@ -1,6 +1,8 @@
 """`loraplex serve`: run an engine on an endpoint until Ctrl-C or SIGTERM."""
 
+import select
 import sys
+import time
 
 import loraplex
 from loraplex.engine.adapters.paths import adapters_at_start
@@ -20,7 +22,7 @@ def run(config: EngineConfig) -> int:
         lines = describe(engine.endpoint, config, engine.info, len(adapters))
         print("\n".join(lines), flush=True)
 
-    engine = Engine(config, on_progress=progress)
+    engine = Engine(config, on_progress=progress, on_status=print_status)
     try:
         status = engine.serve(on_ready=announce)
     finally:
@@ -28,6 +30,12 @@ def run(config: EngineConfig) -> int:
     if engine.dead_reason:
         print(f"loraplex: error: {engine.dead_reason}", file=sys.stderr)
     return status
+
+
+def print_status(text: str) -> None:
+    """Print a line with the time of day, unless standard output is a pipe that nobody reads."""
+    if select.select([], [sys.stdout], [], 0)[1]:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters: int) -> list[str]:

@@ -31,6 +31,12 @@ class ChildBeat(Message):
     num_marks_in_step: int = 0  # since the last one began
 
 
+class ChildStatus(Message):
+    """One line about how the engine does, now and then."""
+
+    text: str
+
+
 class ChildReady(Message):
     """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
 
