@@ -23,6 +23,25 @@ def test_slora_shows_the_paper_and_first_tokens_of_open_loops() -> None:
     assert not slora_panels(rows[:2])[2].lines
 
 
+def test_slora_joins_no_two_settings_in_one_line() -> None:
+    def row(setting: str, n: int, registered: int) -> Row:
+        return {"setting": setting, "load": "saturated", "rate": None, "num_adapters": n,
+                "num_registered": registered, "requests_per_s": 20.0, "new_tokens_per_s": 5e3,
+                "ttft_ms_mean": 30.0, "paper_requests_per_s": 8.0}  # fmt: skip
+
+    rows = [row("S1", 0, 2000), row("S1", 5, 2000), row("S2", 0, 1000), row("S1", 5, 10_000)]
+    served, rates, _ = slora_panels(rows)
+    assert served.title == "S1, S2: requests"
+    assert [(line.label, len(line.points)) for line in rates.lines] == [
+        ("S1, saturated, 2,000 registered", 2), ("S2, saturated, 1,000 registered", 1),
+        ("S1, saturated, 10,000 registered", 1),
+    ]  # fmt: skip
+    papers = [line for line in served.lines if line.dashed]
+    assert [(line.label[:8], len(line.points)) for line in papers] == [
+        ("paper S1", 2), ("paper S2", 1),
+    ]  # fmt: skip
+
+
 def test_punica_has_a_line_for_each_batch_and_names_in_order() -> None:
     rows: list[Row] = [
         {"batch": b, "popularity": p, "new_tokens_per_s": 4e3, "of_identical": 0.9,
