@@ -126,7 +126,8 @@ class GraphRecorder:
         with torch.cuda.stream(self._stream):
             if warm_up:
                 run()
-            graph.capture_begin(pool=self._pool)
+            # Other threads page-lock host memory meanwhile, which a global capture would forbid.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:
