@@ -35,7 +35,7 @@ from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import AddRequest
+from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
@@ -233,7 +233,9 @@ def delay(post: Callable[[Rig, int], None], *, rounds: int) -> dict[str, float]:
     """
     rig = Rig(max_num_seqs=256)
     for index in range(NUM_ADAPTERS):
-        rig.scheduler.register_adapter(f"adapter-{index:05}", f"/adapters/{index:05}")
+        rig.scheduler.register_adapter(
+            f"adapter-{index:05}", AdapterSource.at(f"/adapters/{index:05}")
+        )
     for first in range(0, NUM_RESIDENT, 64):
         for number in range(first, min(first + 64, NUM_RESIDENT)):
             rig.post(AddRequest(number, int_array([3] * 8), one_token(), f"adapter-{number:05}"))

@@ -16,6 +16,19 @@ from loraplex.scheduler.worker_protocol import (
 )
 
 
+class AdapterSource(Record):
+    """A PEFT folder that a client names, as it was when the frontend looked at it."""
+
+    named: str  # absolute path as the client wrote it, which may lead through links
+    path: str  # the real folder, which the workers read
+    stamp: str = ""  # changes whenever the adapter's files change; empty: not known
+
+    @classmethod
+    def at(cls, path: str) -> "AdapterSource":
+        """Returns a folder of whose files nothing is known."""
+        return cls(path, path)
+
+
 class AddRequest(Message):
     """One sequence. A client's request with n > 1 is n of these.
 
@@ -25,7 +38,9 @@ class AddRequest(Message):
     request_id: int
     prompt_token_ids: Int32Array
     sampling: SamplingSpec
-    adapter: str = ""  # registered name; empty: the base model
+    adapter: str = ""  # name; empty: the base model
+    adapter_source: AdapterSource | None = None  # what `adapter` must be; None: what it is
+    load_inplace: bool = False  # `adapter_source` may replace another folder under this name
     salt: str = ""  # tenant: nothing is shared between different salts
     priority: int = 0  # lower is earlier
     use_prefix_cache: bool = True

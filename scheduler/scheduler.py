@@ -16,7 +16,7 @@ from loraplex.scheduler.adapters.manager import AdapterManager
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import Outputs, OutputTable
+from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, OutputTable
 from loraplex.scheduler.integrity import check_integrity
 from loraplex.scheduler.planner import StepPlanner
 from loraplex.scheduler.policies.registry import make_policy
@@ -146,7 +146,11 @@ class Scheduler:
                 f"{self._config.max_queue_len} requests wait already; try again later",
             )
         check_lengths(request, self._max_model_len)
-        version = self.adapters.registry.resolve(request.adapter) if request.adapter else None
+        version = None
+        if request.adapter:
+            version = self.adapters.registry.resolve(
+                request.adapter, request.adapter_source, load_inplace=request.load_inplace
+            )
         if refusal := self._capacity_problem(request, version):
             raise RequestRefused("bad_request", refusal)
         return version
@@ -217,13 +221,13 @@ class Scheduler:
 
     # Adapters
 
-    def register_adapter(self, name: str, path: str) -> dict[str, Any]:
-        """Remember a path under a name, replacing the name's adapter for new requests."""
-        return self.adapters.describe(self.adapters.registry.register(name, path), {})
+    def register_adapter(self, name: str, source: AdapterSource) -> dict[str, Any]:
+        """Remember a folder under a name, replacing the name's adapter for new requests."""
+        return self.adapters.describe(self.adapters.registry.register(name, source), {})
 
-    def load_adapter(self, name: str, path: str, reply_key: Hashable) -> None:
+    def load_adapter(self, name: str, source: AdapterSource, reply_key: Hashable) -> None:
         """Register and inspect now; the result comes in adapters.take_updates()."""
-        self.adapters.registry.load(name, path, reply_key)
+        self.adapters.registry.load(name, source, reply_key)
 
     def unload_adapter(self, name: str) -> dict[str, Any]:
         """Forget a name; RequestRefused if it is unknown. Its pages and host memory are freed

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import Outputs, SequenceOutput
+from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, SequenceOutput
 from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
@@ -104,7 +104,7 @@ class _Simulation:
             page_manager=page_manager,
         )
         for adapter in {r.adapter for r in trace if r.adapter is not None}:
-            self._scheduler.register_adapter(str(adapter), str(adapter))
+            self._scheduler.register_adapter(str(adapter), AdapterSource.at(str(adapter)))
         # (time, number, event); the number keeps events of one time in order
         self._events: list[tuple[float, int, StepResult | AdapterLoaded]] = []
         self._num_events = 0

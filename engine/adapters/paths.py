@@ -7,6 +7,7 @@ from loraplex.engine.config import AdapterConfig
 from loraplex.engine.errors import ConfigError, client_error
 
 ADAPTER_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_NAME = re.compile(r"\w[\w.:/@+-]{0,199}")
 
 
@@ -71,7 +72,11 @@ def _is_peft_directory(path: str) -> bool:
 
 def real_root(config: AdapterConfig) -> str:
     """Returns the real path of the folder for adapters of clients, "" if there is none."""
-    root = config.adapter_root
+    return expanded(config.adapter_root)
+
+
+def expanded(root: str) -> str:
+    """Returns the real path of `root`, "" for an empty one."""
     return os.path.realpath(os.path.expanduser(root)) if root else ""
 
 
@@ -86,7 +91,7 @@ def check_under_root(path: str, root: str) -> str:
         raise client_error(
             "forbidden", "this server loads no adapters for clients (no adapter_root is configured)"
         )
-    real_root = os.path.realpath(os.path.expanduser(root))
+    real_root = expanded(root)
     if "\0" in path:
         raise client_error("forbidden", "the path holds a null character")
     real = os.path.realpath(os.path.join(real_root, path))

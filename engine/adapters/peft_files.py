@@ -24,6 +24,7 @@ from loraplex.engine.adapters.packing import (
     UnusableWeightsError,
     pack,
 )
+from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.adapters.peft_config import (
     ALL_LINEAR,
     CONFIG_FILE,
@@ -46,7 +47,6 @@ from loraplex.memory.host.store import Allocate, PackedAdapter
 
 logger = logging.getLogger("loraplex")
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")

@@ -8,9 +8,10 @@ import itertools
 import logging
 import secrets
 import time
+from functools import partial
 from typing import Any
 
-from loraplex.engine.adapters.paths import check_under_root
+from loraplex.engine.adapters.folder_lookup import FolderLookup
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import protocol
@@ -29,7 +30,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.ipc.step_clock import StepClock
-from loraplex.scheduler.frontend_protocol import StepOutputs
+from loraplex.scheduler.frontend_protocol import AdapterSource, StepOutputs
 
 MAX_QUERIES = 1024  # unanswered commands to the scheduler, all clients together
 
@@ -69,9 +70,11 @@ class Frontend:
         self._info = info
         self._codec = codec
         self._scheduler = SchedulerLink(scheduler)
+        self._folders = FolderLookup(config.adapter.adapter_root, wakeup)
         self._requests = RequestTable(
             inputs=InputProcessor(config, info, codec, seed_salt=name),
             codec=codec,
+            folders=self._folders,
             scheduler=self._scheduler,
             reply=self._reply,
             max_requests_per_client=config.server.max_requests_per_client,
@@ -140,9 +143,9 @@ class Frontend:
     def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
         match message:
             case protocol.LoadAdapterRequest():
-                path = check_under_root(message.path, self._config.adapter.adapter_root)
+                query_id = self._new_query(client, message.request_id, "adapters")
                 op = "register" if message.lazy else "load"
-                self._adapter_command(client, message.request_id, op, message.name, path)
+                self._folders.find(message.path, partial(self._load_adapter, query_id, op, message))
             case protocol.UnloadAdapterRequest():
                 self._adapter_command(client, message.request_id, "unload", message.name)
             case protocol.PinAdapterRequest():
@@ -152,11 +155,27 @@ class Frontend:
             case protocol.ListAdaptersRequest():
                 self._adapter_command(client, message.request_id, "list", message.name)
 
-    def _adapter_command(
-        self, client: bytes, request_id: str, op: str, name: str = "", path: str = ""
+    def _load_adapter(
+        self,
+        query_id: int,
+        op: str,
+        message: protocol.LoadAdapterRequest,
+        source: AdapterSource | ClientError,
     ) -> None:
+        """Sends a load to the scheduler, now that its folder was looked at."""
+        if query_id not in self._queries:
+            return  # the engine has died
+        try:
+            if isinstance(source, ClientError):
+                raise client_error(source.code, f"adapter {message.name!r}: {source}")
+            self._scheduler.send(AdapterCommand(query_id, op, message.name, source))
+        except ClientError as error:
+            client, request_id, _ = self._queries.pop(query_id)
+            self._reply(client, protocol.error_reply(request_id, error.code, str(error)))
+
+    def _adapter_command(self, client: bytes, request_id: str, op: str, name: str = "") -> None:
         command_id = self._new_query(client, request_id, "adapters")
-        self._ask_scheduler(command_id, AdapterCommand(command_id, op, name, path))
+        self._ask_scheduler(command_id, AdapterCommand(command_id, op, name))
 
     def _ask_scheduler(self, query_id: int, message: StatsQuery | AdapterCommand) -> None:
         try:
@@ -198,9 +217,10 @@ class Frontend:
         self._reply(client, {"type": reply_type, "request_id": request_id, **values})
 
     def run_ready(self) -> None:
-        """Starts the requests whose prompts other threads have tokenized, and does a turn's part
-        of long replies."""
+        """Starts the requests whose prompts other threads have tokenized or whose folders they
+        have found, and does a turn's part of long replies."""
         self._requests.start_tokenized()
+        self._folders.run_ready()
         self._requests.convert_logprobs()
         self._clients.flush()
 
@@ -229,6 +249,7 @@ class Frontend:
 
     def close(self) -> None:
         self._requests.close()
+        self._folders.close()
 
     def _reply(self, client: bytes, message: dict[str, Any]) -> None:
         self._clients.reply(client, message)

@@ -129,10 +129,13 @@ class InputProcessor:
                 f"({self._info.max_model_len}) tokens can hold: shorten the prompt",
             )
 
-    def sampling_specs(self, params: SamplingParams, num_prompt_tokens: int) -> list[SamplingSpec]:
+    def sampling_specs(
+        self, params: SamplingParams, num_prompt_tokens: int, seed: int | None = None
+    ) -> list[SamplingSpec]:
         """Returns one spec for each of the n sequences.
 
-        They differ in their seeds, and only the first asks for prompt logprobs.
+        They differ in their seeds, and only the first asks for prompt logprobs. `seed` is the
+        first one's, seed_of() now if it is None.
         """
         _check_cost(params, num_prompt_tokens)
         vocab_size = self._info.vocab_size
@@ -150,7 +153,7 @@ class InputProcessor:
             top_p=1.0 if greedy else params.top_p,
             top_k=0 if greedy else max(0, min(params.top_k, vocab_size)),
             min_p=0.0 if greedy else params.min_p,
-            seed=self._seed(params),
+            seed=self.seed_of(params) if seed is None else seed,
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
@@ -179,7 +182,11 @@ class InputProcessor:
                     f"of {self._info.vocab_size}"
                 )
 
-    def _seed(self, params: SamplingParams) -> int:
+    def seed_of(self, params: SamplingParams) -> int:
+        """Returns the seed of a request that arrives now. Call it in order of arrival.
+
+        Requests without a seed are numbered, so the same requests get the same seeds.
+        """
         if params.seed is not None:
             return params.seed
         self._num_seeds += 1

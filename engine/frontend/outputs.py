@@ -1,11 +1,14 @@
 """Turns token ids into the client's "output" messages: text, stop strings, logprobs, usage."""
 
+import functools
 from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
+from loraplex.engine.frontend.inputs import TextCodec
+from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.scheduler.frontend_protocol import SequenceOutput
 from loraplex.scheduler.worker_protocol import TokenLogprobs
@@ -233,3 +236,55 @@ class OutputProcessor:
         """Tells whether another completion was faster than the one that scores the prompt."""
         first = self.completions[0]
         return bool(self._prompt_logprobs) and not (first.num_tokens or first.finished)
+
+
+class OutputFactory:
+    """Makes the OutputProcessor of each request."""
+
+    def __init__(self, codec: TextCodec | None) -> None:
+        """`codec` is None if answers are token ids."""
+        self._codec = codec
+        self._decode_token = functools.lru_cache(maxsize=65536)(self._decode_one)
+
+    def make(self, message: GenerateRequest, token_ids: "array[int]") -> OutputProcessor:
+        """Returns the processor of a request whose prompt is `token_ids`."""
+        params = message.sampling_params
+        completions = [
+            CompletionProcessor(
+                index,
+                params,
+                detokenizer=self._new_detokenizer(message, token_ids),
+                decode_token=self._decode_token,
+                final_only=message.final_only,
+            )
+            for index in range(params.n)
+        ]
+        return OutputProcessor(
+            message.request_id,
+            completions,
+            prompt_token_ids=token_ids,
+            echo_prompt=message.return_prompt_token_ids,
+            final_only=message.final_only,
+            decode_token=self._decode_token,
+            scores_prompt=params.prompt_logprobs is not None,
+        )
+
+    def _new_detokenizer(
+        self, message: GenerateRequest, token_ids: "array[int]"
+    ) -> IncrementalDetokenizer | None:
+        params = message.sampling_params
+        if self._codec is None or not params.detokenize:
+            return None
+        return IncrementalDetokenizer(
+            self._codec.tokenizer,
+            token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def _decode_one(self, token_id: int) -> str:
+        if self._codec is None:
+            return ""
+        return self._codec.tokenizer.decode([token_id], skip_special_tokens=False)

@@ -52,6 +52,8 @@ class GenerateRequest:
         default_factory=SamplingParams, metadata={"check": SamplingParams.from_wire}
     )
     adapter: str = field(default="", metadata={"check": field_checks.optional_adapter_name})
+    adapter_path: str = field(default="", metadata={"check": field_checks.text(4096)})
+    load_inplace: bool = field(default=False, metadata=_FLAG)
     salt: str = field(default="", metadata={"check": field_checks.text(MAX_ID_CHARS)})
     priority: int = field(default=0, metadata={"check": field_checks.int32})
     stream: bool = field(default=True, metadata=_FLAG)
@@ -75,6 +77,8 @@ class GenerateRequest:
                 "give exactly one of prompt, prompt_token_ids and messages, "
                 f"got {' and '.join(given) or 'none'}"
             )
+        if self.adapter_path and not self.adapter:
+            raise ValueError("adapter_path needs adapter: give the folder a name")
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError(
                 "continue_final_message needs add_generation_prompt=false: "

@@ -1,6 +1,5 @@
 """Tracks a frontend's requests from the client's message to the last output."""
 
-import functools
 import itertools
 import logging
 from array import array
@@ -8,18 +7,19 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from loraplex.engine.adapters.folder_lookup import FolderLookup
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.byte_budget import ByteBudget
-from loraplex.engine.frontend.detokenizer import IncrementalDetokenizer
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
-from loraplex.engine.frontend.outputs import CompletionProcessor, OutputProcessor
+from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.ipc.channel import Wakeup
-from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
+from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
@@ -38,6 +38,7 @@ class _Request:
 
     client: bytes
     message: GenerateRequest
+    seed: int
     outputs: OutputProcessor | None = None
     first_id: int = 0
     num_bytes: int = 0  # that `prompts` counts
@@ -52,6 +53,7 @@ class RequestTable:
         *,
         inputs: InputProcessor,
         codec: TextCodec | None,
+        folders: FolderLookup,
         scheduler: SchedulerLink,
         reply: Reply,
         max_requests_per_client: int,
@@ -59,7 +61,8 @@ class RequestTable:
     ) -> None:
         """`wakeup` is set when a pooled prompt is ready for start_tokenized()."""
         self._inputs = inputs
-        self._codec = codec
+        self._new_outputs = OutputFactory(codec).make
+        self._folders = folders
         self._scheduler = scheduler
         self._reply = reply
         self._max_requests_per_client = max_requests_per_client
@@ -72,7 +75,6 @@ class RequestTable:
         self._by_sequence: dict[int, _Request] = {}
         self._converting: dict[_Request, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
-        self._decode_token = functools.lru_cache(maxsize=65536)(self._decode_one)
         self.counters = dict.fromkeys(("received", "finished", "failed", "cancelled"), 0)
 
     def has_requests(self, client: bytes) -> bool:
@@ -101,13 +103,13 @@ class RequestTable:
         pooled = length > POOL_PROMPT_CHARS
         if pooled and not self._texts.take(client, length):
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
-        request = _Request(client, message)
+        request = _Request(client, message, self._inputs.seed_of(message.sampling_params))
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
         if pooled:
             self._pool.submit(self._tokenize_in_pool, request)
             return
-        self._start(request, self._tokenize(request))
+        self._look_up(request, self._tokenize(request))
 
     def _tokenize(self, request: _Request) -> "array[int] | ClientError":
         try:
@@ -130,14 +132,32 @@ class RequestTable:
             request, token_ids = self._tokenized.popleft()
             self._texts.give_back(request.client, num_chars(request.message))
             if self._is_current(request):
-                self._start(request, token_ids)
+                self._look_up(request, token_ids)
 
-    def _start(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
+    def _look_up(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
+        """Starts a request, once the folder that it may bring was found."""
+        if request.message.adapter_path and not isinstance(token_ids, ClientError):
+            self._folders.find(
+                request.message.adapter_path, partial(self._start, request, token_ids)
+            )
+        else:
+            self._start(request, token_ids, None)
+
+    def _start(
+        self,
+        request: _Request,
+        token_ids: "array[int] | ClientError",
+        source: AdapterSource | ClientError | None,
+    ) -> None:
+        if not self._is_current(request):
+            return
         message, params = request.message, request.message.sampling_params
         try:
             if isinstance(token_ids, ClientError):
                 raise token_ids
-            specs = self._inputs.sampling_specs(params, len(token_ids))
+            if isinstance(source, ClientError):
+                raise client_error(source.code, f"adapter {message.adapter!r}: {source}")
+            specs = self._inputs.sampling_specs(params, len(token_ids), request.seed)
             self._charge(request, len(token_ids))
         except ClientError as error:
             self._fail(request, error.code, str(error))
@@ -154,6 +174,8 @@ class RequestTable:
                         prompt_token_ids=token_ids,
                         sampling=spec,
                         adapter=message.adapter,
+                        adapter_source=source,
+                        load_inplace=message.load_inplace,
                         salt=message.salt,
                         priority=message.priority,
                         use_prefix_cache=message.use_prefix_cache,
@@ -187,48 +209,6 @@ class RequestTable:
     def num_prompt_bytes(self) -> int:
         """Number of bytes that unfinished requests hold."""
         return self._prompts.total
-
-    def _new_outputs(self, message: GenerateRequest, token_ids: "array[int]") -> OutputProcessor:
-        params = message.sampling_params
-        completions = [
-            CompletionProcessor(
-                index,
-                params,
-                detokenizer=self._new_detokenizer(message, token_ids),
-                decode_token=self._decode_token,
-                final_only=message.final_only,
-            )
-            for index in range(params.n)
-        ]
-        return OutputProcessor(
-            message.request_id,
-            completions,
-            prompt_token_ids=token_ids,
-            echo_prompt=message.return_prompt_token_ids,
-            final_only=message.final_only,
-            decode_token=self._decode_token,
-            scores_prompt=params.prompt_logprobs is not None,
-        )
-
-    def _new_detokenizer(
-        self, message: GenerateRequest, token_ids: "array[int]"
-    ) -> IncrementalDetokenizer | None:
-        params = message.sampling_params
-        if self._codec is None or not params.detokenize:
-            return None
-        return IncrementalDetokenizer(
-            self._codec.tokenizer,
-            token_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop_strings,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
-
-    def _decode_one(self, token_id: int) -> str:
-        if self._codec is None:
-            return ""
-        return self._codec.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         """Takes a step's tokens and sends each request one reply with what is new."""

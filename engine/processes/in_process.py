@@ -99,7 +99,7 @@ class InProcessEngine:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left < 0:
                 break
-            if not self.step():
+            if not self.step() and not self._replies:  # an error may be a reply without a step
                 self._poller.poll(None if left is None else int(left * 1000) + 1)
                 self._wakeup.clear()
         replies = list(self._replies)

@@ -146,14 +146,14 @@ class SchedulerLoop:
         key: Hashable = (peer, message.command_id)
         try:
             match message.op:
-                case "load":
-                    scheduler.load_adapter(message.name, message.path, key)
+                case "load" if message.source is not None:
+                    scheduler.load_adapter(message.name, message.source, key)
                     return  # answered by an adapter update
                 case "pin":
                     scheduler.pin_adapter(message.name, key)
                     return  # the same
-                case "register":
-                    adapter = scheduler.register_adapter(message.name, message.path)
+                case "register" if message.source is not None:
+                    adapter = scheduler.register_adapter(message.name, message.source)
                 case "unload":
                     adapter = scheduler.unload_adapter(message.name)
                 case "unpin":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import zmq
 
+from loraplex.engine.adapters.folder_lookup import stamp_folder
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.channel import RouterChannel
@@ -16,6 +17,7 @@ from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
 from loraplex.scheduler.config import SchedulerConfig
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import WorkerReady
 
@@ -97,7 +99,7 @@ def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
         base_fingerprint=info.workers[0].base_fingerprint,
     )
     for name, path in adapters_at_start(config.adapter):
-        scheduler.register_adapter(name, path)
+        scheduler.register_adapter(name, AdapterSource(path, path, stamp_folder(path)))
     return scheduler
 
 

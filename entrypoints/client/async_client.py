@@ -38,7 +38,6 @@ class AsyncClient:
         self._transport: SocketTransport | None = None
         self._connecting = asyncio.Lock()
         self._queues: dict[str, asyncio.Queue[RequestResult | Message]] = {}
-        self._adapter_paths: dict[str, str] = {}
 
     async def generate(
         self,
@@ -57,10 +56,6 @@ class AsyncClient:
         Cancelling the task that iterates, or closing the iterator, cancels the request.
         """
         transport = await self._live_transport()
-        if isinstance(adapter, LoRARequest) and adapter.lora_path:
-            name, path = adapter.lora_name, adapter.lora_path
-            if self._adapter_paths.get(name) != path:
-                await self.load_adapter(name, path, lazy=True)
         request_id, message = self._session.generate(
             prompt,
             sampling_params,
@@ -118,13 +113,11 @@ class AsyncClient:
     async def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
         """Registers an adapter. Its files are read now, or with `lazy` on first use."""
         reply = await self._command("load_adapter", name=name, path=path, lazy=lazy)
-        self._adapter_paths[name] = path
         return dict(reply["adapters"][0])
 
     async def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it finish with it."""
         await self._command("unload_adapter", name=name)
-        self._adapter_paths.pop(name, None)
 
     async def pin_adapter(self, name: str) -> dict[str, Any]:
         """Keeps an adapter in pages until unpin_adapter(). AdapterError if too much is pinned."""

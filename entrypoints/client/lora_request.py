@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """An adapter's name, and the PEFT directory to load it from if it is not registered.
+    """An adapter's name, and the PEFT directory that it must be.
+
+    With a path, the request is answered by what lies there when it arrives: files that have changed
+    are read again. A name that means another directory is refused, unless `load_inplace` is set:
+    then the name means this directory from now on, and requests that run keep what they have.
+    Without a path, the name must be registered, and the request gets what it means.
 
     `lora_int_id` is accepted for compatibility with vLLM and must be positive. loraplex tells
     adapters apart by name and by the hash of their content.
@@ -14,6 +19,7 @@ class LoRARequest:
     lora_name: str
     lora_int_id: int = 1
     lora_path: str = ""
+    load_inplace: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:

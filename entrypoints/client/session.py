@@ -81,13 +81,14 @@ class ClientSession:
             )
         fields = _prompt_fields(prompt)
         lora_request = adapter if isinstance(adapter, LoRARequest) else None
-        name = adapter.lora_name if isinstance(adapter, LoRARequest) else adapter
+        name = lora_request.lora_name if lora_request is not None else adapter
         message = {
             "type": "generate",
             "request_id": request_id,
             **fields,
             "sampling_params": params.to_wire(),
             "adapter": name or "",
+            **_folder_fields(lora_request),
             "salt": salt,
             "priority": priority,
             "stream": stream,
@@ -149,6 +150,12 @@ class ClientSession:
             request_id = f"r{next(self._numbers)}"
             if request_id not in self._requests:
                 return request_id
+
+
+def _folder_fields(adapter: LoRARequest | None) -> Message:
+    if adapter is None or not adapter.lora_path:
+        return {}
+    return {"adapter_path": adapter.lora_path, "load_inplace": adapter.load_inplace}
 
 
 def _prompt_fields(prompt: Prompt) -> Message:

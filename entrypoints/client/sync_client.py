@@ -9,7 +9,7 @@ from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.connection import Connection
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
-from loraplex.entrypoints.client.session import Message, Prompt, Transport
+from loraplex.entrypoints.client.session import Prompt, Transport
 
 
 class Client:
@@ -50,7 +50,6 @@ class Client:
             },
             timeout_s=timeout_s,
         )
-        self._adapter_paths: dict[str, str] = {}
 
     def generate(
         self,
@@ -69,7 +68,8 @@ class Client:
         Iterating sends the request; leaving the iteration early cancels it.
 
         Args:
-            adapter: a registered name, or a LoRARequest; one with a path is registered first.
+            adapter: a registered name, or a LoRARequest, whose path must lie under the server's
+                `adapter_root`.
             salt: requests with different salts share no cached prefixes.
             priority: lower is earlier.
             stream: False means the same as RequestOutputKind.FINAL_ONLY.
@@ -78,8 +78,14 @@ class Client:
         Raises:
             TimeoutError: no output came in `timeout_s`; the request is cancelled.
         """
-        request_id, message = self._prepare(
-            prompt, sampling_params, adapter, request_id, salt, priority, stream
+        request_id, message = self._connection.session.generate(
+            prompt,
+            sampling_params,
+            adapter=adapter,
+            request_id=request_id,
+            salt=salt,
+            priority=priority,
+            stream=stream,
         )
         queue = self._connection.inbox.open_queue(request_id)
         try:
@@ -136,8 +142,14 @@ class Client:
 
         With stream=True these are outputs of its `output_kind`, otherwise one at the end.
         """
-        request_id, message = self._prepare(
-            prompt, sampling_params, adapter, request_id, salt, priority, stream
+        request_id, message = self._connection.session.generate(
+            prompt,
+            sampling_params,
+            adapter=adapter,
+            request_id=request_id,
+            salt=salt,
+            priority=priority,
+            stream=stream,
         )
         self._connection.send_request(request_id, message)
         self._connection.inbox.submitted.add(request_id)
@@ -174,13 +186,11 @@ class Client:
         Returns the adapter as list_adapters() shows it.
         """
         reply = self._connection.command("load_adapter", name=name, path=path, lazy=lazy)
-        self._adapter_paths[name] = path
         return dict(reply["adapters"][0])
 
     def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it finish with it."""
         self._connection.command("unload_adapter", name=name)
-        self._adapter_paths.pop(name, None)
 
     def pin_adapter(self, name: str) -> dict[str, Any]:
         """Keeps an adapter in pages until unpin_adapter(). AdapterError if too much is pinned."""
@@ -211,31 +221,6 @@ class Client:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _prepare(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None,
-        adapter: str | LoRARequest | None,
-        request_id: str | None,
-        salt: str,
-        priority: int,
-        stream: bool,
-    ) -> tuple[str, Message]:
-        """Registers an adapter that has a path, and makes the request's id and message."""
-        if isinstance(adapter, LoRARequest) and adapter.lora_path:
-            name, path = adapter.lora_name, adapter.lora_path
-            if self._adapter_paths.get(name) != path:
-                self.load_adapter(name, path, lazy=True)
-        return self._connection.session.generate(
-            prompt,
-            sampling_params,
-            adapter=adapter,
-            request_id=request_id,
-            salt=salt,
-            priority=priority,
-            stream=stream,
-        )
 
     def _next(self, queue: deque[RequestResult], timeout_s: float | None) -> RequestOutput:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from loraplex.engine.frontend.sampling_params import SamplingParams
@@ -73,7 +73,7 @@ def _with_absolute_path(adapter: LoRARequest | None) -> LoRARequest | None:
     if adapter is None or not adapter.lora_path:
         return adapter
     path = os.path.abspath(os.path.expanduser(adapter.lora_path))
-    return LoRARequest(adapter.lora_name, adapter.lora_int_id, path)
+    return replace(adapter, lora_path=path)
 
 
 def _check_paths(batch: Sequence[BatchRequest]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from loraplex.engine.checkpoint.generation_defaults import generation_defaults
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import ClientError, EngineDeadError, LoraplexError
+from loraplex.engine.errors import EngineDeadError, LoraplexError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.client.lora_request import LoRARequest
@@ -81,7 +81,6 @@ class LLM:
         self._lock = threading.RLock()
         self._num_requests = 0
         self._tokenizer: Tokenizer | None = None
-        self._loaded: dict[str, str] = {}  # adapters loaded by calls: name to path
         self._engine = LocalEngine(config, in_process=in_process)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
@@ -209,7 +208,6 @@ class LLM:
                 raise EngineDeadError("this LLM has been shut down: make a new one")
             if reason := self._engine.death():
                 raise EngineDeadError(reason)
-            self._load_adapters(batch)
             bar = BatchBar(len(batch), use_tqdm if batch else False)
             indices: dict[str, int] = {}  # of the outstanding requests, by id
             try:
@@ -274,19 +272,6 @@ class LLM:
             salt=request.salt,
             priority=request.priority,
         )
-
-    def _load_adapters(self, batch: list[BatchRequest]) -> None:
-        """Loads the adapters that have a path, so that a bad one fails before a prompt is sent."""
-        for request in batch:
-            adapter = request.adapter
-            if adapter is None or not adapter.lora_path:
-                continue
-            if self._loaded.get(adapter.lora_name) != adapter.lora_path:
-                try:
-                    self.client.load_adapter(adapter.lora_name, adapter.lora_path)
-                except ClientError as error:
-                    raise _with_place(error, f"adapter {adapter.lora_name!r}") from None
-                self._loaded[adapter.lora_name] = adapter.lora_path
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
         """Cancels requests and takes their results, so that the next call does not see them."""

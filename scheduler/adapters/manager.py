@@ -92,11 +92,13 @@ class AdapterManager:
         now = self._clock()
         self.usage_stats.on_loaded(event, version, waited)
         if event.error:
-            if not event.is_transient:
+            if event.is_transient:
+                self.registry.fail(version, event.error, is_transient=True)
+            else:
                 if version.is_pinned:
                     logger.warning("adapter %r is pinned no longer: %s", version.name, event.error)
                 self.pins.unpin(version, now)
-            self.registry.fail(version, event.error, is_transient=event.is_transient)
+                self.registry.fail_load(version, event.error)
         else:
             version.error = ""
             self._memory.adapters.set_on_host(event.content_hash, True)

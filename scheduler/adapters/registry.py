@@ -2,6 +2,10 @@
 
 A version is one version of one name. A request is bound to the version that its name meant when the
 request arrived, so no answer comes from two adapters.
+
+The registry alone knows what a name means; clients remember nothing. A request that brings a folder
+gets what lies there now: a stamp of the files that differs from the version's makes a new version.
+A request that brings none gets what the name means.
 """
 
 from collections import deque
@@ -9,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from heapq import nsmallest
 
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected, InspectAdapter
 
@@ -59,26 +64,27 @@ class AdapterRegistry:
     def with_hash(self, content_hash: str) -> list[AdapterVersion]:
         return self._by_hash.get(content_hash, [])
 
-    def register(self, name: str, path: str) -> AdapterVersion:
-        """Register a path, to be read on first use.
+    def register(self, name: str, source: AdapterSource) -> AdapterVersion:
+        """Register a folder, to be read on first use.
 
-        The same path again changes nothing, unless reading it has failed.
+        The same folder again changes nothing, unless its files have changed or reading them has
+        failed.
         """
         version = self._by_name.get(name)
-        if version and version.path == path and version.state is not AdapterState.FAILED:
-            return version
-        version = self._create(name, path)
+        if version and _is_same(version, source) and version.state is not AdapterState.FAILED:
+            return self._renew(version, source)
+        version = self._create(name, source)
         self._set_current(version)
         return version
 
-    def load(self, name: str, path: str, reply_key: Hashable) -> AdapterVersion:
-        """Inspect `path` now.
+    def load(self, name: str, source: AdapterSource, reply_key: Hashable) -> AdapterVersion:
+        """Inspect a folder now.
 
         The name keeps its version until the new one is READY. Where it has none, or a failed one,
         new requests wait for the new version.
         """
         current = self._by_name.get(name)
-        version = self._create(name, path)
+        version = self._create(name, source)
         version.reply_keys.append(reply_key)
         if current is None or current.state is AdapterState.FAILED:
             self._set_current(version)
@@ -103,16 +109,49 @@ class AdapterRegistry:
             raise self._unknown(name)
         return version
 
-    def resolve(self, name: str) -> AdapterVersion:
-        """Return the version for a new request.
+    def resolve(
+        self, name: str, source: AdapterSource | None = None, *, load_inplace: bool = False
+    ) -> AdapterVersion:
+        """Return the version for a new request; register `source` if the name is unknown.
+
+        Args:
+            source: the folder that the request brings, None if it brings none.
+            load_inplace: the folder may replace another one.
 
         Raises:
-            RequestRefused: the name is unknown, or its adapter could not be read.
+            RequestRefused: the name is unknown or means another folder, or its files could not be
+                read and have not changed since.
         """
-        version = self.find(name)
+        version = self.find(name) if source is None else self._resolve(name, source, load_inplace)
         if version.state is AdapterState.FAILED:
-            raise RequestRefused("adapter", f"{failure(version)}; load it again once it is mended")
+            raise RequestRefused(
+                "adapter",
+                f"{failure(version)}; mend it, then load it again or send its path with a request",
+            )
         return version
+
+    def _resolve(self, name: str, source: AdapterSource, load_inplace: bool) -> AdapterVersion:
+        version = self._by_name.get(name)
+        if version is not None and _is_same(version, source):
+            return self._renew(version, source)
+        if version is not None and not load_inplace:
+            raise RequestRefused(
+                "adapter",
+                f"adapter {name!r} is the folder {version.source.named}, not {source.named}: "
+                "choose another name, unload this one, or replace it with load_inplace=True",
+            )
+        return self.register(name, source)
+
+    def _renew(self, version: AdapterVersion, source: AdapterSource) -> AdapterVersion:
+        """Return the version of the files as they are now: another one if they have changed."""
+        if source.stamp in ("", version.source.stamp):
+            return version
+        if version.state is AdapterState.REGISTERED:  # nothing was read yet
+            version.source = source
+            return version
+        newer = self._create(version.name, source)
+        self._set_current(newer)
+        return newer
 
     def bind(self, version: AdapterVersion, now: float) -> None:
         """Count a request of this version; the first one causes the inspection of the files."""
@@ -145,7 +184,9 @@ class AdapterRegistry:
                 f"no inspection of adapter {event.name!r} at {event.path} was asked for"
             )
         version = pending.popleft()
-        if not pending:
+        if pending:
+            self._send(InspectAdapter(name=event.name, path=event.path))
+        else:
             del self._inspecting[event.name, event.path]
         error = event.error or self._check_size(event)
         if error:
@@ -153,6 +194,7 @@ class AdapterRegistry:
             return version, failure(version)
         version.error = ""
         version.state = AdapterState.READY
+        version.error = ""
         version.content_hash = event.content_hash
         version.num_pages = event.num_pages
         version.num_bytes = event.num_bytes
@@ -174,6 +216,19 @@ class AdapterRegistry:
         if version.state is AdapterState.READY:
             self._drop_hash(version)
         version.state = AdapterState.FAILED
+
+    def fail_load(self, version: AdapterVersion, error: str) -> None:
+        """Mark a version as FAILED whose files could not be read again, or hold something else now.
+
+        If it has its name, the next request has the files inspected anew. The list shows `error`
+        until then.
+        """
+        self.fail(version, error, is_transient=False)
+        if version.is_named:
+            again = self._create(version.name, version.source)
+            again.generation = version.generation  # a load that is under way is still newer
+            again.error = error
+            self._set_current(again)
 
     def _promote(self, version: AdapterVersion) -> str:
         """Let an inspected version serve its name; returns the reason if it cannot."""
@@ -197,11 +252,11 @@ class AdapterRegistry:
             )
         return ""
 
-    def _create(self, name: str, path: str) -> AdapterVersion:
-        if not name or not path:
+    def _create(self, name: str, source: AdapterSource) -> AdapterVersion:
+        if not name or not source.path:
             raise RequestRefused("bad_request", "an adapter needs a name and a path")
         self._num_created += 1
-        return AdapterVersion(name=name, path=path, generation=self._num_created)
+        return AdapterVersion(name=name, source=source, generation=self._num_created)
 
     def _set_current(self, version: AdapterVersion) -> None:
         old = self._by_name.get(version.name)
@@ -218,9 +273,15 @@ class AdapterRegistry:
         self._forget_unused(version)
 
     def _inspect(self, version: AdapterVersion) -> None:
+        """Have the files read, after the reads of the same files that were asked for before.
+
+        Two reads at a time could be answered in the wrong order.
+        """
         version.state = AdapterState.INSPECTING
-        self._inspecting.setdefault((version.name, version.path), deque()).append(version)
-        self._send(InspectAdapter(name=version.name, path=version.path))
+        pending = self._inspecting.setdefault((version.name, version.path), deque())
+        pending.append(version)
+        if len(pending) == 1:
+            self._send(InspectAdapter(name=version.name, path=version.path))
 
     def _forget_unused(self, version: AdapterVersion) -> None:
         unused = not version.is_named and not version.num_requests
@@ -243,3 +304,8 @@ class AdapterRegistry:
             "unknown_adapter",
             f"no adapter is registered as {name!r}; known: {listed or 'none'}",
         )
+
+
+def _is_same(version: AdapterVersion, source: AdapterSource) -> bool:
+    """Tell whether both name one folder, or one link, which may lead to another folder now."""
+    return source.named == version.source.named or source.path == version.path

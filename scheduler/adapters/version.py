@@ -1,10 +1,11 @@
-"""One version of a named adapter: its path, what its files hold, and who waits for it."""
+"""One version of a named adapter: its folder, what its files hold, and who waits for it."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex.scheduler.adapters.usage import Usage
+from loraplex.scheduler.frontend_protocol import AdapterSource
 
 
 class AdapterState(Enum):
@@ -19,7 +20,7 @@ class AdapterVersion:
     """One version of a named adapter."""
 
     name: str
-    path: str
+    source: AdapterSource
     generation: int
     state: AdapterState = AdapterState.REGISTERED
     is_named: bool = False  # new requests for `name` get this version
@@ -37,6 +38,11 @@ class AdapterVersion:
     is_pinned: bool = False
     last_use: float = -1.0  # seconds: when a request came or ended last; negative: never
     usage: Usage | None = None  # counts of the name, shared by its versions
+
+    @property
+    def path(self) -> str:
+        """The folder that the workers read."""
+        return self.source.path
 
 
 def failure(version: AdapterVersion) -> str:

@@ -7,6 +7,7 @@ unique for its lifetime.
 
 from typing import Any
 
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
 
 
@@ -36,14 +37,14 @@ class AbortRequests(Message):
 class AdapterCommand(Message):
     """Changes or lists adapters; answered by an AdapterReply.
 
-    `op` is "register" (name and path, read on first use), "load" (checked now), "unload", "pin",
+    `op` is "register" (name and source, read on first use), "load" (checked now), "unload", "pin",
     "unpin" or "list" (an empty name: all).
     """
 
     command_id: int
     op: str
     name: str = ""
-    path: str = ""
+    source: AdapterSource | None = None  # for "register" and "load"
 
 
 class StatsQuery(Message):

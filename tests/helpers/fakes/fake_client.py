@@ -4,7 +4,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-from loraplex.engine.errors import AdapterError, LoraplexError
+from loraplex.engine.errors import LoraplexError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import CompletionOutput, RequestFailure, RequestOutput
@@ -22,7 +22,7 @@ class FakeClient:
         self.outstanding: dict[str, tuple[Any, SamplingParams, LoRARequest | None]] = {}
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
-        self.loaded: list[tuple[str, str]] = []
+        self.adapters: list[LoRARequest | None] = []
         self.prompts: list[dict[str, Any]] = []
         self.salts: list[str] = []
         self.priorities: list[int] = []
@@ -31,7 +31,6 @@ class FakeClient:
         self.failures: dict[str, LoraplexError] = {}
         self.interrupt_at = -1
         self.dies_at = -1
-        self.unreadable: set[str] = set()
 
     @property
     def num_outstanding(self) -> int:
@@ -51,6 +50,7 @@ class FakeClient:
         self.submitted.append(request_id)
         self.outstanding[request_id] = (prompt, sampling_params, adapter)
         self.prompts.append(prompt)
+        self.adapters.append(adapter)
         self.salts.append(salt)
         self.priorities.append(priority)
         num = sum(params.n for _, params, _ in self.outstanding.values())
@@ -89,12 +89,6 @@ class FakeClient:
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
-
-    def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
-        if path in self.unreadable:
-            raise AdapterError(f"adapter {name}: {path} has no adapter_config.json")
-        self.loaded.append((name, path))
-        return {"name": name, "path": path}
 
     def close(self) -> None:
         pass

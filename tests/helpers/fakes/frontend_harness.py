@@ -96,9 +96,9 @@ class FrontendHarness:
         return taken
 
     def run_pooled(self) -> None:
-        """Waits until the thread pool has tokenized something, and lets the frontend start it."""
+        """Waits until a thread has tokenized a prompt or found a folder, and hands it on."""
         ready, _, _ = select.select([self.wakeup.fileno()], [], [], WITHIN_S)
-        assert ready, "no prompt was tokenized"
+        assert ready, "no prompt was tokenized and no folder found"
         self.wakeup.clear()
         self.frontend.run_ready()
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from loraplex.scheduler.frontend_protocol import SequenceOutput
+from loraplex.scheduler.adapters.version import AdapterState
+from loraplex.scheduler.frontend_protocol import AdapterSource, SequenceOutput
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterEvicted, StepPlan
 
@@ -76,7 +77,10 @@ class DayHarness(Harness):
             self.scheduler.add(request)
         finally:
             self.verify()
-        path = request.adapter_version.path if request.adapter_version else ""
+        version = request.adapter_version
+        path = version.path if version else ""
+        if version and version.state is not AdapterState.READY:
+            self.contents[adapter] = self.files[path].content  # it is read anew
         self.expected[request_id] = Asked(
             prompt, spec, path, content=self.contents[adapter] if adapter else "", turn=self.turns
         )
@@ -296,7 +300,7 @@ class FakeDay:
 
     def _register(self, name: str) -> None:
         path = self._new_file()
-        self.scheduler.register_adapter(name, path)
+        self.scheduler.register_adapter(name, AdapterSource.at(path))
         self.harness.contents[name] = self.harness.files[path].content
         self.harness.verify()
 
@@ -306,5 +310,5 @@ class FakeDay:
         self.harness.loads[self.num_keys] = (name, content)
         if info is None or info["state"] == "failed":
             self.harness.contents[name] = content  # new requests wait for it
-        self.scheduler.load_adapter(name, path, self.num_keys)
+        self.scheduler.load_adapter(name, AdapterSource.at(path), self.num_keys)
         self.harness.verify()

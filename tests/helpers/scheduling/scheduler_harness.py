@@ -8,7 +8,7 @@ from typing import Any
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import Outputs, SequenceOutput
+from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, SequenceOutput
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
@@ -170,7 +170,7 @@ class Harness:
         """A new path with this content, registered as `name`."""
         path = f"/{name}/{len(self.files)}"
         self.file(path, content or name, num_pages, error)
-        self.scheduler.register_adapter(name, path)
+        self.scheduler.register_adapter(name, AdapterSource.at(path))
         self.verify()
 
     # Actions of an engine

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from loraplex.scheduler.adapters.prefetch import LOOK_AHEAD, MAX_LOADS
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.scheduler import Scheduler
 
@@ -226,7 +227,7 @@ def test_no_load_ahead_delays_who_could_run_or_costs_one_its_pages(seed: int) ->
     harness = make(num_pages=30, max_num_seqs=rng.choice([4, 6]), max_adapter_slots=16)
     for index in range(10):
         harness.register(str(index), num_pages=rng.randint(1, 4))
-        harness.scheduler.load_adapter(str(index), f"/{index}/{index}", index)
+        harness.scheduler.load_adapter(str(index), AdapterSource.at(f"/{index}/{index}"), index)
     harness.settle()
     due: deque[float] = deque()
     waited: dict[str, set[Request]] = {}

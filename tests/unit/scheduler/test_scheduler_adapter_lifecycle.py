@@ -2,6 +2,7 @@
 
 import pytest
 
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected
 
@@ -15,7 +16,7 @@ def test_replacement_serves_new_requests_and_old_ones_finish_on_the_old() -> Non
     while not harness.expected["old"].token_ids:
         harness.turn()
     harness.file("/v2", "version 2", 3)
-    harness.scheduler.load_adapter("x", "/v2", "key")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/v2"), "key")
     harness.add("between", [2], adapter="x", max_tokens=2)  # v2 is not known to be good yet
     harness.settle()
     harness.add("new", [3], adapter="x", max_tokens=2)
@@ -31,7 +32,7 @@ def test_broken_replacement_leaves_the_old_one_serving() -> None:
     harness.add("a", [1], adapter="x", max_tokens=1)
     harness.run()
     harness.file("/v2", "", error="another base model")
-    harness.scheduler.load_adapter("x", "/v2", "key")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/v2"), "key")
     harness.settle()
     assert "another base model" in harness.adapter_updates["key"].error
     harness.add("b", [1], adapter="x", max_tokens=1)
@@ -100,7 +101,7 @@ def test_adapter_stays_when_its_only_waiter_left_while_it_loaded() -> None:
 def test_unload_while_it_is_read() -> None:
     harness = Harness()
     harness.file("/p", "x")
-    harness.scheduler.load_adapter("x", "/p", "key")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/p"), "key")
     harness.add("a", [1], adapter="x", max_tokens=2)  # accepted, so it is served
     harness.scheduler.unload_adapter("x")
     harness.run()
@@ -117,7 +118,7 @@ def test_of_two_loads_under_way_the_later_one_wins_in_any_order() -> None:
         harness.run()
         for path in ("/v2", "/v3"):
             harness.file(path, path)
-            harness.scheduler.load_adapter("x", path, path)
+            harness.scheduler.load_adapter("x", AdapterSource.at(path), path)
         harness.scheduler.take_commands()
         for path in order:
             harness.scheduler.on_adapter_inspected(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected, AdapterLoaded
 
@@ -165,12 +166,12 @@ def test_unreadable_adapter_fails_those_who_wait_for_it(named_error: str) -> Non
 def test_mended_adapter_is_served_after_loading_it_again() -> None:
     harness = Harness()
     harness.file("/p", "", error="truncated file")
-    harness.scheduler.load_adapter("x", "/p", "first")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/p"), "first")
     harness.settle()
     assert "truncated file" in harness.adapter_updates["first"].error
     assert harness.adapter_updates["first"].error_code == "adapter"
     harness.file("/p", "good", 2)
-    harness.scheduler.load_adapter("x", "/p", "second")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/p"), "second")
     harness.add("a", [1], adapter="x", max_tokens=3)  # waits for the inspection
     harness.run()
     reply = harness.adapter_updates["second"]
@@ -180,11 +181,11 @@ def test_mended_adapter_is_served_after_loading_it_again() -> None:
 def test_registering_a_failed_path_again_gives_it_another_try() -> None:
     harness = Harness()
     harness.file("/p", "", error="not there yet")
-    harness.scheduler.register_adapter("x", "/p")
+    harness.scheduler.register_adapter("x", AdapterSource.at("/p"))
     harness.add("a", [1], adapter="x")
     harness.run()
     harness.file("/p", "good")
-    harness.scheduler.register_adapter("x", "/p")
+    harness.scheduler.register_adapter("x", AdapterSource.at("/p"))
     harness.add("b", [1], adapter="x", max_tokens=1)
     harness.run()
     assert harness.error_of("a")[0] == "adapter"
@@ -252,13 +253,15 @@ def test_adapter_needs_a_name_and_a_path() -> None:
     harness = Harness()
     for name, path in (("", "/p"), ("x", "")):
         with pytest.raises(RequestRefused, match="a name and a path"):
-            harness.scheduler.register_adapter(name, path)
+            harness.scheduler.register_adapter(name, AdapterSource.at(path))
 
 
 def test_thousands_registered_cost_nothing_until_used() -> None:
     harness = Harness(check=False)
     for index in range(5000):
-        harness.scheduler.register_adapter(f"adapter-{index}", f"/nowhere/{index}")
+        harness.scheduler.register_adapter(
+            f"adapter-{index}", AdapterSource.at(f"/nowhere/{index}")
+        )
     assert harness.scheduler.take_commands() == []
     assert harness.scheduler.stats()["pages_free"] == 63
     with pytest.raises(RequestRefused) as refusal:
@@ -308,7 +311,7 @@ def test_passing_failure_of_a_load_is_tried_again_by_the_next_request(is_pinned:
 def test_passing_failure_of_load_adapter_is_its_answer() -> None:
     harness = Harness()
     harness.fail_for_now("/p", "no memory")
-    harness.scheduler.load_adapter("x", "/p", "first")
+    harness.scheduler.load_adapter("x", AdapterSource.at("/p"), "first")
     harness.settle()
     assert "no memory" in harness.adapter_updates["first"].error
     harness.file("/p", "good", 2)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 
 from helpers.scheduling.scheduler_harness import Harness
@@ -67,13 +68,13 @@ class Traffic:
         return path
 
     def register(self, name: str) -> None:
-        self.harness.scheduler.register_adapter(name, self.new_path())
+        self.harness.scheduler.register_adapter(name, AdapterSource.at(self.new_path()))
         self.harness.verify()
 
     def load(self) -> None:
         self.num_loads += 1
         name = self.rng.choice(NAMES)
-        self.harness.scheduler.load_adapter(name, self.new_path(), self.num_loads)
+        self.harness.scheduler.load_adapter(name, AdapterSource.at(self.new_path()), self.num_loads)
         self.harness.verify()
 
     def unload(self) -> None:

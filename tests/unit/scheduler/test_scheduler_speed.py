@@ -10,6 +10,7 @@ import pytest
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import POLICY_NAMES, SchedulerConfig
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
@@ -87,7 +88,7 @@ def calls_a_start(policy: str, num_waiting: int) -> float:
     """
     scheduler = make_scheduler(20_000, policy=policy, max_num_seqs=64, max_steps_in_flight=1)
     for index in range(50):
-        scheduler.register_adapter(str(index), str(index))
+        scheduler.register_adapter(str(index), AdapterSource.at(str(index)))
     for index in range(num_waiting):
         scheduler.add(
             Request(

@@ -44,8 +44,9 @@ def test_adapter_commands(codec: TextCodec, tmp_path: Path) -> None:
     harness = FrontendHarness(codec, adapter=AdapterConfig(adapter_root=str(tmp_path / "root")))
     for lazy, op in [(False, "load"), (True, "register")]:
         harness.ask(A, "load_adapter", name="pirate", path=str(inside), lazy=lazy)
+        harness.run_pooled()
         (command,) = harness.take_sent(AdapterCommand)
-        assert (command.op, command.name, command.path) == (op, "pirate", str(inside))
+        assert (command.op, command.name, command.source.path) == (op, "pirate", str(inside))
         harness.frontend.on_scheduler(
             AdapterReply(command.command_id, adapters=[{"name": "pirate"}])
         )
@@ -96,13 +97,16 @@ def test_adapters_load_from_the_root_alone(codec: TextCodec, tmp_path: Path) -> 
              str(tmp_path / "rootless"), "a\0b"]  # fmt: skip
     for path in paths:
         harness.ask(A, "load_adapter", name="x", path=path)
+        harness.run_pooled()
         (error,) = harness.take()
         assert error["code"] == "forbidden", path
     harness.ask(A, "load_adapter", name="x", path=str(root / "missing"))
+    harness.run_pooled()
     assert harness.take()[0]["code"] == "adapter"
     assert not harness.sent
     no_root = FrontendHarness(codec)
     no_root.ask(A, "load_adapter", name="x", path=str(root))
+    no_root.run_pooled()
     assert no_root.take()[0]["code"] == "forbidden"
 
 

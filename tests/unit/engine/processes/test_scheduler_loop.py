@@ -21,7 +21,12 @@ from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.adapters.manager import ROWS_PER_SLICE
-from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
+from loraplex.scheduler.frontend_protocol import (
+    AdapterSource,
+    AddRequest,
+    SequenceOutput,
+    StepOutputs,
+)
 from loraplex.scheduler.worker_protocol import StepPlan
 
 from helpers.fakes.fake_engine import (
@@ -181,7 +186,9 @@ def test_adapter_commands(tmp_path: Path) -> None:
 
     def run(op: str, name: str = "", path: Path | str = "") -> AdapterReply:
         bench.frontends.sent.clear()
-        bench.frontends.inbox.append((ONE, AdapterCommand(3, op, name, str(path))))
+        bench.frontends.inbox.append(
+            (ONE, AdapterCommand(3, op, name, AdapterSource.at(str(path))))
+        )
         for _ in range(4):
             bench.turn()
         *parts, (peer, reply) = bench.frontends.sent
@@ -208,7 +215,9 @@ def test_adapter_commands(tmp_path: Path) -> None:
 
 def test_an_adapter_that_fails_on_first_use_fails_its_requests(tmp_path: Path) -> None:
     bench = Bench()
-    bench.frontends.inbox.append((ONE, AdapterCommand(1, "register", "x", str(tmp_path))))
+    bench.frontends.inbox.append(
+        (ONE, AdapterCommand(1, "register", "x", AdapterSource.at(str(tmp_path))))
+    )
     bench.ask(ONE, 1, [5], adapter="x")
     bench.ask(ONE, 2, [5])
     bench.finish()
@@ -296,7 +305,7 @@ def test_a_long_list_and_stats_come_in_parts_with_steps_between(tmp_path: Path) 
     bench = Bench()
     names = [f"a{i:03}" for i in range(3 * ROWS_PER_SLICE + 1)]
     for name in names:
-        bench.scheduler.register_adapter(name, str(tmp_path / name))
+        bench.scheduler.register_adapter(name, AdapterSource.at(str(tmp_path / name)))
     bench.ask(ONE, 0, [5], max_tokens=200)
     bench.turn()
     bench.frontends.sent.clear()
@@ -307,7 +316,7 @@ def test_a_long_list_and_stats_come_in_parts_with_steps_between(tmp_path: Path) 
         if num_turns == 2:
             bench.scheduler.unload_adapter(names[-1])
             bench.scheduler.unload_adapter(names[0])
-            bench.scheduler.register_adapter("new", str(tmp_path / "new"))
+            bench.scheduler.register_adapter("new", AdapterSource.at(str(tmp_path / "new")))
     sent = [(p, m) for p, m in bench.frontends.sent if not isinstance(m, StepOutputs)]
     parts = [m for _, m in sent if isinstance(m, ReplyRows)]
     assert all(len(part.rows) <= ROWS_PER_SLICE for part in parts)

@@ -256,33 +256,23 @@ def test_dead_engine_gives_its_reason(llm: LLM) -> None:
     assert len(client_of(llm).submitted) == num_submitted
 
 
-def test_adapters_with_a_path_are_loaded_once_and_first(llm: LLM, tmp_path: Path) -> None:
-    request = LoRARequest("a", 1, str(tmp_path))
-    texts(llm, ["x", "y"], lora_request=request)
-    texts(llm, ["z"], lora_request=request)
-    assert client_of(llm).loaded == [("a", str(tmp_path))]
-
-
-def test_an_adapter_path_is_made_absolute(
+def test_every_request_brings_the_path_of_its_adapter(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The engine decides what a path means, and may run in another folder."""
     monkeypatch.chdir(tmp_path)
-    texts(llm, ["x"], lora_request=LoRARequest("a", 1, "sub/adapter"))
-    assert client_of(llm).loaded == [("a", str(tmp_path / "sub/adapter"))]
-
-
-def test_an_unreadable_adapter_submits_nothing(llm: LLM) -> None:
-    client_of(llm).unreadable.add("/nowhere")
-    with pytest.raises(ClientError, match="adapter_config.json"):
-        llm.generate(["x", "y"], lora_request=[None, LoRARequest("a", 1, "/nowhere")])
-    assert client_of(llm).submitted == []
+    absolute = LoRARequest("a", 1, str(tmp_path / "sub/adapter"), load_inplace=True)
+    for path in (absolute.lora_path, "sub/adapter"):
+        request = LoRARequest("a", 1, path, load_inplace=True)
+        texts(llm, ["x", "y"], lora_request=request)
+    assert client_of(llm).adapters == [absolute] * 4
 
 
 def test_two_paths_for_one_name_are_refused(llm: LLM) -> None:
     requests = [LoRARequest("a", 1, "/one"), LoRARequest("a", 2, "/two")]
     with pytest.raises(ValueError, match="two paths"):
         llm.generate(["x", "y"], lora_request=requests)
-    assert client_of(llm).loaded == []
+    assert client_of(llm).submitted == []
 
 
 def test_bar_counts_requests_and_tokens(llm: LLM) -> None:

@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from loraplex.scheduler.adapters.usage import Usage
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 
 from helpers.scheduling.scheduler_harness import Harness
@@ -110,7 +111,9 @@ def test_ten_thousand_names_that_all_served_take_little_memory() -> None:
     harness = Harness(check=False)
     tracemalloc.start()
     for index in range(10_000):
-        harness.scheduler.register_adapter(f"adapter-{index}", f"/srv/adapters/adapter-{index}")
+        harness.scheduler.register_adapter(
+            f"adapter-{index}", AdapterSource.at(f"/srv/adapters/adapter-{index}")
+        )
     registered, _ = tracemalloc.get_traced_memory()
     for version in harness.scheduler.adapters.registry:
         version.usage = Usage()
@@ -147,11 +150,11 @@ def test_what_nobody_can_use_does_not_stay_on_the_host() -> None:
     harness.worker.max_host = 10
     for path, num_pages in (("/gone", 1), ("/old", 1), ("/new", 1), ("/large", 8)):
         harness.file(path, path, num_pages)
-    harness.scheduler.load_adapter("a", "/gone", 1)
+    harness.scheduler.load_adapter("a", AdapterSource.at("/gone"), 1)
     harness.scheduler.unload_adapter("a")
-    harness.scheduler.load_adapter("b", "/old", 2)
-    harness.scheduler.load_adapter("b", "/new", 3)
-    harness.scheduler.load_adapter("c", "/large", 4)
+    harness.scheduler.load_adapter("b", AdapterSource.at("/old"), 2)
+    harness.scheduler.load_adapter("b", AdapterSource.at("/new"), 3)
+    harness.scheduler.load_adapter("c", AdapterSource.at("/large"), 4)
     harness.settle()
     assert "enlarge the pool" in harness.adapter_updates[4].error
     harness.send_commands()
@@ -162,7 +165,7 @@ def test_a_bad_replacement_of_one_that_was_never_read_leaves_it() -> None:
     harness = Harness()
     harness.register("a", "good")
     harness.file("/bad", "", error="it is damaged")
-    harness.scheduler.load_adapter("a", "/bad", "key")
+    harness.scheduler.load_adapter("a", AdapterSource.at("/bad"), "key")
     harness.add("meanwhile", [1], adapter="a", max_tokens=2)
     harness.settle()
     assert "it is damaged" in harness.adapter_updates["key"].error

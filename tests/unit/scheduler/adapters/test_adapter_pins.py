@@ -2,6 +2,7 @@
 
 import pytest
 
+from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 
 from helpers.scheduling.scheduler_harness import Harness
@@ -133,7 +134,7 @@ def test_a_pin_follows_the_name_to_its_next_version() -> None:
     harness.plan()
     harness.settle()
     harness.file("/v2", "version 2", 2)
-    harness.scheduler.load_adapter("a", "/v2", "load")
+    harness.scheduler.load_adapter("a", AdapterSource.at("/v2"), "load")
     harness.settle()
     assert harness.adapter_updates["load"].adapter["pinned"]
     harness.plan()
@@ -145,7 +146,7 @@ def test_a_pin_follows_the_name_to_its_next_version() -> None:
     harness.settle()
     assert harness.resident() == {"version 3"} and harness.listed()["a"]["pinned"]
     harness.file("/large", "version 4", 40)  # more than the share
-    harness.scheduler.load_adapter("a", "/large", "large")
+    harness.scheduler.load_adapter("a", AdapterSource.at("/large"), "large")
     harness.settle()
     assert harness.adapter_updates["large"].error == ""
     assert not harness.adapter_updates["large"].adapter["pinned"]
@@ -160,7 +161,7 @@ def test_a_pinned_adapter_whose_load_fails_is_pinned_no_longer() -> None:
     harness.plan()
     harness.settle()
     info = harness.listed()["a"]
-    assert (info["state"], info["pinned"], info["error"]) == ("failed", False, "it is gone")
+    assert (info["state"], info["pinned"], info["error"]) == ("registered", False, "it is gone")
     assert harness.scheduler.stats()["pages_pinned"] == 0
 
 
