@@ -24,7 +24,8 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-from helpers.fakes.fake_worker import FakeAdapter, FakeWorker, oracle, sampling_spec
+from helpers.fakes.fake_model import oracle, sampling_spec
+from helpers.fakes.fake_worker import FakeAdapter, FakeWorker
 
 VOCAB_SIZE = 384
 MAX_MODEL_LEN = 512

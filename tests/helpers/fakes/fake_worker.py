@@ -6,7 +6,6 @@ read, so a page that is stale, shared by mistake or overwritten is found at once
 a function of the same hash, so `oracle()` predicts every output whatever the batch.
 """
 
-import math
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -26,27 +25,10 @@ from loraplex.scheduler.worker_protocol import (
     SamplingSpec,
     StepPlan,
     StepResult,
-    TokenLogprobs,
     UnloadAdapter,
 )
 
-_MASK = (1 << 64) - 1
-
-
-def sampling_spec(
-    *,
-    max_tokens: int = 16,
-    min_tokens: int = 0,
-    stop_token_ids: tuple[int, ...] = (),
-    num_logprobs: int = -1,
-    num_prompt_logprobs: int = -1,
-) -> SamplingSpec:
-    return SamplingSpec(
-        temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, max_tokens=max_tokens, min_tokens=min_tokens,
-        stop_token_ids=array("i", stop_token_ids), num_logprobs=num_logprobs,
-        num_prompt_logprobs=num_prompt_logprobs, bias_token_ids=array("i"), bias_values=array("f"),
-    )  # fmt: skip
+from helpers.fakes.fake_model import fake_logprobs, mix, next_token, root_hash
 
 
 @dataclass
@@ -57,46 +39,6 @@ class FakeAdapter:
     num_pages: int = 1
     error: str = ""
     is_transient: bool = False  # the error
-
-
-def _mix(state: int, token_id: int) -> int:
-    state = (state * 6364136223846793005 + token_id + 1442695040888963407) & _MASK
-    return state ^ (state >> 29)
-
-
-def root_hash(content: str) -> int:
-    """Returns the history before the first token; `content` is empty for the base model."""
-    state = 0
-    for byte in content.encode():
-        state = _mix(state, byte)
-    return state
-
-
-def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
-    token_id = (state >> 11) % vocab_size
-    while token_id in banned:
-        token_id = (token_id + 1) % vocab_size
-    return token_id
-
-
-def oracle(
-    prompt: list[int], content: str, sampling: SamplingSpec, max_model_len: int, vocab_size: int
-) -> tuple[list[int], str, int]:
-    """Returns tokens, finish reason and stop token of a request served alone, token by token."""
-    state = root_hash(content)
-    for token_id in prompt:
-        state = _mix(state, token_id)
-    stop_ids = frozenset(sampling.stop_token_ids)
-    tokens: list[int] = []
-    while True:
-        banned = stop_ids if len(tokens) < sampling.min_tokens else frozenset()
-        token_id = next_token(state, vocab_size, banned)
-        tokens.append(token_id)
-        state = _mix(state, token_id)
-        if token_id in stop_ids:
-            return tokens, "stop", token_id
-        if len(tokens) == sampling.max_tokens or len(prompt) + len(tokens) == max_model_len:
-            return tokens, "length", -1
 
 
 @dataclass
@@ -281,7 +223,7 @@ class FakeWorker:
     def _push(self, slot: _Slot, token_id: int) -> None:
         previous = slot.states[-1] if slot.states else root_hash(slot.content)
         slot.token_ids.append(token_id)
-        slot.states.append(_mix(previous, token_id))
+        slot.states.append(mix(previous, token_id))
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert 0 < len(plan.slots) == len(plan.positions) == len(plan.num_tokens)
@@ -328,7 +270,7 @@ class FakeWorker:
         self._push(slot, max(token_id, 0))
         result.token_ids.append(token_id)
         asked = slot.sampling.num_logprobs >= 0
-        result.logprobs.append(_logprobs(token_id, slot.states[-1]) if asked else None)
+        result.logprobs.append(fake_logprobs(token_id, slot.states[-1]) if asked else None)
 
     def _judge_prompt(
         self, slot_id: int, slot: _Slot, position: int, num_tokens: int, result: StepResult
@@ -337,16 +279,12 @@ class FakeWorker:
         if slot.sampling.num_prompt_logprobs < 0 or last <= position:
             return
         entries = [
-            _logprobs(slot.token_ids[judged], slot.states[judged], self._is_broken(slot, judged))
+            fake_logprobs(
+                slot.token_ids[judged], slot.states[judged], self._is_broken(slot, judged)
+            )
             for judged in range(position + 1, last + 1)
         ]
         result.prompt_logprobs.append(PromptLogprobs(slot_id, position + 1, entries))
 
     def _is_broken(self, slot: _Slot, position: int) -> bool:
         return position >= self.broken.get(slot.content, position + 1)
-
-
-def _logprobs(token_id: int, state: int, is_broken: bool = False) -> TokenLogprobs:
-    """The rank carries a fingerprint of the history, so that tests can tell positions apart."""
-    value = math.nan if is_broken else -1.0
-    return TokenLogprobs(array("i", [token_id]), array("f", [value]), array("i", [state % 9973]))

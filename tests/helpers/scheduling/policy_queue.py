@@ -11,7 +11,7 @@ from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 
 
 class PolicyQueue:

@@ -23,7 +23,8 @@ from loraplex.scheduler.worker_protocol import (
     UnloadAdapter,
 )
 
-from helpers.fakes.fake_worker import FakeAdapter, FakeWorker, oracle, sampling_spec
+from helpers.fakes.fake_model import oracle, sampling_spec
+from helpers.fakes.fake_worker import FakeAdapter, FakeWorker
 
 
 @dataclass

@@ -6,7 +6,7 @@ from loraplex.memory.accounting.block_manager import Owner
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.worker_protocol import StepResult, int_array
 
-from helpers.fakes.fake_worker import oracle, sampling_spec
+from helpers.fakes.fake_model import oracle, sampling_spec
 from helpers.scheduling.scheduler_harness import Harness, sequences
 
 

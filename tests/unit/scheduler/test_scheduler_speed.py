@@ -23,7 +23,7 @@ from loraplex.scheduler.worker_protocol import (
     int_array,
 )
 
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 from helpers.running.calls import count_calls
 
 

@@ -9,7 +9,7 @@ from loraplex.engine.ipc.wire_types import PROTOCOL_VERSION
 from loraplex.scheduler.frontend_protocol import SequenceOutput, StepOutputs
 from loraplex.scheduler.worker_protocol import TokenLogprobs
 
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 
 
 def test_arrays_are_raw_little_endian_bytes() -> None:

@@ -35,7 +35,7 @@ from helpers.fakes.fake_engine import (
     fake_config,
     make_fake_adapter,
 )
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 
 MESSAGES_PER_TURN = 10
 

@@ -8,7 +8,7 @@ from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.worker_protocol import WorkerReady
 
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 
 
 @pytest.mark.parametrize(

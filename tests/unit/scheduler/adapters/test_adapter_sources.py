@@ -8,7 +8,7 @@ from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected, InspectAdapter
 
-from helpers.fakes.fake_worker import sampling_spec
+from helpers.fakes.fake_model import sampling_spec
 from helpers.scheduling.scheduler_harness import Expectation, Harness
 
 
