@@ -53,8 +53,9 @@ def open_socket(
 ) -> "zmq.Socket[bytes]":
     """Returns a ROUTER or DEALER with every limit set; the caller binds or connects it.
 
-    `heartbeat` is for clients, which may stop or vanish silently. Between the engine's own
-    processes it would disconnect one that is stopped in a debugger.
+    `heartbeat` is for clients: the server then notices one that stops or vanishes silently, and the
+    client a server that does. Between the engine's own processes it would disconnect one that is
+    stopped in a debugger. The server's socket must not use it; see ClientSocket.
     """
     if kind == zmq.ROUTER:
         seed_peer_numbers()

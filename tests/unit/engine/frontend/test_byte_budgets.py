@@ -149,11 +149,13 @@ def test_a_socket_takes_few_large_messages_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "ipc"])
-def test_clients_are_asked_for_signs_of_life_on_every_transport(
+def test_vanished_clients_are_noticed_without_heartbeats_of_the_server(
     scheme: str, tmp_path: Path
 ) -> None:
     endpoint = "tcp://127.0.0.1:0" if scheme == "tcp" else f"ipc://{tmp_path}/s"
     with zmq.Context() as context:
         server = ClientSocket(context, ServerConfig(endpoint=endpoint), "")
-        assert 0 < server.socket.getsockopt(zmq.HEARTBEAT_IVL) <= 5000
+        assert 0 < server.socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) <= 5
+        # libzmq aborts where its heartbeats meet a client that leaves: test_leaving_clients
+        assert server.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
         server.close()
