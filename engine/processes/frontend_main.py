@@ -1,5 +1,6 @@
 """Runs a frontend: ``python -m loraplex.engine.processes.frontend_main``."""
 
+import ctypes
 import resource
 import time
 
@@ -15,6 +16,18 @@ from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
 
 TICK_S = 1.0
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def give_large_buffers_back() -> None:
+    """Makes glibc return freed buffers of a MiB and more to the system at once.
+
+    By default it raises that limit to 32 MiB after the first such buffer, and keeps those of large
+    messages in its heap.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries do not have it
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def raise_descriptor_limit() -> None:
@@ -29,6 +42,7 @@ def raise_descriptor_limit() -> None:
 def run(child: Child) -> None:
     """Run a frontend until the supervisor stops it or the engine ends."""
     raise_descriptor_limit()
+    give_large_buffers_back()
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()
     identity = frontend_identity(child.start.index, child.start.incarnation)
