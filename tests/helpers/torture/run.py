@@ -37,6 +37,7 @@ from helpers.torture import attacks
 NUM_CLIENTS = 20
 PAUSE_S = 0.3
 GIVE_UP_S = 90.0
+SETTLE_S = 30.0  # for frames that are still on their way when the attackers have gone
 AGAIN = ("queue_full", "connection_lost", "engine_dead")
 MAX_LATE_S = 2.0
 MAX_GROWTH = 100 << 20
@@ -230,8 +231,13 @@ def torture(folder: Path, seconds: float, idle_s: float) -> Report:
             work_together(clients, report, report.attacked, seconds)
         report.rounds = json.loads(attackers.communicate(timeout=300)[0])
         wait_until(clients[0].server_is_idle)
-        after = memory_of(engine)
-        report.growth = {name: after[name] - before[name] for name in before}
+        settled = time.monotonic() + SETTLE_S
+        while True:
+            after = memory_of(engine)
+            report.growth = {name: after[name] - before[name] for name in before}
+            if max(report.growth.values()) < MAX_GROWTH or time.monotonic() > settled:
+                break
+            time.sleep(0.5)
         for client in clients:
             client.close()
     finally:
