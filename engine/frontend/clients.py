@@ -27,12 +27,49 @@ Clock = Callable[[], float]
 
 
 class Requests(Protocol):
-    """The part of RequestTable that ClientTable uses."""
+    """The part of RequestTable that a client table uses."""
 
     def has_requests(self, client: bytes) -> bool: ...
 
     def drop_client(self, client: bytes) -> list[str]:
         """Ends every request of the client. Returns their ids."""
+
+
+class Clients(Protocol):
+    """The clients of one entrance. The frontend replies to them and ends what they leave behind."""
+
+    num_lost: int
+    num_slow: int
+
+    def __len__(self) -> int:
+        """Returns the number of clients that wait for something."""
+
+    @property
+    def num_unread_bytes(self) -> int:
+        """Number of bytes kept for clients that do not read, all together."""
+
+    @property
+    def flush_due_s(self) -> float | None:
+        """Seconds until flush() has something to try, None if no client has unread replies."""
+
+    def watch(self, client: bytes) -> None:
+        """Notes that the client waits for a request."""
+
+    def reply(self, client: bytes, message: dict[str, Any]) -> None:
+        """Takes a message for a client. Drops it if the client has left. Never raises."""
+
+    def forget(self, client: bytes) -> None:
+        """Removes a client and ends its requests."""
+
+    def tick(self) -> None:
+        """Does what is due about once a second."""
+
+    def flush(self) -> None:
+        """Sends clients what they had no room for."""
+
+
+ClientsOf = Callable[[Requests], Clients]
+"""Makes the clients of an entrance, which end their requests through the argument."""
 
 
 @dataclass(slots=True)

@@ -1,13 +1,13 @@
 """Serves the clients: checks and tokenizes requests, makes text of tokens, sends outputs, cancels.
 
-The frontend has no sockets. Messages come in as maps or raw frames, replies leave through `send`.
+The frontend has no sockets. Messages come in as maps or raw frames. Replies leave as maps through
+the clients of its entrance: ClientTable for ZeroMQ, ExchangeTable for HTTP.
 It runs in the caller's thread; only long prompts are tokenized in other threads (requests.py).
 """
 
 import itertools
 import logging
 import secrets
-import time
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
-from loraplex.engine.frontend.clients import ClientTable, Clock, Send
+from loraplex.engine.frontend.clients import ClientsOf
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
@@ -42,6 +42,7 @@ class Frontend:
 
     Attributes:
         step_clock: for health. The owner sets it to the scheduler's.
+        inputs: tokenizes messages; its methods may run in any thread.
     """
 
     def __init__(
@@ -52,27 +53,25 @@ class Frontend:
         info: EngineInfo,
         codec: TextCodec | None,
         scheduler: Channel,
-        send: Send,
+        clients_of: ClientsOf,
         wakeup: Wakeup,
-        clock: Clock = time.monotonic,
     ) -> None:
         """Makes a frontend without clients.
 
         Args:
             name: makes the seeds of this frontend differ from those of others.
             codec: tokenizer and chat template, None if clients send and receive token ids.
-            send: sends an encoded reply; raises PeerGoneError for a client that has left,
-                SlowPeerError for one that does not read.
+            clients_of: makes the table of clients that replies go to.
             wakeup: is set when run_ready() has something to do.
-            clock: returns seconds.
         """
         self._config = config
         self._info = info
         self._codec = codec
         self._scheduler = SchedulerLink(scheduler)
         self._folders = FolderLookup(config.adapter.adapter_root, wakeup)
+        self.inputs = InputProcessor(config, info, codec, seed_salt=name)
         self._requests = RequestTable(
-            inputs=InputProcessor(config, info, codec, seed_salt=name),
+            inputs=self.inputs,
             codec=codec,
             folders=self._folders,
             scheduler=self._scheduler,
@@ -80,9 +79,7 @@ class Frontend:
             max_requests_per_client=config.server.max_requests_per_client,
             wakeup=wakeup,
         )
-        self._clients = ClientTable(
-            send, self._requests, max_unread=config.server.max_client_backlog, clock=clock
-        )
+        self._clients = clients_of(self._requests)
         self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
         self._rows: dict[int, list[dict[str, Any]]] = {}  # by query id, of replies not complete yet
         self._query_ids = itertools.count(1)

@@ -71,7 +71,7 @@ class InputProcessor:
         """
         token_ids = message.prompt_token_ids
         if token_ids is None:
-            token_ids = array("i", self._encode(message))
+            token_ids = array("i", self.encode(message))
         if not token_ids:
             raise ClientError("the prompt is empty: send at least one token")
         limit = self._info.max_model_len
@@ -89,7 +89,13 @@ class InputProcessor:
             )
         return token_ids
 
-    def _encode(self, message: GenerateRequest) -> list[int]:
+    def encode(self, message: GenerateRequest) -> list[int]:
+        """Returns the token ids of the message's text or chat, which may be too many to serve.
+
+        Raises:
+            ClientError: there is no tokenizer, the chat template refuses the messages, or the text
+                is longer than `max_model_len` tokens can be.
+        """
         if self._codec is None:
             raise ClientError(
                 "this server runs without a tokenizer (skip_tokenizer_init): "

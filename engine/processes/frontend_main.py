@@ -3,10 +3,12 @@
 import ctypes
 import resource
 import time
+from functools import partial
 
 import zmq
 
 from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
+from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
@@ -40,7 +42,7 @@ def raise_descriptor_limit() -> None:
 
 
 def run(child: Child) -> None:
-    """Run a frontend until the supervisor stops it or the engine ends."""
+    """Runs a frontend until the supervisor stops it or the engine ends."""
     raise_descriptor_limit()
     give_large_buffers_back()
     config, run_dir = child.start.config, child.start.run_dir
@@ -66,7 +68,9 @@ def run(child: Child) -> None:
             info=info,
             codec=codec,
             scheduler=scheduler,
-            send=clients.send,
+            clients_of=partial(
+                ClientTable, clients.send, max_unread=config.server.max_client_backlog
+            ),
             wakeup=child.wakeup,
         )
         frontend.step_clock = StepClock(f"{run_dir}/steps")

@@ -6,6 +6,7 @@ For tests and debugging. The engine runs only while the caller waits in receive(
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -14,6 +15,7 @@ import zmq
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
+from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.activity import Activity
@@ -78,7 +80,9 @@ class InProcessEngine:
             info=self.info,
             codec=load_text_codec(config.model),
             scheduler=scheduler_end,
-            send=lambda client, data: self._replies.append(_decoded(data)),
+            clients_of=partial(
+                ClientTable, self._take_reply, max_unread=config.server.max_client_backlog
+            ),
             wakeup=self._wakeup,
         )
         self._frontend.step_clock = step_clock
@@ -105,6 +109,9 @@ class InProcessEngine:
         replies = list(self._replies)
         self._replies.clear()
         return replies
+
+    def _take_reply(self, client: bytes, data: bytes) -> None:
+        self._replies.append(msgpack.unpackb(data, strict_map_key=False))
 
     def is_lost(self) -> bool:
         return self._closed
@@ -135,12 +142,6 @@ class InProcessEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineDeadError("the engine was closed")
-
-
-def _decoded(data: bytes) -> dict[str, Any]:
-    """Returns the map of an encoded reply."""
-    reply: dict[str, Any] = msgpack.unpackb(data, strict_map_key=False)
-    return reply
 
 
 def _ignore(text: str) -> None:

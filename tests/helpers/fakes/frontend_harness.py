@@ -2,6 +2,7 @@
 
 import select
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgpack
 import msgspec
 
 from loraplex.engine.config import EngineConfig, ModelConfig
+from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec, load_text_codec
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, Wakeup
@@ -46,15 +48,20 @@ class FrontendHarness:
         self.scheduler_room: int | None = None
         self.scheduler_error: Exception | None = None
         self.wakeup = Wakeup()
+        config = EngineConfig(model=ModelConfig(model="m"), **parts)
         self.frontend = Frontend(
-            EngineConfig(model=ModelConfig(model="m"), **parts),
+            config,
             name="frontend 0",
             info=msgspec.structs.replace(INFO, max_model_len=max_model_len),
             codec=codec,
             scheduler=self,
-            send=self.reply,
+            clients_of=partial(
+                ClientTable,
+                self.reply,
+                max_unread=config.server.max_client_backlog,
+                clock=lambda: self.now_s,
+            ),
             wakeup=self.wakeup,
-            clock=lambda: self.now_s,
         )
 
     def send(self, message: object, peer: bytes = b"") -> None:
