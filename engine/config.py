@@ -170,11 +170,19 @@ class AdapterConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The ZeroMQ endpoint for clients, and its limits."""
+    """The addresses for clients, ZeroMQ and HTTP, and their limits."""
 
     endpoint: str = field(
         default="tcp://127.0.0.1:5599",
         metadata={"help": "address that clients connect to: tcp://HOST:PORT or ipc://PATH"},
+    )
+    http: str = field(
+        default="",
+        metadata={"help": "address of the OpenAI-compatible HTTP server, HOST:PORT; empty: none"},
+    )
+    served_model_name: str = field(
+        default="",
+        metadata={"help": "name of the base model in HTTP requests; empty: the value of model"},
     )
     server_secret_key_file: str = field(
         default="",

@@ -12,6 +12,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.processes.http_address import check_http_config
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
 
 STOP_TIMEOUT_S = 10.0
@@ -28,10 +29,12 @@ class Engine:
 
     Attributes (once started):
         endpoint: the address for clients: the configured one, or a private ipc:// if that is "".
+        http_endpoint: HOST:PORT of the HTTP server, "" if there is none.
         info: the limits of the model, and the devices and backends of the workers.
     """
 
     endpoint: str
+    http_endpoint: str = ""
     info: EngineInfo
 
     def __init__(
@@ -73,6 +76,7 @@ class Engine:
             EngineDeadError: a process ended or was not ready in time. Nothing is left running.
         """
         check_server_config(self._config.server)
+        check_http_config(self._config.server)
         adapters_at_start(self._config.adapter)
         try:
             self._group.start(engine_processes(self._config, self._worker_command), self._config)
@@ -87,6 +91,8 @@ class Engine:
         assert frontend.ready is not None
         self.info = scheduler.ready.info
         self.endpoint = frontend.ready.endpoint
+        for http in self._group.of_kind("http"):
+            self.http_endpoint = http.endpoint
         self._group.allow_restarts()
 
     def _await_ready(self, deadline: float) -> None:

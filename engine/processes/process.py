@@ -5,7 +5,7 @@ import os
 import subprocess
 import threading
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import msgspec
 
@@ -21,7 +21,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to start. `kind` is "frontend", "scheduler" or "worker"."""
+    """A process to start. `kind` is "frontend", "http", "scheduler" or "worker"."""
 
     kind: str
     index: int
@@ -81,7 +81,9 @@ class Process:
         """Start the child again after its end. A frontend binds the address that it had."""
         config = self.start.config
         if self.endpoint:
-            config = replace(config, server=replace(config.server, endpoint=self.endpoint))
+            address: dict[str, Any] = {self._address_field: self.endpoint}
+            server = replace(config.server, **address)
+            config = replace(config, server=server)
         incarnation = self.start.incarnation + 1
         return Process.spawn(
             self.spec, msgspec.structs.replace(self.start, config=config, incarnation=incarnation)
@@ -92,7 +94,14 @@ class Process:
         """The address that a frontend has bound, or its predecessor had; empty if there is none."""
         if self.ready is not None:
             return self.ready.endpoint
-        return self.start.config.server.endpoint if self.start.incarnation else ""
+        if not self.start.incarnation:
+            return ""
+        return str(getattr(self.start.config.server, self._address_field))
+
+    @property
+    def _address_field(self) -> str:
+        """Field of ServerConfig with the address of a process of this kind."""
+        return "http" if self.spec.kind == "http" else "endpoint"
 
     def send(self, message: object) -> None:
         """Write a message to its control pipe; do nothing if it has ended."""

@@ -37,18 +37,22 @@ DEATH_GRACE_S = 3.0  # for the other processes to end once one has died
 KILL_WAIT_S = 5.0  # for the kernel to end a process that was killed
 PEER_WAIT_S = 0.5  # a process that fails because its peer is gone waits for the peer's own end
 
+HTTP_MODULE = "loraplex.entrypoints.http.main"
+
 logger = logging.getLogger("loraplex")
 
 
 def engine_processes(
     config: EngineConfig, worker_command: list[str] | None = None
 ) -> list[ProcessSpec]:
-    """Returns one frontend, one scheduler, and a worker for each rank."""
+    """Returns one scheduler, a worker for each rank, a frontend, and one for HTTP if configured."""
     if not sys.executable:
         raise ConfigError("there is no Python executable to start the engine's processes with")
 
+    python = [sys.executable, "-P", "-m"]
+
     def module(name: str) -> list[str]:
-        return [sys.executable, "-P", "-m", f"loraplex.engine.processes.{name}_main"]
+        return [*python, f"loraplex.engine.processes.{name}_main"]
 
     worker = worker_command or module("worker")
     return [
@@ -58,6 +62,7 @@ def engine_processes(
         ),
         ProcessSpec("scheduler", 0, module("scheduler")),
         ProcessSpec("frontend", 0, module("frontend")),
+        *([ProcessSpec("http", 0, [*python, HTTP_MODULE])] if config.server.http else []),
     ]
 
 
@@ -114,15 +119,15 @@ class ProcessGroup:
     def allow_restarts(self) -> None:
         """From now on the end of a frontend does not end the engine."""
         self._restarts = {
-            process.spec.name: RestartPolicy() for process in self.of_kind("frontend")
+            process.spec.name: RestartPolicy() for process in self.of_kind("frontend", "http")
         }
 
     @property
     def is_ready(self) -> bool:
         return all(process.ready is not None for process in self.processes)
 
-    def of_kind(self, kind: str) -> list[Process]:
-        return [process for process in self.processes if process.spec.kind == kind]
+    def of_kind(self, *kinds: str) -> list[Process]:
+        return [process for process in self.processes if process.spec.kind in kinds]
 
     def stop(self, timeout_s: float) -> None:
         """End every process and wait for it; do nothing in a fork of the owner."""
@@ -235,7 +240,7 @@ class ProcessGroup:
 
     def _end_all(self, last_message: object, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        frontends = self.of_kind("frontend")
+        frontends = self.of_kind("frontend", "http")
         for process in frontends:
             process.send(last_message)
         _await_exits(frontends, min(deadline, time.monotonic() + FRONTEND_GRACE_S))

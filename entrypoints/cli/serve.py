@@ -20,6 +20,8 @@ def run(config: EngineConfig) -> int:
     def announce(engine: Engine) -> None:
         progress.close()
         lines = describe(engine.endpoint, config, engine.info, len(adapters))
+        if engine.http_endpoint:
+            lines.insert(1, f"  {'http':<9} http://{engine.http_endpoint}/v1")
         print("\n".join(lines), flush=True)
 
     engine = Engine(config, on_progress=progress, on_status=print_status)

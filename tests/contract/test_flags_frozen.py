@@ -41,9 +41,9 @@ BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--plot", "--ranks",
 TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
     "serve": [
-        *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--insecure",
-        "--max-client-backlog", "--max-message-bytes", "--max-requests-per-client",
-        "--no-insecure", "--server-secret-key-file", "--log-level",
+        *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--http",
+        "--insecure", "--max-client-backlog", "--max-message-bytes", "--max-requests-per-client",
+        "--no-insecure", "--served-model-name", "--server-secret-key-file", "--log-level",
     ],
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",

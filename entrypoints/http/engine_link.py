@@ -1,0 +1,180 @@
+"""Runs a frontend on an event loop, beside the HTTP server."""
+
+import asyncio
+import time
+from typing import Any
+
+import zmq
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.frontend.clients import Requests
+from loraplex.engine.frontend.frontend import Frontend
+from loraplex.engine.frontend.inputs import TextCodec
+from loraplex.engine.ipc.channel import DealerChannel, Wakeup
+from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.entrypoints.http.errors import HttpError
+from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
+
+TICK_S = 1.0
+
+
+class EngineLink:
+    """Connects the event loop with the scheduler and the frontend.
+
+    Use it from the event loop's thread alone.
+
+    Attributes:
+        config: the engine's configuration.
+        codec: tokenizer and chat template, None if clients send and receive token ids.
+        info: the engine's limits, None until the engine is ready.
+        created: Unix time of the server's start, in seconds.
+        stop_reason: why the engine serves no longer; empty while it does.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        name: str,
+        codec: TextCodec | None,
+        scheduler: DealerChannel,
+        wakeup: Wakeup,
+    ) -> None:
+        """`name` makes the seeds of this frontend differ from those of others."""
+        self.config = config
+        self.codec = codec
+        self.info: EngineInfo | None = None
+        self.created = int(time.time())
+        self.stop_reason = ""
+        self._name = name
+        self._scheduler = scheduler
+        self._wakeup = wakeup
+        self._frontend: Frontend | None = None
+        self._table: ExchangeTable | None = None
+        self._is_due = False  # receive() is scheduled
+        self._loop = asyncio.get_running_loop()
+        self._info_came = asyncio.Event()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(scheduler.socket.fileno(), self._receive)
+        self._check_socket()
+
+    @property
+    def frontend(self) -> Frontend:
+        """The frontend.
+
+        Raises:
+            HttpError: the engine has not started yet, or serves no longer (status 503).
+        """
+        if self._frontend is None:
+            raise HttpError(503, "the engine is starting: try again later")
+        if self.stop_reason:
+            raise HttpError(503, self.stop_reason)
+        return self._frontend
+
+    def check_serving(self) -> None:
+        """Raises HttpError (status 503) unless requests are accepted."""
+        _ = self.frontend
+
+    async def wait_for_info(self) -> None:
+        """Returns when the engine is ready."""
+        await self._info_came.wait()
+
+    async def wait_for_failure(self) -> None:
+        """Never returns. Raises the error that a message of the scheduler caused."""
+        await self._failed
+
+    def start(self, answer: Answer, messages: list[dict[str, Any]]) -> Exchange:
+        """Starts one engine request for each message. Their `request_id` is their number.
+
+        Raises:
+            HttpError: the engine is not ready.
+        """
+        frontend = self.frontend
+        assert self._table is not None
+        exchange = Exchange(self._table, answer, len(messages))
+        for message in messages:
+            if exchange.ended:
+                break
+            frontend.on_message(exchange.client, message)
+        self._check_socket()
+        return exchange
+
+    async def ask(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Sends a command and returns the reply.
+
+        Raises:
+            HttpError: the command is refused, or the engine is not ready.
+        """
+        frontend, query = self.frontend, Query()
+        assert self._table is not None
+        client = self._table.add(query)
+        try:
+            frontend.on_message(client, {"type": kind, "request_id": "0", **values})
+            self._check_socket()
+            return await query.reply
+        finally:
+            self._table.forget(client)
+
+    def run_ready(self) -> None:
+        """Starts requests whose prompts were tokenized. Call it when the wakeup is set."""
+        if self._frontend is not None:
+            self._frontend.run_ready()
+            self._check_socket()
+
+    def tick(self) -> None:
+        """Call it about once a second."""
+        if self._frontend is not None:
+            self._frontend.tick()
+            self._check_socket()
+
+    def fail_all(self, reason: str) -> None:
+        """Ends every request. Later ones are refused."""
+        self.stop_reason = reason
+        if self._frontend is not None:
+            self._frontend.fail_all(reason)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._scheduler.socket.fileno())
+        if self._frontend is not None:
+            self._frontend.close()
+
+    def _receive(self) -> None:
+        self._is_due = False
+        try:
+            for _, message in self._scheduler.receive():
+                if self._frontend is None:
+                    self._on_info(message)
+                else:
+                    self._frontend.on_scheduler(message)
+            if self._frontend is not None:
+                self._frontend.run_ready()
+            self._check_socket()
+        except Exception as error:  # the event loop would log it and go on without the messages
+            if not self._failed.done():
+                self._failed.set_exception(error)
+
+    def _check_socket(self) -> None:
+        """Schedules _receive() if messages wait.
+
+        ZeroMQ signals its descriptor once when messages arrive, and a send may take the signal.
+        """
+        if not self._is_due and int(self._scheduler.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._is_due = True
+            self._loop.call_soon(self._receive)
+
+    def _on_info(self, info: EngineInfo) -> None:
+        self.info = info
+        self._frontend = Frontend(
+            self.config,
+            name=self._name,
+            info=info,
+            codec=self.codec,
+            scheduler=self._scheduler,
+            clients_of=self._make_table,
+            wakeup=self._wakeup,
+        )
+        self._info_came.set()
+
+    def _make_table(self, requests: Requests) -> ExchangeTable:
+        self._table = ExchangeTable(requests)
+        return self._table

@@ -1,0 +1,90 @@
+"""Reads and checks the JSON body of an HTTP request at a bounded cost."""
+
+import re
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
+from loraplex.engine.frontend.byte_budget import ByteBudget
+from loraplex.entrypoints.http.errors import HttpError
+
+MAX_BODIES = 256 << 20  # bytes of all bodies that are being read
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_READER = b"all"
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class BodyReader:
+    """Limits the size of each body, the bytes of all of them, and the entries of each."""
+
+    def __init__(self, *, max_bytes: int, max_elements: int = MAX_ELEMENTS) -> None:
+        self._max_bytes = max_bytes
+        self._max_elements = max_elements
+        self._budget = ByteBudget(for_each=MAX_BODIES, in_all=max(MAX_BODIES, max_bytes))
+
+    async def read(self, request: Request, cls: type[Body]) -> Body:
+        """Returns the body as an object of `cls`.
+
+        Raises:
+            HttpError: the body is no JSON, does not fit `cls`, or is too large.
+            ClientDisconnect: the client left before the end of the body.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # It also keeps out web pages, which may send other types to any address.
+            raise HttpError(415, "the body must be JSON: send Content-Type: application/json")
+        body = await self._read_bytes(request)
+        self._check_elements(body)
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise _of_validation(error) from None
+
+    async def _read_bytes(self, request: Request) -> bytes:
+        length = request.headers.get("content-length", "")
+        self._check_size(int(length) if length.isdecimal() else 0)
+        parts: list[bytes] = []
+        num_bytes = 0
+        try:
+            async for part in request.stream():
+                if not self._budget.take(_READER, len(part)):
+                    raise HttpError(429, "too many bodies are being read: try again later")
+                num_bytes += len(part)
+                parts.append(part)
+                self._check_size(num_bytes)
+            return b"".join(parts)
+        finally:
+            self._budget.give_back(_READER, num_bytes)
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise HttpError(
+                413,
+                f"the body has more than {self._max_bytes} bytes: send less, or raise "
+                "max_message_bytes of the server",
+            )
+
+    def _check_elements(self, body: bytes) -> None:
+        """Counts the entries of lists and maps without building them."""
+        if _num_separators(body) <= self._max_elements:
+            return  # without a look at which are inside strings
+        if _num_separators(_STRING.sub(b"", body)) > self._max_elements:
+            raise HttpError(
+                413,
+                f"the body has more than {self._max_elements} list and map entries: "
+                "send less at once",
+            )
+
+
+def _num_separators(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def _of_validation(error: ValidationError) -> HttpError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    text = f"{where}: {first['msg']}" if where else first["msg"]
+    return HttpError(400, text, param=where or None)

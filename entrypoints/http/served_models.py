@@ -1,0 +1,35 @@
+"""The names under which the base model and the adapters are served."""
+
+from loraplex.engine.adapters.paths import ADAPTER_NAME
+from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.http.errors import unknown_model
+
+PACKAGED_MODEL = "SmolLM2-135M-Instruct"
+
+
+class ServedModels:
+    """Resolves the `model` of a request.
+
+    Attributes:
+        base: the base model's name.
+        root: the base model's path, or its name if it is the packaged one.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.root = config.model.model or PACKAGED_MODEL
+        self.base = config.server.served_model_name or self.root
+
+    def adapter_of(self, model: str | None) -> str:
+        """Returns the adapter that a model's name means, "" for the base model.
+
+        `model` is the base model's name, an adapter's, "base:adapter", or empty for the base model.
+
+        Raises:
+            HttpError: no model can have this name (status 404).
+        """
+        if not model or model == self.base:
+            return ""
+        name = model.removeprefix(f"{self.base}:")
+        if not ADAPTER_NAME.fullmatch(name):
+            raise unknown_model(model[:200])
+        return name
