@@ -1,6 +1,9 @@
 """GET /v1/models and /v1/lora_adapters, and the commands that load, unload and pin adapters."""
 
+import asyncio
+import contextlib
 from typing import Any
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -22,6 +25,8 @@ class AdapterRoutes:
         self._link = link
         self._models = models
         self._bodies = bodies
+        # One load of a name at a time: a failed one removes the name.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def list_models(self, request: Request) -> Response:
         adapters = await self._rows()
@@ -77,14 +82,29 @@ class AdapterRoutes:
         if not body.lora_name or not body.lora_path:
             text = "Both 'lora_name' and 'lora_path' must be provided."
             raise HttpError(400, text, kind=INVALID)
-        if not body.load_inplace and await self._is_known(body.lora_name):
+        async with self._locks.setdefault(body.lora_name, asyncio.Lock()):
+            await self._load_alone(body)
+
+    async def _load_alone(self, body: LoadAdapterBody) -> None:
+        is_known = await self._is_known(body.lora_name)
+        if is_known and not body.load_inplace:
             raise HttpError(
                 400,
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to "
                 "load the adapter in place, set 'load_inplace' to True.",
                 kind=INVALID,
             )
-        await self._link.ask("load_adapter", name=body.lora_name, path=body.lora_path)
+        try:
+            await self._link.ask("load_adapter", name=body.lora_name, path=body.lora_path)
+        except HttpError:
+            if not is_known:
+                await self._drop_failed(body.lora_name)
+            raise
+
+    async def _drop_failed(self, name: str) -> None:
+        """Removes the name of a load that failed: vLLM does not list it."""
+        with contextlib.suppress(HttpError):
+            await self._link.ask("unload_adapter", name=name)
 
     async def _unload(self, body: AdapterBody) -> None:
         if not body.lora_name:
