@@ -12,6 +12,7 @@ from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.engine.ipc.channel import DealerChannel, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
 
@@ -39,8 +40,15 @@ class EngineLink:
         codec: TextCodec | None,
         scheduler: DealerChannel,
         wakeup: Wakeup,
+        step_clock: str,
     ) -> None:
-        """`name` makes the seeds of this frontend differ from those of others."""
+        """Makes a link that waits for the engine.
+
+        Args:
+            name: makes the seeds of this frontend differ from those of others.
+            step_clock: file of the scheduler's StepClock.
+        """
+        self._step_clock = step_clock
         self.config = config
         self.codec = codec
         self.info: EngineInfo | None = None
@@ -173,6 +181,7 @@ class EngineLink:
             clients_of=self._make_table,
             wakeup=self._wakeup,
         )
+        self._frontend.step_clock = StepClock(self._step_clock)
         self._info_came.set()
 
     def _make_table(self, requests: Requests) -> ExchangeTable:

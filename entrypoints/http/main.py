@@ -45,7 +45,14 @@ async def _run(child: Child) -> None:
     scheduler = DealerChannel(context, f"ipc://{start.run_dir}/frontends", name.encode())
     scheduler.send(FrontendHello(start.name))
     codec = load_text_codec(config.model)
-    link = EngineLink(config, name=name, codec=codec, scheduler=scheduler, wakeup=child.wakeup)
+    link = EngineLink(
+        config,
+        name=name,
+        codec=codec,
+        scheduler=scheduler,
+        wakeup=child.wakeup,
+        step_clock=f"{start.run_dir}/steps",
+    )
     server = _Server(
         uvicorn.Config(
             make_app(link),
@@ -64,7 +71,7 @@ async def _run(child: Child) -> None:
         others = [
             tasks.create_task(link.wait_for_failure()),
             tasks.create_task(_report_ready(child, link, http_endpoint(listener))),
-            tasks.create_task(_tick(link)),
+            tasks.create_task(_tick(child, link)),
         ]
         await _run_until_stopped(child, link)
         for task in others:
@@ -91,9 +98,11 @@ async def _report_ready(child: Child, link: EngineLink, endpoint: str) -> None:
     child.ready(endpoint=endpoint)
 
 
-async def _tick(link: EngineLink) -> None:
+async def _tick(child: Child, link: EngineLink) -> None:
+    """Ticks, and shows the watchdog that the event loop turns."""
     while True:
         await asyncio.sleep(TICK_S)
+        child.activity.mark()
         link.tick()
 
 
