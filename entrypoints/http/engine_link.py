@@ -17,6 +17,7 @@ from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
 
 TICK_S = 1.0
+TURN_S = 0.01
 
 
 class EngineLink:
@@ -91,8 +92,10 @@ class EngineLink:
         """Never returns. Raises the error that a message of the scheduler caused."""
         await self._failed
 
-    def start(self, answer: Answer, messages: list[dict[str, Any]]) -> Exchange:
+    async def start(self, answer: Answer, messages: list[dict[str, Any]]) -> Exchange:
         """Starts one engine request for each message. Their `request_id` is their number.
+
+        Lets the event loop turn every TURN_S, so that many prompts hold up nobody.
 
         Raises:
             HttpError: the engine is not ready.
@@ -100,10 +103,15 @@ class EngineLink:
         frontend = self.frontend
         assert self._table is not None
         exchange = Exchange(self._table, answer, len(messages))
+        turn_end = time.monotonic() + TURN_S
         for message in messages:
             if exchange.ended:
                 break
             frontend.on_message(exchange.client, message)
+            if time.monotonic() >= turn_end:
+                self._check_socket()
+                await asyncio.sleep(0)
+                turn_end = time.monotonic() + TURN_S
         self._check_socket()
         return exchange
 

@@ -30,11 +30,11 @@ class GenerationRoutes:
         answer = CompletionAnswer(
             body, model=body.model or self._models.base, codec=self._link.codec, messages=messages
         )
-        return AnswerResponse(self._link.start(answer, messages))
+        return AnswerResponse(await self._link.start(answer, messages))
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._bodies.read(request, ChatBody)
         adapter = self._models.adapter_of(body.model)
         message = chat_message(body, adapter, self._defaults)
         answer = ChatAnswer(body, model=body.model or self._models.base, codec=self._link.codec)
-        return AnswerResponse(self._link.start(answer, [message]))
+        return AnswerResponse(await self._link.start(answer, [message]))
