@@ -47,7 +47,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 @dataclass
 class Report:
-    """What happened; latencies in seconds, memory in bytes by process."""
+    """The figures of a run: latencies in seconds, memory in bytes by process."""
 
     idle: list[float] = field(default_factory=list)
     attacked: list[float] = field(default_factory=list)
