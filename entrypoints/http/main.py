@@ -12,7 +12,10 @@ from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import DealerChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import FrontendHello
-from loraplex.engine.processes.frontend_main import raise_descriptor_limit
+from loraplex.engine.processes.frontend_main import (
+    give_large_buffers_back,
+    raise_descriptor_limit,
+)
 from loraplex.engine.processes.http_address import bind_http_address, http_endpoint
 from loraplex.entrypoints.http.app import make_app
 from loraplex.entrypoints.http.engine_link import TICK_S, EngineLink
@@ -32,6 +35,7 @@ class _Server(uvicorn.Server):
 def run(child: Child) -> None:
     """Serves HTTP until the supervisor stops the process or the engine ends."""
     raise_descriptor_limit()
+    give_large_buffers_back()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(child))
 

@@ -32,6 +32,7 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
      "response_format is not supported"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "BadRequestError", "stream"),
     ({"prompt": "x " * 600}, 400, "BadRequestError", "max_model_len is 512"),
+    ({"prompt": "x" * 20_000}, 400, "BadRequestError", "20000 characters"),  # in another thread
     ({"prompt": "x", "priority": 2**40}, 400, "BadRequestError", "must fit 32 bits"),
     ({"prompt": [1, "x"]}, 400, "BadRequestError", "prompt must be a text"),
     ({"prompt": [[1], [-5]]}, 400, "BadRequestError", "outside the vocabulary"),
