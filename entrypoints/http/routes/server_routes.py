@@ -31,7 +31,8 @@ class ServerRoutes:
 
     async def health(self, request: Request) -> Response:
         """Answers 200 while the engine serves, with what the ZeroMQ message "health" says."""
-        return JsonResponse(await self._link.ask("health"))
+        reply = await self._link.ask("health")
+        return JsonResponse({k: v for k, v in reply.items() if k not in ("type", "request_id")})
 
     async def ready(self, request: Request) -> Response:
         """Answers 200 while requests are accepted."""

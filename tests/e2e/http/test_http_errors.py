@@ -133,6 +133,7 @@ def test_unknown_paths_and_methods(http: httpx.Client) -> None:
 
 
 def test_health_ready_and_version(http: httpx.Client) -> None:
-    assert http.get("/health").status_code == 200
+    health = http.get("/health")
+    assert health.status_code == 200 and health.json()["status"] == "ok"
     assert http.get("/ready").status_code == 200
     assert http.get("/version").json()["version"]
