@@ -29,7 +29,7 @@ def frame(*body: object, version: object = PROTOCOL_VERSION) -> bytes:
         (b"", "not a message"),
         (b"\xc1", "not a message"),
         (b"\x91" * 5000, "not a message"),
-        (b"\x92\x02" + b"\x91" * 5000, "not a message"),
+        (bytes([0x92, PROTOCOL_VERSION]) + b"\x91" * 5000, "not a message"),
         (msgpack.packb({"a": 1}), "not a message"),
         (msgpack.packb([PROTOCOL_VERSION]), "not a message"),
         (frame("EngineDead", "x", version=3), "version 3"),
