@@ -207,7 +207,7 @@ def test_store_is_pinned_and_copies_demand_it() -> None:
     copier = StreamPageCopier(pool)
     copier.copy(packed.data, [3, 6], wait_for=copier.record_event(), then=nothing).synchronize()
     assert (pool.pages[:, [3, 6]] == 2).all()
-    with pytest.raises(ValueError, match="pinned memory"):
+    with pytest.raises(ValueError, match="page-locked memory"):
         copier.copy(packed.data.clone(), [3, 6], wait_for=copier.record_event(), then=nothing)
 
 
