@@ -12,27 +12,22 @@ from loraplex import LLM, SamplingParams
 from loraplex.engine.errors import EngineDeadError
 
 from helpers.models.hf_models import make_hf_model
-from helpers.running.processes import is_alive, run_dirs, wait_until
+from helpers.running.processes import is_alive, run_dirs, wait_until, worker_pids
 
 pytestmark = pytest.mark.e2e
-
-
-def worker_pids() -> list[int]:
-    """Returns the process ids of this process's workers, by rank."""
-    children = psutil.Process().children(recursive=True)
-    return [c.pid for c in children if any(a.endswith("worker_main") for a in c.cmdline())]
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_stopped_rank_is_named_and_nothing_is_left(victim: int, tmp_path: Path) -> None:
     make_hf_model("llama3", tmp_path / "base", seed=3)
     before = run_dirs()
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
     llm = LLM(
         str(tmp_path / "base"), device="cpu", skip_tokenizer_init=True, tensor_parallel_size=2
     )
     with llm:
-        pids = [child.pid for child in psutil.Process().children(recursive=True)]
-        ranks = worker_pids()
+        pids = {child.pid for child in psutil.Process().children(recursive=True)} - others
+        ranks = worker_pids(besides=others)
 
         def stop() -> None:
             wait_until(lambda: llm.client.stats()["running"] > 0)

@@ -5,7 +5,6 @@ import signal
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loraplex import LLM, SamplingParams
@@ -14,23 +13,18 @@ from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.worker.worker import Worker
 
 from helpers.models.hf_models import make_hf_model
-from helpers.running.processes import is_alive, wait_until
-
-
-def worker_pids() -> list[int]:
-    """Returns the process ids of this process's workers, by rank."""
-    children = psutil.Process().children(recursive=True)
-    return [c.pid for c in children if any(a.endswith("worker_main") for a in c.cmdline())]
+from helpers.running.processes import is_alive, wait_until, worker_pids
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_is_killed_ends_the_engine_with_its_name(victim: int, tmp_path: Path) -> None:
     make_hf_model("llama3", tmp_path / "base", seed=3)
+    others = worker_pids()
     llm = LLM(
         str(tmp_path / "base"), device="cpu", skip_tokenizer_init=True, tensor_parallel_size=2
     )
     with llm:
-        pids = worker_pids()
+        pids = worker_pids(besides=others)
         assert len(pids) == 2
 
         def kill() -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,14 @@ def wait_until(condition: Callable[[], object], guard_s: float = GUARD_S) -> Non
 def run_dirs() -> set[str]:
     """Returns the folders of this test process's engines; tests/conftest.py sets its TMPDIR."""
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "loraplex-*")))
+
+
+def worker_pids(besides: Iterable[int] = ()) -> list[int]:
+    """Returns the process ids of this process's workers, by rank.
+
+    Args:
+        besides: workers of other engines, that are left out.
+    """
+    children = psutil.Process().children(recursive=True)
+    workers = [c.pid for c in children if any(a.endswith("worker_main") for a in c.cmdline())]
+    return [pid for pid in workers if pid not in set(besides)]
