@@ -163,7 +163,7 @@ class AdapterInspected(Message):
     error: str = ""
     content_hash: str = ""
     num_pages: int = 0
-    num_bytes: int = 0  # packed, over all layers, on one worker
+    num_bytes: int = 0  # packed, over all layers, on this rank; of a group, on all ranks
     max_rank: int = 0
     modules: list[str] = []
     warnings: list[str] = []  # parts of its folder that are not used

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
@@ -20,10 +21,10 @@ def to_json(value: Any) -> bytes:
     return _encode(value)
 
 
-class BaseAnswer:
+class BaseAnswer(ABC):
     """Collects choices for one JSON object, or makes an event of each.
 
-    Implements exchange.py's Answer but for `choice`.
+    Implements exchange.py's Answer but for `choices`.
 
     Attributes:
         model: the name by which the request called its model.
@@ -57,9 +58,9 @@ class BaseAnswer:
         }
         self._tail: dict[str, Any] = {"usage": None} if streams and include_usage else {}
 
+    @abstractmethod
     def choices(self, index: int, reply: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the choices that a reply to the prompt `index` brings or adds to."""
-        raise NotImplementedError
 
     def has_part(self, entry: dict[str, Any]) -> bool:
         """Tells whether an entry of "outputs" has something for the client."""
