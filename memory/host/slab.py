@@ -10,6 +10,7 @@ is page-locked piece by piece with pauses between. A CUDA copy must not cross fr
 next: see memory/device/page_copier.py.
 """
 
+import atexit
 import itertools
 import mmap
 import os
@@ -100,6 +101,9 @@ class _Slab(_Memory):
 _shared: weakref.WeakValueDictionary[int, _Slab] = weakref.WeakValueDictionary()
 """Shared slabs of this process by address."""
 
+_unlockers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_exiting = threading.Event()
+
 
 def plain_slab(num_bytes: int) -> torch.Tensor:
     """Allocate uint8 [num_bytes] for this process alone."""
@@ -153,9 +157,11 @@ def _free(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
     """Free a slab; page-locked memory in a thread of its own, as unlocking it takes long and the
     caller may be the thread that launches steps."""
     if locked.pieces:
-        threading.Thread(
+        thread = threading.Thread(
             target=_unlock, args=(mapping, fd, locked), name="slab-unlocker", daemon=True
-        ).start()
+        )
+        _unlockers.add(thread)
+        thread.start()
     else:
         _close(mapping, fd)
 
@@ -163,12 +169,25 @@ def _free(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
 def _unlock(mapping: mmap.mmap, fd: int, locked: _Locked) -> None:
     torch.cuda.set_device(locked.device)  # otherwise the driver creates a context on GPU 0
     for address in locked.pieces:
+        if _exiting.is_set():
+            return  # the kernel frees it all
         torch.cuda.cudart().cudaHostUnregister(address)
         time.sleep(PAUSE_S)
     _close(mapping, fd)
+
+
+def _await_unlockers() -> None:
+    """Wait until no thread is inside the driver: a thread that returns from there to an interpreter
+    that has ended aborts the process."""
+    _exiting.set()
+    for thread in list(_unlockers):
+        thread.join()
 
 
 def _close(mapping: mmap.mmap, fd: int) -> None:
     mapping.close()
     os.ftruncate(fd, 0)  # frees the pages, even where another process maps them
     os.close(fd)
+
+
+atexit.register(_await_unlockers)

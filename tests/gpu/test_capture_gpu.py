@@ -28,6 +28,7 @@ def test_page_locking_does_not_spoil_a_capture():
     x = torch.randn(64, 512, device=device, dtype=torch.bfloat16)
     weight = torch.randn(512, 512, device=device, dtype=torch.bfloat16)
     out = torch.empty(64, 512, device=device, dtype=torch.bfloat16)
+    torch.matmul(x, weight, out=out)  # sets cuBLAS up, which no capture allows
     recorder = GraphRecorder(device, GraphConfig())
     thread = threading.Thread(target=lock)
     thread.start()

@@ -37,7 +37,8 @@ def test_preemption(oracles):
     cases = oracles.cases()
     _, stats = run(oracles, cases[:: len(oracles.names) + 1] + cases[: len(oracles.names) + 1])
     num_pages = tight_num_pages(cases, stats["adapter_pages"], num_new_tokens=NUM_NEW_TOKENS)
-    outputs, stats = run(oracles, cases, num_pages=num_pages)
+    # Again, because the first time requests may be done before the next adapter has arrived.
+    outputs, stats = run(oracles, cases, repeat=3, num_pages=num_pages)
     judge(oracles, cases, outputs)
     assert stats["num_preemptions"] > 0
 

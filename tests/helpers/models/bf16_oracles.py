@@ -83,8 +83,10 @@ class Oracles:
         return [Case(name, prompt) for prompt in self.prompts for name in ("", *self.names)]
 
 
-def run(oracles: Oracles, cases: list[Case], **options: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Returns the outputs of an engine, and its stats with `adapter_pages`."""
+def run(
+    oracles: Oracles, cases: list[Case], *, repeat: int = 1, **options: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the outputs of an engine's last repetition, and its stats with `adapter_pages`."""
     adapters = {name: str(oracles.adapters / name) for name in oracles.names}
     options = {
         "in_process": True,
@@ -98,15 +100,16 @@ def run(oracles: Oracles, cases: list[Case], **options: Any) -> tuple[list[Any],
         oracles.path, adapters=adapters, dtype="bfloat16", device=DEVICE,
         skip_tokenizer_init=True, **options,
     ) as llm:  # fmt: skip
-        outputs = llm.generate(
-            [{"prompt_token_ids": case.prompt} for case in cases],
-            SamplingParams(
-                temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False,
-                logprobs=1, prompt_logprobs=1,
-            ),
-            lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
-            use_tqdm=False,
-        )  # fmt: skip
+        for _ in range(repeat):
+            outputs = llm.generate(
+                [{"prompt_token_ids": case.prompt} for case in cases],
+                SamplingParams(
+                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False,
+                    logprobs=1, prompt_logprobs=1,
+                ),
+                lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
+                use_tqdm=False,
+            )  # fmt: skip
         stats = llm.client.stats()
         stats["adapter_pages"] = sum(a["num_pages"] for a in llm.client.list_adapters())
         return outputs, stats

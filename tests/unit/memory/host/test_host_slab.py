@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +114,34 @@ def test_a_driver_that_refuses_keeps_nothing(cudart: FakeCudart) -> None:
         shared_slab(4 * PIECE_BYTES, page_locked=True)
     await_unlocking()
     assert not cudart.locked and cudart.num_unlocked == 2 and num_mappings() == before
+
+
+def test_a_process_that_ends_waits_until_no_thread_is_in_the_driver() -> None:
+    code = """
+import os, time
+import torch
+from loraplex.memory.host.slab import PIECE_BYTES, shared_slab
+
+class SlowCudart:
+    def cudaHostRegister(self, address, num_bytes, flags):
+        return 0
+
+    def cudaHostUnregister(self, address):
+        os.write(1, b"enters ")
+        time.sleep(0.5)
+        os.write(1, b"leaves ")
+
+torch.cuda.cudart = SlowCudart
+torch.cuda.current_device = lambda: 0
+torch.cuda.set_device = lambda device: None
+slab = shared_slab(5 * PIECE_BYTES, page_locked=True)
+del slab
+time.sleep(0.1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert words == ["enters", "leaves"] * (len(words) // 2)
+    assert 1 <= len(words) // 2 < 5
 
 
 def test_other_memory_has_no_place() -> None:
