@@ -57,7 +57,7 @@ class LoRATable:
     transposed starts at b_start + i * stride(out_features). See LoRAGroup.row_stride.
 
     The fields [L, M, S] on the device have equal strides, and any strides are allowed. The fastest
-    layout keeps an adapter's modules side by side, so that one read fetches a whole layer's.
+    layout is that of table_fields.py.
     """
 
     page_table: torch.Tensor  # int32 [S, max pages of an adapter]

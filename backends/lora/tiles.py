@@ -23,14 +23,17 @@ def make_tiles(starts: Int32Array, slots: Int32Array, block_rows: int) -> Int32A
     return tiles
 
 
-def largest_ranks(rank: npt.NDArray[np.int32], slots: Int32Array) -> Int32Array:
-    """Returns the largest rank of each slot in `slots`, over layers and modules, int32 [num_slots].
+def module_ranks(rank: npt.NDArray[np.int32], slots: Int32Array) -> Int32Array:
+    """Returns each module's largest rank in any layer for each slot in `slots`.
 
-    `rank` [num_layers, num_modules, num_slots] is LoRATable's. Other slots are 0 and cost no time.
+    Args:
+        rank: int32 [num_layers, num_modules, num_slots], LoRATable's. Other slots cost no time.
+
+    Returns:
+        int32 [num_modules, len(slots)].
     """
-    largest = np.zeros(rank.shape[2], dtype=np.int32)
-    largest[slots] = rank[:, :, slots].max(axis=(0, 1))
-    return largest
+    ranks: Int32Array = rank[:, :, slots].max(axis=0, initial=0)
+    return ranks
 
 
 def split_ranks(tiles: Int32Array, slot_ranks: Int32Array, block_ranks: int) -> Int32Array:

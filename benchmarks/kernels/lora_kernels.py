@@ -27,6 +27,7 @@ from loraplex.backends.lora.contract import (
     LoRATable,
     apply_lora,
 )
+from loraplex.backends.lora.table_fields import make_fields
 from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 from loraplex.entrypoints.bench.plot import Line, Panel, draw
@@ -176,9 +177,11 @@ class Setup:
                 )
         scale = np.full(fields.shape[1:], 0.5, dtype=np.float32)
         host = [torch.from_numpy(array) for array in (page_table, *fields, scale)]
-        fields_there = (x.transpose(1, 2).contiguous().to(device) for x in host[1:])
-        there = (host[0].to(device), *(x.transpose(1, 2) for x in fields_there))
-        return LoRATable(*there, *host), total
+        there = make_fields(case.num_layers, 7, len(ranks), device)
+        for view, field in zip(there, host[1:], strict=True):
+            view.copy_(field.view(torch.int32))
+        views = (*there[:3], there[3].view(torch.float32))
+        return LoRATable(host[0].to(device), *views, *host), total
 
     def _group(self, modules: tuple[int, ...]) -> LoRAGroup:
         shapes = self.model.shapes

@@ -5,6 +5,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRATable
+from loraplex.backends.lora.table_fields import make_fields
 from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.memory.adapter_layout import MODULES, num_pages
 from loraplex.memory.host.store import PackedAdapter
@@ -24,10 +25,9 @@ class AdapterTable:
         all_modules = {module: target.max_rank for module in range(len(MODULES))}
         max_pages = num_pages([all_modules], target.shapes, target.page_elems)
         # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
-        # device. There the modules of one adapter lie side by side, as kernels read them.
-        shape = (4, target.num_layers, num_slots, len(MODULES))
-        self._host_fields = torch.zeros(shape, dtype=torch.int32).transpose(2, 3).contiguous()
-        self._fields = torch.zeros(shape, dtype=torch.int32, device=device).transpose(2, 3)
+        # device.
+        self._fields = make_fields(target.num_layers, len(MODULES), num_slots, device)
+        self._host_fields = torch.zeros(self._fields.shape, dtype=torch.int32)
         page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32)
         self.table = LoRATable(
             page_table=page_table.clone().to(device),

@@ -21,13 +21,15 @@
 // rows:
 //   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
 //   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
-//                 binary logarithm of splits rounded up to a power of two, unused)
+//                 binary logarithm of splits rounded up to a power of two, 1 if any adapter of the
+//                 batch touches the group, else 0)
 //   then          capacity tiles: int4 (slot, first row, rows, unused)
 //   then          order: the token of each of capacity rows
 //   then          items: int4 (slot, first row, rows, first rank); room for one for each row and
 //                 16 ranks
 // The place of each part depends on `capacity` alone, so no load waits for another part.
 
+typedef unsigned long long U64;
 #ifndef EMULATED  // else tests/helpers/kernels/cuda_emulator.h has these
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -57,7 +59,8 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 
 // Programmatic dependent launch. Each kernel releases the next at once, so code before the wait may
 // run beside several earlier kernels. It may read weights and the plan, but not x, v or y. After the
-// wait all writes of earlier kernels are visible.
+// wait all writes of earlier kernels are visible. A kernel that has waited in one block at least ends
+// after all earlier ones; where no adapter touches the group, the other blocks end at once.
 __device__ __forceinline__ void wait_for_previous() {
 #if PDL
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -67,6 +70,22 @@ __device__ __forceinline__ void release_next() {
 #if PDL
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ U64 keep_policy() {
+  U64 policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Loads an entry of the table or of a page table, and the rest of its line into the L2 cache, where
+// it outlives the weights that stream through: later groups and steps read that line again.
+// Volatile, so that the compiler moves none behind the branch that the one before it decides.
+__device__ __forceinline__ int load_entry(const int* pointer) {
+  int value;
+  asm volatile("ld.global.nc.L2::cache_hint.L2::128B.b32 %0, [%1], %2;"
+               : "=r"(value) : "l"(pointer), "l"(keep_policy()));
+  return value;
 }
 
 // Not the read-only path (.nc): ptxas moves its loads behind wait_for_previous().
@@ -102,9 +121,8 @@ __device__ __forceinline__ const P* hold(const P* pointer) {
 #endif  // EMULATED
 
 // Blocks of few warps spend much of their time on addresses: hence unsigned and multiply-add.
-typedef unsigned long long U64;
 __device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
-  return __ldg(pages + element / (unsigned)PAGE);
+  return load_entry(pages + element / (unsigned)PAGE);
 }
 __device__ __forceinline__ const T* address(const T* pool, unsigned page, unsigned element) {
   const char* base = reinterpret_cast<const char*>(pool) + (U64)page * (2u * PAGE);
@@ -123,11 +141,11 @@ __device__ __forceinline__ Plan read_plan(const int* plan) {
   return {counts.x, counts.y, counts.z};
 }
 struct Split {
-  int splits, units, shift;
+  int splits, units, shift, touched;
 };
 __device__ __forceinline__ Split read_split(const int* plan) {
   const int4 split = __ldg(reinterpret_cast<const int4*>(plan) + 1 + GROUP);
-  return {split.x, split.y, split.z};
+  return {split.x, split.y, split.z, split.w};
 }
 __device__ __forceinline__ const int4* tiles_of(const int* plan) {
   return reinterpret_cast<const int4*>(plan) + 1 + NUM_GROUPS;
@@ -174,15 +192,15 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
   int4 item = first_item(items_of(plan, capacity), capacity, split);
-  const int num_works = step.num_items * NUM_MODULES << split.shift;
+  const int num_works = split.touched ? step.num_items * NUM_MODULES << split.shift : 0;
   for (unsigned work = blockIdx.x; work < num_works; work += gridDim.x) {
     const int part = work & ((1 << split.shift) - 1);
     if (part >= split.splits) continue;
     const unsigned of_item = work >> split.shift, module = of_item % NUM_MODULES;
     if (work != blockIdx.x) item = __ldg(items_of(plan, capacity) + of_item / NUM_MODULES);
-    const int limit = __ldg(rank + module * module_stride + item.x * slot_stride);
+    const int limit = load_entry(rank + module * module_stride + item.x * slot_stride);
+    const int start = load_entry(a_start + module * module_stride + item.x * slot_stride);
     if (item.w >= limit) continue;
-    const int start = __ldg(a_start + module * module_stride + item.x * slot_stride);
     const int* pages = hold(page_table + (long long)item.x * pages_stride);
     const bool has_low = item.w + group < limit, has_high = item.w + group + 8 < limit;
     const int low = start + (item.w + group) * K_ROW, high = low + 8 * K_ROW;
@@ -254,7 +272,7 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
       }
     }
   }
-  if (!has_waited) wait_for_previous();
+  if (!has_waited && (num_works || blockIdx.x == 0)) wait_for_previous();
 }
 
 // A block of expand takes a tile and a panel: WIDTH columns of one module.
@@ -296,18 +314,18 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
   __shared__ float shrunk[ROWS][16];
   const int* order = order_of(plan, capacity);
   const Plan step = read_plan(plan);
-  const int num_splits = read_split(plan).splits;
+  const Split split = read_split(plan);
+  const int num_splits = split.splits, num_works = split.touched ? step.num_tiles * BLOCKS : 0;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
   int4 tile = first_tile(plan, capacity);
-  for (int work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+  for (int work = blockIdx.x; work < num_works; work += gridDim.x) {
     if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
     const Panel panel = panel_of(work);
     const int module = panel.module, width = panel.width, column = panel.column;
     const int place = module * module_stride + tile.x * slot_stride;
-    const int limit = __ldg(rank + place);
+    const int limit = load_entry(rank + place), start = load_entry(b_start + place);
     if (limit == 0) continue;
-    const int start = __ldg(b_start + place);
     const float factor = __ldg(scale + place);
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
     const unsigned width_row = (width + 63) / 64 * 64;
@@ -405,7 +423,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
       *reinterpret_cast<uint4*>(y_row[row]) = sum;
     }
   }
-  if (!has_waited) wait_for_previous();
+  if (!has_waited && (num_works || blockIdx.x == 0)) wait_for_previous();
 }
 #endif
 
@@ -427,19 +445,19 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
   __shared__ unsigned shrunk[16][(MAX_RANK + 15) / 16 * 8 + 4];
   const int* order = order_of(plan, capacity);
   const Plan step = read_plan(plan);
-  const int num_splits = read_split(plan).splits;
+  const Split split = read_split(plan);
+  const int num_splits = split.splits, num_works = split.touched ? step.num_tiles * BLOCKS : 0;
   const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
   const uint4 zero = make_uint4(0, 0, 0, 0);
   bool has_waited = false;
   int4 tile = first_tile(plan, capacity);
-  for (unsigned work = blockIdx.x; work < step.num_tiles * BLOCKS; work += gridDim.x) {
+  for (unsigned work = blockIdx.x; work < num_works; work += gridDim.x) {
     if (work != blockIdx.x) tile = __ldg(tiles_of(plan) + work / BLOCKS);
     const Panel panel = panel_of(work);
     const int module = panel.module, width = panel.width, column = panel.column;
     const int place = module * module_stride + tile.x * slot_stride;
-    const int limit = __ldg(rank + place);
+    const int limit = load_entry(rank + place), start = load_entry(b_start + place);
     if (limit == 0) continue;
-    const int start = __ldg(b_start + place);
     const float factor = __ldg(scale + place);
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
     const T* weights = hold(pool);
@@ -544,6 +562,6 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
         *reinterpret_cast<uint4*>(y_row[h] + i * 8) = sum;
       }
   }
-  if (!has_waited) wait_for_previous();
+  if (!has_waited && (num_works || blockIdx.x == 0)) wait_for_previous();
 }
 #endif

@@ -6,7 +6,7 @@ import numpy as np
 
 from loraplex.backends.launch.buffers import PooledBuffer
 from loraplex.backends.lora.contract import Int32Array, LoRABatch, LoRAGroup, LoRATable
-from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
+from loraplex.backends.lora.tiles import make_tiles, module_ranks, split_ranks
 
 MAX_SPLITS = 16
 ITEM_RANKS = 16
@@ -34,7 +34,7 @@ class Kind:
 
 KINDS = {
     "distinct": Kind(8, 1, shrink_blocks=3, expand_blocks=16, rows_per_tile=1),
-    "shared": Kind(16, 4, shrink_blocks=2, expand_blocks=3, rows_per_tile=1),
+    "shared": Kind(8, 4, shrink_blocks=3, expand_blocks=3, rows_per_tile=1),
     "many": Kind(16, 16, shrink_blocks=2, expand_blocks=4, rows_per_tile=4),
 }
 """distinct: no two rows have the same adapter; many: MANY_ROWS an adapter or more, on average."""
@@ -90,7 +90,9 @@ class PlanLayout:
     ) -> dict[str, Int32Array]:
         """Returns the parts of a plan in the order in which bgmv.cu reads them."""
         starts, slots = batch.segment_starts, batch.segment_slots
-        slot_ranks = largest_ranks(table.host_rank.numpy(), slots)
+        ranks = module_ranks(table.host_rank.numpy(), slots)
+        slot_ranks = np.zeros(table.host_rank.shape[2], dtype=np.int32)
+        slot_ranks[slots] = ranks.max(axis=0)
         items = split_ranks(make_tiles(starts, slots, kind.item_rows), slot_ranks, ITEM_RANKS)
         tiles, num_rows = make_tiles(starts, slots, kind.tile_rows), len(batch.token_order)
         tiles_at = 4 + 4 * len(self.groups)
@@ -102,7 +104,10 @@ class PlanLayout:
             for index, group in enumerate(self.groups):
                 at = 4 + 4 * index
                 wanted = fill // max(1, len(items) * len(group.modules))
-                fixed[at : at + 3] = _split_k(group, min(wanted, self.max_rows // num_rows))
+                touched = ranks[group.modules[0] : group.modules[-1] + 1].any()
+                fixed[at : at + 4] = (
+                    *_split_k(group, min(wanted, self.max_rows // num_rows)), touched,
+                )  # fmt: skip
         fixed[tiles_at : tiles_at + tiles.size] = tiles.reshape(-1)
         fixed[order_at : order_at + num_rows] = batch.token_order
         return {"fixed": fixed, "items": items}

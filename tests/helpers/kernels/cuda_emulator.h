@@ -54,7 +54,7 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
-static unsigned current;
+static unsigned current, num_waited;  // threads of the kernel that have waited
 static void (*body)(void*);
 static void* body_argument;
 
@@ -66,7 +66,7 @@ inline void wait(int what) {
 
 inline void enter() {
   body(body_argument);
-  if (!fibers[current].has_waited) fault = "a thread ends without having waited";
+  num_waited += fibers[current].has_waited;
   fibers[current].is_done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
@@ -117,13 +117,17 @@ const char* launch(void (*kernel)(A...), unsigned blocks, unsigned num_threads, 
     call(of->kernel, of->arguments, std::index_sequence_for<A...>{});
   };
   body_argument = &packed;
-  fault = nullptr;
+  fault = nullptr, num_waited = 0;
   if (fibers.size() < num_threads) fibers.resize(num_threads);
   gridDim.x = blocks, blockDim.x = num_threads;
   for (unsigned block = 0; block < blocks && !fault; ++block) {
     blockIdx.x = block;
     run_block(num_threads);
+    // A kernel ends after the one before it as soon as one of its blocks does. Reads before the wait
+    // are found by __ldcg, and writes follow reads.
+    if (num_waited % num_threads) fault = "some threads of a block wait, others do not";
   }
+  if (!num_waited && !fault) fault = "a kernel that may end before the one before it";
   return fault;
 }
 }  // namespace emulator
@@ -167,6 +171,7 @@ template <class P> P __ldcg(const P* p) {
   if (!emulator::fibers[emulator::current].has_waited) fault = "read before the wait";
   return checked(p);
 }
+inline int load_entry(const int* p) { return __ldg(p); }
 inline uint4 load_weights(const T* p) { return checked(reinterpret_cast<const uint4*>(p)); }
 inline uint4 load_input(const T* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 template <typename P> const P* hold(const P* p) { return p; }

@@ -11,6 +11,7 @@ from loraplex.backends.lora.contract import (
     LoRASpec,
     LoRATable,
 )
+from loraplex.backends.lora.table_fields import make_fields
 from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape, num_pages, place_layer
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
@@ -104,20 +105,18 @@ def make_case(
                 fields["a_start"][layer, module, slot] = place.a_start
                 fields["b_start"][layer, module, slot] = place.b_start
                 fields["scale"][layer, module, slot] = scale
+    there = make_fields(num_layers, len(MODULES), slots, device)  # a worker's layout
+    names = ("rank", "a_start", "b_start", "scale")
+    for view, name in zip(there, names, strict=True):
+        view.copy_(fields[name].view(torch.int32))
     table = LoRATable(
-        **{name: _to_device(value, device) for name, value in fields.items()},
+        page_table=fields["page_table"].to(device),
+        **dict(zip(names, (*there[:3], there[3].view(torch.float32)), strict=True)),
         **{f"host_{name}": value for name, value in fields.items()},
     )
     case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
     case.weights = weights
     return case
-
-
-def _to_device(field: torch.Tensor, device: str) -> torch.Tensor:
-    """Copy a field in a worker's layout: an adapter's modules side by side."""
-    if field.ndim < 3:
-        return field.to(device)
-    return field.transpose(1, 2).contiguous().to(device).transpose(1, 2)
 
 
 def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:

@@ -181,7 +181,7 @@ def check_sgmv(op: Any, cuda: FakeCuda, step: Step, scratch: torch.Tensor) -> st
 
 def check_bgmv(op: Any, cuda: FakeCuda, step: Step, scratch: torch.Tensor) -> str:
     case, table, plan = step.case, step.case.table, plan_step(op, step)
-    fill, most = {"distinct": (3, 16), "shared": (2, 3), "many": (2, 4)}[plan.kind]
+    fill, most = {"distinct": (3, 16), "shared": (3, 3), "many": (2, 4)}[plan.kind]
     tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[plan.kind]
     num_tiles = ceil(step.num_rows, 4) if plan.kind == "many" else step.num_rows
     scalars = [table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1),

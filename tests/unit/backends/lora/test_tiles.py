@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.backends.lora.tiles import largest_ranks, make_tiles, split_ranks
+from loraplex.backends.lora.tiles import make_tiles, module_ranks, split_ranks
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -42,9 +42,11 @@ def test_items_cover_true_ranks_alone(lengths: list[int], rng) -> None:
     )
 
 
-@pytest.mark.parametrize("slots", [[3], [0, 7, 2]])
-def test_largest_ranks(slots: list[int]) -> None:
+@pytest.mark.parametrize("slots", [[3], [0, 7, 2], []])
+def test_module_ranks(slots: list[int]) -> None:
     rank = np.random.default_rng(0).integers(0, 64, (4, 7, 9)).astype(np.int32)
-    largest = largest_ranks(rank, np.array(slots, dtype=np.int32))
-    for slot in range(9):
-        assert largest[slot] == (rank[:, :, slot].max() if slot in slots else 0)
+    ranks = module_ranks(rank, np.array(slots, dtype=np.int32))
+    assert ranks.shape == (7, len(slots))
+    for module in range(7):
+        for index, slot in enumerate(slots):
+            assert ranks[module, index] == max(rank[layer, module, slot] for layer in range(4))
