@@ -90,6 +90,7 @@ class _Layer:
     num_used: int  # elements; the rest of the row is zeroed
     sides: dict[int, Sides]  # by module id
     scales: dict[int, float]  # by module id
+    num_bytes: int  # of the layer's tensors in the file
 
     def is_like(self, other: "_Layer") -> bool:
         """Returns True if both layers may be in one block: equal places, equal file dtypes."""
@@ -98,11 +99,6 @@ class _Layer:
             for module in self.sides
             for side in "AB"
         )
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the layer's tensors in the file."""
-        return sum(place.num_bytes for sides in self.sides.values() for place in sides.values())
 
 
 def pack(
@@ -143,7 +139,8 @@ def pack(
             a_start[layer, module], b_start[layer, module] = place.a_start, place.b_start
         of_layer = {module: found[layer, module] for module in places}
         scale_of = {module: float(scale[layer, module]) for module in places}
-        layers.append(_Layer(layer, places, num_used, of_layer, scale_of))
+        num_bytes = sum(side.num_bytes for sides in of_layer.values() for side in sides.values())
+        layers.append(_Layer(layer, places, num_used, of_layer, scale_of, num_bytes))
     count = num_pages([_by_module(row) for row in distinct], target.shapes, target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)

@@ -107,7 +107,7 @@ def read_adapter(
             packed = pack(
                 file,
                 found,
-                {key: config.scale_of(module_name(*key)) for key in found},
+                _scales_of(config, found),
                 target=target,
                 allocate=allocate,
                 packers=packers,
@@ -127,6 +127,13 @@ def read_adapter(
     except (PeftConfigError, NotRegularFileError, UnusableWeightsError) as error:
         reason = str(error)
     raise AdapterError(f"adapter {name!r}: {reason}")
+
+
+def _scales_of(config: PeftConfig, found: Iterable[ModuleKey]) -> dict[ModuleKey, float]:
+    if config.rank_pattern or config.alpha_pattern:
+        return {key: config.scale_of(module_name(*key)) for key in found}
+    first = next(iter(found))  # at least one module is adapted, and all have one scale
+    return dict.fromkeys(found, config.scale_of(module_name(*first)))
 
 
 def _stamp_config(folder: Path, root: str) -> tuple[int, ...]:
