@@ -59,10 +59,14 @@ class GGUFFile:
         except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
             raise ConfigError(f"{path}: damaged GGUF header ({error})") from None
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
         """Returns a tensor as float32 in its torch shape.
 
-        `start` and `stop` select rows of a tensor with two or more axes.
+        Args:
+            rows, columns: selection of the first and the last axis, where there are two or more. No
+                more is dequantized than the blocks that hold them.
 
         Raises:
             ConfigError: the tensor's type cannot be dequantized.
@@ -70,14 +74,22 @@ class GGUFFile:
         tensor = self.tensors[name]
         raw = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
         block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-        rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
-        if len(tensor.shape) > 1:
-            rows = rows[start:stop]
+        blocks = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block, block_bytes)
+        if len(tensor.shape) == 1:
+            return self._dequantize(tensor, blocks)
+        start, stop, _ = columns.indices(tensor.shape[-1])
+        first = start // block
+        part = self._dequantize(tensor, blocks[rows, ..., first : -(-stop // block), :])
+        return part[..., start - first * block : stop - first * block]
+
+    def _dequantize(self, tensor: GGUFTensor, blocks: np.ndarray) -> np.ndarray:
+        """Returns float32 [..., elements of a row] of the bytes [..., blocks of a row, bytes]."""
+        rows = blocks.reshape(*blocks.shape[:-2], -1)
         try:
             return dequantize(rows, tensor.type)
         except NotImplementedError:
             raise ConfigError(
-                f"{self.path}: tensor {name} has type {tensor.type.name}, which cannot be "
+                f"{self.path}: tensor {tensor.name} has type {tensor.type.name}, which cannot be "
                 "dequantized; convert the file to Q8_0, F16 or another common type"
             ) from None
 

@@ -113,7 +113,8 @@ def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSo
         return GGUFSource(model_path, model.spec)
     from loraplex.engine.checkpoint.weights_safetensors import SafetensorsSource
 
-    return SafetensorsSource(model_path, tied=model.spec.tie_embeddings)
+    tied = (model.shard.vocabulary, model.shard.hidden) if model.spec.tie_embeddings else None
+    return SafetensorsSource(model_path, tied=tied)
 
 
 def _check(

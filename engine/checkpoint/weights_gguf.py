@@ -1,6 +1,5 @@
 """Reads the weights of a GGUF file: dequantizes, renames and undoes llama.cpp's row order."""
 
-import math
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from loraplex.engine.checkpoint.pieces import copy_pieces
 from loraplex.engine.model.shard import Piece
 from loraplex.engine.model.spec import ModelSpec
 
-_CHUNK_ELEMS = 1 << 24  # elements dequantized at a time: 64 MiB of float32
+_CHUNK_ELEMS = 1 << 22  # elements dequantized at a time: 16 MiB of float32
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -42,37 +41,40 @@ class GGUFSource:
         self._file = GGUFFile(path)
         self._names = {hf_name(name): name for name in self._file.tensors if name != _ROPE_FREQS}
         # llama.cpp stores only the architecture llama in its interleaved RoPE order.
-        self._permuted_heads = (
-            {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
-            if self._file.metadata["general.architecture"] == "llama"
-            else {}
-        )
+        is_permuted = self._file.metadata["general.architecture"] == "llama"
+        self._permuted = ("q_proj", "k_proj") if is_permuted else ()
+        self._head_dim = spec.head_dim
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         tensors = self._file.tensors
         return {name: tensors[source].shape for name, source in self._names.items()}
 
     def copy_to(self, name: str, target: torch.Tensor, pieces: tuple[Piece, ...]) -> None:
-        source = self._names[name]
-        shape = self._file.tensors[source].shape
+        shape = self._file.tensors[self._names[name]].shape
         if not pieces:
             pieces = tuple(Piece(0, size, size, size) for size in shape)
-        num_heads = self._permuted_heads.get(name.split(".")[-2])
-        if num_heads is not None:
-            weight = torch.from_numpy(self._file.read(source))
-            copy_pieces(unpermute(weight, num_heads), target, pieces)
-            return
         if len(shape) == 1:
-            copy_pieces(torch.from_numpy(self._file.read(source)), target, pieces)
+            copy_pieces(self._read(name), target, pieces)
             return
         rows, columns = pieces
-        step = max(1, _CHUNK_ELEMS // math.prod(shape[1:]))
+        width = columns.stop - columns.start
+        if width == 0:
+            return  # this rank holds padding alone
+        unit = self._head_dim if self._is_permuted(name) else 1  # a rank holds whole heads
+        step = max(1, _CHUNK_ELEMS // width // unit) * unit
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
-            part = torch.from_numpy(self._file.read(source, start, stop))
-            part = part[:, columns.start : columns.stop]
-            first = start - rows.start
-            target[first : first + len(part), : part.shape[1]].copy_(part)
+            part = target[start - rows.start : stop - rows.start, :width]
+            part.copy_(self._read(name, slice(start, stop), slice(columns.start, columns.stop)))
+
+    def _read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
+        part = torch.from_numpy(self._file.read(self._names[name], rows, columns))
+        return unpermute(part, self._head_dim) if self._is_permuted(name) else part
+
+    def _is_permuted(self, name: str) -> bool:
+        return name.split(".")[-2] in self._permuted
 
 
 def hf_name(name: str) -> str:
@@ -85,11 +87,11 @@ def hf_name(name: str) -> str:
     return f"{_NAMES[part]}.{kind}" if part in _NAMES else name
 
 
-def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+def unpermute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorders the rows of a q or k projection from llama.cpp's pairs (0, 1) to halves (0, d/2).
 
     Args:
-        weight: [num_heads * head_dim, ...], a matrix or a bias.
+        weight: [n * head_dim, ...], n whole heads of a matrix or a bias.
     """
-    pairs = weight.unflatten(0, (num_heads, -1, 2))
+    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))
     return pairs.swapaxes(1, 2).reshape(weight.shape)

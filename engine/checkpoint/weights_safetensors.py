@@ -28,14 +28,20 @@ class SafetensorsSource:
             hold floats.
     """
 
-    def __init__(self, model_path: Path, *, tied: bool) -> None:
+    def __init__(self, model_path: Path, *, tied: tuple[Piece, ...] | None) -> None:
+        """Opens the files.
+
+        Args:
+            tied: the pieces that this rank holds of an embedding which is the head too; it compares
+                these alone. None: the head has weights of its own.
+        """
         self._path = model_path
         self._files: dict[str, Any] = {}  # tensor name to the open file that holds it
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _find_files(model_path):
             self._open(path)
-        if tied and _HEAD in self._files:
-            self._drop_tied_head()
+        if tied is not None and _HEAD in self._files:
+            self._drop_tied_head(tied)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -44,19 +50,25 @@ class SafetensorsSource:
         if all(piece.is_whole for piece in pieces):
             target.copy_(self._files[name].get_tensor(name))
             return
-        index = tuple(slice(piece.start, piece.stop) for piece in pieces)
-        part = self._files[name].get_slice(name)[index]
+        part = self._part(name, pieces)
         target[tuple(map(slice, part.shape))].copy_(part)
 
-    def _drop_tied_head(self) -> None:
-        if _EMBEDDING in self._files and not torch.equal(
-            self._files[_HEAD].get_tensor(_HEAD), self._files[_EMBEDDING].get_tensor(_EMBEDDING)
-        ):
+    def _part(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor:
+        index = tuple(slice(piece.start, piece.stop) for piece in pieces)
+        return self._files[name].get_slice(name)[index]
+
+    def _drop_tied_head(self, pieces: tuple[Piece, ...]) -> None:
+        if _EMBEDDING in self._files and not self._are_equal(_HEAD, _EMBEDDING, pieces):
             raise ConfigError(
                 f"{self._path}: tie_word_embeddings is set, but {_HEAD} differs from "
                 f"{_EMBEDDING}; set it to false in config.json"
             )
         del self._files[_HEAD], self._shapes[_HEAD]
+
+    def _are_equal(self, one: str, other: str, pieces: tuple[Piece, ...]) -> bool:
+        if self._shapes[one] != self._shapes[other]:
+            return False
+        return torch.equal(self._part(one, pieces), self._part(other, pieces))
 
     def _open(self, path: Path) -> None:
         try:

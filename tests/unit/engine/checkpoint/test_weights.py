@@ -237,10 +237,11 @@ def test_the_bar_counts_every_byte_on_a_terminal(
     assert ("loading" in shown and "100%" in shown) == is_terminal
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])  # llama's q and k: whole heads
 def test_gguf_large_tensors_are_read_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = make_hf_model("qwen2", tmp_path)
+    reference = make_hf_model(architecture, tmp_path)
     write_gguf(tmp_path / "m.gguf", reference)
     monkeypatch.setattr("loraplex.engine.checkpoint.weights_gguf._CHUNK_ELEMS", 700)
     parameters = _load(tmp_path / "m.gguf").parameters()
@@ -256,8 +257,8 @@ def test_unpermute_undoes_llama_cpps_order() -> None:
         for i in range(4):
             stored[head * 8 + 2 * i] = original[head * 8 + i]
             stored[head * 8 + 2 * i + 1] = original[head * 8 + 4 + i]
-    assert torch.equal(unpermute(stored, 3), original)
-    assert torch.equal(unpermute(stored[:, 0], 3), original[:, 0])
+    assert torch.equal(unpermute(stored, 8), original)
+    assert torch.equal(unpermute(stored[:, 0], 8), original[:, 0])
 
 
 def test_unknown_gguf_tensors_are_named(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from loraplex.engine.checkpoint.spec_loading import load_spec
 from loraplex.engine.checkpoint.weights import load_weights
+from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.shard import shard_of
 
@@ -25,16 +27,18 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def load_ranks(path: Path, world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Returns the parameters of each rank. Memory that is not written to holds NaN."""
-    spec, ranks = load_spec(path), []
-    for rank in range(world_size):
-        shard = shard_of(spec, worker_rank=rank, world_size=world_size)
-        model = Decoder(spec, dtype=torch.float32, device="cpu", shard=shard)
-        for tensor in model.parameters().values():
-            tensor.fill_(torch.nan)
-        load_weights(model, path, progress=False)
-        ranks.append(model.parameters())
-    return ranks
+    return [load_rank(path, rank, world_size) for rank in range(world_size)]
+
+
+def load_rank(path: Path, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a rank. Memory that is not written to holds NaN."""
+    spec = load_spec(path)
+    shard = shard_of(spec, worker_rank=rank, world_size=world_size)
+    model = Decoder(spec, dtype=torch.float32, device="cpu", shard=shard)
+    for tensor in model.parameters().values():
+        tensor.fill_(torch.nan)
+    load_weights(model, path, progress=False)
+    return model.parameters()
 
 
 def joined(parts: list[torch.Tensor], name: str, full: torch.Tensor) -> torch.Tensor:
@@ -90,3 +94,16 @@ def test_a_quantized_gguf_is_cut_after_it_is_dequantized(tmp_path: Path) -> None
     ranks = load_ranks(tmp_path / "model.gguf", 4)
     for name, full in whole.items():
         assert torch.equal(joined([rank[name] for rank in ranks], name, full), full), name
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_seen_by_the_rank_that_holds_it(
+    tmp_path: Path,
+) -> None:
+    model = make_hf_model("llama", tmp_path, tie_word_embeddings=True)
+    tensors = dict(model.state_dict())
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_rank(tmp_path, 0, 2)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
+        load_rank(tmp_path, 1, 2)
