@@ -222,6 +222,9 @@ class WorkerReady(Message):
     device: str
     lora_backend: str
     attention_backend: str
+    weight_bytes: int = 0  # that this rank holds of the model
+    adapter_rank: int = 0
+    adapter_bytes: int = 0  # pages of an adapter of this LoRA rank on all projections, all layers
     load_seconds: float = 0.0
     base_fingerprint: str = ""  # identifies the base weights in prefix-cache keys
     eos_token_ids: Int32Array = msgspec.field(default_factory=int_array)

@@ -278,6 +278,10 @@ class Frontend:
                     "device": worker.device,
                     "lora_backend": worker.lora_backend,
                     "attention_backend": worker.attention_backend,
+                    "weight_bytes": worker.weight_bytes,
+                    "pool_bytes": worker.num_pages * worker.page_bytes * worker.num_layers,
+                    "adapter_rank": worker.adapter_rank,
+                    "adapter_bytes": worker.adapter_bytes,
                 }
                 for worker in info.workers
             ],

@@ -40,7 +40,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """Everything that `set_up` makes for a worker."""
+    """Everything that `set_up` makes for a worker.
+
+    Attributes:
+        adapter_rank: the LoRA rank of a typical adapter, or the largest one accepted if less.
+        adapter_pages: that such an adapter takes, on all projections.
+    """
 
     spec: ModelSpec
     device: torch.device
@@ -51,6 +56,9 @@ class WorkerParts:
     table: AdapterTable
     runner: ModelRunner
     backends: WorkerBackends
+    weight_bytes: int
+    adapter_rank: int
+    adapter_pages: int
 
 
 def set_up(
@@ -129,12 +137,10 @@ def set_up(
 
     num_pages = ranks.least(size_pool(config, shape, device, limit, make_runner))
     max_model_len = _fit_model_len(config.model.max_model_len, limit, num_pages, shape)
+    adapter_rank = min(TYPICAL_RANK, config.memory.max_lora_rank)
     runner = make_runner(num_pages, max_model_len)
     if device.type == "cuda":
-        runner.warm_up(
-            min(WARM_UP_ROWS, config.scheduler.max_num_batched_tokens),
-            min(TYPICAL_RANK, config.memory.max_lora_rank),
-        )
+        runner.warm_up(min(WARM_UP_ROWS, config.scheduler.max_num_batched_tokens), adapter_rank)
         try:
             progress(runner.capture_graphs(config.graph, config.scheduler.max_num_batched_tokens))
         except torch.cuda.OutOfMemoryError as error:
@@ -142,13 +148,13 @@ def set_up(
                 f"GPU memory ran out while CUDA graphs were captured ({error}); lower "
                 "gpu_memory_utilization, raise graph_bytes, or set enforce_eager"
             ) from error
-    typical = num_adapter_pages(
-        [dict.fromkeys(range(len(MODULES)), TYPICAL_RANK)], target.shapes, shape.page_elems
+    adapter_pages = num_adapter_pages(
+        [dict.fromkeys(range(len(MODULES)), adapter_rank)], target.shapes, shape.page_elems
     )
     progress(
         f"pool of {num_pages} pages ({num_pages * shape.bytes_over_layers / 2**30:.2f} GiB): "
         f"{(num_pages - 1) * shape.block_tokens} tokens, or "
-        f"{(num_pages - 1) // typical} adapters of rank {TYPICAL_RANK} on "
+        f"{(num_pages - 1) // adapter_pages} adapters of rank {adapter_rank} on "
         f"all projections; contexts up to {max_model_len} tokens"
     )
     return WorkerParts(
@@ -161,6 +167,9 @@ def set_up(
         table=table,
         runner=runner,
         backends=backends,
+        weight_bytes=sum(tensor.nbytes for tensor in model.parameters().values()),
+        adapter_rank=adapter_rank,
+        adapter_pages=adapter_pages,
     )
 
 

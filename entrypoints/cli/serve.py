@@ -10,6 +10,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.offline.progress import ProgressLine
+from loraplex.scheduler.worker_protocol import WorkerReady
 
 
 def run(config: EngineConfig) -> int:
@@ -41,12 +42,12 @@ def print_status(text: str) -> None:
 
 
 def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters: int) -> list[str]:
-    """Lines that are printed when the server is ready: model, device, pool and endpoint."""
+    """Lines that are printed when the server is ready: endpoint, model, pool, and what each worker
+    rank holds."""
     worker = info.workers[0]
-    page_bytes = worker.page_bytes * worker.num_layers
     num_usable = info.num_pages - 1  # page 0 is the null page
     pool = (
-        f"{num_usable:,} pages of {page_bytes / 2**20:.2f} MiB, for adapters and up to "
+        f"{num_usable:,} pages, for adapters and up to "
         f"{num_usable * info.block_tokens:,} tokens of KV cache"
     )
     adapters = (
@@ -55,10 +56,26 @@ def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters
     rows = {
         "model": f"{config.model.model or 'SmolLM2-135M-Instruct (packaged)'}, "
         f"context of {info.max_model_len:,} tokens, loaded in {worker.load_seconds:.1f} s",
-        "device": f"{worker.device}, {len(info.workers)} worker",
         "pool": pool,
+        **{f"worker {worker.rank}": _describe_worker(worker) for worker in info.workers},
         "adapters": adapters,
         "backends": f"lora {worker.lora_backend}, attention {worker.attention_backend}",
     }
     title = f"loraplex {loraplex.__version__} is ready on {endpoint}"
     return [title, *(f"  {name:<9} {text}" for name, text in rows.items()), "Ctrl-C stops it."]
+
+
+def _describe_worker(worker: WorkerReady) -> str:
+    page_bytes = worker.page_bytes * worker.num_layers
+    return (
+        f"{worker.device}: weights {_size(worker.weight_bytes)}, pool "
+        f"{_size(worker.num_pages * page_bytes)} in pages of {_size(page_bytes)}, "
+        f"{_size(worker.adapter_bytes)} for an adapter of rank {worker.adapter_rank} on all "
+        "projections"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1 << 20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 1 << 30 else f"{num_bytes / 2**30:.2f} GiB"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.errors import UnknownAdapterError
@@ -95,6 +96,23 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         max_num_seqs=8,
     ) as llm:
         yield Ranks(llm, PeftOracle(root / "base", adapters, model=model, names=list(NAMES)))
+
+
+def test_each_rank_says_what_it_holds(ranks: Ranks) -> None:
+    """Ranks hold equal parts. A rank's part of a small model is a little more than its share: the
+    norms are whole, sizes are padded, and KV heads may be copied."""
+    client = ranks.llm.client
+    workers = client.health()["workers"]
+    whole = sum(t.nbytes for t in load_file(ranks.oracle.base / "model.safetensors").values())
+    typical = client.load_adapter("typical", str(ranks.oracle.adapters / "r16-all-rslora"))
+    client.unload_adapter("typical")
+    page_bytes = workers[0]["pool_bytes"] // NUM_PAGES
+    for rank, worker in enumerate(workers):
+        assert (worker["rank"], worker["adapter_rank"]) == (rank, 16)
+        share = worker["weight_bytes"] * len(workers) / whole
+        assert 1 <= share < 1.25
+        assert worker["pool_bytes"] == NUM_PAGES * page_bytes
+        assert worker["adapter_bytes"] == typical["num_pages"] * page_bytes
 
 
 def test_one_batch_of_base_rows_and_all_adapters(ranks: Ranks) -> None:

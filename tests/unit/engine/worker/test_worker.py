@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from loraplex.engine.adapters import reader
 from loraplex.engine.config import EngineConfig, ModelConfig
@@ -68,7 +70,9 @@ def inspect(worker: Worker, path: Path) -> AdapterInspected:
     return ask(worker, InspectAdapter(name="name", path=str(path)))
 
 
-def test_ready(root: Path) -> None:
+def test_ready(root: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(root / "base")
+    weights = load_file(root / "base" / "model.safetensors")
     lines: list[str] = []
     worker = Worker(make_config(root), progress=lines.append)
     ready = worker.ready
@@ -78,6 +82,11 @@ def test_ready(root: Path) -> None:
     assert (ready.device, ready.lora_backend, ready.attention_backend) == ("cpu", "torch", "torch")
     assert ready.base_fingerprint.endswith(":torch.float32") and len(ready.base_fingerprint) > 40
     assert list(ready.eos_token_ids) == [2]
+    assert ready.weight_bytes == sum(tensor.nbytes for tensor in weights.values())
+    make_adapter(model, tmp_path / "all", r=16, alpha=8, targets="all-linear")
+    typical = inspect(worker, tmp_path / "all")
+    assert ready.adapter_rank == typical.max_rank
+    assert ready.adapter_bytes == typical.num_pages * ready.page_bytes * ready.num_layers
     assert "loading base as float32 on cpu" in lines[0] and "64 pages" in lines[1]
     worker.close()
 

@@ -130,18 +130,27 @@ def test_json_has_a_line_for_each_answer(capsys: Capture) -> None:
     assert lines[0]["finish_reason"] == "stop"
 
 
-def test_serve_says_what_fits() -> None:
-    worker = WorkerReady(
-        rank=0, num_pages=101, page_bytes=1 << 20, num_layers=2, max_model_len=512,
-        vocab_size=9, device="cpu", lora_backend="torch", attention_backend="torch",
-        load_seconds=1.25,
-    )  # fmt: skip
-    info = EngineInfo(512, 9, 101, 16, 100, [worker])
+def test_serve_says_what_fits_and_what_each_rank_holds() -> None:
+    workers = [
+        WorkerReady(
+            rank=rank, num_pages=101, page_bytes=1 << 20, num_layers=2, max_model_len=512,
+            vocab_size=9, device=f"cuda:{rank}", lora_backend="torch", attention_backend="torch",
+            load_seconds=1.25, weight_bytes=(5 + rank) << 30, adapter_rank=16,
+            adapter_bytes=4 << 20,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    info = EngineInfo(512, 9, 101, 16, 100, workers)
     config = EngineConfig(memory=MemoryConfig(max_adapter_slots=7))
     text = "\n".join(cli_serve.describe("tcp://127.0.0.1:5", config, info, 1234))
-    for part in ("tcp://127.0.0.1:5", "100 pages of 2.00 MiB", "1,600 tokens", "1,234 registered",
+    for part in ("tcp://127.0.0.1:5", "100 pages,", "1,600 tokens", "1,234 registered",
                  "at most 7", "SmolLM2", "context of 512", "lora torch"):  # fmt: skip
         assert part in text
+    for rank in range(2):
+        assert (
+            f"worker {rank}  cuda:{rank}: weights {5 + rank}.00 GiB, pool 202.0 MiB in pages of "
+            "2.0 MiB, 4.0 MiB for an adapter of rank 16 on all projections"
+        ) in text
 
 
 def test_backends_table_marks_what_auto_takes() -> None:
