@@ -17,6 +17,7 @@ from loraplex.scheduler.worker_protocol import LoadAdapter
 from helpers.scheduling.group_harness import GroupHarness
 
 NAMES = "abc"
+MAX_STEPS_IN_FLIGHT = 3
 CONTENTS = {"red": 1, "green": 2, "blue": 3, "huge": 9}  # content -> pages
 
 
@@ -137,10 +138,15 @@ def test_an_answer_that_got_lost_names_the_rank(rank: int) -> None:
 
 
 class Traffic:
-    """Actions of clients, files and ranks; `rng` makes every choice."""
+    """Actions of clients, files and ranks; `rng` makes every choice.
+
+    Attributes:
+        silent: a rank that neither works nor answers.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
+        self.silent: int | None = None
         self.harness = GroupHarness(
             num_ranks=rng.choice([2, 2, 3]),
             max_host=rng.choice([0, 1, 2, 10]),
@@ -148,7 +154,7 @@ class Traffic:
             block_tokens=rng.choice([1, 2, 4]),
             max_num_seqs=4,
             max_num_batched_tokens=rng.choice([4, 9, 40]),
-            max_steps_in_flight=rng.randint(1, 3),
+            max_steps_in_flight=rng.randint(1, MAX_STEPS_IN_FLIGHT),
             max_adapter_slots=rng.randint(1, 3),
             max_model_len=24,
         )
@@ -157,7 +163,15 @@ class Traffic:
 
     @property
     def random_rank(self) -> int:
-        return self.rng.randrange(len(self.harness.ranks))
+        return self.rng.choice([i for i in range(len(self.harness.ranks)) if i != self.silent])
+
+    def run(self, num_actions: int) -> None:
+        weights = {
+            self.work: 14, self.answer: 12, self.plan: 8, self.add: 4, self.abort: 0.5,
+            self.replace: 0.4, self.unload: 0.3, self.break_file: 0.2,
+        }  # fmt: skip
+        for action in self.rng.choices(list(weights), list(weights.values()), k=num_actions):
+            action()
 
     def register(self, name: str) -> None:
         content = self.rng.choice(list(CONTENTS))
@@ -221,12 +235,28 @@ SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.long) for seed in ran
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_traffic(seed: int) -> None:
     traffic = Traffic(random.Random(seed))
-    weights = {
-        traffic.work: 14, traffic.answer: 12, traffic.plan: 8, traffic.add: 4, traffic.abort: 0.5,
-        traffic.replace: 0.4, traffic.unload: 0.3, traffic.break_file: 0.2,
-    }  # fmt: skip
-    for action in traffic.rng.choices(list(weights), list(weights.values()), k=400):
-        action()
+    traffic.run(400)
+    traffic.finish()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_rank_that_falls_silent_amid_random_traffic(seed: int) -> None:
+    """No step, load or unload ends without it, whatever clients do and however often the others
+    answer; its pages stay its own. When it goes on, everything ends as it should."""
+    traffic = Traffic(random.Random(seed))
+    harness = traffic.harness
+    traffic.run(150)
+    traffic.silent = traffic.random_rank
+    rank = harness.ranks[traffic.silent]
+    num_answered = len(rank.steps) - len(rank.results)
+    held = {slot: content for slot, (content, _) in rank.worker.adapters.items()}
+    for _ in range(25):
+        traffic.run(10)
+        assert len(harness.plans) <= num_answered + MAX_STEPS_IN_FLIGHT
+        for info in harness.list_resident():
+            if info["residency"] != "loading":
+                assert held[info["adapter_slot"]] == info["content_hash"]
+    traffic.silent = None
     traffic.finish()
 
 
