@@ -39,8 +39,9 @@ class Setup:
 
 
 SETUPS = {
-    "llama-biases-tied-gguf-2": Setup("llama", 2, {**ODD, **BIASES, **TIED}, is_gguf=True),
-    "qwen2-tied-4": Setup("qwen2", 4, {**ODD, **TIED}),  # fewer KV heads than ranks
+    "llama-biases-gguf-4": Setup("llama", 4, {**ODD, **BIASES}, is_gguf=True),  # 2 KV heads
+    "qwen2-tied-2": Setup("qwen2", 2, {**ODD, **TIED}),
+    "qwen3-2": Setup("qwen3", 2, ODD),  # norms of query and key heads
 }
 MORE_SETUPS = {
     "llama-2": Setup("llama", 2),
@@ -48,11 +49,10 @@ MORE_SETUPS = {
     "llama-one-kv-head-4": Setup("llama", 4, {**ODD, "num_key_value_heads": 1}),
     "llama-mha-tied-4": Setup("llama", 4, {**TIED, "num_key_value_heads": 4}),
     "llama3-2": Setup("llama3", 2),  # scaled RoPE
-    "llama3-gguf-4": Setup("llama", 4, ODD, is_gguf=True),
+    "llama-biases-tied-gguf-2": Setup("llama", 2, {**ODD, **BIASES, **TIED}, is_gguf=True),
     "mistral-2": Setup("mistral", 2, ODD),
-    "qwen2-2": Setup("qwen2", 2, ODD),
+    "qwen2-tied-4": Setup("qwen2", 4, {**ODD, **TIED}),
     "qwen2-gguf-2": Setup("qwen2", 2, is_gguf=True),
-    "qwen3-2": Setup("qwen3", 2, ODD),  # norms of query and key heads
     "qwen3-tied-4": Setup("qwen3", 4, TIED),
 }
 
