@@ -1,4 +1,4 @@
-"""Judges an engine on a GPU in bf16 by Hugging Face + PEFT on the same GPU.
+"""Judges an engine in bf16 by Hugging Face + PEFT on the same device, a GPU unless told otherwise.
 
 The engine answers greedily; the oracle then judges every token of every answer, and every prompt
 token, in one forward pass over what the engine saw. bf16 rounds, and the same oracle in fp32 says
@@ -10,6 +10,7 @@ errors have long tails. Over all tokens the engine must be as near to fp32 as th
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,17 @@ class Oracles:
     """A model and its adapters in bf16, the oracle, and in fp32, which bounds the oracle's noise.
 
     The packaged model has its trained adapters and English prompts. Models of random weights have
-    random adapters of every kind and random prompts.
+    random adapters of every kind and random prompts. `sizes` are fields of the Hugging Face config
+    and replace those of MODELS.
     """
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(
+        self, name: str, root: Path, *, device: str = DEVICE, sizes: dict[str, int] | None = None
+    ) -> None:
+        self.device = device
         self.path = "" if name == "smollm2" else str(root / "base")
         if self.path and not Path(self.path).exists():
-            make_hf_model(name, Path(self.path), seed=3, **MODELS[name])
+            make_hf_model(name, Path(self.path), seed=3, **(sizes or MODELS[name]))
         judge = self._load()
         exact = copy.deepcopy(judge).to(
             torch.float32
@@ -67,7 +72,7 @@ class Oracles:
             for at, n in ((90, 1), (91, 2), (93, 17), (110, 64), (80, 600))
         ]
         self.judge, self.exact = (
-            PeftOracle(root, self.adapters, model=model, names=self.names, device=DEVICE)
+            PeftOracle(root, self.adapters, model=model, names=self.names, device=device)
             for model in (judge, exact)
         )  # fmt: skip
 
@@ -83,10 +88,26 @@ class Oracles:
         return [Case(name, prompt) for prompt in self.prompts for name in ("", *self.names)]
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Root mean squares of the errors of log-probabilities, against fp32."""
+
+    of_engine: float
+    of_oracle: float
+
+
 def run(
     oracles: Oracles, cases: list[Case], *, repeat: int = 1, **options: Any
 ) -> tuple[list[Any], dict[str, Any]]:
     """Returns the outputs of an engine's last repetition, and its stats with `adapter_pages`."""
+    with start(oracles, **options) as llm:
+        for _ in range(repeat):
+            outputs = answer(llm, cases)
+        return outputs, stats_of(llm)
+
+
+def start(oracles: Oracles, **options: Any) -> LLM:
+    """Returns an engine with the adapters of the oracles."""
     adapters = {name: str(oracles.adapters / name) for name in oracles.names}
     options = {
         "in_process": True,
@@ -96,27 +117,34 @@ def run(
     } | options
     if "num_pages" in options:
         del options["pool_bytes"]
-    with LLM(
-        oracles.path, adapters=adapters, dtype="bfloat16", device=DEVICE,
+    return LLM(
+        oracles.path, adapters=adapters, dtype="bfloat16", device=oracles.device,
         skip_tokenizer_init=True, **options,
-    ) as llm:  # fmt: skip
-        for _ in range(repeat):
-            outputs = llm.generate(
-                [{"prompt_token_ids": case.prompt} for case in cases],
-                SamplingParams(
-                    temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False,
-                    logprobs=1, prompt_logprobs=1,
-                ),
-                lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
-                use_tqdm=False,
-            )  # fmt: skip
-        stats = llm.client.stats()
-        stats["adapter_pages"] = sum(a["num_pages"] for a in llm.client.list_adapters())
-        return outputs, stats
+    )  # fmt: skip
 
 
-def judge(oracles: Oracles, cases: list[Case], outputs: list[Any]) -> None:
-    """Raises AssertionError unless the outputs are right within the noise of bf16."""
+def answer(llm: LLM, cases: list[Case], **sampling: Any) -> list[Any]:
+    """Returns the greedy answers, with log-probabilities of prompts and answers by default."""
+    values = {
+        "temperature": 0.0, "max_tokens": NUM_NEW_TOKENS, "ignore_eos": True, "detokenize": False,
+        "logprobs": 1, "prompt_logprobs": 1,
+    } | sampling  # fmt: skip
+    return llm.generate(
+        [{"prompt_token_ids": case.prompt} for case in cases],
+        SamplingParams(**values),
+        lora_request=[LoRARequest(c.adapter, 1) if c.adapter else None for c in cases],
+        use_tqdm=False,
+    )
+
+
+def stats_of(llm: LLM) -> dict[str, Any]:
+    """Returns the stats, with `adapter_pages`."""
+    pages = sum(adapter["num_pages"] for adapter in llm.client.list_adapters())
+    return llm.client.stats() | {"adapter_pages": pages}
+
+
+def judge(oracles: Oracles, cases: list[Case], outputs: list[Any]) -> Noise:
+    """Prints the errors. Raises AssertionError unless they are within the noise of bf16."""
     num_decided = 0
     strays = []
     ours, theirs = [], []  # errors of chosen tokens' log-probabilities, against fp32
@@ -149,10 +177,12 @@ def judge(oracles: Oracles, cases: list[Case], outputs: list[Any]) -> None:
             ours.append(got - truth[i])
             theirs.append(wanted[i] - truth[i])
     error, floor = (torch.tensor(values).square().mean().sqrt().item() for values in (ours, theirs))
+    largest = max(abs(value) for value in ours)
     print(
         f"{len(ours)} tokens, {num_decided} decided, {len(strays)} astray, "
-        f"error {error:.4f}, the oracle's {floor:.4f}"
+        f"error {error:.4f} (at most {largest:.3f}), the oracle's {floor:.4f}"
     )
     assert len(strays) <= len(ours) // 1000, strays
     assert error <= 1.25 * floor + 1e-3
     assert num_decided > len(ours) // 2, "the oracle decides too few tokens for a test"
+    return Noise(error, floor)
