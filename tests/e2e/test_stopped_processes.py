@@ -80,6 +80,19 @@ def test_a_stopped_process_ends_the_engine(name: str, num_ranks: int, text: str)
         assert_gone(left)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_to_every_client(rank: int) -> None:
+    text = rf"^worker {rank} was killed by signal 9 .*\(worker rank {rank} of 2\)$"
+    with loaded_engine(TWO_RANKS) as (engine, waiting):
+        left = leftovers(engine)
+        os.kill(engine.pids[f"worker {rank}"], signal.SIGKILL)
+        for client in waiting:
+            with pytest.raises(EngineDeadError, match=text):
+                raise client.join()
+        assert engine.wait(GUARD_S) == 1
+        assert_gone(left)
+
+
 def test_a_stopped_frontend_is_replaced() -> None:
     with loaded_engine(fake_config()) as (engine, waiting):
         endpoint, former = engine.endpoint, engine.pids["frontend 0"]
