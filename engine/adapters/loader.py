@@ -104,6 +104,7 @@ class AdapterLoader:
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
         self._thread.start()
         self._preparer = ThreadPoolExecutor(1, "slab-preparer", initializer=enter_thread)
+        self._inspectors = ThreadPoolExecutor(NUM_READERS, "adapter-inspector")
         self._prepare()
 
     def inspect(self, command: InspectAdapter) -> None:
@@ -163,17 +164,19 @@ class AdapterLoader:
         """Stop the threads; reads that have not begun are dropped."""
         self._reads.close()
         self._preparer.shutdown(wait=True, cancel_futures=True)
+        self._inspectors.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
         self._queue.put(None)
         self._thread.join()
 
     def _inspect(self, command: InspectAdapter) -> None:
+        folder = Path(command.path)
+        finding = self._inspectors.submit(self._find_warnings, folder)  # while the weights are read
         adapter = self.store.add(
-            lambda allocate: self._reader.read(command.name, Path(command.path), allocate),
-            acquire=True,
+            lambda allocate: self._reader.read(command.name, folder, allocate), acquire=True
         )
         try:
-            warnings = self._find_warnings(Path(command.path))
+            warnings = finding.result()
         except BaseException:
             self.store.release(adapter.content_hash)
             raise

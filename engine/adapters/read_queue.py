@@ -45,6 +45,8 @@ class ReadQueue:
         except AdapterError as error:
             fail(error, False)
         except Exception as error:
+            if self._is_closed:
+                return  # what the read needs is closed too
             if num_failures == len(RETRY_DELAYS_S):
                 fail(error, True)
                 return

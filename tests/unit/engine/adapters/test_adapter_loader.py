@@ -132,6 +132,34 @@ def test_a_fault_of_the_device_is_reported_as_it_is(tmp_path: Path) -> None:
     recorder.loader.close()
 
 
+class SlowMemory:
+    """An `allocate` step that goes on once the folder was inspected."""
+
+    def __init__(self) -> None:
+        self.found = threading.Event()
+        self.was_found_first = False
+
+    def find_warnings(self, folder: Path) -> list[str]:
+        self.found.set()
+        return ["its chat template is not used"]
+
+    def make_slab(self, num_bytes: int) -> torch.Tensor:
+        self.was_found_first = self.found.wait(GUARD_S)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def test_a_folder_is_inspected_while_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SlowMemory()
+    monkeypatch.setattr("loraplex.engine.adapters.loader.plain_slab", memory.make_slab)
+    recorder = Recorder(tmp_path, find_warnings=memory.find_warnings)
+    recorder.loader.inspect(InspectAdapter("one", str(recorder.path)))
+    assert recorder.next().warnings == ["its chat template is not used"]
+    assert memory.was_found_first
+    recorder.loader.close()
+
+
 def test_from_host_drops_and_evictions_are_told(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, host_bytes=60_000)  # for either of two adapters
     content_hash = recorder.content_hash()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from loraplex.engine.adapters.loader import AdapterLoader
 from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
-from loraplex.engine.adapters.read_queue import RETRY_DELAYS_S
+from loraplex.engine.adapters.read_queue import RETRY_DELAYS_S, ReadQueue
 from loraplex.engine.adapters.reader import ProcessReader, ThreadReader
 from loraplex.engine.adapters.reader_error import ReaderError, is_transient
 from loraplex.engine.adapters.table import AdapterTable
@@ -289,3 +290,24 @@ def test_a_stopped_process_ends_with_its_owner(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_read_that_fails_as_the_queue_closes_says_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reads = ReadQueue(1, lambda: None)
+    began, failures = threading.Event(), []
+
+    def fail(error: Exception, is_transient: bool) -> None:
+        failures.append(error)
+
+    def read() -> None:
+        began.set()
+        while True:  # until the queue is closed, which this submit says by a RuntimeError
+            reads.submit(lambda: None, fail)
+            time.sleep(0.01)
+
+    reads.submit(read, fail)
+    assert began.wait(GUARD_S)
+    reads.close()
+    assert not failures and not caplog.records
