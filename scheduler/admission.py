@@ -176,7 +176,12 @@ class Admission:
     def _find_prefix(self, request: Request) -> Prefix:
         if request.chain is None:
             content_hash = request.adapter_version.content_hash if request.adapter_version else ""
-            root = prefix_root(request.salt, self._base_fingerprint, content_hash)
+            root = prefix_root(
+                tenant=request.tenant,
+                salt=request.salt,
+                base_fingerprint=self._base_fingerprint,
+                adapter_hash=content_hash,
+            )
             request.chain = BlockChain(root, self._memory.kv.block_tokens)
         if not request.reads_prefix_cache:
             return NO_PREFIX

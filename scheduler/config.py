@@ -23,7 +23,15 @@ class SchedulerConfig:
         },
     )
     max_queue_len: int = field(
-        default=16384, metadata={"help": "waiting requests; one more is refused"}
+        default=16384,
+        metadata={
+            "help": "waiting requests; one more is refused, and so is one of a client or tenant "
+            "that has as many waiting as places are free"
+        },
+    )
+    max_adapters_per_tenant: int = field(
+        default=16384,
+        metadata={"help": "adapter names that one tenant may register; the operator's: any number"},
     )
     max_steps_in_flight: int = field(
         default=2,
@@ -58,7 +66,10 @@ class SchedulerConfig:
     )
     fair_share_by: str = field(
         default="tenant",
-        metadata={"help": "vtc: who shares, tenants (salt) or adapters", "choices": FAIR_SHARE_BY},
+        metadata={
+            "help": "vtc: who shares: tenants (without them, salts), or adapters",
+            "choices": FAIR_SHARE_BY,
+        },
     )
     fair_share_weights: tuple[tuple[str, str], ...] = field(
         default=(),
@@ -72,7 +83,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_num_seqs", "max_num_batched_tokens", "max_queue_len", "max_steps_in_flight",
-            "max_adapters_per_batch",
+            "max_adapters_per_batch", "max_adapters_per_tenant",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -41,9 +41,11 @@ class AddRequest(Message):
     adapter: str = ""  # name; empty: the base model
     adapter_source: AdapterSource | None = None  # what `adapter` must be; None: what it is
     load_inplace: bool = False  # `adapter_source` may replace another folder under this name
-    salt: str = ""  # tenant: nothing is shared between different salts
+    salt: str = ""  # no prefix is shared between different salts
     priority: int = 0  # lower is earlier
     use_prefix_cache: bool = True
+    tenant: str = ""  # who asks, as the frontend knows it; empty: the operator
+    client: bytes = b""  # the connection within the frontend; empty: it may fill the queue alone
 
 
 class SequenceOutput(Record):

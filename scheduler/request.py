@@ -44,6 +44,7 @@ class Request(AddRequest, eq=False, tag=None):
 
     frontend: Hashable = b""  # who asked; request ids are unique within a frontend
     uid: Hashable = None  # (frontend, request_id): unique among all unfinished requests
+    requester: Hashable = None  # whose share of the queue it takes: a tenant, else a client, if any
     arrival: float = 0.0  # seconds by the scheduler's clock, set by Scheduler.add
     outputs: OutputColumns = msgspec.field(default_factory=OutputColumns)  # its frontend's
 
@@ -77,6 +78,8 @@ class Request(AddRequest, eq=False, tag=None):
 
     def __post_init__(self) -> None:
         self.uid = (self.frontend, self.request_id)
+        connection = (self.frontend, self.client) if self.client else None
+        self.requester = self.tenant or connection
         self.token_ids = self.prompt_token_ids[:]
         self.num_prompt_tokens = self.num_total = len(self.token_ids)
         self.stop_ids = frozenset(self.sampling.stop_token_ids)

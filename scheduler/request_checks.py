@@ -3,6 +3,32 @@
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request, RequestRefused
+from loraplex.scheduler.waiting_queue import WaitingQueue
+
+
+def check_queue(request: Request, waiting: WaitingQueue, max_queue_len: int) -> None:
+    """Refuse a request for which the queue has no place.
+
+    A requester may have no more waiting requests than there are free places: alone it gets half of
+    the queue, and of k requesters that all ask for more each gets a part of k + 1. A request
+    without a requester may take the last place.
+
+    Raises:
+        RequestRefused: the queue, or the requester's share of it, is full.
+    """
+    num_free = max_queue_len - len(waiting)
+    if num_free < 1:
+        raise RequestRefused(
+            "queue_full", f"{max_queue_len} requests wait already; try again later"
+        )
+    num_own = waiting.num_of(request.requester) if request.requester is not None else 0
+    if num_own >= num_free:
+        whose = f"of tenant {request.tenant!r}" if request.tenant else "of this client"
+        raise RequestRefused(
+            "queue_full",
+            f"{num_own} requests {whose} wait already and {num_free} places of the queue are free: "
+            "one may have no more waiting than are free; try again later",
+        )
 
 
 def check_lengths(request: Request, max_model_len: int) -> None:

@@ -21,7 +21,7 @@ from loraplex.scheduler.integrity import check_integrity
 from loraplex.scheduler.planner import StepPlanner
 from loraplex.scheduler.policies.registry import make_policy
 from loraplex.scheduler.request import Request, RequestRefused, RequestState
-from loraplex.scheduler.request_checks import capacity_problem, check_lengths
+from loraplex.scheduler.request_checks import capacity_problem, check_lengths, check_queue
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats, describe_load
 from loraplex.scheduler.step_results import apply_result
@@ -104,6 +104,7 @@ class Scheduler:
             send=self._commands.append,
             load=self._admission.begin_load,
             clock=clock,
+            max_names_per_tenant=config.max_adapters_per_tenant,
         )
 
     # Requests
@@ -140,17 +141,14 @@ class Scheduler:
         """Refuse what cannot be served; returns the version of its adapter."""
         if request.uid in self._requests:
             raise RequestRefused("bad_request", f"request id {request.request_id!r} is in use")
-        if len(self.waiting) >= self._config.max_queue_len:
-            raise RequestRefused(
-                "queue_full",
-                f"{self._config.max_queue_len} requests wait already; try again later",
-            )
+        check_queue(request, self.waiting, self._config.max_queue_len)
         check_lengths(request, self._max_model_len)
         version = None
         if request.adapter:
             version = self.adapters.registry.resolve(
-                request.adapter, request.adapter_source, load_inplace=request.load_inplace
-            )
+                request.adapter, request.adapter_source, request.tenant,
+                load_inplace=request.load_inplace,
+            )  # fmt: skip
         if refusal := self._capacity_problem(request, version):
             raise RequestRefused("bad_request", refusal)
         return version
@@ -221,28 +219,34 @@ class Scheduler:
 
     # Adapters
 
-    def register_adapter(self, name: str, source: AdapterSource) -> dict[str, Any]:
+    # RequestRefused says that `tenant`, unless it is the operator (""), may not do this.
+
+    def register_adapter(
+        self, name: str, source: AdapterSource, tenant: str = ""
+    ) -> dict[str, Any]:
         """Remember a folder under a name, replacing the name's adapter for new requests."""
-        return self.adapters.describe(self.adapters.registry.register(name, source), {})
+        return self.adapters.describe(self.adapters.registry.register(name, source, tenant), {})
 
-    def load_adapter(self, name: str, source: AdapterSource, reply_key: Hashable) -> None:
+    def load_adapter(
+        self, name: str, source: AdapterSource, reply_key: Hashable, tenant: str = ""
+    ) -> None:
         """Register and inspect now; the result comes in adapters.take_updates()."""
-        self.adapters.registry.load(name, source, reply_key)
+        self.adapters.registry.load(name, source, reply_key, tenant)
 
-    def unload_adapter(self, name: str) -> dict[str, Any]:
+    def unload_adapter(self, name: str, tenant: str = "") -> dict[str, Any]:
         """Forget a name; RequestRefused if it is unknown. Its pages and host memory are freed
         after the last request that uses them."""
-        return self.adapters.describe(self.adapters.registry.unload(name), {})
+        return self.adapters.describe(self.adapters.registry.unload(name, tenant), {})
 
-    def pin_adapter(self, name: str, reply_key: Hashable) -> None:
+    def pin_adapter(self, name: str, reply_key: Hashable, tenant: str = "") -> None:
         """Keep an adapter in pages from now on; it is loaded when there is room. RequestRefused if
         the name is unknown or its files could not be read. The result comes in
         adapters.take_updates() once the files are inspected."""
-        self.adapters.pin(name, reply_key)
+        self.adapters.pin(name, reply_key, tenant)
 
-    def unpin_adapter(self, name: str) -> dict[str, Any]:
+    def unpin_adapter(self, name: str, tenant: str = "") -> dict[str, Any]:
         """Undo pin_adapter(). Idempotent; RequestRefused if the name is unknown."""
-        return self.adapters.describe(self.adapters.unpin(name), {})
+        return self.adapters.describe(self.adapters.unpin(name, tenant), {})
 
     def on_adapter_inspected(self, event: AdapterInspected) -> None:
         """Let the requests that waited for the files go on, or fail them."""
@@ -296,6 +300,7 @@ class Scheduler:
             pinned=self.adapters.pins.reserved(),
         )
         self.adapters.pins.check_integrity()
+        self.adapters.registry.check_integrity()
         self._policy.check_integrity(self._requests.values())
 
     def _unload(self, adapter_slot: int) -> None:

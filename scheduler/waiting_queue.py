@@ -1,6 +1,7 @@
 """The waiting requests: sorted by age and by flow, or parked until their adapter arrives."""
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from operator import attrgetter
 from typing import Any
@@ -29,6 +30,7 @@ class WaitingQueue:
         self.flows: dict[Hashable, list[Request]] = {}
         self._parked: dict[Hashable, dict[Request, None]] = {}
         self._num_parked = 0
+        self._num_by_requester: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
         return len(self.by_age) + self._num_parked
@@ -37,9 +39,14 @@ class WaitingQueue:
     def num_parked(self) -> int:
         return self._num_parked
 
+    def num_of(self, requester: Hashable) -> int:
+        """Return how many of the requests, parked or not, are this requester's."""
+        return self._num_by_requester[requester]
+
     def push(self, request: Request) -> None:
         insort(self._open_flow(request), request, key=_sort_key(request.flow))
         insort(self.by_age, request, key=_order)
+        self._count(request, 1)
 
     def push_all(self, requests: list[Request]) -> None:
         if len(requests) < _BULK:
@@ -48,6 +55,7 @@ class WaitingQueue:
             return
         for request in requests:
             self._open_flow(request).append(request)
+            self._count(request, 1)
         for flow in {request.flow for request in requests}:
             self.flows[flow].sort(key=_sort_key(flow))
         self.by_age.extend(requests)
@@ -62,6 +70,7 @@ class WaitingQueue:
                 del self._parked[request.parked_on]
             request.parked_on = None
             self._num_parked -= 1
+            self._count(request, -1)
             return
         self.discard([request])
 
@@ -73,29 +82,41 @@ class WaitingQueue:
             if not flow:
                 del self.flows[request.flow]
             _delete(self.by_age, request, _order)
+            self._count(request, -1)
 
     def park(self, request: Request, event: Hashable) -> None:
         """Set a request aside until unpark(event). The caller takes it out of the lists."""
         request.parked_on = event
         self._parked.setdefault(event, {})[request] = None
         self._num_parked += 1
+        self._count(request, 1)
 
     def unpark(self, event: Hashable) -> list[Request]:
         """Return all requests parked on `event`. They are in no list afterwards."""
         requests = list(self._parked.pop(event, ()))
         for request in requests:
             request.parked_on = None
+            self._count(request, -1)
         self._num_parked -= len(requests)
         return requests
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless both views hold the same requests, in order."""
+        """Raise IntegrityError unless both views hold the same requests, in order, and the counts
+        are theirs and those of the parked ones."""
         in_flows = [request for flow in self.flows.values() for request in flow]
         if sorted(in_flows, key=_order) != self.by_age or not all(self.flows.values()):
             raise IntegrityError("the views of the waiting requests differ, or are out of order")
         for name, flow in self.flows.items():
             if sorted(flow, key=_sort_key(name)) != flow:
                 raise IntegrityError(f"flow {name!r} is out of order")
+        parked = [request for group in self._parked.values() for request in group]
+        if Counter(r.requester for r in [*self.by_age, *parked]) != self._num_by_requester:
+            raise IntegrityError("the waiting requests of a requester are counted wrongly")
+
+    def _count(self, request: Request, change: int) -> None:
+        self._num_by_requester[request.requester] += change
+        if not self._num_by_requester[request.requester]:
+            del self._num_by_requester[request.requester]
 
     def _open_flow(self, request: Request) -> list[Request]:
         again = self._policy.admitted_first and request.admitted_at >= 0

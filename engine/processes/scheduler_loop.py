@@ -147,17 +147,19 @@ class SchedulerLoop:
         try:
             match message.op:
                 case "load" if message.source is not None:
-                    scheduler.load_adapter(message.name, message.source, key)
+                    scheduler.load_adapter(message.name, message.source, key, message.tenant)
                     return  # answered by an adapter update
                 case "pin":
-                    scheduler.pin_adapter(message.name, key)
+                    scheduler.pin_adapter(message.name, key, message.tenant)
                     return  # the same
                 case "register" if message.source is not None:
-                    adapter = scheduler.register_adapter(message.name, message.source)
+                    adapter = scheduler.register_adapter(
+                        message.name, message.source, message.tenant
+                    )
                 case "unload":
-                    adapter = scheduler.unload_adapter(message.name)
+                    adapter = scheduler.unload_adapter(message.name, message.tenant)
                 case "unpin":
-                    adapter = scheduler.unpin_adapter(message.name)
+                    adapter = scheduler.unpin_adapter(message.name, message.tenant)
                 case "list":
                     adapter = scheduler.adapters.describe_one(message.name)
                 case _:

@@ -38,7 +38,7 @@ GROUPS = {
 }
 """Titles in --help, by part of EngineConfig."""
 
-OFFLINE_HIDDEN = ("server", "adapter_root")
+OFFLINE_HIDDEN = ("server", "adapter_root", "max_adapters_per_tenant")
 """Parts and fields that matter only where other clients can connect."""
 
 SAMPLING_HIDDEN = ("seed", "detokenize", "output_kind")

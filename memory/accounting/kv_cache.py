@@ -1,9 +1,9 @@
 """Page tables of the running requests, and the cache of prefix blocks that requests share.
 
 A block is one page of `block_tokens` tokens. A full block is known by a chained hash of everything
-its KV depends on: tenant salt, base model, adapter content, and all tokens up to its end. Equal
-hashes mean equal KV, so requests may share the page. Different salts, bases or adapters share
-nothing.
+its KV depends on: base model, adapter content, and all tokens up to its end; and of tenant and
+salt. Equal hashes mean equal KV, so requests may share the page. Different tenants, salts, bases or
+adapters share nothing.
 
 Invariant: a block is in the cache as soon as the step that writes it is planned. Workers run steps
 in order, so every later step may read it. The rows of one step run in no order, so no row may read
@@ -22,10 +22,10 @@ from loraplex.memory.accounting.eviction import EvictionClock, Priority, recompu
 _DIGEST_BYTES = 32
 
 
-def prefix_root(salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
+def prefix_root(*, tenant: str, salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
     """Return the start of a hash chain; `adapter_hash` is empty for the base model."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for text in (salt, base_fingerprint, adapter_hash):
+    for text in (tenant, salt, base_fingerprint, adapter_hash):
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)

@@ -8,6 +8,7 @@ from typing import Any
 
 from loraplex.memory.accounting.adapter_cache import CachedAdapter
 from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.owners import AdapterOwners, check_owner
 from loraplex.scheduler.adapters.pins import AdapterPins
 from loraplex.scheduler.adapters.registry import AdapterRegistry
 from loraplex.scheduler.adapters.usage_stats import UsageStats
@@ -53,6 +54,7 @@ class AdapterManager:
         send: Callable[[InspectAdapter | DropAdapter], None],
         load: Callable[[AdapterVersion, float], None],
         clock: Callable[[], float],
+        max_names_per_tenant: int,
     ) -> None:
         """`requests` are the unfinished ones; `load` begins a load, for which there is room."""
         self._memory = memory
@@ -64,6 +66,7 @@ class AdapterManager:
         self.usage_stats = UsageStats()
         self.registry = AdapterRegistry(
             max_pages=memory.blocks.num_usable,
+            owners=AdapterOwners(max_names_per_tenant),
             send=send,
             on_unused=self._free_unused,
             on_replaced=self._on_replaced,
@@ -109,8 +112,9 @@ class AdapterManager:
         """Record that the host store evicted an adapter."""
         self._memory.adapters.set_on_host(content_hash, False)
 
-    def pin(self, name: str, reply_key: Hashable) -> None:
+    def pin(self, name: str, reply_key: Hashable, tenant: str) -> None:
         """Pin what the name means; an update answers once its files are inspected."""
+        check_owner(self.registry.find(name), tenant, "pin")
         version = self.registry.resolve(name)
         if version.state is AdapterState.READY:
             self._reply(reply_key, version, self.pins.pin(version))
@@ -119,8 +123,9 @@ class AdapterManager:
         version.pin_keys.append(reply_key)
         self.registry.inspect_once(version)
 
-    def unpin(self, name: str) -> AdapterVersion:
+    def unpin(self, name: str, tenant: str) -> AdapterVersion:
         version = self.registry.find(name)
+        check_owner(version, tenant, "unpin")
         self.pins.unpin(version, self._clock())
         self._answer_pins(version, f"adapter {name!r} was unpinned while it was being read")
         return version
@@ -206,6 +211,7 @@ class AdapterManager:
         return {
             "name": version.name,
             "path": version.path,
+            "owner": version.owner,
             "state": version.state.value,
             "error": version.error,
             "content_hash": version.content_hash,

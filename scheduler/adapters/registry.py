@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from heapq import nsmallest
 
+from loraplex.scheduler.adapters.owners import AdapterOwners, check_owner
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
@@ -24,7 +25,8 @@ class AdapterRegistry:
     """Name -> version.
 
     Args:
-        max_pages: pages of the pool that tenants can own.
+        max_pages: pages of the pool that adapters and requests can own.
+        owners: counts the names that are registered here.
         send: takes an InspectAdapter for the workers.
         on_unused: called with a content hash that no name and no request refers to any more.
         on_replaced: called with a version before it loses its name, and with the version that takes
@@ -35,11 +37,13 @@ class AdapterRegistry:
         self,
         *,
         max_pages: int,
+        owners: AdapterOwners,
         send: Callable[[InspectAdapter], None],
         on_unused: Callable[[str], None],
         on_replaced: Callable[[AdapterVersion, AdapterVersion | None], None],
     ) -> None:
         self._max_pages = max_pages
+        self._owners = owners
         self._send = send
         self._on_replaced = on_replaced
         self._on_unused = on_unused
@@ -64,37 +68,47 @@ class AdapterRegistry:
     def with_hash(self, content_hash: str) -> list[AdapterVersion]:
         return self._by_hash.get(content_hash, [])
 
-    def register(self, name: str, source: AdapterSource) -> AdapterVersion:
+    def register(self, name: str, source: AdapterSource, tenant: str) -> AdapterVersion:
         """Register a folder, to be read on first use.
 
         The same folder again changes nothing, unless its files have changed or reading them has
         failed.
+
+        Raises:
+            RequestRefused: the tenant has too many names, or the name means another folder and is
+                not its own.
         """
         version = self._by_name.get(name)
-        if version and _is_same(version, source) and version.state is not AdapterState.FAILED:
+        if version and version.is_at(source) and version.state is not AdapterState.FAILED:
             return self._renew(version, source)
-        version = self._create(name, source)
+        owner = self._owners.owner_after(version, source, tenant)
+        version = self._create(name, source, owner)
         self._set_current(version)
         return version
 
-    def load(self, name: str, source: AdapterSource, reply_key: Hashable) -> AdapterVersion:
+    def load(
+        self, name: str, source: AdapterSource, reply_key: Hashable, tenant: str
+    ) -> AdapterVersion:
         """Inspect a folder now.
 
         The name keeps its version until the new one is READY. Where it has none, or a failed one,
-        new requests wait for the new version.
+        new requests wait for the new version. RequestRefused as by register().
         """
         current = self._by_name.get(name)
-        version = self._create(name, source)
+        owner = self._owners.owner_after(current, source, tenant)
+        version = self._create(name, source, owner)
         version.reply_keys.append(reply_key)
         if current is None or current.state is AdapterState.FAILED:
             self._set_current(version)
         self.inspect_once(version)
         return version
 
-    def unload(self, name: str) -> AdapterVersion:
+    def unload(self, name: str, tenant: str) -> AdapterVersion:
         """Forget a name; requests bound to its versions keep them."""
         version = self.find(name)
+        check_owner(version, tenant, "unload")
         del self._by_name[name]
+        self._owners.remove(version)
         self._take_name(version, None)
         return version
 
@@ -110,7 +124,12 @@ class AdapterRegistry:
         return version
 
     def resolve(
-        self, name: str, source: AdapterSource | None = None, *, load_inplace: bool = False
+        self,
+        name: str,
+        source: AdapterSource | None = None,
+        tenant: str = "",
+        *,
+        load_inplace: bool = False,
     ) -> AdapterVersion:
         """Return the version for a new request; register `source` if the name is unknown.
 
@@ -120,9 +139,12 @@ class AdapterRegistry:
 
         Raises:
             RequestRefused: the name is unknown or means another folder, or its files could not be
-                read and have not changed since.
+                read and have not changed since; or as by register().
         """
-        version = self.find(name) if source is None else self._resolve(name, source, load_inplace)
+        if source is None:
+            version = self.find(name)
+        else:
+            version = self._resolve(name, source, tenant, load_inplace)
         if version.state is AdapterState.FAILED:
             raise RequestRefused(
                 "adapter",
@@ -130,9 +152,11 @@ class AdapterRegistry:
             )
         return version
 
-    def _resolve(self, name: str, source: AdapterSource, load_inplace: bool) -> AdapterVersion:
+    def _resolve(
+        self, name: str, source: AdapterSource, tenant: str, load_inplace: bool
+    ) -> AdapterVersion:
         version = self._by_name.get(name)
-        if version is not None and _is_same(version, source):
+        if version is not None and version.is_at(source):
             return self._renew(version, source)
         if version is not None and not load_inplace:
             raise RequestRefused(
@@ -140,7 +164,7 @@ class AdapterRegistry:
                 f"adapter {name!r} is the folder {version.source.named}, not {source.named}: "
                 "choose another name, unload this one, or replace it with load_inplace=True",
             )
-        return self.register(name, source)
+        return self.register(name, source, tenant)
 
     def _renew(self, version: AdapterVersion, source: AdapterSource) -> AdapterVersion:
         """Return the version of the files as they are now: another one if they have changed."""
@@ -149,7 +173,7 @@ class AdapterRegistry:
         if version.state is AdapterState.REGISTERED:  # nothing was read yet
             version.source = source
             return version
-        newer = self._create(version.name, source)
+        newer = self._create(version.name, source, version.owner)
         self._set_current(newer)
         return newer
 
@@ -192,7 +216,6 @@ class AdapterRegistry:
         if error:
             self.fail(version, error, is_transient=event.is_transient)
             return version, failure(version)
-        version.error = ""
         version.state = AdapterState.READY
         version.error = ""
         version.content_hash = event.content_hash
@@ -225,7 +248,7 @@ class AdapterRegistry:
         """
         self.fail(version, error, is_transient=False)
         if version.is_named:
-            again = self._create(version.name, version.source)
+            again = self._create(version.name, version.source, version.owner)
             again.generation = version.generation  # a load that is under way is still newer
             again.error = error
             self._set_current(again)
@@ -252,17 +275,19 @@ class AdapterRegistry:
             )
         return ""
 
-    def _create(self, name: str, source: AdapterSource) -> AdapterVersion:
+    def _create(self, name: str, source: AdapterSource, owner: str) -> AdapterVersion:
         if not name or not source.path:
             raise RequestRefused("bad_request", "an adapter needs a name and a path")
         self._num_created += 1
-        return AdapterVersion(name=name, source=source, generation=self._num_created)
+        return AdapterVersion(name=name, source=source, generation=self._num_created, owner=owner)
 
     def _set_current(self, version: AdapterVersion) -> None:
         old = self._by_name.get(version.name)
         self._by_name[version.name] = version
         version.is_named = True
-        if old is not None:
+        if old is None:
+            self._owners.add(version)
+        else:
             version.usage = old.usage
             version.last_use = old.last_use
             self._take_name(old, version)
@@ -297,6 +322,10 @@ class AdapterRegistry:
                 del self._by_hash[version.content_hash]
                 self._on_unused(version.content_hash)
 
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless each tenant's names are counted."""
+        self._owners.check_integrity(self)
+
     def _unknown(self, name: str) -> RequestRefused:
         more = ", ..." if len(self._by_name) > MAX_LISTED else ""
         listed = ", ".join(nsmallest(MAX_LISTED, self._by_name)) + more
@@ -304,8 +333,3 @@ class AdapterRegistry:
             "unknown_adapter",
             f"no adapter is registered as {name!r}; known: {listed or 'none'}",
         )
-
-
-def _is_same(version: AdapterVersion, source: AdapterSource) -> bool:
-    """Tell whether both name one folder, or one link, which may lead to another folder now."""
-    return source.named == version.source.named or source.path == version.path

@@ -22,6 +22,7 @@ class AdapterVersion:
     name: str
     source: AdapterSource
     generation: int
+    owner: str = ""  # the tenant that registered the name; empty: the operator
     state: AdapterState = AdapterState.REGISTERED
     is_named: bool = False  # new requests for `name` get this version
     error: str = ""
@@ -43,6 +44,10 @@ class AdapterVersion:
     def path(self) -> str:
         """The folder that the workers read."""
         return self.source.path
+
+    def is_at(self, source: AdapterSource) -> bool:
+        """Tell whether both name one folder, or one link, which may lead to another folder now."""
+        return source.named == self.source.named or source.path == self.path
 
 
 def failure(version: AdapterVersion) -> str:

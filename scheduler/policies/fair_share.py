@@ -66,7 +66,7 @@ class VirtualTokenCounters(Policy):
         return self._name(request)
 
     def _name(self, request: Request) -> str:
-        return request.adapter if self._by_adapter else request.salt
+        return request.adapter if self._by_adapter else request.tenant or request.salt
 
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
         """Take O(log n) for each request."""

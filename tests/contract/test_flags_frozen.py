@@ -42,7 +42,8 @@ TRACE = ["--alpha", "--lengths", "--popularity"]
 FROZEN = {
     "serve": [
         *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--http",
-        "--insecure", "--max-client-backlog", "--max-message-bytes", "--max-requests-per-client",
+        "--insecure", "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
+        "--max-requests-per-client",
         "--no-insecure", "--served-model-name", "--server-secret-key-file", "--log-level",
     ],
     "generate": [

@@ -45,6 +45,7 @@ class AdapterCommand(Message):
     op: str
     name: str = ""
     source: AdapterSource | None = None  # for "register" and "load"
+    tenant: str = ""  # who asks; empty: the operator
 
 
 class StatsQuery(Message):

@@ -113,6 +113,8 @@ class Harness:
         salt: str = "",
         priority: int = 0,
         use_prefix_cache: bool = True,
+        tenant: str = "",
+        client: bytes = b"",
         **sampling: Any,
     ) -> None:
         spec = sampling_spec(**sampling)
@@ -125,6 +127,8 @@ class Harness:
             salt=salt,
             priority=priority,
             use_prefix_cache=use_prefix_cache,
+            tenant=tenant,
+            client=client,
         )
         try:
             self.scheduler.add(request)

@@ -143,7 +143,7 @@ def of_x(harness: Harness, number: int) -> None:
 
 
 def of_new_tenant(harness: Harness, number: int) -> None:
-    harness.add(number, [1], max_tokens=1, salt=f"tenant {number}")
+    harness.add(number, [1], max_tokens=1, tenant=f"tenant {number}", salt="greedy")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ page that a step reads or writes.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from loraplex.scheduler.request import RequestRefused
 from helpers.scheduling.scheduler_harness import Harness
 
 NAMES = "abcd"
+TENANTS = ["", "", "ann", "ben"]
 CONTENTS = {"red": 1, "green": 2, "blue": 3, "huge": 12}  # content -> pages
 
 
@@ -32,7 +34,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 def random_harness(rng: random.Random, policy: str) -> Harness:
     max_num_seqs = rng.randint(1, 6)
-    options = {"policy": policy, **POLICIES[policy]}
+    options = {"policy": policy, **POLICIES[policy], "max_adapters_per_tenant": 2}
     if policy == "vtc":
         options["fair_share_by"] = rng.choice(["tenant", "adapter"])
     return Harness(
@@ -67,22 +69,29 @@ class Traffic:
         self.harness.file(path, content, CONTENTS[content], error)
         return path
 
-    def register(self, name: str) -> None:
-        self.harness.scheduler.register_adapter(name, AdapterSource.at(self.new_path()))
-        self.harness.verify()
+    def register(self, name: str, tenant: str = "") -> None:
+        source = AdapterSource.at(self.new_path())
+        self.change(self.harness.scheduler.register_adapter, name, source, tenant)
 
     def load(self) -> None:
-        self.num_loads += 1
-        name = self.rng.choice(NAMES)
-        self.harness.scheduler.load_adapter(name, AdapterSource.at(self.new_path()), self.num_loads)
-        self.harness.verify()
+        name, source = self.rng.choice(NAMES), AdapterSource.at(self.new_path())
+        load, key = self.harness.scheduler.load_adapter, self.num_loads + 1
+        self.num_loads += self.change(load, name, source, key, self.rng.choice(TENANTS))
 
     def unload(self) -> None:
+        unload = self.harness.scheduler.unload_adapter
+        self.change(unload, self.rng.choice(NAMES), self.rng.choice(TENANTS))
+
+    def change(self, command: Callable[..., object], *arguments: object) -> bool:
+        """Run a command of a tenant. Returns whether the scheduler accepted it."""
         try:
-            self.harness.scheduler.unload_adapter(self.rng.choice(NAMES))
+            command(*arguments)
         except RequestRefused as refusal:
-            assert refusal.code == "unknown_adapter"
-        self.harness.verify()
+            assert refusal.code in ("unknown_adapter", "forbidden", "too_many_adapters")
+            return False
+        finally:
+            self.harness.verify()
+        return True
 
     def break_file(self) -> None:
         """From now on a file that was read before is not there; its requests may fail."""
@@ -107,6 +116,8 @@ class Traffic:
         options: dict[str, Any] = {
             "adapter": rng.choice(["", *NAMES]),
             "salt": rng.choice(["", "", "tenant"]),
+            "tenant": rng.choice(TENANTS),
+            "client": rng.choice([b"", b"1", b"2"]),
             "priority": rng.choice([0, 0, 0, 1]),
             "use_prefix_cache": rng.random() < 0.9,
             "max_tokens": rng.randint(1, 24),
@@ -161,7 +172,7 @@ def test_random_traffic(policy: str, seed: int) -> None:
         traffic.unload: 0.2,
         traffic.break_file: 0.1,
         traffic.trouble_file: 0.5,
-        lambda: traffic.register(traffic.rng.choice(NAMES)): 0.3,
+        lambda: traffic.register(traffic.rng.choice(NAMES), traffic.rng.choice(TENANTS)): 0.3,
     }
     for action in traffic.rng.choices(list(weights), list(weights.values()), k=150):
         action()
@@ -232,9 +243,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def trouble_file(self) -> None:
         self.traffic.trouble_file()
 
-    @rule(name=st.sampled_from(NAMES))
-    def register(self, name: str) -> None:
-        self.traffic.register(name)
+    @rule(name=st.sampled_from(NAMES), tenant=st.sampled_from(TENANTS))
+    def register(self, name: str, tenant: str) -> None:
+        self.traffic.register(name, tenant)
 
     @rule(num_turns=st.integers(1, 20))
     def run_on(self, num_turns: int) -> None:

@@ -84,6 +84,17 @@ def test_prompt_of_less_than_a_block_waits_for_nothing() -> None:
     harness.run()
 
 
+def test_tenants_see_nothing_of_each_others_prompts() -> None:
+    harness = long_harness()
+    tenants = ["", "ann", "ben", "ann", "", "ben"]
+    for number, tenant in enumerate(tenants):
+        salt = "shared" if tenant else ""
+        harness.add(number, LONG[:64], tenant=tenant, salt=salt, max_tokens=1)
+        harness.run()
+    cached = [harness.requests[number].num_cached_tokens > 0 for number in range(len(tenants))]
+    assert cached == [False, False, False, True, True, True]
+
+
 def test_salts_and_adapters_do_not_share() -> None:
     harness = long_harness()
     harness.register("x")

@@ -129,22 +129,31 @@ def test_deepest_block_goes_first_whatever_shares_the_root() -> None:
     assert order[-1] == pages[0]
 
 
+def root_of(tenant: str, salt: str, base: str, adapter: str) -> bytes:
+    return prefix_root(tenant=tenant, salt=salt, base_fingerprint=base, adapter_hash=adapter)
+
+
 def test_another_history_or_root_is_no_hit() -> None:
     kv = make(100)
     start(kv, "a", list(range(12)))
     assert start(kv, "b", [99, *range(1, 12)]) == 0
-    for index, root in enumerate(
+    for index, parts in enumerate(
         [
-            prefix_root("", "base", "h1"),
-            prefix_root("tenant", "base", "h1"),
-            prefix_root("tenant", "base", ""),
-            prefix_root("tenan", "tbase", ""),
-            prefix_root("tenant", "other", "h1"),
-            prefix_root("tenanth1", "base", ""),
+            ("", "", "base", "h1"),
+            ("", "salt", "base", "h1"),
+            ("", "salt", "base", ""),
+            ("", "sal", "tbase", ""),
+            ("", "salt", "other", "h1"),
+            ("", "salth1", "base", ""),
+            ("salt", "", "base", ""),
+            ("sal", "t", "base", ""),
+            ("sa", "lt", "base", ""),
+            ("", "a", "base", "h1"),
+            ("a", "", "base", "h1"),
         ]
     ):
-        assert start(kv, f"root {index}", list(range(12)), root=root) == 0
-    assert start(kv, "z", list(range(12)), root=prefix_root("tenant", "base", "h1")) == 2
+        assert start(kv, f"root {index}", list(range(12)), root=root_of(*parts)) == 0
+    assert start(kv, "z", list(range(12)), root=root_of("", "salt", "base", "h1")) == 2
 
 
 def test_disabled_cache_shares_nothing() -> None:
