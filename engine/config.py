@@ -205,7 +205,11 @@ class ServerConfig:
         metadata={"help": "unread messages of one client after which its requests are cancelled"},
     )
     max_requests_per_client: int = field(
-        default=4096, metadata={"help": "largest number of unfinished requests of one client"}
+        default=4096,
+        metadata={
+            "help": "largest number of unfinished requests of one client, "
+            "each of the n answers counted"
+        },
     )
 
 

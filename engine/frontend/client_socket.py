@@ -7,6 +7,7 @@ import socket as os_socket
 import stat
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import msgpack
@@ -16,10 +17,11 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
-from loraplex.engine.frontend.protocol import error_reply
+from loraplex.engine.frontend.protocol import MAX_ID_CHARS, error_reply
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, open_socket
 
 TURN_S = 0.01
+ADMIN = "admin"  # admin.key among the clients' keys is the operator's
 MAX_IPC_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 IDENTITY_REFUSED = error_reply(
     "",
@@ -120,6 +122,7 @@ class ClientSocket:
         """
         wanted = (config.endpoint or endpoint).replace("tcp://localhost:", "tcp://127.0.0.1:")
         self._authenticator: ThreadAuthenticator | None = None
+        self._tenants: dict[str, str] | None = None  # by public key; None: nobody is told apart
         self._max_fillers = min(SEND_SLOTS, config.max_client_backlog) // 4
         self.socket = open_socket(
             context,
@@ -164,6 +167,8 @@ class ClientSocket:
             )
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
+        if config.client_public_keys_dir:
+            self._tenants = read_tenants(config.client_public_keys_dir)
         self._authenticator.configure_curve(
             domain="*", location=config.client_public_keys_dir or zmq.auth.CURVE_ALLOW_ANY
         )
@@ -190,11 +195,12 @@ class ClientSocket:
         except zmq.ZMQError as error:
             raise PeerGoneError(str(error)) from None
 
-    def receive(self, handle: Callable[[bytes, list[bytes]], None]) -> None:
-        """Calls handle(client, frames) for each message that has arrived, without waiting.
+    def receive(self, handle: Callable[[bytes, list[bytes], str], None]) -> None:
+        """Calls handle(client, frames, tenant) for each message that has arrived, without waiting.
 
-        Refuses the messages of clients that chose a ZeroMQ identity. Returns after TURN_S at the
-        latest, so that outputs are not delayed by new requests.
+        The tenant is empty for the operator, who holds the key ADMIN, and where the server does not
+        ask for known keys. Refuses the messages of clients that chose a ZeroMQ identity. Returns
+        after TURN_S at the latest, so that outputs are not delayed by new requests.
         """
         end = time.monotonic() + TURN_S
         while time.monotonic() < end:
@@ -203,9 +209,16 @@ class ClientSocket:
             except zmq.Again:
                 return
             if all(map(_is_anonymous, frames)):
-                handle(routing_id.bytes, [frame.bytes for frame in frames])
+                tenant = self._tenant_of(frames[-1])
+                handle(routing_id.bytes, [frame.bytes for frame in frames], tenant)
             else:
                 self._refuse(routing_id.bytes)
+
+    def _tenant_of(self, frame: zmq.Frame) -> str:
+        if self._tenants is None:
+            return ""
+        key = _property(frame, "User-Id")  # of the authenticator, never of the client
+        return self._tenants.get(key, f"key {key}")
 
     def _refuse(self, client: bytes) -> None:
         with contextlib.suppress(PeerGoneError):
@@ -216,6 +229,29 @@ class ClientSocket:
         self.socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
+
+
+def read_tenants(folder: str) -> dict[str, str]:
+    """Returns the tenant by public key (Z85): the name of the key's file without its ending.
+
+    The tenant of ADMIN is the empty text.
+
+    Raises:
+        ConfigError: two files hold one key, or a file's name cannot be a tenant's.
+    """
+    tenants: dict[str, str] = {}
+    for path in sorted(Path(folder).glob("[!.]*.key")):
+        tenant = "" if path.stem == ADMIN else path.stem
+        if not path.stem.isprintable() or len(path.stem) > MAX_ID_CHARS:
+            raise ConfigError(f"{path}: the name of a client's key must be printable: rename it")
+        try:
+            key = zmq.auth.load_certificate(path)[0].decode()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is not a CurveZMQ certificate: {error}") from None
+        if key in tenants:
+            raise ConfigError(f"{path} holds the key of another file in {folder}: remove one")
+        tenants[key] = tenant
+    return tenants
 
 
 def _is_anonymous(frame: zmq.Frame) -> bool:

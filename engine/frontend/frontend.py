@@ -5,7 +5,6 @@ the clients of its entrance: ClientTable for ZeroMQ, ExchangeTable for HTTP.
 It runs in the caller's thread; only long prompts are tokenized in other threads (requests.py).
 """
 
-import itertools
 import logging
 import secrets
 from functools import partial
@@ -18,6 +17,7 @@ from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.clients import ClientsOf
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
+from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.ipc.channel import Channel, Wakeup
@@ -31,8 +31,6 @@ from loraplex.engine.ipc.messages.frontend import (
 )
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.scheduler.frontend_protocol import AdapterSource, StepOutputs
-
-MAX_QUERIES = 1024  # unanswered commands to the scheduler, all clients together
 
 logger = logging.getLogger("loraplex.frontend")
 
@@ -77,20 +75,22 @@ class Frontend:
             scheduler=self._scheduler,
             reply=self._reply,
             max_requests_per_client=config.server.max_requests_per_client,
+            is_private=not config.server.endpoint,
             wakeup=wakeup,
         )
         self._clients = clients_of(self._requests)
-        self._queries: dict[int, tuple[bytes, str, str]] = {}  # id -> client, request_id, type
-        self._rows: dict[int, list[dict[str, Any]]] = {}  # by query id, of replies not complete yet
-        self._query_ids = itertools.count(1)
+        self._queries = QueryTable(self._reply)
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
         self._num_malformed = 0
         self._dead_reason = ""
         self.step_clock = StepClock()
         self._instance = secrets.token_hex(8)  # another one after a restart
 
-    def on_frames(self, client: bytes, frames: list[bytes]) -> None:
-        """Handles one message of a client, as raw frames. Replies with an error if it is bad."""
+    def on_frames(self, client: bytes, frames: list[bytes], tenant: str = "") -> None:
+        """Handles one message of a client, as raw frames. Replies with an error if it is bad.
+
+        `tenant` is whose key the client has shown; empty: the operator's, or keys are not in use.
+        """
         try:
             if len(frames) != 1:
                 text = f"a message must be one frame, got {len(frames)}"
@@ -100,12 +100,12 @@ class Frontend:
             self._num_malformed += 1
             self._reply(client, protocol.error_reply("", error.code, str(error)))
             return
-        self.on_message(client, message)
+        self.on_message(client, message, tenant)
 
-    def on_message(self, client: bytes, message: dict[str, Any]) -> None:
-        """Handles one decoded message of a client. Replies with an error if it is bad."""
+    def on_message(self, client: bytes, message: dict[str, Any], tenant: str = "") -> None:
+        """Handles one decoded message of a client, as on_frames()."""
         try:
-            self._dispatch(client, protocol.parse(message))
+            self._dispatch(client, protocol.for_tenant(protocol.parse(message), tenant))
         except ClientError as error:
             code, text = error.code, str(error)
         except Exception:
@@ -132,7 +132,7 @@ class Frontend:
                 self._clients.watch(client)
                 self._requests.add(client, message)
             case protocol.StatsRequest():
-                query_id = self._new_query(client, message.request_id, "stats")
+                query_id = self._queries.add(client, "", message.request_id, "stats")
                 self._ask_scheduler(query_id, StatsQuery(query_id))
             case _:
                 self._dispatch_adapter(client, message)
@@ -140,17 +140,17 @@ class Frontend:
     def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
         match message:
             case protocol.LoadAdapterRequest():
-                query_id = self._new_query(client, message.request_id, "adapters")
+                query_id = self._queries.add(client, message.tenant, message.request_id, "adapters")
                 op = "register" if message.lazy else "load"
                 self._folders.find(message.path, partial(self._load_adapter, query_id, op, message))
             case protocol.UnloadAdapterRequest():
-                self._adapter_command(client, message.request_id, "unload", message.name)
+                self._adapter_command(client, message, "unload")
             case protocol.PinAdapterRequest():
-                self._adapter_command(client, message.request_id, "pin", message.name)
+                self._adapter_command(client, message, "pin")
             case protocol.UnpinAdapterRequest():
-                self._adapter_command(client, message.request_id, "unpin", message.name)
+                self._adapter_command(client, message, "unpin")
             case protocol.ListAdaptersRequest():
-                self._adapter_command(client, message.request_id, "list", message.name)
+                self._adapter_command(client, message, "list")
 
     def _load_adapter(
         self,
@@ -165,28 +165,22 @@ class Frontend:
         try:
             if isinstance(source, ClientError):
                 raise client_error(source.code, f"adapter {message.name!r}: {source}")
-            self._scheduler.send(AdapterCommand(query_id, op, message.name, source))
+            command = AdapterCommand(query_id, op, message.name, source, message.tenant)
+            self._scheduler.send(command)
         except ClientError as error:
-            client, request_id, _ = self._queries.pop(query_id)
-            self._reply(client, protocol.error_reply(request_id, error.code, str(error)))
+            self._queries.fail(query_id, error.code, str(error))
 
-    def _adapter_command(self, client: bytes, request_id: str, op: str, name: str = "") -> None:
-        command_id = self._new_query(client, request_id, "adapters")
-        self._ask_scheduler(command_id, AdapterCommand(command_id, op, name))
+    def _adapter_command(self, client: bytes, message: protocol.NamedAdapter, op: str) -> None:
+        tenant = message.tenant
+        query_id = self._queries.add(client, tenant, message.request_id, "adapters")
+        self._ask_scheduler(query_id, AdapterCommand(query_id, op, message.name, tenant=tenant))
 
     def _ask_scheduler(self, query_id: int, message: StatsQuery | AdapterCommand) -> None:
         try:
             self._scheduler.send(message)
         except ClientError:
-            del self._queries[query_id]
+            self._queries.discard(query_id)
             raise
-
-    def _new_query(self, client: bytes, request_id: str, reply_type: str) -> int:
-        if len(self._queries) >= MAX_QUERIES:
-            raise client_error("queue_full", "too many commands are waiting: try again later")
-        query_id = next(self._query_ids)
-        self._queries[query_id] = (client, request_id, reply_type)
-        return query_id
 
     def on_scheduler(self, message: object) -> None:
         """Handles one message of the scheduler."""
@@ -194,24 +188,17 @@ class Frontend:
             case StepOutputs():
                 self._requests.on_outputs(message)
             case ReplyRows():
-                self._rows.setdefault(message.query_id, []).extend(message.rows)
+                self._queries.add_rows(message.query_id, message.rows)
             case StatsReply():
-                rows = self._rows.pop(message.query_id, [])
-                stats = {**message.stats, "resident_adapters": rows, "frontend": self._stats()}
-                self._answer(message.query_id, {"stats": stats})
+                stats = {**message.stats, "frontend": self._stats()}
+                self._queries.answer(message.query_id, stats)
             case AdapterReply() if message.error:
-                client, request_id, _ = self._queries.pop(message.command_id)
                 code = message.error_code or "adapter"
-                self._reply(client, protocol.error_reply(request_id, code, message.error))
+                self._queries.fail(message.command_id, code, message.error)
             case AdapterReply():
-                rows = self._rows.pop(message.command_id, [])
-                self._answer(message.command_id, {"adapters": [*rows, *message.adapters]})
+                self._queries.answer_adapters(message.command_id, message.adapters)
             case _:
                 logger.error("unexpected message %s", type(message).__name__)
-
-    def _answer(self, query_id: int, values: dict[str, Any]) -> None:
-        client, request_id, reply_type = self._queries.pop(query_id)
-        self._reply(client, {"type": reply_type, "request_id": request_id, **values})
 
     def run_ready(self) -> None:
         """Starts the requests whose prompts other threads have tokenized or whose folders they
@@ -240,9 +227,7 @@ class Frontend:
         """Ends every request and query with the error "engine_dead", also later ones."""
         self._dead_reason = reason
         self._requests.fail_all("engine_dead", reason)
-        for client, request_id, _ in self._queries.values():
-            self._reply(client, protocol.error_reply(request_id, "engine_dead", reason))
-        self._queries.clear()
+        self._queries.fail_all("engine_dead", reason)
 
     def close(self) -> None:
         self._requests.close()

@@ -1,6 +1,7 @@
 """Turns a checked client message into token ids and sampling specs for the scheduler."""
 
 import hashlib
+import logging
 from array import array
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ MAX_PROMPT_LOGPROBS = 1 << 17  # entries in one reply; each takes some 10 us and
 ENTRY_CHARS = 4  # a list or map costs a template about as much as so many characters
 MIN_TEMPERATURE = 0.01
 """Smaller temperatures count as this one, as in vLLM. 0 is greedy."""
+
+logger = logging.getLogger("loraplex.frontend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,18 @@ class InputProcessor:
                 f"of {self._info.vocab_size}"
             )
         return token_ids
+
+    def try_tokenize(self, message: GenerateRequest) -> "array[int] | ClientError":
+        """Returns the prompt's token ids, or the error that tokenize() raised."""
+        try:
+            return self.tokenize(message)
+        except ClientError as error:
+            return error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # PanicException of the tokenizers library is no Exception
+            logger.exception("tokenizing failed")
+            return client_error("internal", "the prompt cannot be encoded: see the server's log")
 
     def encode(self, message: GenerateRequest) -> list[int]:
         """Returns the token ids of the message's text or chat, which may be too many to serve.

@@ -5,7 +5,7 @@ fit raises a ClientError with an error code.
 """
 
 from array import array
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ MAX_ID_CHARS = 256
 MAX_ERROR_CHARS = 1000
 
 _ID = {"check": field_checks.text(MAX_ID_CHARS, empty=False)}
+_TENANT = {"check": field_checks.text(MAX_ID_CHARS)}
 _FLAG = {"check": field_checks.boolean}
 _MAPS = {"check": field_checks.list_of_maps}
 _ANY_TEXT = {"check": field_checks.text(1 << 30)}
@@ -55,6 +56,7 @@ class GenerateRequest:
     adapter_path: str = field(default="", metadata={"check": field_checks.text(4096)})
     load_inplace: bool = field(default=False, metadata=_FLAG)
     salt: str = field(default="", metadata={"check": field_checks.text(MAX_ID_CHARS)})
+    tenant: str = field(default="", metadata=_TENANT)
     priority: int = field(default=0, metadata={"check": field_checks.int32})
     stream: bool = field(default=True, metadata=_FLAG)
     use_prefix_cache: bool = field(default=True, metadata=_FLAG)
@@ -101,24 +103,28 @@ class LoadAdapterRequest:
     name: str = field(metadata={"check": field_checks.adapter_name})
     path: str = field(metadata={"check": field_checks.text(4096, empty=False)})
     lazy: bool = field(default=False, metadata=_FLAG)
+    tenant: str = field(default="", metadata=_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadAdapterRequest:
     request_id: str = field(metadata=_ID)
     name: str = field(metadata={"check": field_checks.adapter_name})
+    tenant: str = field(default="", metadata=_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinAdapterRequest:
     request_id: str = field(metadata=_ID)
     name: str = field(metadata={"check": field_checks.adapter_name})
+    tenant: str = field(default="", metadata=_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpinAdapterRequest:
     request_id: str = field(metadata=_ID)
     name: str = field(metadata={"check": field_checks.adapter_name})
+    tenant: str = field(default="", metadata=_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +133,7 @@ class ListAdaptersRequest:
 
     request_id: str = field(metadata=_ID)
     name: str = field(default="", metadata={"check": field_checks.optional_adapter_name})
+    tenant: str = field(default="", metadata=_TENANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +169,7 @@ ClientMessage = (
     | Ping
     | Bye
 )
+NamedAdapter = UnloadAdapterRequest | PinAdapterRequest | UnpinAdapterRequest | ListAdaptersRequest
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": GenerateRequest,
     "cancel": CancelRequest,
@@ -226,6 +234,36 @@ def parse(message: dict[str, Any]) -> ClientMessage:
     except (TypeError, ValueError) as error:
         raise ClientError(str(error)) from None
     return parsed
+
+
+def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
+    """Returns the message with the tenant for whom it is done.
+
+    Args:
+        sender: the tenant that the client's key belongs to; empty: the operator, who may act for
+            any tenant.
+
+    Raises:
+        ClientError: a tenant acts for another one, or its request wants to go before others (code
+            "forbidden").
+    """
+    if not hasattr(message, "tenant"):
+        return message
+    if sender and message.tenant not in ("", sender):
+        raise client_error(
+            "forbidden",
+            f"tenant: this client's key is that of {sender!r}, so it cannot act for "
+            f"{short(message.tenant)}: leave tenant out",
+        )
+    if sender and not message.tenant:
+        message = replace(message, tenant=sender)
+    if isinstance(message, GenerateRequest) and message.tenant and message.priority < 0:
+        raise client_error(
+            "forbidden",
+            f"priority: a tenant's requests may have 0 or more, got {message.priority}: only the "
+            "operator may let requests go before others",
+        )
+    return message
 
 
 def _checked(name: str, check: field_checks.Check, value: Any) -> Any:

@@ -1,9 +1,8 @@
 """Tracks a frontend's requests from the client's message to the last output."""
 
 import itertools
-import logging
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,6 @@ MAX_PROMPTS = 256 << 20  # bytes that unfinished requests hold in all
 MAX_CLIENT_PROMPTS = 64 << 20
 
 Reply = Callable[[bytes, dict[str, Any]], None]
-logger = logging.getLogger("loraplex.frontend")
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +37,7 @@ class _Request:
     client: bytes
     message: GenerateRequest
     seed: int
+    payer: bytes  # whose byte budgets it counts on: its tenant's, or else its client's
     outputs: OutputProcessor | None = None
     first_id: int = 0
     num_bytes: int = 0  # that `prompts` counts
@@ -57,21 +56,29 @@ class RequestTable:
         scheduler: SchedulerLink,
         reply: Reply,
         max_requests_per_client: int,
+        is_private: bool,
         wakeup: Wakeup,
     ) -> None:
-        """`wakeup` is set when a pooled prompt is ready for start_tokenized()."""
+        """Makes an empty table.
+
+        Args:
+            is_private: there is one client, which may fill the scheduler's queue.
+            wakeup: is set when a pooled prompt is ready for start_tokenized().
+        """
         self._inputs = inputs
         self._new_outputs = OutputFactory(codec).make
         self._folders = folders
         self._scheduler = scheduler
         self._reply = reply
         self._max_requests_per_client = max_requests_per_client
+        self._is_private = is_private
         self._wakeup = wakeup
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._tokenized: deque[tuple[_Request, array[int] | ClientError]] = deque()
         self._texts = ByteBudget(for_each=MAX_CLIENT_CHARS, in_all=MAX_POOLED_CHARS)
         self._prompts = ByteBudget(for_each=MAX_CLIENT_PROMPTS, in_all=MAX_PROMPTS)
         self._by_client: dict[bytes, dict[str, _Request]] = {}
+        self._num_sequences: Counter[bytes] = Counter()  # unfinished, n of a request, by client
         self._by_sequence: dict[int, _Request] = {}
         self._converting: dict[_Request, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
@@ -92,45 +99,45 @@ class RequestTable:
                 "duplicate_request",
                 f"request {message.request_id!r} is not finished yet: choose another request_id",
             )
-        limit = self._max_requests_per_client
-        if len(mine) >= limit:
-            raise client_error(
-                "too_many_requests",
-                f"this client has {limit} unfinished requests, as many as "
-                "max_requests_per_client allows: send this one after another has finished",
-            )
+        self._check_number(client, message)
+        payer = f"tenant {message.tenant}".encode() if message.tenant else client
         length = num_chars(message)
         pooled = length > POOL_PROMPT_CHARS
-        if pooled and not self._texts.take(client, length):
+        if pooled and not self._texts.take(payer, length):
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
-        request = _Request(client, message, self._inputs.seed_of(message.sampling_params))
+        request = _Request(client, message, self._inputs.seed_of(message.sampling_params), payer)
+        self._num_sequences[client] += message.sampling_params.n
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
         if pooled:
             self._pool.submit(self._tokenize_in_pool, request)
             return
-        self._look_up(request, self._tokenize(request))
+        self._look_up(request, self._inputs.try_tokenize(message))
 
-    def _tokenize(self, request: _Request) -> "array[int] | ClientError":
-        try:
-            return self._inputs.tokenize(request.message)
-        except ClientError as error:
-            return error
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # PanicException of the tokenizers library is no Exception
-            logger.exception("tokenizing failed")
-            return client_error("internal", "the prompt cannot be encoded: see the server's log")
+    def _check_number(self, client: bytes, message: GenerateRequest) -> None:
+        """Raises ClientError if the client has too many requests besides this one.
+
+        One with a large n is accepted where the client has no other.
+        """
+        num_own, n = self._num_sequences[client], message.sampling_params.n
+        limit = self._max_requests_per_client
+        if num_own and num_own + n > limit:
+            raise client_error(
+                "too_many_requests",
+                f"this client has {num_own} unfinished requests and asks for {n} more; "
+                f"max_requests_per_client allows {limit}, each of the n answers counted: send this "
+                "one after others have finished",
+            )
 
     def _tokenize_in_pool(self, request: _Request) -> None:
-        self._tokenized.append((request, self._tokenize(request)))
+        self._tokenized.append((request, self._inputs.try_tokenize(request.message)))
         self._wakeup.set()
 
     def start_tokenized(self) -> None:
         """Starts the requests whose prompts the pool has tokenized."""
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
-            self._texts.give_back(request.client, num_chars(request.message))
+            self._texts.give_back(request.payer, num_chars(request.message))
             if self._is_current(request):
                 self._look_up(request, token_ids)
 
@@ -179,6 +186,8 @@ class RequestTable:
                         salt=message.salt,
                         priority=message.priority,
                         use_prefix_cache=message.use_prefix_cache,
+                        tenant=message.tenant,
+                        client=b"" if self._is_private else request.client,
                     )
                 )
         except ClientError as error:
@@ -191,7 +200,7 @@ class RequestTable:
             QueueFullError: the client or all clients hold too much.
         """
         num_bytes = prompt_bytes(request.message.sampling_params, num_tokens)
-        if not self._prompts.take(request.client, num_bytes):
+        if not self._prompts.take(request.payer, num_bytes):
             raise QueueFullError(
                 "the unfinished requests hold too much memory: send this one after others have "
                 "finished"
@@ -317,9 +326,11 @@ class RequestTable:
         log_end(message.request_id, message.adapter, outputs, reason=reason, times=request.times)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
+        self._num_sequences[request.client] -= message.sampling_params.n
         if not mine:
             self._by_client.pop(request.client, None)
-        self._prompts.give_back(request.client, request.num_bytes)
+            del self._num_sequences[request.client]
+        self._prompts.give_back(request.payer, request.num_bytes)
         request.num_bytes = 0
         if request.outputs is None:
             return []

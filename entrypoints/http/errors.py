@@ -14,6 +14,7 @@ _STATUS = {
     "too_large": 413,
     "queue_full": 429,
     "too_many_requests": 429,
+    "too_many_adapters": 429,
     "deadline": 503,
     "engine_dead": 503,
 }

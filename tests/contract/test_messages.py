@@ -59,6 +59,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         int: st.integers(-(2**63), 2**64 - 1),
         float: st.floats(allow_nan=False),
         str: st.text(max_size=8),
+        bytes: st.binary(max_size=8),
         bool: st.booleans(),
         Any: PLAIN,
     }[hint]

@@ -32,6 +32,7 @@ class FrontendHarness:
     """Keeps what the frontend sends in `sent` and `replies` until the test takes it.
 
     Attributes:
+        keys: the tenants whose keys the clients hold; any other client is the operator's.
         now_s: the time that the frontend sees.
         scheduler_room: how many more messages the scheduler takes, None for any number.
         scheduler_error: what a send to the scheduler raises, None for no error.
@@ -44,6 +45,7 @@ class FrontendHarness:
         self.replies: list[tuple[bytes, dict[str, Any]]] = []
         self.gone: set[bytes] = set()
         self.slow: set[bytes] = set()
+        self.keys: dict[bytes, str] = {}
         self.now_s = 0.0
         self.scheduler_room: int | None = None
         self.scheduler_error: Exception | None = None
@@ -86,7 +88,8 @@ class FrontendHarness:
     def ask(self, client: bytes, kind: str = "generate", **values: Any) -> None:
         if kind == "generate" and not {"prompt", "messages"} & values.keys():
             values.setdefault("prompt_token_ids", [5, 6, 7])
-        self.frontend.on_message(client, {"type": kind, "request_id": "r", **values})
+        message = {"type": kind, "request_id": "r", **values}
+        self.frontend.on_message(client, message, self.keys.get(client, ""))
 
     def output(self, sequence_id: int, token_ids: list[int], **values: Any) -> None:
         output = SequenceOutput(sequence_id, array("i", token_ids), **values)

@@ -99,7 +99,7 @@ def test_a_socket_keeps_few_large_replies_for_a_client_that_does_not_read(tmp_pa
         client.send(b"x")
         known: list[bytes] = []
         while not known:
-            server.receive(lambda client, frames: known.append(client))
+            server.receive(lambda client, frames, tenant: known.append(client))
         large = bytes(8 * MIB)
         with pytest.raises(SlowPeerError):
             for _ in range(12):
@@ -117,7 +117,7 @@ def test_a_client_reads_a_large_reply_whole_and_in_order(tmp_path: Path) -> None
         client.send(b"x")
         known: list[bytes] = []
         while not known:
-            server.receive(lambda client, frames: known.append(client))
+            server.receive(lambda client, frames, tenant: known.append(client))
         sent = [{"type": "stats", "text": "x" * length} for length in (1, MIB, 2)]
         for message in sent:
             server.send(known[0], msgpack.packb(message))

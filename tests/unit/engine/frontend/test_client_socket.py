@@ -2,17 +2,18 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 import zmq
+import zmq.auth
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
-from loraplex.engine.frontend.client_socket import ClientSocket, check_server_config
+from loraplex.engine.frontend.client_socket import ClientSocket, check_server_config, read_tenants
 
 
 @pytest.fixture
@@ -123,11 +124,72 @@ def test_a_client_that_chose_its_identity_is_refused(
         client.send(b"hello")
     handled: list[list[bytes]] = []
     while not chosen.poll(10) or not handled:
-        server.receive(lambda client, frames: handled.append(frames))
+        server.receive(lambda client, frames, tenant: handled.append(frames))
     assert handled == [[b"hello"]]
     reply = msgpack.unpackb(chosen.recv())
     assert reply["code"] == "identity_refused"
     assert "ZMQ_ROUTING_ID" in reply["message"]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """The server's keys in the folder, and in "allowed" those of three clients."""
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    zmq.auth.create_certificates(tmp_path, "server")
+    for name in ("ann", "ben", "admin"):
+        zmq.auth.create_certificates(allowed, name)
+    return tmp_path
+
+
+def curve_config(keys: Path, *, knows_clients: bool = True) -> ServerConfig:
+    return ServerConfig(
+        endpoint="tcp://127.0.0.1:0",
+        server_secret_key_file=str(keys / "server.key_secret"),
+        client_public_keys_dir=str(keys / "allowed") if knows_clients else "",
+    )
+
+
+def curve_client(context: Any, keys: Path, name: str, endpoint: str) -> Any:
+    client = context.socket(zmq.DEALER)
+    public, secret = zmq.auth.load_certificate(keys / "allowed" / f"{name}.key_secret")
+    client.curve_publickey, client.curve_secretkey = public, secret
+    client.curve_serverkey = zmq.auth.load_certificate(keys / "server.key")[0]
+    client.connect(endpoint)
+    return client
+
+
+@pytest.mark.parametrize("knows_clients", [True, False])
+def test_the_clients_key_says_its_tenant(context: Any, keys: Path, knows_clients: bool) -> None:
+    server = ClientSocket(context, curve_config(keys, knows_clients=knows_clients), "")
+    for name in ("ann", "ben", "admin"):
+        curve_client(context, keys, name, server.endpoint).send(name.encode())
+    tenants: dict[bytes, str] = {}
+    while len(tenants) < 3:
+        server.receive(lambda client, frames, tenant: tenants.update({frames[0]: tenant}))
+    expected = ["ann", "ben", ""] if knows_clients else [""] * 3
+    assert [tenants[name] for name in (b"ann", b"ben", b"admin")] == expected
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda folder: (folder / "ann.key").rename(folder / "a\nb.key"), "must be printable"),
+        (lambda folder: (folder / "ann.key").write_text("x"), "not a CurveZMQ certificate"),
+        (
+            lambda folder: (folder / "cid.key").write_bytes((folder / "ann.key").read_bytes()),
+            "the key of another file",
+        ),
+    ],
+)
+def test_client_keys_that_name_no_tenant_are_refused(
+    keys: Path, spoil: Callable[[Path], object], text: str
+) -> None:
+    assert sorted(read_tenants(str(keys / "allowed")).values()) == ["", "ann", "ben"]
+    spoil(keys / "allowed")
+    with pytest.raises(ConfigError, match=text):
+        read_tenants(str(keys / "allowed"))
 
 
 FIRST_NUMBER = """

@@ -1,0 +1,95 @@
+"""The commands of clients that wait for the scheduler's answer."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.engine.errors import QueueFullError
+from loraplex.engine.frontend.protocol import error_reply
+
+MAX_QUERIES = 1024  # of all clients together
+
+
+@dataclass(slots=True)
+class _Query:
+    client: bytes
+    tenant: str
+    request_id: str
+    reply_type: str
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of an answer not complete yet
+
+
+class QueryTable:
+    """Knows who asked for what, and sends the answers."""
+
+    def __init__(self, reply: Callable[[bytes, dict[str, Any]], None]) -> None:
+        self._reply = reply
+        self._queries: dict[int, _Query] = {}
+        self._num_of: Counter[bytes | str] = Counter()  # by tenant, or client without one
+        self._ids = itertools.count(1)
+
+    def __contains__(self, query_id: int) -> bool:
+        return query_id in self._queries
+
+    def add(self, client: bytes, tenant: str, request_id: str, reply_type: str) -> int:
+        """Returns the id of a new query.
+
+        Raises:
+            QueueFullError: the tenant, or else the client, has as many as there are free places.
+        """
+        asker = tenant or client
+        if self._num_of[asker] >= MAX_QUERIES - len(self._queries):
+            raise QueueFullError("too many commands are waiting: try again later")
+        self._num_of[asker] += 1
+        query_id = next(self._ids)
+        self._queries[query_id] = _Query(client, tenant, request_id, reply_type)
+        return query_id
+
+    def add_rows(self, query_id: int, rows: list[dict[str, Any]]) -> None:
+        """Keeps a part of an answer."""
+        self._queries[query_id].rows += rows
+
+    def answer(self, query_id: int, stats: dict[str, Any]) -> None:
+        """Sends statistics. The rows that came are the resident adapters."""
+        query = self._take(query_id)
+        self._send(query, stats={**stats, "resident_adapters": query.rows})
+
+    def answer_adapters(self, query_id: int, adapters: list[dict[str, Any]]) -> None:
+        """Sends adapters, after the rows that came. No tenant sees the name of another."""
+        query = self._take(query_id)
+        rows = query.rows + adapters
+        if query.tenant:
+            rows = [{**row, "owner": _seen_by(query.tenant, row)} for row in rows]
+        self._send(query, adapters=rows)
+
+    def fail(self, query_id: int, code: str, text: str) -> None:
+        """Sends an error."""
+        query = self._take(query_id)
+        self._reply(query.client, error_reply(query.request_id, code, text))
+
+    def fail_all(self, code: str, text: str) -> None:
+        for query_id in list(self._queries):
+            self.fail(query_id, code, text)
+
+    def discard(self, query_id: int) -> None:
+        """Forgets a query without an answer."""
+        self._take(query_id)
+
+    def _take(self, query_id: int) -> _Query:
+        query = self._queries.pop(query_id)
+        asker = query.tenant or query.client
+        self._num_of[asker] -= 1
+        if not self._num_of[asker]:
+            del self._num_of[asker]
+        return query
+
+    def _send(self, query: _Query, **values: Any) -> None:
+        head = {"type": query.reply_type, "request_id": query.request_id}
+        self._reply(query.client, head | values)
+
+
+def _seen_by(tenant: str, adapter: dict[str, Any]) -> str | None:
+    owner = adapter.get("owner")
+    return owner if owner in ("", tenant) else None
