@@ -170,6 +170,7 @@ ClientMessage = (
     | Bye
 )
 NamedAdapter = UnloadAdapterRequest | PinAdapterRequest | UnpinAdapterRequest | ListAdaptersRequest
+TenantMessage = GenerateRequest | LoadAdapterRequest | NamedAdapter
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": GenerateRequest,
     "cancel": CancelRequest,
@@ -247,7 +248,7 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
         ClientError: a tenant acts for another one, or its request wants to go before others (code
             "forbidden").
     """
-    if not hasattr(message, "tenant"):
+    if not isinstance(message, TenantMessage):
         return message
     if sender and message.tenant not in ("", sender):
         raise client_error(
