@@ -1,7 +1,7 @@
 """Talks to an engine from asyncio code."""
 
 import asyncio
-import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +10,10 @@ from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.client.session import ClientSession, Message, Prompt
-from loraplex.entrypoints.client.transport import SocketTransport
+from loraplex.entrypoints.client.transport import SEND_TIMEOUT_MS, SocketTransport
+
+FIRST_RETRY_S = 0.001  # a server that reads makes room at once; doubled at each failure
+LAST_RETRY_S = 0.1
 
 
 class AsyncClient:
@@ -66,8 +69,10 @@ class AsyncClient:
             stream=stream,
         )
         queue = self._queues[request_id] = asyncio.Queue()
+        is_sent = False
         try:
-            self._send(transport, message)
+            await self._send(transport, message)
+            is_sent = True
             while True:
                 output = await self._next(queue, timeout_s)
                 yield output
@@ -77,7 +82,8 @@ class AsyncClient:
             del self._queues[request_id]
             if self._session.has(request_id):
                 self._session.forget(request_id)
-                await self.cancel(request_id)
+                if is_sent:
+                    await self.cancel(request_id)
 
     def chat(
         self,
@@ -108,7 +114,7 @@ class AsyncClient:
     async def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason "abort". Ignores unknown ids."""
         if self._transport is not None:
-            self._send(self._transport, {"type": "cancel", "request_id": request_id})
+            await self._send(self._transport, {"type": "cancel", "request_id": request_id})
 
     async def load_adapter(self, name: str, path: str, *, lazy: bool = False) -> dict[str, Any]:
         """Registers an adapter. Its files are read now, or with `lazy` on first use."""
@@ -142,9 +148,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Disconnects; unfinished requests are cancelled. Calling again does nothing."""
         if self._transport is not None:
-            with contextlib.suppress(EngineDeadError):
-                self._transport.send({"type": "bye"})
-            self._disconnect(EngineDeadError("the client was closed"))
+            self._transport.try_send(self._transport.encode({"type": "bye"}))
+            await self._disconnect(EngineDeadError("the client was closed"))
 
     async def __aenter__(self) -> "AsyncClient":
         await self._live_transport()
@@ -174,7 +179,7 @@ class AsyncClient:
         request_id, message = self._session.command(kind, **values)
         queue = self._queues[request_id] = asyncio.Queue()
         try:
-            self._send(transport, message)
+            await self._send(transport, message)
             answer = await asyncio.wait_for(queue.get(), self._timeout_s)
         except TimeoutError:
             raise EngineDeadError(
@@ -213,28 +218,43 @@ class AsyncClient:
             loop.add_reader(socket, self._take_replies)
         return transport
 
-    def _disconnect(self, error: EngineDeadError) -> None:
-        """Drops the connection and gives `error` to every caller that waits."""
+    def _disconnect(self, error: EngineDeadError) -> "asyncio.Future[None]":
+        """Drops the connection and gives `error` to every caller that waits.
+
+        Returns a future of the end. Another thread waits for unsent messages to leave.
+        """
         transport, self._transport = self._transport, None
-        if transport is None:
-            return
+        assert transport is not None
         loop = asyncio.get_running_loop()
         for socket in transport.sockets:
             loop.remove_reader(socket)
-        transport.close()
         for failure in self._session.fail_all(error):
             self._deliver(failure.request_id, failure)
+        return loop.run_in_executor(None, transport.close)
 
-    def _send(self, transport: SocketTransport, message: Message) -> None:
+    async def _send(self, transport: SocketTransport, message: Message) -> None:
         """Sends a message, then takes the replies that have come.
 
-        A ZeroMQ socket's descriptor signals an arrival once, and send() may consume the signal.
-        So every send must be followed by a read.
+        Other tasks go on while there is no room for it. A ZeroMQ socket's descriptor signals an
+        arrival once, and each try to send may consume the signal. So a read follows every try.
+
+        Raises:
+            EngineDeadError: there was no room for SEND_TIMEOUT_MS, or the connection was lost.
         """
-        if transport is not self._transport:
-            raise EngineDeadError(f"the connection to {self._endpoint} was lost")
-        transport.send(message)
-        self._take_replies()
+        data = transport.encode(message)
+        deadline = time.monotonic() + SEND_TIMEOUT_MS / 1000
+        wait_s = FIRST_RETRY_S
+        while True:
+            if transport is not self._transport:
+                raise EngineDeadError(f"the connection to {self._endpoint} was lost")
+            is_sent = transport.try_send(data)
+            self._take_replies()
+            if is_sent:
+                return
+            if time.monotonic() >= deadline:
+                raise transport.blocked()
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LAST_RETRY_S)
 
     def _take_replies(self) -> None:
         """Gives each reply that has come to the caller that waits for it.

@@ -118,7 +118,26 @@ class SocketTransport:
             EngineDeadError: the server has not read a message for SEND_TIMEOUT_MS.
         """
         try:
-            data = msgpack.packb(message)
+            self._socket.send(self.encode(message))
+        except zmq.Again:
+            raise self.blocked() from None
+
+    def try_send(self, data: bytes) -> bool:
+        """Sends an encoded message without waiting. Returns whether there was room for it."""
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def blocked(self) -> EngineDeadError:
+        """Returns the error for a message that had no room for SEND_TIMEOUT_MS."""
+        return EngineDeadError(f"{self.endpoint} has stopped reading messages")
+
+    def encode(self, message: Message) -> bytes:
+        """Returns the frame of a message. Raises ClientError as send() does."""
+        try:
+            data: bytes = msgpack.packb(message)
         except (TypeError, ValueError, OverflowError) as error:
             raise client_error("bad_request", f"the request cannot be sent: {error}") from None
         if self.max_message_bytes and len(data) > self.max_message_bytes:
@@ -127,10 +146,7 @@ class SocketTransport:
                 f"the request has {len(data)} bytes, the server takes "
                 f"{self.max_message_bytes}: send less, or raise max_message_bytes of the server",
             )
-        try:
-            self._socket.send(data)
-        except zmq.Again:
-            raise EngineDeadError(f"{self.endpoint} has stopped reading messages") from None
+        return data
 
     def receive(self, timeout_s: float | None) -> list[Message]:
         """Waits for a reply and returns all that have come, [] after `timeout_s`."""
