@@ -10,7 +10,8 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,7 @@ class HostStore:
         self._writing: set[Chunk] = set()
         self._largest = 0  # bytes of the largest chunk so far
         self._evicted: list[str] = []
+        self._dropped: list[torch.Tensor] = []  # slabs to free once the lock is released
         self._lock = threading.Lock()
         self._growing = threading.Lock()  # taken before _lock; one thread at a time page-locks
 
@@ -135,10 +137,10 @@ class HostStore:
         except MemoryInUseError:
             raise
         except BaseException:
-            with self._lock:
+            with self._locked():
                 self._free(chunks)
             raise
-        with self._lock:
+        with self._locked():
             entry = self._entries.get(adapter.content_hash)
             if entry is None:
                 self._writing.difference_update(chunks)
@@ -164,7 +166,7 @@ class HostStore:
 
     def release(self, content_hash: str) -> None:
         """End one use of the adapter; raises ValueError if there is none."""
-        with self._lock:
+        with self._locked():
             entry = self._entries.get(content_hash)
             if entry is None or not entry.num_users:
                 raise ValueError(f"adapter {content_hash} is released without a use")
@@ -178,7 +180,7 @@ class HostStore:
         An adapter in use is freed with its last `release`, unless it is asked for again. One empty
         slab is kept, others are freed.
         """
-        with self._lock:
+        with self._locked():
             entry = self._entries.get(content_hash)
             if entry is None:
                 return
@@ -220,6 +222,18 @@ class HostStore:
             for entry in self._entries.values():
                 assert sum(c.num_bytes for c in entry.chunks) >= entry.adapter.num_bytes
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock while something is dropped.
+
+        Slabs are freed after it was released: the kernel takes long to unmap a large one, and
+        other threads would wait.
+        """
+        with self._lock:
+            yield
+            dropped, self._dropped = self._dropped, []
+        dropped.clear()
+
     def _allocate(self, num_bytes: int, chunks: list[Chunk]) -> torch.Tensor:
         chunk = self._take(num_bytes)
         if chunk is None:
@@ -242,7 +256,7 @@ class HostStore:
         while (chunk := self._take(num_bytes)) is None:
             if self._grow(max(self._slab_bytes, size), may_exceed_budget=False):
                 continue
-            with self._lock:
+            with self._locked():
                 if self._drop_empty_slabs() or self._evict_oldest():
                     continue
             if not self._grow(size, may_exceed_budget=True):
@@ -287,7 +301,7 @@ class HostStore:
 
     def _drop_slab(self, slab_id: int) -> None:
         self._space.remove_slab(slab_id)
-        del self._slabs[slab_id]
+        self._dropped.append(self._slabs.pop(slab_id))
         self._extra_slabs.discard(slab_id)
 
     def _evict_oldest(self) -> bool:

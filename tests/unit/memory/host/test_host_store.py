@@ -2,8 +2,10 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from loraplex.memory.host.store import (
 )
 
 UNIT = 1024
+GUARD_S = 5.0  # only a thread that must wait gets there
 EMPTY = torch.zeros(1, 7, dtype=torch.int32)
 
 
@@ -268,3 +271,64 @@ def test_what_made_room_is_told_in_order() -> None:
     assert store.take_evicted() == ["a", "b"] and store.take_evicted() == []
     store.add(reading("e", 2))
     assert store.take_evicted() == ["c", "d"]
+
+
+def drop_unused(store: HostStore) -> None:
+    for name in "ba":
+        store.drop(name)
+
+
+def drop_in_use(store: HostStore) -> None:
+    assert store.acquire("a") is not None
+    drop_unused(store)
+    store.release("a")
+
+
+def exceed_the_budget(store: HostStore) -> None:
+    assert store.acquire("a") is not None
+    assert store.acquire("b") is not None
+    store.add(reading("c"))
+    store.add(reading("d"))
+
+
+def need_a_larger_slab(store: HostStore) -> None:
+    store.add(reading("c", units=2))
+
+
+def fail_to_read(store: HostStore) -> None:
+    assert store.acquire("a") is not None
+    assert store.acquire("b") is not None
+
+    def fail(allocate: Allocate) -> PackedAdapter:
+        allocate(UNIT)
+        raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        store.add(fail)
+
+
+@pytest.mark.parametrize(
+    "act", [drop_unused, drop_in_use, exceed_the_budget, need_a_larger_slab, fail_to_read]
+)
+def test_no_thread_waits_while_a_slab_is_freed(act: Callable[[HostStore], None]) -> None:
+    went_on: list[bool] = []
+
+    def when_freed() -> None:
+        """Let another thread use the store while the system takes the memory back."""
+        thread = threading.Thread(target=lambda: store.num_bytes, daemon=True)
+        thread.start()
+        thread.join(GUARD_S)
+        went_on.append(not thread.is_alive())
+
+    def make_slab(num_bytes: int) -> torch.Tensor:
+        memory = np.empty(num_bytes, dtype=np.uint8)
+        weakref.finalize(memory, when_freed).atexit = False
+        return torch.from_numpy(memory)
+
+    store = HostStore(2 * UNIT, make_slab=make_slab, slab_bytes=UNIT)
+    for name in "ab":
+        store.add(reading(name))
+    act(store)
+    store.check_integrity()
+    assert went_on
+    assert all(went_on)
