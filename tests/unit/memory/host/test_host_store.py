@@ -19,7 +19,7 @@ from loraplex.memory.host.store import (
 )
 
 UNIT = 1024
-GUARD_S = 5.0  # only a thread that must wait gets there
+GUARD_S = 60.0  # only a thread that must wait gets there
 EMPTY = torch.zeros(1, 7, dtype=torch.int32)
 
 
