@@ -39,6 +39,7 @@ class LLMOptions(TypedDict, total=False):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_queue_len: int
+    max_adapters_per_tenant: int
     max_steps_in_flight: int
     policy: str
     max_wait_s: float
