@@ -143,7 +143,8 @@ class Admission:
 
     def _try_start(self, request: Request, num_running: int, context: Context) -> _Verdict:
         now = context.now
-        if request.has_tokens_in_flight:  # preempted; its last ids come with a step's result
+        # Preempted: its last ids come with a step's result, and then its mask.
+        if request.has_tokens_in_flight or request.awaits_mask:
             return _Verdict.NO_ROOM
         version = request.adapter_version
         adapter = self._memory.adapters.get(version.content_hash) if version else None

@@ -29,6 +29,16 @@ class AdapterSource(Record):
         return cls(path, path)
 
 
+class GrammarSpec(Record, frozen=True):
+    """The form that the answer of one sequence must have."""
+
+    kind: str  # "json" (a JSON schema), "regex", "lark" or "gbnf"
+    text: str
+    is_compact: bool = False  # JSON without whitespace between its parts
+    whitespace: str = ""  # a regex of what may stand between the parts of JSON; empty: the default
+    min_tokens: int = 0  # SamplingSpec.min_tokens is 0 then: the grammar knows where it may end
+
+
 class AddRequest(Message):
     """One sequence. A client's request with n > 1 is n of these.
 
@@ -46,6 +56,7 @@ class AddRequest(Message):
     use_prefix_cache: bool = True
     tenant: str = ""  # who asks, as the frontend knows it; empty: the operator
     client: bytes = b""  # the connection within the frontend; empty: it may fill the queue alone
+    grammar: GrammarSpec | None = None
 
 
 class SequenceOutput(Record):

@@ -116,7 +116,8 @@ class StepPlanner:
     def _is_stuck(self) -> bool:
         """True if requests wait and nothing that runs, loads or is in flight can help them."""
         busy = self._running or self._in_flight or self._admission.num_loading
-        return bool(self._waiting.by_age) and not busy
+        waiting = self._waiting.by_age
+        return bool(waiting) and not busy and not any(r.awaits_mask for r in waiting)
 
     def _fail_first(self, now: float) -> None:
         """Fail the first waiting request, which should have started in an idle engine.
@@ -156,6 +157,10 @@ class StepPlanner:
             position = request.num_scheduled
             if request.num_total - position > 1:
                 prefills.append(request)
+            elif request.constraint is not None and (
+                request.has_tokens_in_flight or request.awaits_mask
+            ):
+                continue  # what may come next depends on a token that is not known yet
             elif request.num_total < request.max_total:  # else its last token is in flight
                 if position == request.capacity and not self._grow(request, step, now):
                     break  # it was the newest of all

@@ -8,6 +8,7 @@ import msgspec
 
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.constraint import Constraint
 from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
 from loraplex.scheduler.worker_protocol import int_array
 
@@ -59,6 +60,7 @@ class Request(AddRequest, eq=False, tag=None):
     parked_on: Hashable = None  # see WaitingQueue
     was_prefetched: bool = False  # its adapter was loaded ahead, once
     chain: BlockChain | None = None
+    constraint: Constraint | None = None  # of `grammar`
 
     token_ids: "array[int]" = msgspec.field(default_factory=int_array)
     num_prompt_tokens: int = 0
@@ -96,6 +98,11 @@ class Request(AddRequest, eq=False, tag=None):
     @property
     def has_tokens_in_flight(self) -> bool:
         return self.num_total != len(self.token_ids)
+
+    @property
+    def awaits_mask(self) -> bool:
+        """True if the mask for its last known token is still being computed."""
+        return self.constraint is not None and self.constraint.mask is None
 
     def finish_reason(self) -> str:
         """Returns why the request ends with its last known token; empty if it goes on.

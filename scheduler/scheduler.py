@@ -187,9 +187,15 @@ class Scheduler:
         self._stats.finished[reason] += 1
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
-        """End a waiting request with an error that no step caused."""
+        """End a request with an error that no step caused."""
         self._end(request, "error", now)
         self.outputs.add_error(request.frontend, request.request_id, code, text)
+
+    def fail(self, uid: Hashable, code: str, text: str) -> None:
+        """End an unfinished request with an error; one that has ended does no harm."""
+        request = self._requests.get(uid)
+        if request is not None:
+            self._fail(request, code, text, self._clock())
 
     # Steps
 

@@ -73,6 +73,7 @@ class StepBuilder:
         """Return the plan. No rows may be added afterwards."""
         self.slots = [request.slot for request in self.requests]
         self.page_epochs = [request.page_epoch for request in self.requests]
+        masked_rows, masks = self._masks()
         return StepPlan(
             step_id=self.step_id,
             freed_slots=int_array(freed_slots),
@@ -83,7 +84,21 @@ class StepBuilder:
             positions=int_array(self.positions),
             num_tokens=int_array(self.num_tokens),
             samples=int_array(self.samples),
+            masked_rows=masked_rows,
+            masks=masks,
         )
+
+    def _masks(self) -> "tuple[array[int], array[int]]":
+        """Returns the rows that sample under a constraint, and their masks one after another."""
+        rows, masks = array("i"), array("i")
+        for row, request in enumerate(self.requests):
+            constraint = request.constraint
+            if constraint is not None and self.samples[row]:
+                if constraint.mask is None:
+                    raise ValueError(f"request {request.request_id!r} is planned without its mask")
+                rows.append(row)
+                masks += constraint.mask
+        return rows, masks
 
     def check(self, result: StepResult) -> None:
         """Raise ValueError unless `result` answers this step."""

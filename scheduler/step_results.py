@@ -51,6 +51,7 @@ def apply_result(
                 ended.append((request, "error"))
                 continue
             token_ids.append(token_id)
+            reason = ""
             if (
                 request.num_prompt_tokens + 1 < len(token_ids) < request.max_total
                 and token_id not in request.stop_ids
@@ -62,6 +63,8 @@ def apply_result(
                 outputs.token_ids.append(token_id)
             elif reason := _add_details(request, token_id, entry, judged):
                 ended.append((request, reason))
+            if request.constraint is not None and not reason:
+                request.constraint.advance(token_id)
         elif judged and not _are_finite(judged):
             _fail(request, position + num_tokens, judged, kv)
             ended.append((request, "error"))

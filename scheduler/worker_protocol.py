@@ -72,6 +72,7 @@ class SamplingSpec(Record):
     bias_values: Float32Array  # array('f'), as long as bias_token_ids
     # Ends of sequence that the request ignores. They too are forbidden before min_tokens.
     ignored_eos_ids: Int32Array = msgspec.field(default_factory=int_array)
+    allowed_token_ids: Int32Array = msgspec.field(default_factory=int_array)  # empty: all
 
 
 class NewRequest(Record):
@@ -104,6 +105,10 @@ class StepPlan(Message):
     positions: Int32Array
     num_tokens: Int32Array
     samples: Int32Array
+    # Rows whose next token a grammar restricts, and for each of them ceil(vocabulary / 32) words:
+    # bit i % 32 of word i / 32 is 1 where token i is allowed.
+    masked_rows: Int32Array = msgspec.field(default_factory=int_array)
+    masks: Int32Array = msgspec.field(default_factory=int_array)
 
 
 class TokenLogprobs(Record):

@@ -29,7 +29,7 @@ from loraplex.engine.ipc.channel import (
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
-from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
+from loraplex.engine.processes.scheduler_main import engine_info, make_grammar_queue, make_scheduler
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.engine.processes.worker_main import WorkerLike, send_events
 
@@ -63,6 +63,7 @@ class InProcessEngine:
         frontends, scheduler_end = InprocChannel.pair(frontend_identity(0))
         workers, self._worker_end = InprocChannel.pair(worker_identity(0))
         self.scheduler = make_scheduler(config, self.info)
+        self._grammars = make_grammar_queue(config, self.info, self._wakeup.set)
         step_clock = StepClock()
         self._loop = SchedulerLoop(
             self.scheduler,
@@ -70,6 +71,7 @@ class InProcessEngine:
             step_clock=step_clock,
             frontends=frontends,
             workers=WorkerGroup(workers, 1),
+            grammars=self._grammars,
             messages_per_turn=RECEIVE_LIMIT,  # the worker runs in this thread: no plan can be late
         )
         self._replies: deque[dict[str, Any]] = deque()
@@ -138,6 +140,8 @@ class InProcessEngine:
             self._closed = True
             self._frontend.close()
             self._worker.close()
+            if self._grammars is not None:
+                self._grammars.close()
 
     def _check_open(self) -> None:
         if self._closed:

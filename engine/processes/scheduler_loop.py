@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError
 from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
@@ -36,6 +37,10 @@ MESSAGES_PER_TURN = 32
 """Messages that one turn takes from each side. It bounds the time between two plans: a burst is
 taken in over several turns, and steps are planned in between."""
 
+MASK_WAIT_S = 0.001
+"""Longest wait for masks before a step is planned. A step is in flight meanwhile. Without the wait,
+a constrained request would miss the step that follows its last token's result."""
+
 logger = logging.getLogger("loraplex.scheduler")
 
 
@@ -53,8 +58,11 @@ class SchedulerLoop:
         frontends: Channel,
         workers: WorkerGroup,
         step_clock: StepClock | None = None,
+        grammars: GrammarQueue | None = None,
         messages_per_turn: int = MESSAGES_PER_TURN,
     ) -> None:
+        """`grammars` is None if the engine has no tokenizer."""
+        self._grammars = grammars
         self._scheduler = scheduler
         self._info = info
         self._frontends = frontends
@@ -77,12 +85,27 @@ class SchedulerLoop:
         from_frontends = self._frontends.receive(limit)
         for peer, message in from_frontends:
             self._on_frontend(peer, message)
+        self._take_grammars()
         self._send_plans()
         self._send_outputs(self._scheduler.outputs.take())
         self._send_adapter_updates()
         self._send_part_of_reply()
         has_more = self._workers.has_more or len(from_frontends) == limit
         return has_more or bool(self._long_replies)
+
+    def _take_grammars(self) -> None:
+        """Pass on the requests whose grammars are compiled, and fail those without a mask."""
+        if self._grammars is None:
+            return
+        if self._num_in_flight:  # else the device would wait too
+            self._grammars.wait_for_masks(MASK_WAIT_S)
+        for request, error in self._grammars.take_compiled():
+            if error:
+                self._refuse(request, "bad_request", error)
+            else:
+                self._add(request)
+        for uid, error in self._grammars.take_failed():
+            self._scheduler.fail(uid, "bad_request", error)
 
     def _send_plans(self) -> None:
         while True:
@@ -116,10 +139,11 @@ class SchedulerLoop:
     def _on_frontend(self, peer: bytes, message: object) -> None:
         match message:
             case AddRequest():
-                self._add(peer, message)
+                self._add(Request.from_message(message, peer))
             case AbortRequests():
                 for request_id in message.request_ids:
-                    self._scheduler.abort(request_id, peer)
+                    if not self._scheduler.abort(request_id, peer) and self._grammars is not None:
+                        self._grammars.abort(request_id, peer)
             case AdapterCommand(op="list", name=""):
                 self._long_replies.append((peer, self._list_adapters(message.command_id)))
             case AdapterCommand():
@@ -129,17 +153,26 @@ class SchedulerLoop:
             case FrontendHello():
                 former = self._frontend_peers.get(message.frontend, peer)
                 if former != peer:
-                    self._scheduler.abort_all(former)
+                    self._abort_all(former)
                 self._frontend_peers[message.frontend] = peer
                 self._send(peer, self._info)
             case _:
                 raise TypeError(f"a frontend sent {type(message).__name__}")
 
-    def _add(self, peer: bytes, message: AddRequest) -> None:
+    def _add(self, request: Request) -> None:
+        """Give a request to the scheduler, or have its grammar compiled first."""
         try:
-            self._scheduler.add(Request.from_message(message, peer))
+            if request.grammar is None or request.constraint is not None:
+                self._scheduler.add(request)
+            elif self._grammars is None:
+                raise RequestRefused("bad_request", "structured_outputs needs a tokenizer")
+            else:
+                self._grammars.add(request)
         except RequestRefused as refusal:
-            self._scheduler.outputs.add_error(peer, message.request_id, refusal.code, refusal.text)
+            self._refuse(request, refusal.code, refusal.text)
+
+    def _refuse(self, request: Request, code: str, text: str) -> None:
+        self._scheduler.outputs.add_error(request.frontend, request.request_id, code, text)
 
     def _run_adapter_command(self, peer: bytes, message: AdapterCommand) -> None:
         scheduler = self._scheduler
@@ -207,4 +240,9 @@ class SchedulerLoop:
             raise
         except PeerGoneError as error:
             logger.debug("%s", error)
-            self._scheduler.abort_all(peer)
+            self._abort_all(peer)
+
+    def _abort_all(self, peer: bytes) -> None:
+        self._scheduler.abort_all(peer)
+        if self._grammars is not None:
+            self._grammars.abort_all(peer)

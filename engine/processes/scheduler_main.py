@@ -2,13 +2,17 @@
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import zmq
 
 from loraplex.engine.adapters.folder_lookup import stamp_folder
 from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.grammar.request_queue import GrammarQueue
+from loraplex.engine.grammar.vocabulary import Vocabulary
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
@@ -16,6 +20,7 @@ from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
+from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.scheduler import Scheduler
@@ -42,11 +47,13 @@ def run(child: Child) -> None:
     if not child.stopping:
         info = engine_info(config, [workers.ready[rank] for rank in sorted(workers.ready)])
         scheduler = make_scheduler(config, info)
+        grammars = make_grammar_queue(config, info, child.wakeup.set)
         loop = SchedulerLoop(
             scheduler,
             info=info,
             frontends=frontends,
             workers=workers,
+            grammars=grammars,
             step_clock=StepClock(f"{run_dir}/steps"),
         )
         gc.collect()
@@ -64,6 +71,8 @@ def run(child: Child) -> None:
             if line := status.take(scheduler.num_unfinished):
                 child.status(line)
             child.activity.end()
+        if grammars is not None:
+            grammars.close()
     context.destroy(linger=0)
 
 
@@ -101,6 +110,21 @@ def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
     for name, path in adapters_at_start(config.adapter):
         scheduler.register_adapter(name, AdapterSource(path, path, stamp_folder(path)))
     return scheduler
+
+
+def make_grammar_queue(
+    config: EngineConfig, info: EngineInfo, wakeup: Callable[[], None]
+) -> GrammarQueue | None:
+    """Returns the queue of constrained requests, None if the engine has no tokenizer."""
+    model = config.model
+    if model.skip_tokenizer_init:
+        return None
+
+    def vocabulary() -> Vocabulary:
+        tokenizer = load_tokenizer(resolve_model(model.model), model.tokenizer)
+        return Vocabulary(tokenizer, info.vocab_size)
+
+    return GrammarQueue(vocabulary, wakeup)
 
 
 if __name__ == "__main__":

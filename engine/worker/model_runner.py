@@ -20,7 +20,13 @@ from loraplex.engine.worker.graphs.mixed import MixedGraphs
 from loraplex.engine.worker.pending_step import PendingStep, ScoredPrompt, StepOutput
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.engine.worker.sampler import Logprobs, SamplingBatch, sample, score
-from loraplex.engine.worker.step_rows import StepRows, TokenInputs, make_rows, token_inputs
+from loraplex.engine.worker.step_rows import (
+    StepRows,
+    TokenInputs,
+    make_rows,
+    masks_by_row,
+    token_inputs,
+)
 from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import StepPlan
 
@@ -132,7 +138,7 @@ class ModelRunner:
         """Enqueue a step, or compute it on a CPU. The PendingStep gives the result."""
         step = self._last_step = PendingStep(plan.step_id, self._device, self._last_step)
         deltas, rows, output = self.states.apply(plan), make_rows(plan), StepOutput()
-        sampling = self._collect_sampling(rows)
+        sampling = self._collect_sampling(rows, plan)
         tensors = self._uploader.upload({**deltas, **sampling})
         self.states.write(tensors)
         if len(rows.slots):
@@ -142,12 +148,14 @@ class ModelRunner:
         step.finish(output)
         return step
 
-    def _collect_sampling(self, rows: StepRows) -> dict[str, npt.NDArray[Any]]:
+    def _collect_sampling(self, rows: StepRows, plan: StepPlan) -> dict[str, npt.NDArray[Any]]:
         if not len(rows.sampling):
             return {}
         slots = rows.slots[rows.sampling]
         places = slots.astype(np.int64) * self.states.token_ids.shape[1] + rows.next_positions
-        arrays = self.states.sampling.collect(slots, rows.next_positions)
+        arrays = self.states.sampling.collect(
+            slots, rows.next_positions, masks_by_row(rows, plan.masked_rows, plan.masks)
+        )
         return {**arrays, "places": places, "rows": rows.starts[rows.sampling + 1] - 1}
 
     def _run(

@@ -1,6 +1,6 @@
 """Turns logits into token ids and log-probabilities, on the device and without a host sync.
 
-The order is vLLM's: logit bias, penalties, stop ids forbidden before min_tokens. Then greedy rows
+The order is logit bias, penalties, stop ids forbidden before min_tokens, masks. Then greedy rows
 take the maximum. Other rows apply temperature, min-p, top-k and top-p and draw. Log-probabilities
 are of the logits as the model gave them.
 
@@ -37,6 +37,8 @@ class SamplingBatch:
     num_known_tokens: torch.Tensor | None = None  # int64 [P]
     forbidden_rows: torch.Tensor | None = None  # int64 [number of forbidden ids]
     forbidden_ids: torch.Tensor | None = None  # int64
+    mask_rows: torch.Tensor | None = None  # int64 [M], rows that may draw some tokens only
+    masks: torch.Tensor | None = None  # int32 [M, ceil(vocabulary / 32)], see StepPlan.masks
     cut_rows: torch.Tensor | None = None  # int64 [R], random rows with any of the next three
     min_p: torch.Tensor | None = None  # float32 [R]
     top_k: torch.Tensor | None = None  # int64 [R], the vocabulary's size where off
@@ -45,8 +47,8 @@ class SamplingBatch:
     @property
     def is_plain(self) -> bool:
         """Whether the logits are drawn from as they are."""
-        rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.cut_rows)
-        return all(index is None for index in rows)
+        rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.mask_rows)
+        return self.cut_rows is None and all(index is None for index in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +115,32 @@ def _adjust(
     if batch.forbidden_rows is not None:
         forbidden = (batch.forbidden_rows, batch.forbidden_ids)
         logits[forbidden] = logits[forbidden] - torch.inf  # a NaN or +inf stays visible, as NaN
+    if batch.mask_rows is not None and batch.masks is not None:
+        apply_masks(logits, batch.mask_rows, batch.masks)
     if batch.cut_rows is not None:
         rows_per_chunk = max(1, CHUNK_ELEMS // logits.shape[1])
         for start in range(0, len(batch.cut_rows), rows_per_chunk):
             _cut(logits, batch, slice(start, start + rows_per_chunk))
+
+
+def apply_masks(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Set the logits of the tokens that masks exclude to -inf. A NaN or +inf becomes NaN.
+
+    Args:
+        logits: float32 [N, vocabulary]; mutated.
+        rows: int64 [M], each once.
+        masks: int32 [M, ceil(vocabulary / 32)]; bit i % 32 of word i / 32 allows token i.
+    """
+    vocab_size = logits.shape[1]
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    rows_per_chunk = max(1, CHUNK_ELEMS // vocab_size)
+    for start in range(0, len(rows), rows_per_chunk):
+        part = slice(start, start + rows_per_chunk)
+        bits = (masks[part, :, None] >> shifts) & 1
+        excluded = bits.flatten(1)[:, :vocab_size] == 0
+        values = logits.index_select(0, rows[part])
+        values = torch.where(excluded, values - torch.inf, values)
+        logits.index_copy_(0, rows[part], values)
 
 
 def _penalize(

@@ -30,6 +30,7 @@ class SamplingStates:
         self._stop_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
         self._bias_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
         self._bias: list[npt.NDArray[np.float32] | None] = [None] * max_num_seqs
+        self._allowed: list[npt.NDArray[np.int32] | None] = [None] * max_num_seqs
 
     def set(self, slot: int, spec: SamplingSpec, num_prompt_tokens: int) -> None:
         self.num_prompt_tokens[slot] = num_prompt_tokens
@@ -53,13 +54,19 @@ class SamplingStates:
         known = (bias_ids >= 0) & (bias_ids < self._vocab_size)
         self._bias_ids[slot] = bias_ids[known] if known.any() else None
         self._bias[slot] = np.array(spec.bias_values, dtype=np.float32)[known]
+        allowed = np.array(spec.allowed_token_ids, dtype=np.int64)
+        self._allowed[slot] = pack_mask(allowed, self._vocab_size) if len(allowed) else None
 
     def clear(self, slot: int) -> None:
         self.num_logprobs[slot] = self.num_prompt_logprobs[slot] = -1
         self._stop_ids[slot] = self._bias_ids[slot] = self._bias[slot] = None
+        self._allowed[slot] = None
 
     def collect(
-        self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+        self,
+        slots: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        masks: dict[int, npt.NDArray[np.int32]] | None = None,
     ) -> dict[str, npt.NDArray[Any]]:
         """Returns the arrays of N rows that sample, by the names of SamplingBatch's fields.
 
@@ -68,6 +75,7 @@ class SamplingStates:
         Args:
             slots: int32 [N].
             positions: int32 [N], of the tokens to be sampled.
+            masks: by row, of those whose next token a grammar restricts.
         """
         arrays: dict[str, npt.NDArray[Any]] = {
             "temperature": self._temperature[slots],
@@ -76,8 +84,24 @@ class SamplingStates:
         self._collect_bias(slots, arrays)
         self._collect_penalties(slots, positions, arrays)
         self._collect_forbidden(slots, positions, arrays)
+        self._collect_masks(slots, masks or {}, arrays)
         self._collect_cuts(slots, arrays)
         return arrays
+
+    def _collect_masks(
+        self,
+        slots: npt.NDArray[np.int32],
+        masks: dict[int, npt.NDArray[np.int32]],
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        found = dict(masks)
+        for row, slot in enumerate(slots.tolist()):
+            allowed = self._allowed[slot]
+            if allowed is not None:
+                found[row] = allowed & found[row] if row in found else allowed
+        if found:
+            arrays["mask_rows"] = np.array(list(found), dtype=np.int64)
+            arrays["masks"] = np.stack(list(found.values()))
 
     def _collect_cuts(
         self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]
@@ -140,6 +164,13 @@ class SamplingStates:
         if rows:
             arrays["forbidden_rows"] = np.concatenate(rows)
             arrays["forbidden_ids"] = np.concatenate(ids)
+
+
+def pack_mask(token_ids: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.int32]:
+    """Returns the mask that allows these tokens, as StepPlan.masks has it."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[token_ids[(token_ids >= 0) & (token_ids < vocab_size)]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def noise_keys(

@@ -1,5 +1,6 @@
 """The rows of a step on the CPU: the tokens they feed, their positions, the places of K and V."""
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,17 @@ def make_rows(plan: StepPlan) -> StepRows:
         sampling=sampling,
         next_positions=(positions + num_tokens)[sampling],
     )
+
+
+def masks_by_row(
+    rows: StepRows, masked_rows: "array[int]", masks: "array[int]"
+) -> dict[int, Int32Array]:
+    """Returns the masks of a plan by the places of their rows among those that sample."""
+    if not len(masked_rows):
+        return {}
+    words = np.array(masks, dtype=np.int32).reshape(len(masked_rows), -1)
+    places = np.searchsorted(rows.sampling, np.array(masked_rows, dtype=np.int64))
+    return dict(zip(places.tolist(), words, strict=True))
 
 
 def token_inputs(
