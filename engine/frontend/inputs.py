@@ -17,6 +17,7 @@ from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
+from loraplex.scheduler.frontend_protocol import GrammarSpec
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
 
 MAX_COPIED_TOKENS = 1 << 22  # prompt tokens of all n sequences of a request
@@ -163,6 +164,7 @@ class InputProcessor:
         bias = params.logit_bias or {}
         self._check_token_ids("logit_bias", list(bias))
         self._check_token_ids("stop_token_ids", params.stop_token_ids or [])
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or [])
         room = self._info.max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         stop = set(params.stop_token_ids or ())
@@ -179,7 +181,7 @@ class InputProcessor:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             max_tokens=max_tokens,
-            min_tokens=min(params.min_tokens, max_tokens),
+            min_tokens=0 if params.structured_outputs else min(params.min_tokens, max_tokens),
             stop_token_ids=int_array(sorted(stop)),
             ignored_eos_ids=int_array(sorted(self._eos_token_ids - stop)),
             num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
@@ -188,12 +190,33 @@ class InputProcessor:
             ),
             bias_token_ids=int_array(list(bias)),
             bias_values=array("f", bias.values()),
+            allowed_token_ids=int_array(params.allowed_token_ids or ()),
         )
         others = [
             replace(first, seed=_hash63(f"{first.seed}:{i}"), num_prompt_logprobs=-1)
             for i in range(1, params.n)
         ]
         return [first, *others]
+
+    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        """Returns the form that each of the n answers must have, None if any will do.
+
+        Raises:
+            ClientError: the engine has no tokenizer, or nothing could end the answer.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self._codec is None:
+            raise ClientError(
+                "structured_outputs needs a tokenizer, but this server runs without one "
+                "(skip_tokenizer_init)"
+            )
+        if not self._eos_token_ids and not params.stop_token_ids:
+            raise ClientError(
+                "structured_outputs needs an end of sequence, and the model has none: set "
+                "stop_token_ids"
+            )
+        return params.structured_outputs.to_grammar(params.min_tokens)
 
     def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
         for token_id in token_ids:
@@ -242,6 +265,7 @@ def prompt_bytes(params: SamplingParams, num_prompt_tokens: int) -> int:
         + 1024 * params.n
         + stops
         + (100 * len(params.logit_bias or ()))
+        + (4 * params.n * len(params.allowed_token_ids or ()))
     )
 
 

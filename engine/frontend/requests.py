@@ -165,6 +165,7 @@ class RequestTable:
             if isinstance(source, ClientError):
                 raise client_error(source.code, f"adapter {message.adapter!r}: {source}")
             specs = self._inputs.sampling_specs(params, len(token_ids), request.seed)
+            grammar = self._inputs.grammar(params)
             self._charge(request, len(token_ids))
         except ClientError as error:
             self._fail(request, error.code, str(error))
@@ -186,6 +187,7 @@ class RequestTable:
                         salt=message.salt,
                         priority=message.priority,
                         use_prefix_cache=message.use_prefix_cache,
+                        grammar=grammar,
                         tenant=message.tenant,
                         client=b"" if self._is_private else request.client,
                     )

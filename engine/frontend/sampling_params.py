@@ -8,12 +8,14 @@ from itertools import islice
 from typing import Any
 
 from loraplex.engine.frontend.field_checks import short
+from loraplex.engine.frontend.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 128
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 16384  # all stop strings together
 MAX_STOP_TOKEN_IDS = 4096
 MAX_BIASES = 4096
+MAX_ALLOWED_TOKEN_IDS = 1 << 16
 MAX_BIAS = 1e30  # a logit and its bias stay finite in 32 bits
 MAX_LOGPROBS_A_STEP = 4096  # n * (logprobs + 1): entries that a step adds to one reply
 
@@ -63,12 +65,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = field(default=None)
+    allowed_token_ids: list[int] | None = None  # None: all
+    structured_outputs: StructuredOutputsParams | None = None  # or a map of its fields
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:
                 setattr(self, name, 1)
+        if isinstance(self.structured_outputs, dict):
+            self.structured_outputs = StructuredOutputsParams.from_wire(self.structured_outputs)
         self._check_types()
         if self.seed == -1:
             self.seed = None
@@ -108,11 +114,14 @@ class SamplingParams:
     def to_wire(self) -> dict[str, Any]:
         """Returns the fields that differ from their defaults."""
         default = SamplingParams()
-        return {
+        values = {
             f.name: getattr(self, f.name)
             for f in fields(self)
             if getattr(self, f.name) != getattr(default, f.name)
         }
+        if self.structured_outputs is not None:
+            values["structured_outputs"] = self.structured_outputs.to_wire()
+        return values
 
     def _check_types(self) -> None:
         for name in _FLOATS:
@@ -131,12 +140,14 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {short(getattr(self, name))}")
         _check_stop(self.stop)
-        if self.stop_token_ids is not None:
-            if not isinstance(self.stop_token_ids, list | tuple):
-                raise TypeError("stop_token_ids must be a list of integers")
-            _check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-            for token in self.stop_token_ids:
-                _check_int("stop_token_ids", token)
+        _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _check_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        structured = self.structured_outputs
+        if structured is not None and not isinstance(structured, StructuredOutputsParams):
+            raise TypeError(
+                "structured_outputs must be StructuredOutputsParams or a map of its fields, got "
+                f"{short(structured)}"
+            )
         _check_bias(self.logit_bias)
         self.output_kind = _output_kind(self.output_kind)
 
@@ -184,6 +195,14 @@ class SamplingParams:
             self.n * (1 + (self.logprobs or 0)) <= MAX_LOGPROBS_A_STEP,
             f"n * (logprobs + 1) must not exceed {MAX_LOGPROBS_A_STEP}: lower n or logprobs",
         )
+        require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids must not be empty: leave it out to allow all",
+        )
+        require(
+            self.structured_outputs is None or not self.ignore_eos,
+            "structured_outputs ends an answer with an end of sequence: leave out ignore_eos",
+        )
         require(all(self.stop_strings), "stop strings must not be empty")
         require(
             self.detokenize or not self.stop_strings,
@@ -196,6 +215,16 @@ def _check_int(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer, got {short(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got {value}")
+
+
+def _check_ids(name: str, token_ids: object, limit: int) -> None:
+    if token_ids is None:
+        return
+    if not isinstance(token_ids, list | tuple):
+        raise TypeError(f"{name} must be a list of integers")
+    _check_count(name, token_ids, limit)
+    for token in token_ids:
+        _check_int(name, token)
 
 
 def _check_count(name: str, values: Sized, limit: int) -> None:

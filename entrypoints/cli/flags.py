@@ -41,7 +41,7 @@ GROUPS = {
 OFFLINE_HIDDEN = ("server", "adapter_root", "max_adapters_per_tenant")
 """Parts and fields that matter only where other clients can connect."""
 
-SAMPLING_HIDDEN = ("seed", "detokenize", "output_kind")
+SAMPLING_HIDDEN = ("seed", "detokenize", "output_kind", "allowed_token_ids", "structured_outputs")
 """Fields without a flag. `--seed` sets the engine's seed, which requests without one take."""
 
 SAMPLING_DEFAULTS = {"max_tokens": 256}

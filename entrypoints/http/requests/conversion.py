@@ -9,6 +9,7 @@ from loraplex.entrypoints.http.requests.bodies import (
     GenerationBody,
     TokenizeBody,
 )
+from loraplex.entrypoints.http.requests.structured import structured_outputs
 from loraplex.entrypoints.http.requests.unsupported import check_extra_fields
 
 MAX_PROMPTS = 1024  # of one request for completions
@@ -16,7 +17,7 @@ MAX_PROMPTS = 1024  # of one request for completions
 _SAMPLING = (
     "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "logit_bias", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output",
+    "logit_bias", "allowed_token_ids", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 _CHAT = (
     "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template_kwargs",
@@ -92,7 +93,8 @@ def _sampling_params(body: GenerationBody, defaults: Message) -> Message:
         raise HttpError(400, "prompt_logprobs needs stream: false", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise HttpError(400, "stream_options needs stream: true", param="stream_options")
-    return defaults | _fields(body, _SAMPLING)
+    form = structured_outputs(body.response_format, body.structured_outputs)
+    return defaults | _fields(body, _SAMPLING) | ({"structured_outputs": form} if form else {})
 
 
 def _common(body: GenerationBody, adapter: str, params: Message) -> Message:

@@ -10,18 +10,16 @@ from typing import Any
 from loraplex.entrypoints.http.errors import HttpError
 
 _NOT_YET = "is not supported"
+_GUIDED = "is not supported: use structured_outputs"
 REFUSED = {
     "suffix": "is not supported: the models continue a text, they do not fill a gap",
     "best_of": "is not supported: use n",
     "use_beam_search": _NOT_YET,
     "length_penalty": _NOT_YET,
-    "response_format": "is not supported but for the type text",
-    "structured_outputs": _NOT_YET,
-    "guided_json": _NOT_YET,
-    "guided_regex": _NOT_YET,
-    "guided_choice": _NOT_YET,
-    "guided_grammar": _NOT_YET,
-    "allowed_token_ids": _NOT_YET,
+    "guided_json": _GUIDED,
+    "guided_regex": _GUIDED,
+    "guided_choice": _GUIDED,
+    "guided_grammar": _GUIDED,
     "bad_words": "is not supported: use logit_bias",
     "logits_processors": _NOT_YET,
     "truncate_prompt_tokens": "is not supported: shorten the prompt",
@@ -37,7 +35,6 @@ REFUSED = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "length_penalty": (1, 1.0),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
 }
