@@ -27,7 +27,7 @@ def check(spec: GrammarSpec) -> Checked:
     try:
         grammar = to_library(spec)
         error = LLMatcher.validate_grammar(grammar, None, limits=parser_limits())
-    except (ValueError, RecursionError) as problem:
+    except Exception as problem:  # the library's readers raise classes of their own
         return Checked(error=describe_error(f"the grammar cannot be read: {problem}"))
     if error and not error.startswith("WARNING"):
         return Checked(error=describe_error(f"the grammar cannot be compiled: {error}"))

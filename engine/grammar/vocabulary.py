@@ -44,7 +44,10 @@ class Vocabulary:
         self._num_tokens = min(tokenizer.vocab_size, model_vocab_size)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes that the library takes a token for."""
+        """Returns the bytes that the library takes a token for.
+
+        A leading byte 0xFF, which no text has, marks a special token for it.
+        """
         return self.library.decode_bytes([token_id])
 
     def fit_mask(self, mask: bytes) -> bytearray:

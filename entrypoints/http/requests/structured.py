@@ -29,7 +29,7 @@ def structured_outputs(
     if kind != "json_schema":
         raise HttpError(
             400,
-            f"response_format must have the type text, json_object or json_schema, got {kind!r:.40}",
+            f"response_format: type must be text, json_object or json_schema, got {kind!r:.40}",
             param="response_format",
         )
     named = response_format.get("json_schema")
