@@ -29,7 +29,7 @@ class AdapterSource(Record):
         return cls(path, path)
 
 
-class GrammarSpec(Record, frozen=True):
+class GrammarSpec(Record):
     """The form that the answer of one sequence must have."""
 
     kind: str  # "json" (a JSON schema), "regex", "lark" or "gbnf"

@@ -3,12 +3,12 @@
 from array import array
 from collections.abc import Hashable
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.scheduler.adapters.version import AdapterVersion
-from loraplex.scheduler.constraint import Constraint
 from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
 from loraplex.scheduler.worker_protocol import int_array
 
@@ -22,6 +22,21 @@ class RequestState(Enum):
     WAITING = "waiting"  # queued: never started, waiting for its adapter, or preempted
     RUNNING = "running"  # holds a slot and pages
     FINISHED = "finished"
+
+
+class Constraint(Protocol):
+    """Follows one sequence and knows which tokens may come next.
+
+    Attributes:
+        mask: ``array("i")`` with a bit for each token, as StepPlan.masks has it. None while it is
+            computed for the last known token; the sequence takes part in no step until then.
+    """
+
+    mask: "array[int] | None"
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token. Returns at once; `mask` follows."""
+        ...
 
 
 class RequestRefused(Exception):  # noqa: N818

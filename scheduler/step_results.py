@@ -120,10 +120,15 @@ def _fail(request: Request, position: int, judged: list[TokenLogprobs] | None, k
         is_bad = [math.isnan(entry.logprobs[0]) for entry in judged]
         position = end - len(judged) + is_bad.index(True)
     who = f"adapter {request.adapter!r}" if request.adapter else "the base model"
+    restricted = ""
+    if request.constraint is not None or request.sampling.allowed_token_ids:
+        restricted = (
+            "; or structured_outputs, allowed_token_ids and logit_bias together allow no token"
+        )
     text = (
         f"{who} gave logits that are NaN or infinite for the token at position {position}, so the "
         "request ends there: check the weights and scale of the adapter, and those of the base "
-        "model; float16 overflows where bfloat16 does not"
+        "model; float16 overflows where bfloat16 does not" + restricted
     )
     request.outputs.details.append(
         SequenceOutput(

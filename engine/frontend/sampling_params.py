@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from loraplex.engine.frontend.field_checks import short
-from loraplex.engine.frontend.structured_outputs import StructuredOutputsParams
+from loraplex.engine.frontend.structured.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 128
 MAX_STOP_STRINGS = 128

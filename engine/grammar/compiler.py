@@ -2,12 +2,11 @@
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher
-from msgspec.structs import replace
 
 from loraplex.engine.grammar.checker import GrammarChecker, GrammarError
 from loraplex.engine.grammar.matcher import describe_error
@@ -32,35 +31,66 @@ class GrammarCompiler:
     def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
         self._make_vocabulary = vocabulary
         self._vocabulary: Vocabulary | None = None
-        self._lock = threading.Lock()
-        self._compiled: OrderedDict[GrammarSpec, Future[LLMatcher]] = OrderedDict()
+        self._vocabulary_lock = threading.Lock()
+        self._lock = threading.Lock()  # of `_queues`
+        self._queues: dict[Hashable, deque[tuple[GrammarSpec, Future[LLMatcher]]]] = {}
+        self._is_closed = False
+        self._compiled: OrderedDict[Hashable, Future[LLMatcher]] = OrderedDict()
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
         self._checkers = threading.local()
         self._all_checkers: list[GrammarChecker] = []
 
-    def start(self, spec: GrammarSpec, done: "Callable[[Future[LLMatcher]], None]") -> None:
+    def start(
+        self, spec: GrammarSpec, client: Hashable, done: "Callable[[Future[LLMatcher]], None]"
+    ) -> None:
         """Have `done` called, in some thread, with a future that holds the compiled matcher.
 
-        The matcher is shared: copy it. The future's exception is a GrammarError.
+        The matcher is shared: copy it. The future's exception is a GrammarError. The grammars of
+        one client are compiled one after another, so that slow ones leave threads to the others.
         """
-        key = replace(spec, min_tokens=0)
+        key = (spec.kind, spec.text, spec.is_compact, spec.whitespace)
         future = self._compiled.get(key)
-        if future is None or (future.done() and future.exception() is not None):
-            future = self._compiled[key] = self._pool.submit(self._compile, key)
+        if future is None:
+            future = self._compiled[key] = Future()
+            self._enqueue(client, spec, future)
             if len(self._compiled) > NUM_KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         future.add_done_callback(done)
 
+    def _enqueue(self, client: Hashable, spec: GrammarSpec, future: "Future[LLMatcher]") -> None:
+        with self._lock:
+            queue = self._queues.setdefault(client, deque())
+            queue.append((spec, future))
+            is_first = len(queue) == 1
+        if is_first:
+            self._pool.submit(self._compile_queue, client)
+
+    def _compile_queue(self, client: Hashable) -> None:
+        """Compile the client's oldest grammar. Its others go to the end of the pool's queue."""
+        queue = self._queues[client]
+        spec, future = queue[0]
+        try:
+            future.set_result(self._compile(spec))
+        except GrammarError as error:
+            future.set_exception(error)
+        with self._lock:
+            queue.popleft()
+            if not queue:
+                del self._queues[client]
+        if queue and not self._is_closed:
+            self._pool.submit(self._compile_queue, client)
+
     @property
     def vocabulary(self) -> Vocabulary:
         """Returns the vocabulary. The first call makes it."""
-        with self._lock:
+        with self._vocabulary_lock:
             if self._vocabulary is None:
                 self._vocabulary = self._make_vocabulary()
             return self._vocabulary
 
     def close(self) -> None:
+        self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for checker in self._all_checkers:
             checker.close()

@@ -51,7 +51,8 @@ class GrammarQueue:
                 "queue_full", f"{MAX_COMPILING} grammars are being compiled: try again later"
             )
         self._compiling[request.uid] = request
-        self._compiler.start(request.grammar, partial(self._on_compiled, request))
+        client = (request.frontend, request.tenant, request.client)
+        self._compiler.start(request.grammar, client, partial(self._on_compiled, request))
 
     def abort(self, request_id: int, frontend: Hashable) -> None:
         """Forget a request that is not compiled yet. Others do no harm."""
@@ -87,8 +88,6 @@ class GrammarQueue:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _on_compiled(self, request: Request, future: "Future[LLMatcher]") -> None:
-        if future.cancelled():
-            return
         error = future.exception()
         if error is not None:
             self._finish(request, error_text(error))

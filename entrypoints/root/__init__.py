@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # type checkers do not follow __getattr__
     from loraplex.engine.frontend.sampling_params import (
         SamplingParams as SamplingParams,
     )
-    from loraplex.engine.frontend.structured_outputs import (
+    from loraplex.engine.frontend.structured.structured_outputs import (
         StructuredOutputsParams as StructuredOutputsParams,
     )
     from loraplex.entrypoints.client.async_client import AsyncClient as AsyncClient
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "loraplex.entrypoints.offline.llm",
     "SamplingParams": "loraplex.engine.frontend.sampling_params",
-    "StructuredOutputsParams": "loraplex.engine.frontend.structured_outputs",
+    "StructuredOutputsParams": "loraplex.engine.frontend.structured.structured_outputs",
     "RequestOutputKind": "loraplex.engine.frontend.sampling_params",
     "LoRARequest": "loraplex.entrypoints.client.lora_request",
     "RequestOutput": "loraplex.entrypoints.client.outputs",

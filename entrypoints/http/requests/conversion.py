@@ -95,7 +95,9 @@ def _sampling_params(body: GenerationBody, defaults: Message) -> Message:
     if body.stream_options is not None and not body.stream:
         raise HttpError(400, "stream_options needs stream: true", param="stream_options")
     form = structured_outputs(body.response_format, body.structured_outputs)
-    return defaults | _fields(body, _SAMPLING) | ({"structured_outputs": form} if form else {})
+    return (
+        defaults | _fields(body, _SAMPLING) | ({} if form is None else {"structured_outputs": form})
+    )
 
 
 def _common(body: GenerationBody, adapter: str, params: Message) -> Message:

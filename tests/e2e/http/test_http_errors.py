@@ -28,8 +28,10 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": "x", "logit_bias": {"9999999": 1}}, 400, "BadRequestError", "vocabulary"),
     ({"prompt": "x", "suffix": "y"}, 400, "BadRequestError", "suffix is not supported"),
     ({"prompt": "x", "best_of": 4}, 400, "BadRequestError", "best_of is not supported"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, 400, "BadRequestError",
-     "response_format is not supported"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, 400, "BadRequestError", "type must be"),
+    ({"prompt": "x", "structured_outputs": {}}, 400, "BadRequestError", "exactly one of"),
+    ({"prompt": "x", "structured_outputs": {"regex": "(a"}}, 400, "BadRequestError", "unclosed"),
+    ({"prompt": "x", "guided_json": {"a": 1}}, 400, "BadRequestError", "use structured_outputs"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "BadRequestError", "stream"),
     ({"prompt": "x " * 600}, 400, "BadRequestError", "max_model_len is 512"),
     ({"prompt": "x" * 20_000}, 400, "BadRequestError", "20000 characters"),  # in another thread

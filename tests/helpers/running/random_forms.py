@@ -16,7 +16,7 @@ WORDS = ("red", "green", "blue", "yes", "no", "maybe so", "Paris", "42", "ünï"
 
 @dataclass(frozen=True)
 class Form:
-    """What is asked for, and what is wrong with an answer ("" for nothing)."""
+    """Holds what is asked for and a function that names the fault of an answer, "" for none."""
 
     params: StructuredOutputsParams
     fault: Callable[[str], str]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.engine.frontend.structured_outputs import StructuredOutputsParams
+from loraplex.engine.frontend.structured.structured_outputs import StructuredOutputsParams
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.grammar.vocabulary import Vocabulary
 from loraplex.engine.tokenizer.loading import load_tokenizer
@@ -40,12 +40,19 @@ class Engine:
         self._num_requests = 0
         self.queue = GrammarQueue(lambda: Vocabulary(tokenizer, 400), self._woken.set)
 
-    def add(self, min_tokens: int = 0, stop_ids: tuple[int, ...] = (STOP,), **form: Any) -> Request:
+    def add(
+        self,
+        min_tokens: int = 0,
+        stop_ids: tuple[int, ...] = (STOP,),
+        client: bytes = b"",
+        **form: Any,
+    ) -> Request:
         self._num_requests += 1
         request = Request(
             request_id=self._num_requests,
             prompt_token_ids=array("i", [5]),
             sampling=sampling_spec(stop_token_ids=array("i", stop_ids)),
+            client=client,
             grammar=StructuredOutputsParams(**form).to_grammar(min_tokens),
         )
         self.queue.add(request)
@@ -163,11 +170,11 @@ def test_a_grammar_that_cannot_be_compiled_says_why(
     assert text in error
 
 
-def test_a_slow_grammar_delays_no_other(engine: Engine) -> None:
-    slow = engine.add(json=HOSTILE)
+def test_slow_grammars_delay_no_other_client(engine: Engine) -> None:
+    slow = [engine.add(json={**HOSTILE, "title": str(i)}, client=b"slow") for i in range(5)]
     quick = engine.add(choice=["quick"])
     assert engine.take() == (quick, "")
-    assert engine.take()[0] is slow
+    assert [engine.take()[0] for _ in slow] == slow
 
 
 def test_an_aborted_request_does_not_come_back(engine: Engine) -> None:
