@@ -30,6 +30,8 @@ _VLLM = {
     "--disable-log-stats": _NOT_NEEDED,
     "--disable-log-requests": _NOT_NEEDED,
     "--tokenizer-mode": _NOT_NEEDED,
+    "--enable-auto-tool-choice": "tools of requests are always offered to the model; leave it out",
+    "--tool-call-parser": "the form of calls is found in the chat template; leave it out",
     "--pipeline-parallel-size": "use --tensor-parallel-size",
 }
 

@@ -1,11 +1,15 @@
 """Builds the answers of POST /v1/chat/completions."""
 
+from collections.abc import Callable
 from typing import Any
 
 from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.entrypoints.http.answers.base_answer import BaseAnswer
 from loraplex.entrypoints.http.answers.logprobs import chat_logprobs, prompt_logprobs
 from loraplex.entrypoints.http.requests.bodies import ChatBody
+from loraplex.entrypoints.http.tools.call_finder import CallFinder
+from loraplex.entrypoints.http.tools.parsers import ToolParser
+from loraplex.entrypoints.http.tools.tool_call import ToolCall
 
 
 class ChatAnswer(BaseAnswer):
@@ -13,7 +17,15 @@ class ChatAnswer(BaseAnswer):
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, *, model: str, codec: TextCodec | None) -> None:
+    def __init__(
+        self,
+        body: ChatBody,
+        *,
+        model: str,
+        codec: TextCodec | None,
+        make_parser: Callable[[], ToolParser] | None = None,
+    ) -> None:
+        """Makes an answer without choices; a parser of each finds its calls."""
         options = body.stream_options
         super().__init__(
             model=model,
@@ -25,6 +37,8 @@ class ChatAnswer(BaseAnswer):
         self._codec = codec
         self._begun: set[int] = set()  # indices of choices that have had an event
         self._prompt: dict[str, Any] = {}
+        self._make_parser = make_parser
+        self._calls: dict[int, CallFinder] = {}  # by index of the choice
 
     def choices(self, index: int, reply: dict[str, Any]) -> list[dict[str, Any]]:
         if "prompt_token_ids" in reply:
@@ -39,21 +53,59 @@ class ChatAnswer(BaseAnswer):
         return {"prompt_logprobs": None, **self._prompt}
 
     def _whole_choice(self, entry: dict[str, Any]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": entry["text"]}
-        return {"message": message, **self._fields(entry)}
+        message: dict[str, Any] = {"role": "assistant", "content": entry["text"]}
+        fields = self._fields(entry)
+        if self._make_parser is not None:
+            calls = self._finder(entry)
+            parts = calls.take(entry)
+            message["content"] = "".join(part for part in parts if isinstance(part, str)) or None
+            found = [calls.as_json(part) for part in parts if isinstance(part, ToolCall)]
+            if found:
+                message["tool_calls"] = [
+                    {key: value for key, value in call.items() if key != "index"} for call in found
+                ]
+            else:
+                message["content"] = message["content"] or ""
+            fields["finish_reason"] = calls.reason(entry)
+        return {"message": message, **fields}
 
     def _deltas(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the part of a choice that is new. The first one is preceded by the role."""
-        has_part = self.has_part(entry)
-        delta = {"delta": {"content": entry["text"]}, **self._fields(entry)}
+        deltas = self._parts(entry)
         if entry["index"] in self._begun:
-            return [delta] if has_part else []
+            return deltas
         self._begun.add(entry["index"])
         role = {"role": "assistant", "content": ""}
         first = {"index": entry["index"], "delta": role, "logprobs": None, "finish_reason": None}
         if self._body.return_token_ids:
             first |= self._prompt
-        return [first, delta] if has_part else [first]
+        return [first, *deltas]
+
+    def _parts(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._make_parser is None:
+            delta = {"delta": {"content": entry["text"]}, **self._fields(entry)}
+            return [delta] if self.has_part(entry) else []
+        calls = self._finder(entry)
+        deltas: list[dict[str, Any]] = [
+            {"content": part} if isinstance(part, str) else {"tool_calls": [calls.as_json(part)]}
+            for part in calls.take(entry)
+        ]
+        if not deltas and not (entry["finish_reason"] or self.has_part({**entry, "text": ""})):
+            return []
+        # The last delta has what is true of the entry's tokens, and of the end.
+        fields = self._fields(entry) | {"finish_reason": calls.reason(entry)}
+        before = {"index": entry["index"], "logprobs": None, "finish_reason": None}
+        *others, last = deltas or [{}]
+        return [*({"delta": delta, **before} for delta in others), {"delta": last, **fields}]
+
+    def _finder(self, entry: dict[str, Any]) -> CallFinder:
+        finder = self._calls.get(entry["index"])
+        if finder is None:
+            assert self._make_parser is not None
+            allows_many = self._body.parallel_tool_calls is not False
+            finder = CallFinder(self._make_parser(), allows_many=allows_many)
+            self._calls[entry["index"]] = finder
+        return finder
 
     def _fields(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields that a whole choice and a delta share."""

@@ -54,12 +54,21 @@ def completion_messages(body: CompletionBody, adapter: str, defaults: Message) -
     ]
 
 
-def chat_message(body: ChatBody, adapter: str, defaults: Message) -> Message:
+def chat_message(
+    body: ChatBody,
+    adapter: str,
+    defaults: Message,
+    *,
+    finds_calls: bool = False,
+    forced_schema: dict[str, Any] | None = None,
+) -> Message:
     """Returns the "generate" message of a chat.
 
     Args:
         adapter: the adapter's name, "" for the base model.
         defaults: sampling parameters of requests that leave them out.
+        finds_calls: function calls are looked for in the answer.
+        forced_schema: JSON schema that the answer must have, for calls that are forced.
 
     Raises:
         HttpError: the body asks for something that is not supported.
@@ -69,6 +78,17 @@ def chat_message(body: ChatBody, adapter: str, defaults: Message) -> Message:
     params = _sampling_params(body, defaults)
     limits = (body.max_completion_tokens, body.max_tokens, defaults.get("max_tokens"))
     params["max_tokens"] = next((limit for limit in limits if limit is not None), None)
+    if forced_schema is not None:
+        if params.get("structured_outputs") is not None:
+            raise HttpError(
+                400,
+                "a tool_choice that forces calls sets the form of the answer: leave out "
+                "response_format and structured_outputs",
+                param="tool_choice",
+            )
+        params["structured_outputs"] = {"json": forced_schema}
+    elif finds_calls:
+        params.setdefault("skip_special_tokens", False)  # they may mark the calls
     if body.logprobs:
         params["logprobs"] = body.top_logprobs or 0
     return {

@@ -25,24 +25,21 @@ REFUSED = {
     "truncate_prompt_tokens": "is not supported: shorten the prompt",
     "prompt_embeds": _NOT_YET,
     "chat_template": "is not taken from clients: start the server with --chat-template",
-    "tools": _NOT_YET,
-    "tool_choice": _NOT_YET,
-    "functions": _NOT_YET,
-    "function_call": _NOT_YET,
+    "functions": "is not supported: use tools",
+    "function_call": "is not supported: use tool_choice",
     "audio": "is not supported: the models write text alone",
     "return_tokens_as_token_ids": "is not supported: use return_token_ids",
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "length_penalty": (1, 1.0),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
 }
 """Values that change nothing, besides null, false and empty ones."""
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-     "parallel_tool_calls", "modalities", "request_id", "spaces_between_special_tokens")
+     "modalities", "request_id", "spaces_between_special_tokens")
 )  # fmt: skip
 """Fields that clients send and that mean nothing here."""
 

@@ -12,6 +12,7 @@ from loraplex.entrypoints.http.requests.bodies import ChatBody, CompletionBody
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
 from loraplex.entrypoints.http.requests.conversion import chat_message, completion_messages
 from loraplex.entrypoints.http.served_models import ServedModels
+from loraplex.entrypoints.http.tools.requested_tools import ToolFormats
 
 
 class GenerationRoutes:
@@ -22,6 +23,7 @@ class GenerationRoutes:
         self._models = models
         self._bodies = bodies
         self._defaults = generation_defaults(link.config.model.model)
+        self._tools = ToolFormats(link.codec)
 
     async def completions(self, request: Request) -> Response:
         body = await self._bodies.read(request, CompletionBody)
@@ -35,6 +37,18 @@ class GenerationRoutes:
     async def chat_completions(self, request: Request) -> Response:
         body = await self._bodies.read(request, ChatBody)
         adapter = self._models.adapter_of(body.model)
-        message = chat_message(body, adapter, self._defaults)
-        answer = ChatAnswer(body, model=body.model or self._models.base, codec=self._link.codec)
+        use = self._tools.use_of(body)
+        message = chat_message(
+            body,
+            adapter,
+            self._defaults,
+            finds_calls=use.make_parser is not None,
+            forced_schema=use.schema,
+        )
+        answer = ChatAnswer(
+            body,
+            model=body.model or self._models.base,
+            codec=self._link.codec,
+            make_parser=use.make_parser,
+        )
         return AnswerResponse(await self._link.start(answer, [message]))

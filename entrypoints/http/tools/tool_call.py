@@ -1,0 +1,55 @@
+"""A function call that a model has written, and the checks of its text."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+MAX_CALLS = 128  # of one answer; more is text
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """`arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+Part = str | ToolCall
+"""A find of a parser: text for the client, or a call."""
+
+
+def call_from(value: Any) -> ToolCall | None:
+    """Returns the call of {"name", "arguments" or "parameters"}, None if it is no such object.
+
+    Arguments that are the text of a JSON object are that object; without any there are none.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            return None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def read_json(text: str, start: int) -> tuple[Any, int] | None:
+    """Returns the JSON value that starts at `start` and where it ends, None if there is none."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return value, end
+
+
+def skip_space(text: str, start: int) -> int:
+    """Returns the place of the first character from `start` on that is no white space."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
