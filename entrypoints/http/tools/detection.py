@@ -1,5 +1,7 @@
 """Finds the format in which a model writes function calls."""
 
+from typing import Any
+
 from loraplex.engine.errors import ClientError
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
 
@@ -16,7 +18,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"probe_argument": {"type": "integer"}}},
     },
 }
-_CHAT = [
+_CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "A question."},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "tool_call_id": "abcdefghi", "name": "probe_function", "content": "1"},

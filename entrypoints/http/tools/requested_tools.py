@@ -79,7 +79,7 @@ def _forced(choice: Any, tools: list[dict[str, Any]], *, allows_many: bool) -> T
         return ToolUse(RequiredCallsParser, schema)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if name not in functions:
+    if not isinstance(name, str) or name not in functions:
         raise HttpError(
             400,
             'tool_choice must be "none", "auto", "required", or a function of tools by its name',
