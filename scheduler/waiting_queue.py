@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -34,6 +34,12 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self.by_age) + self._num_parked
+
+    def __iter__(self) -> Iterator[Request]:
+        """Iterates over the requests in order of age, then over the parked ones."""
+        yield from self.by_age
+        for parked in self._parked.values():
+            yield from parked
 
     @property
     def num_parked(self) -> int:

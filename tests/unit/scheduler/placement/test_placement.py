@@ -1,0 +1,109 @@
+"""Placement: never on an engine that cannot take the request, and the policy's choice of others."""
+
+from random import Random
+
+import pytest
+
+from loraplex.scheduler.placement.placement import POLICIES, place
+from loraplex.scheduler.placement.placement_policies import LOAD_BOUND
+from loraplex.scheduler.placement.placement_request import PlacementRequest
+from loraplex.scheduler.placement.rendezvous import rank_engines
+
+from helpers.scheduling.summaries import SEATS, random_summary, summary
+
+
+def chosen(request: PlacementRequest, engines: list, policy: str) -> str:
+    decision = place(request, engines, policy, Random(0))
+    assert decision is not None
+    return decision.engine_id
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_engines_that_can_take_the_request_are_chosen(policy: str) -> None:
+    random = Random(1)
+    for _ in range(1000):
+        engines = [random_summary(f"e{i}", random) for i in range(random.randint(0, 6))]
+        request = PlacementRequest(f"a{random.randint(0, 99)}", 64, random.randint(1, 20))
+        able = {
+            e.engine_id
+            for e in engines
+            if e.age_seconds <= 1.0
+            and not e.draining
+            and e.running + e.waiting < SEATS
+            and e.free_pages - e.running - e.waiting >= request.pages
+        }
+        decision = place(request, engines, policy, random)
+        assert (decision is None) == (not able)
+        assert decision is None or decision.engine_id in able
+
+
+def test_an_engine_that_leaves_moves_only_its_own_adapters() -> None:
+    engines = [f"e{i}" for i in range(16)]
+    adapters = [f"hash{i}" for i in range(10_000)]
+    before = {a: rank_engines(a, engines)[0] for a in adapters}
+    after = {a: rank_engines(a, engines[1:])[0] for a in adapters}
+    moved = {a for a in adapters if before[a] != after[a]}
+    assert moved == {a for a in adapters if before[a] == "e0"}
+    assert 0.8 / 16 < len(moved) / len(adapters) < 1.2 / 16
+
+
+def test_affinity_keeps_to_one_engine_until_the_load_bound() -> None:
+    engines = [summary(f"e{i}") for i in range(4)]
+    request = PlacementRequest("hash", 64, 1)
+    home = rank_engines("hash", [e.engine_id for e in engines])[0]
+    assert chosen(request, engines, "affinity") == home
+    busy = [summary(e.engine_id, running=6 if e.engine_id == home else 2) for e in engines]
+    assert chosen(request, busy, "affinity") != home
+
+
+def test_affinity_never_goes_beyond_the_load_bound() -> None:
+    random = Random(2)
+    for _ in range(1000):
+        engines = [random_summary(f"e{i}", random) for i in range(8)]
+        able = [e for e in engines if not e.draining and e.age_seconds <= 1.0 and not e.is_full(2)]
+        if not able:
+            continue
+        name = chosen(PlacementRequest(f"a{random.random()}", 64, 2), engines, "affinity")
+        fill = next(e.fill for e in able if e.engine_id == name)
+        mean = sum(e.fill for e in able) / len(able)
+        assert fill <= max(0.25, LOAD_BOUND * mean)
+
+
+def test_affinity_keeps_to_one_engine_while_all_are_nearly_empty() -> None:
+    engines = [summary(f"e{i}", running=0, max_running=100) for i in range(4)]
+    home = rank_engines("hash", [e.engine_id for e in engines])[0]
+    light = [summary(e.engine_id, running=20 if e.engine_id == home else 0, max_running=100)
+             for e in engines]  # fmt: skip
+    assert chosen(PlacementRequest("hash", 64, 1), light, "affinity") == home
+
+
+def test_among_candidates_the_soonest_first_token_wins() -> None:
+    ranked = rank_engines("hash", ["e0", "e1"])
+    engines = [summary(ranked[0]), summary(ranked[1], load_seconds={"hash": 0.0})]
+    decision = place(PlacementRequest("hash", 100, 1, 2), engines, "affinity", Random(0))
+    assert decision is not None and decision.engine_id == ranked[1]
+    assert decision.load_seconds == 0.0
+    assert decision.first_token_seconds == pytest.approx(200 / 1000 + 1 / 50)
+
+
+def test_the_base_model_goes_wherever_its_first_token_is_soonest() -> None:
+    engines = [summary(f"e{i}", waiting_tokens=900 - 100 * i) for i in range(8)]
+    assert chosen(PlacementRequest("", 64, 1), engines, "affinity") == "e7"
+
+
+def test_consolidate_fills_the_busiest_engine_that_keeps_the_objective() -> None:
+    engines = [
+        summary("idle", running=0),
+        summary("busy", running=5),
+        summary("busier", running=6, waiting_tokens=8000),
+        summary("full", running=8),
+    ]
+    assert chosen(PlacementRequest("", 64, 1), engines, "consolidate") == "busy"
+    assert chosen(PlacementRequest("", 64, 1, objective_s=0.1), engines[2:], "consolidate") == (
+        "busier"
+    )
+
+
+def test_an_unknown_policy_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown placement policy 'best'"):
+        place(PlacementRequest("hash", 1, 1), [summary("e0")], "best", Random(0))
