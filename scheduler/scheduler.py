@@ -285,6 +285,11 @@ class Scheduler:
         return commands
 
     @property
+    def num_steps(self) -> int:
+        """Steps planned since the start."""
+        return self._stats.num_steps
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._requests)
 

@@ -5,39 +5,20 @@ a measurement. The same trace and configuration always give the same run.
 """
 
 import heapq
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-
-from msgspec.structs import replace
+from collections.abc import Callable, Sequence
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, SequenceOutput
+from loraplex.scheduler.frontend_protocol import AdapterSource, SequenceOutput
 from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
-from loraplex.scheduler.request import Request, RequestRefused
+from loraplex.scheduler.request import RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
-from loraplex.scheduler.worker_protocol import (
-    AdapterInspected,
-    AdapterLoaded,
-    InspectAdapter,
-    LoadAdapter,
-    SamplingSpec,
-    StepPlan,
-    StepResult,
-    UnloadAdapter,
-    int_array,
-)
+from loraplex.scheduler.worker_protocol import StepPlan, StepResult
 
-from modelled_worker import CostModel, ModelledWorker
+from modelled_engine import Event, ModelledEngine, make_request
+from modelled_worker import CostModel
 from sim_result import Moment, SimRequest, SimResult, SimTimeline
-
-_NO_SAMPLING = SamplingSpec(
-    temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, repetition_penalty=1.0,
-    presence_penalty=0.0, frequency_penalty=0.0, max_tokens=1, min_tokens=0,
-    stop_token_ids=int_array(), num_logprobs=-1, num_prompt_logprobs=-1,
-    bias_token_ids=int_array(), bias_values=array("f"),
-)  # fmt: skip
 
 
 def simulate(
@@ -91,9 +72,6 @@ class _Simulation:
     ) -> None:
         self._now = 0.0
         self._trace = trace
-        self._pages = pages
-        self._share_pool = share_pool
-        self._worker = ModelledWorker(cost)
         self._scheduler = Scheduler(
             config=config,
             memory=memory,
@@ -103,10 +81,17 @@ class _Simulation:
             clock=lambda: self._now,
             page_manager=page_manager,
         )
+        self._engine = ModelledEngine(
+            self._scheduler,
+            cost=cost,
+            adapter_pages=pages if share_pool else lambda adapter: 0,
+            clock=lambda: self._now,
+            push=self._push,
+        )
         for adapter in {r.adapter for r in trace if r.adapter is not None}:
             self._scheduler.register_adapter(str(adapter), AdapterSource.at(str(adapter)))
         # (time, number, event); the number keeps events of one time in order
-        self._events: list[tuple[float, int, StepResult | AdapterLoaded]] = []
+        self._events: list[tuple[float, int, Event]] = []
         self._num_events = 0
         self._service = dict.fromkeys(sorted({r.tenant for r in trace}), 0.0)
         self._num_waiting = dict.fromkeys(self._service, 0)
@@ -138,13 +123,11 @@ class _Simulation:
 
     def _add(self, index: int) -> None:
         asked = self._trace[index]
-        prompt = array("i", bytes(4 * asked.num_prompt_tokens))
-        prompt[0] = index  # identifies the request in a plan
-        request = Request(
-            request_id=index,
-            prompt_token_ids=prompt,
-            sampling=replace(_NO_SAMPLING, max_tokens=asked.num_new_tokens),
-            adapter="" if asked.adapter is None else str(asked.adapter),
+        request = make_request(
+            index,
+            num_prompt_tokens=asked.num_prompt_tokens,
+            num_new_tokens=asked.num_new_tokens,
+            adapter=asked.adapter,
             salt=asked.tenant,
             priority=asked.priority,
         )
@@ -161,42 +144,14 @@ class _Simulation:
             self._num_waiting[timeline.request.tenant] -= 1
 
     def _plan(self) -> None:
-        while True:
-            plan = self._scheduler.plan()
-            num_inspected = self._run_commands()
-            for output in _sequences(self._scheduler.outputs.take()):
-                self._end(output.request_id, output.error_code)
-            if plan is None and not num_inspected:
-                return
-            if plan is not None:
-                self._send(plan)
+        for output in self._engine.plan(self._on_step):
+            self._end(output.request_id, output.error_code)
 
-    def _run_commands(self) -> int:
-        """Run the scheduler's commands; returns how many adapters were inspected, in no time."""
-        num_inspected = 0
-        for command in self._scheduler.take_commands():
-            match command:
-                case InspectAdapter():
-                    num_inspected += 1
-                    pages = self._pages(int(command.path)) if self._share_pool else 0
-                    self._scheduler.on_adapter_inspected(
-                        AdapterInspected(
-                            command.name, command.path, content_hash=command.path, num_pages=pages
-                        )
-                    )
-                case LoadAdapter():
-                    done = AdapterLoaded(command.adapter_slot, command.content_hash)
-                    pages = self._pages(int(command.path))
-                    self._push(self._worker.load(command, pages, self._now), done)
-                case UnloadAdapter():
-                    pass
-        return num_inspected
-
-    def _push(self, time_s: float, event: StepResult | AdapterLoaded) -> None:
+    def _push(self, time_s: float, event: Event) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (time_s, self._num_events, event))
 
-    def _send(self, plan: StepPlan) -> None:
+    def _on_step(self, plan: StepPlan, num_adapters: int) -> None:
         for new in plan.new_requests:
             timeline = self._result.timelines[new.token_ids[0]]
             if timeline.start_s is None:
@@ -204,17 +159,12 @@ class _Simulation:
                 timeline.start_s = self._now
                 self._num_waiting[asked.tenant] -= 1
                 self._service[asked.tenant] += PROMPT_WEIGHT * asked.num_prompt_tokens
-        end_s, num_adapters = self._worker.step(plan, self._now)
         self._result.step_adapters.append(num_adapters)
-        self._push(end_s, StepResult(plan.step_id, int_array([0] * sum(plan.samples))))
 
-    def _take(self, event: StepResult | AdapterLoaded) -> None:
-        if isinstance(event, AdapterLoaded):
-            self._scheduler.on_adapter_loaded(event)
-            return
-        for output in _sequences(self._scheduler.commit(event)):
+    def _take(self, event: Event) -> None:
+        for output in self._engine.take(event):
             self._on_output(output)
-        if len(self._service) > 1:
+        if isinstance(event, StepResult) and len(self._service) > 1:
             self._result.moments.append(
                 Moment(self._now, dict(self._service), dict(self._num_waiting))
             )
@@ -226,9 +176,3 @@ class _Simulation:
         self._service[timeline.request.tenant] += OUTPUT_WEIGHT * len(output.token_ids)
         if output.finish_reason:
             self._end(output.request_id)
-
-
-def _sequences(outputs: Outputs) -> Iterator[SequenceOutput]:
-    """Yields the outputs of all sequences; their ids are positions in the trace."""
-    for _, of_frontend in outputs:
-        yield from of_frontend

@@ -53,7 +53,7 @@ class EngineReporter:
         )
 
     def _measure_steps(self, now: float) -> None:
-        num_steps = self._scheduler.stats()["num_steps"]
+        num_steps = self._scheduler.num_steps
         if now > self._last_at:
             self._steps_per_second = (num_steps - self._last_steps) / (now - self._last_at)
         self._last_steps, self._last_at = num_steps, now

@@ -8,7 +8,7 @@ from loraplex.scheduler.placement.placement_request import PlacementRequest
 from loraplex.scheduler.placement.rendezvous import rank_engines
 
 LOAD_BOUND = 1.25  # times the mean load
-LIGHT_FILL = 0.25  # an engine filled less is never too loaded for affinity
+LIGHT_FILL = 0.125  # an engine filled less is never too loaded for affinity
 
 Policy = Callable[[PlacementRequest, Sequence[EngineSummary], Random], EngineSummary]
 

@@ -26,7 +26,7 @@ class ScalePolicy:
     Spare room is counted in engines: a half-empty engine is half a unit. One more engine is asked
     for when less than `MIN_SPARE` is left, when requests queue, or when the objective is missed.
     The emptiest engine is released when the others could take its requests and keep
-    `MIN_SPARE + RELEASE_MARGIN`, for `hold_s` seconds without a break.
+    `MIN_SPARE + RELEASE_MARGIN`, and there was such room for `hold_s` seconds without a break.
     """
 
     def __init__(
@@ -79,6 +79,5 @@ class ScalePolicy:
             self._room_since = now
         if now - self._room_since < self._hold_s or not active:
             return None
-        self._room_since = None
         emptiest = min(active, key=lambda engine: (engine.fill, engine.engine_id))
         return ScaleDecision(numbers, release=emptiest.engine_id)

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from loraplex.scheduler.placement.placement import POLICIES, place
-from loraplex.scheduler.placement.placement_policies import LOAD_BOUND
+from loraplex.scheduler.placement.placement_policies import LIGHT_FILL, LOAD_BOUND
 from loraplex.scheduler.placement.placement_request import PlacementRequest
 from loraplex.scheduler.placement.rendezvous import rank_engines
 
@@ -66,13 +66,13 @@ def test_affinity_never_goes_beyond_the_load_bound() -> None:
         name = chosen(PlacementRequest(f"a{random.random()}", 64, 2), engines, "affinity")
         fill = next(e.fill for e in able if e.engine_id == name)
         mean = sum(e.fill for e in able) / len(able)
-        assert fill <= max(0.25, LOAD_BOUND * mean)
+        assert fill <= max(LIGHT_FILL, LOAD_BOUND * mean)
 
 
 def test_affinity_keeps_to_one_engine_while_all_are_nearly_empty() -> None:
     engines = [summary(f"e{i}", running=0, max_running=100) for i in range(4)]
     home = rank_engines("hash", [e.engine_id for e in engines])[0]
-    light = [summary(e.engine_id, running=20 if e.engine_id == home else 0, max_running=100)
+    light = [summary(e.engine_id, running=12 if e.engine_id == home else 0, max_running=100)
              for e in engines]  # fmt: skip
     assert chosen(PlacementRequest("hash", 64, 1), light, "affinity") == home
 
