@@ -6,6 +6,8 @@ The other messages between them are in ``engine/ipc/messages/frontend.py``.
 from array import array
 from collections.abc import Hashable, Iterator
 
+import msgspec
+
 from loraplex.scheduler.worker_protocol import (
     Int32Array,
     Int64Array,
@@ -13,6 +15,7 @@ from loraplex.scheduler.worker_protocol import (
     Record,
     SamplingSpec,
     TokenLogprobs,
+    int_array,
 )
 
 
@@ -43,6 +46,10 @@ class AddRequest(Message):
     """One sequence. A client's request with n > 1 is n of these.
 
     The frontend chooses `request_id`; it is unique among the frontend's for its lifetime.
+
+    A sequence that another engine has begun brings what it has generated. It goes on as if it had
+    been preempted here: the same tokens follow, and only these are sent. Its prompt's
+    log-probabilities were sent with its first token, so they are not computed again.
     """
 
     request_id: int
@@ -57,6 +64,7 @@ class AddRequest(Message):
     tenant: str = ""  # who asks, as the frontend knows it; empty: the operator
     client: bytes = b""  # the connection within the frontend; empty: it may fill the queue alone
     grammar: GrammarSpec | None = None
+    generated_token_ids: Int32Array = msgspec.field(default_factory=int_array)
 
 
 class SequenceOutput(Record):

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.scheduler.adapters.version import AdapterVersion
@@ -97,13 +98,23 @@ class Request(AddRequest, eq=False, tag=None):
         self.uid = (self.frontend, self.request_id)
         connection = (self.frontend, self.client) if self.client else None
         self.requester = self.tenant or connection
-        self.token_ids = self.prompt_token_ids[:]
-        self.num_prompt_tokens = self.num_total = len(self.token_ids)
+        self.token_ids = self.prompt_token_ids + self.generated_token_ids
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.num_total = len(self.token_ids)
         self.stop_ids = frozenset(self.sampling.stop_token_ids)
+        if self.is_resumed:  # the first engine has reported all that comes with the first token
+            self.num_cached_tokens = 0
+            self.first_token_at = 0.0
+            self.sampling = replace(self.sampling, num_prompt_logprobs=-1)
 
     @classmethod
     def from_message(cls, message: AddRequest, frontend: Hashable) -> "Request":
         return cls(**msgspec.structs.asdict(message), frontend=frontend)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether another engine has begun it."""
+        return bool(self.generated_token_ids)
 
     @property
     def reads_prefix_cache(self) -> bool:

@@ -49,6 +49,12 @@ def check_lengths(request: Request, max_model_len: int) -> None:
     if max_tokens < 1:
         raise RequestRefused("bad_request", f"max_tokens must be at least 1, got {max_tokens}")
     request.max_total = min(num_prompt + max_tokens, max_model_len)
+    if len(request.token_ids) >= request.max_total:
+        raise RequestRefused(
+            "bad_request",
+            f"{len(request.generated_token_ids)} tokens were generated already; max_tokens "
+            f"({max_tokens}) and max_model_len ({max_model_len}) allow no more",
+        )
 
 
 def capacity_problem(

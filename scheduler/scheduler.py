@@ -135,7 +135,17 @@ class Scheduler:
             if version.state is not AdapterState.READY:
                 self.waiting.park(request, version)
                 return
+        self._resume([request])
         self.waiting.push(request)
+
+    def _resume(self, requests: list[Request]) -> None:
+        """Give the requests that another engine has begun the state of preempted ones."""
+        now = self._clock()
+        for request in requests:
+            if request.is_resumed:
+                request.rank = self._policy.rank(request, now)
+                request.admitted_at = now
+                self._policy.on_admitted(request, now)
 
     def _check(self, request: Request) -> AdapterVersion | None:
         """Refuse what cannot be served; returns the version of its adapter."""
@@ -259,6 +269,8 @@ class Scheduler:
         now = self._clock()
         version = self.adapters.on_inspected(event)
         requests = self.waiting.unpark(version)
+        if version.state is AdapterState.READY:
+            self._resume(requests)
         self.waiting.push_all(requests)
         for request in requests:
             if version.state is not AdapterState.READY:

@@ -44,7 +44,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 

@@ -55,7 +55,8 @@ class UsageStats:
                     usage.add_first_token(request.num_prompt_tokens, ttft_us, tier)
 
     def on_end(self, request: Request) -> None:
-        num_generated = len(request.token_ids) - request.num_prompt_tokens
+        num_known = request.num_prompt_tokens + len(request.generated_token_ids)
+        num_generated = len(request.token_ids) - num_known
         for usage in self._of(request.adapter_version):
             usage.num_ended += 1
             usage.num_generated_tokens += num_generated

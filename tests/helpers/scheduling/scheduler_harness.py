@@ -115,10 +115,19 @@ class Harness:
         use_prefix_cache: bool = True,
         tenant: str = "",
         client: bytes = b"",
+        num_resumed: int = 0,
         **sampling: Any,
     ) -> None:
+        """`num_resumed`: tokens that another engine has generated, if the answer is longer."""
         spec = sampling_spec(**sampling)
         paths = {info["name"]: info["path"] for info in self.listed().values()}
+        expectation = Expectation(prompt, spec, paths.get(adapter, ""))
+        if num_resumed:
+            token_ids, _, _ = self.oracle(expectation)
+            expectation.token_ids = token_ids[: min(num_resumed, len(token_ids) - 1)]
+            if expectation.token_ids:
+                expectation.num_logprobs = len(expectation.token_ids)
+                expectation.num_prompt_logprobs = len(prompt) - 1
         request = Request(
             request_id=self.number_of(request_id),
             prompt_token_ids=array("i", prompt),
@@ -129,13 +138,14 @@ class Harness:
             use_prefix_cache=use_prefix_cache,
             tenant=tenant,
             client=client,
+            generated_token_ids=array("i", expectation.token_ids),
         )
         try:
             self.scheduler.add(request)
         finally:
             self.verify()
         self.requests[request_id] = request
-        self.expected[request_id] = Expectation(prompt, spec, paths.get(adapter, ""))
+        self.expected[request_id] = expectation
 
     def number_of(self, name: Any) -> int:
         """The id of a request for the scheduler; a string gets a negative one."""
@@ -308,16 +318,20 @@ class Harness:
     def content_of(self, expectation: Expectation) -> str:
         return self.files[expectation.path].content if expectation.path else ""
 
-    def check_output(self, expectation: Expectation) -> None:
-        end = expectation.end
-        assert end is not None
-        token_ids, reason, stop_token_id = oracle(
+    def oracle(self, expectation: Expectation) -> tuple[list[int], str, int]:
+        """Returns tokens, finish reason and stop token of the whole answer."""
+        return oracle(
             expectation.prompt,
             self.content_of(expectation),
             expectation.sampling,
             self.max_model_len,
             self.worker.vocab_size,
         )
+
+    def check_output(self, expectation: Expectation) -> None:
+        end = expectation.end
+        assert end is not None
+        token_ids, reason, stop_token_id = self.oracle(expectation)
         assert expectation.token_ids == token_ids
         assert (end.finish_reason, end.stop_token_id) == (reason, stop_token_id)
         if expectation.sampling.num_logprobs >= 0:

@@ -125,6 +125,7 @@ class Traffic:
             "stop_token_ids": rng.choice([(), (3, 4, 5)]),
             "num_logprobs": rng.choice([-1, -1, 0]),
             "num_prompt_logprobs": rng.choice([-1, -1, 0]),
+            "num_resumed": rng.choice([0, 0, 0, 1, 5]),
         }
         code = self.harness.try_add(len(self.harness.expected), prompt, **options)
         assert code in ("", "queue_full", "unknown_adapter", "adapter", "bad_request")
