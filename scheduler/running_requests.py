@@ -11,10 +11,10 @@ _rank = attrgetter("rank")
 
 
 class RunningRequests:
-    """Gives slots to requests. The last request by rank is the first to be preempted."""
+    """Gives `max_num_seqs` slots to requests. The last one by rank is the first to be preempted."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._requests: list[Request] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._freed_slots: list[int] = []
@@ -63,7 +63,7 @@ class RunningRequests:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every slot is free or has one request, all in order."""
         slots = self._free_slots + [request.slot for request in self._requests]
-        if sorted(slots) != list(range(self._max_num_seqs)):
+        if sorted(slots) != list(range(self.max_num_seqs)):
             raise IntegrityError("a slot is lost or used twice")
         if sorted(self._requests, key=_rank) != self._requests:
             raise IntegrityError("the running requests are out of order")

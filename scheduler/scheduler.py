@@ -297,9 +297,9 @@ class Scheduler:
         return commands
 
     @property
-    def num_steps(self) -> int:
-        """Steps planned since the start."""
-        return self._stats.num_steps
+    def counters(self) -> SchedulerStats:
+        """Counts since the start. Callers only read them."""
+        return self._stats
 
     @property
     def num_unfinished(self) -> int:

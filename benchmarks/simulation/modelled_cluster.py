@@ -207,7 +207,6 @@ class ModelledCluster:
         )
         reporter = EngineReporter(
             scheduler,
-            max_running=spec.scheduler.max_num_seqs,
             prefill_tokens_per_second=1 / spec.cost.prompt_token_s,
             load_seconds=8 * spec.cost.page_bytes / spec.cost.link,
         )

@@ -8,6 +8,7 @@ from loraplex.engine.ipc.messages.frontend import (
     EngineInfo,
     FrontendHello,
     ReplyRows,
+    ReportLoad,
     StatsQuery,
     StatsReply,
 )
@@ -30,6 +31,7 @@ from loraplex.engine.ipc.messages.reader import (
     ReadFailed,
 )
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
+from loraplex.scheduler.placement.engine_report import EngineReport
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
     AdapterInspected,
@@ -50,7 +52,7 @@ other."""
 
 WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
-    AdapterReply, StatsQuery, StatsReply, EngineDead,
+    AdapterReply, StatsQuery, StatsReply, ReportLoad, EngineReport, EngineDead,
     ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Shutdown,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,

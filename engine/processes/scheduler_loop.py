@@ -17,10 +17,12 @@ from loraplex.engine.ipc.messages.frontend import (
     EngineInfo,
     FrontendHello,
     ReplyRows,
+    ReportLoad,
     StatsQuery,
     StatsReply,
 )
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.processes.load_reports import LoadReports
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
 from loraplex.scheduler.request import Request, RequestRefused
@@ -68,10 +70,16 @@ class SchedulerLoop:
         self._frontends = frontends
         self._workers = workers
         self._step_clock = step_clock or StepClock()
+        self._reports = LoadReports(scheduler)
         self._num_in_flight = 0
         self._messages_per_turn = messages_per_turn
         self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
         self._frontend_peers: dict[str, bytes] = {}  # by name: the identity in use since its hello
+
+    @property
+    def report_due_s(self) -> float | None:
+        """Seconds until turn() must be called for a router's report, or None."""
+        return self._reports.due_s
 
     def turn(self) -> bool:
         """Take in some messages, plan, and send what there is to send; never waits.
@@ -90,6 +98,8 @@ class SchedulerLoop:
         self._send_outputs(self._scheduler.outputs.take())
         self._send_adapter_updates()
         self._send_part_of_reply()
+        for peer, report in self._reports.take():
+            self._send(peer, report)
         has_more = self._workers.has_more or len(from_frontends) == limit
         return has_more or bool(self._long_replies)
 
@@ -139,6 +149,7 @@ class SchedulerLoop:
     def _on_frontend(self, peer: bytes, message: object) -> None:
         match message:
             case AddRequest():
+                self._reports.on_request(peer)
                 self._add(Request.from_message(message, peer))
             case AbortRequests():
                 for request_id in message.request_ids:
@@ -150,10 +161,12 @@ class SchedulerLoop:
                 self._run_adapter_command(peer, message)
             case StatsQuery():
                 self._long_replies.append((peer, self._report_stats(message.query_id)))
+            case ReportLoad():
+                self._reports.add(peer)
             case FrontendHello():
                 former = self._frontend_peers.get(message.frontend, peer)
                 if former != peer:
-                    self._abort_all(former)
+                    self._drop(former)
                 self._frontend_peers[message.frontend] = peer
                 self._send(peer, self._info)
             case _:
@@ -240,9 +253,10 @@ class SchedulerLoop:
             raise
         except PeerGoneError as error:
             logger.debug("%s", error)
-            self._abort_all(peer)
+            self._drop(peer)
 
-    def _abort_all(self, peer: bytes) -> None:
+    def _drop(self, peer: bytes) -> None:
         self._scheduler.abort_all(peer)
+        self._reports.remove(peer)
         if self._grammars is not None:
             self._grammars.abort_all(peer)

@@ -63,8 +63,9 @@ def run(child: Child) -> None:
         status = StatusLine(scheduler.stats)
         has_more = False
         while not child.stopping:
-            due_s = 0.0 if has_more else status.due_s
-            poller.poll(None if due_s is None else math.ceil(1000 * due_s))
+            waits = [0.0] if has_more else [status.due_s, loop.report_due_s]
+            due_s = min((wait for wait in waits if wait is not None), default=None)
+            poller.poll(None if due_s is None else max(0, math.ceil(1000 * due_s)))
             child.activity.begin()
             child.wakeup.clear()
             has_more = loop.turn()

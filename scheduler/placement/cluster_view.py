@@ -83,5 +83,5 @@ class ClusterView:
             age_seconds=now - engine.reported_at,
             cold_load_seconds=report.cold_load_seconds,
             load_seconds=engine.load_seconds,
-            draining=report.draining or engine.draining,
+            draining=engine.draining,
         )

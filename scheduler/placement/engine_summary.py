@@ -12,7 +12,7 @@ class EngineSummary:
         max_running: requests that run at one time.
         waiting_tokens: prompt tokens that are not computed yet.
         free_pages: pages that are free, or would be after evicting everything idle.
-        prefill_tokens_per_second: speed of prompts.
+        prefill_tokens_per_second: speed of prompts; 0 is not known.
         load_seconds: content hash of each adapter that the engine holds or loads -> seconds until
             it can be used: 0 on the device. An absent adapter takes `cold_load_seconds`.
     """

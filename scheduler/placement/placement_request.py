@@ -25,6 +25,7 @@ class PlacementRequest:
     def first_token_seconds(self, engine: EngineSummary) -> float:
         """Predicts the first token: queue and prompt beside the adapter's load, then one step."""
         tokens = engine.waiting_tokens + self.prompt_tokens
-        prefill = tokens / engine.prefill_tokens_per_second
+        rate = engine.prefill_tokens_per_second
+        prefill = tokens / rate if rate else 0.0
         step = 1 / engine.steps_per_second if engine.steps_per_second else 0.0
         return max(prefill, engine.seconds_to_load(self.content_hash)) + step

@@ -28,6 +28,10 @@ class EngineInfo(Message):
     workers: list[WorkerReady]
 
 
+class ReportLoad(Message):
+    """Asks the scheduler for EngineReports from now on; the first one comes at once."""
+
+
 class AbortRequests(Message):
     """Unknown and ended ids are ignored; aborted requests get no further output."""
 

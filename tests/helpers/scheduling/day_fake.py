@@ -17,7 +17,8 @@ from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterEvicted, StepPlan
 
 from helpers.fakes.fake_model import sampling_spec
-from helpers.scheduling.scheduler_harness import Expectation, Harness
+from helpers.scheduling.expectation import Expectation
+from helpers.scheduling.scheduler_harness import Harness
 
 NUM_NAMES = 2000
 NUM_CONTENTS = 700  # so that names share contents

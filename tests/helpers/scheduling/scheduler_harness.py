@@ -2,7 +2,6 @@
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -17,7 +16,6 @@ from loraplex.scheduler.worker_protocol import (
     DropAdapter,
     InspectAdapter,
     LoadAdapter,
-    SamplingSpec,
     StepPlan,
     StepResult,
     UnloadAdapter,
@@ -25,21 +23,7 @@ from loraplex.scheduler.worker_protocol import (
 
 from helpers.fakes.fake_model import oracle, sampling_spec
 from helpers.fakes.fake_worker import FakeAdapter, FakeWorker
-
-
-@dataclass
-class Expectation:
-    """A request that was accepted, and what has come of it."""
-
-    prompt: list[int]
-    sampling: SamplingSpec
-    path: str  # of its adapter when it was added; empty for the base
-    token_ids: list[int] = field(default_factory=list)
-    end: SequenceOutput | None = None
-    aborted: bool = False
-    num_logprobs: int = 0
-    num_prompt_logprobs: int = 0
-    num_cached_tokens: int = 0
+from helpers.scheduling.expectation import Expectation
 
 
 class Harness:

@@ -14,6 +14,7 @@ from loraplex.engine.ipc.messages.frontend import (
     EngineInfo,
     FrontendHello,
     ReplyRows,
+    ReportLoad,
     StatsQuery,
     StatsReply,
 )
@@ -27,6 +28,7 @@ from loraplex.scheduler.frontend_protocol import (
     SequenceOutput,
     StepOutputs,
 )
+from loraplex.scheduler.placement.engine_report import EngineReport
 from loraplex.scheduler.worker_protocol import StepPlan
 
 from helpers.fakes.fake_engine import (
@@ -324,3 +326,17 @@ def test_a_long_list_and_stats_come_in_parts_with_steps_between(tmp_path: Path) 
     assert isinstance(sent[-1][1], AdapterReply)  # the last message with this id
     assert [p for p, m in sent if isinstance(m, StatsReply)] == [TWO]
     assert len(bench.frontends.tokens_of(ONE, 0)) >= num_turns - 1  # no turn was without its step
+
+
+def test_a_router_gets_reports_until_it_leaves() -> None:
+    bench = Bench()
+    bench.frontends.inbox.append((ONE, ReportLoad()))
+    bench.turn()
+    ((peer, report),) = bench.frontends.sent
+    assert (peer, report.num_received, report.running) == (ONE, 0, 0)
+    assert isinstance(report, EngineReport) and report.max_running == 64
+    assert bench.loop.report_due_s is not None
+    bench.frontends.error = PeerGoneError("it left")
+    bench.ask(ONE, 1, [5, 6])
+    bench.finish()
+    assert bench.loop.report_due_s is None

@@ -9,7 +9,8 @@ from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected, InspectAdapter
 
 from helpers.fakes.fake_model import sampling_spec
-from helpers.scheduling.scheduler_harness import Expectation, Harness
+from helpers.scheduling.expectation import Expectation
+from helpers.scheduling.scheduler_harness import Harness
 
 
 def ask(

@@ -6,9 +6,7 @@ from helpers.scheduling.scheduler_harness import Harness
 
 
 def make(harness: Harness) -> EngineReporter:
-    return EngineReporter(
-        harness.scheduler, max_running=8, prefill_tokens_per_second=1e4, load_seconds=0.5
-    )
+    return EngineReporter(harness.scheduler, load_seconds=0.5)
 
 
 def test_reports_give_load_and_changes_of_adapters() -> None:
@@ -32,6 +30,7 @@ def test_reports_give_load_and_changes_of_adapters() -> None:
     assert list(after.adapters.values()) == [0.0]
     assert (after.running, after.waiting, after.waiting_tokens) == (0, 0, 0)
     assert after.steps_per_second > 0
+    assert after.prefill_tokens_per_second > 0
     unchanged = reporter.report(num_received=2, now=4.0)
     assert not unchanged.adapters and not unchanged.dropped_adapters
 
