@@ -44,6 +44,7 @@ class Scheduler:
         outputs: outputs that were not sent to the frontends yet.
         waiting, running: the unfinished requests. Callers only read them.
         memory: owners of the pages. Callers only read it.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Scheduler:
         """
         self._config = config
         self._max_model_len = max_model_len
-        self._clock = clock
+        self.clock = clock
         self._policy = make_policy(config)
         self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
@@ -123,7 +124,7 @@ class Scheduler:
             raise
         self._stats.num_requests += 1
         request.order = self._stats.num_requests
-        request.arrival = self._clock()
+        request.arrival = self.clock()
         request.adapter_version = version
         request.key = request.rank = self._policy.key(request)
         self._policy.on_arrival(request, request.arrival)
@@ -140,7 +141,7 @@ class Scheduler:
 
     def _resume(self, requests: list[Request]) -> None:
         """Give the requests that another engine has begun the state of preempted ones."""
-        now = self._clock()
+        now = self.clock()
         for request in requests:
             if request.is_resumed:
                 request.rank = self._policy.rank(request, now)
@@ -172,14 +173,14 @@ class Scheduler:
     def abort_all(self, frontend: Hashable) -> None:
         """End every request of a frontend, without output."""
         for request in [r for r in self._requests.values() if r.frontend == frontend]:
-            self._end(request, "abort", self._clock())
+            self._end(request, "abort", self.clock())
 
     def abort(self, request_id: int, frontend: Hashable = b"") -> bool:
         """End a request in any state, without output; False if it has ended or never was."""
         request = self._requests.get((frontend, request_id))
         if request is None:
             return False
-        self._end(request, "abort", self._clock())
+        self._end(request, "abort", self.clock())
         return True
 
     def _end(self, request: Request, reason: str, now: float) -> None:
@@ -205,7 +206,7 @@ class Scheduler:
         """End an unfinished request with an error; one that has ended does no harm."""
         request = self._requests.get(uid)
         if request is not None:
-            self._fail(request, code, text, self._clock())
+            self._fail(request, code, text, self.clock())
 
     # Steps
 
@@ -214,7 +215,7 @@ class Scheduler:
 
         The commands that planning caused are in take_commands() and go out before the plan.
         """
-        now = self._clock()
+        now = self.clock()
         if self._planner.has_capacity:
             self.adapters.pins.keep(now)
         return self._planner.plan(now)
@@ -226,7 +227,7 @@ class Scheduler:
             ValueError: the result answers no step, or another one.
         """
         step = self._planner.pop_oldest(result)
-        now = self._clock()
+        now = self.clock()
         self._policy.on_result(step, now)
         self.adapters.usage_stats.on_result(step, now)
         for request, reason in apply_result(step, result, self.memory.kv, self._stats):
@@ -266,7 +267,7 @@ class Scheduler:
 
     def on_adapter_inspected(self, event: AdapterInspected) -> None:
         """Let the requests that waited for the files go on, or fail them."""
-        now = self._clock()
+        now = self.clock()
         version = self.adapters.on_inspected(event)
         requests = self.waiting.unpark(version)
         if version.state is AdapterState.READY:
@@ -280,7 +281,7 @@ class Scheduler:
 
     def on_adapter_loaded(self, event: AdapterLoaded) -> None:
         """Let the requests that waited for the pages go on, or fail those of the file read."""
-        now = self._clock()
+        now = self.clock()
         requests, version = self._admission.on_loaded(event, now)
         self.waiting.push_all(requests)
         self.adapters.on_loaded(event, version, requests)

@@ -1,7 +1,5 @@
 """Pushes the engine's load to the routers that ask for it."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex.scheduler.placement.engine_report import EngineReport
@@ -23,13 +21,8 @@ class _Router:
 class LoadReports:
     """Knows the routers and when each gets its next report."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._clock = clock
         self._routers: dict[bytes, _Router] = {}
 
     def add(self, peer: bytes) -> None:
@@ -48,14 +41,14 @@ class LoadReports:
     @property
     def due_s(self) -> float | None:
         """Seconds until take() has something; None without routers."""
-        now = self._clock()
+        now = self._scheduler.clock()
         return min((self._due_at(router) - now for router in self._routers.values()), default=None)
 
     def take(self) -> list[tuple[bytes, EngineReport]]:
         """Returns the reports that are due, by peer."""
         if not self._routers:
             return []
-        now = self._clock()
+        now = self._scheduler.clock()
         reports = []
         for peer, router in self._routers.items():
             if self._due_at(router) <= now:

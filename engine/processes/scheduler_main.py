@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -99,7 +100,9 @@ def scheduler_config(config: EngineConfig, info: EngineInfo) -> SchedulerConfig:
     return replace(wanted, max_num_batched_tokens=min(wanted.max_num_batched_tokens, limit))
 
 
-def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
+def make_scheduler(
+    config: EngineConfig, info: EngineInfo, clock: Callable[[], float] = time.monotonic
+) -> Scheduler:
     """Returns a scheduler with every adapter that the configuration names."""
     scheduler = Scheduler(
         config=scheduler_config(config, info),
@@ -107,6 +110,7 @@ def make_scheduler(config: EngineConfig, info: EngineInfo) -> Scheduler:
         num_pages=info.num_pages,
         max_model_len=info.max_model_len,
         base_fingerprint=info.workers[0].base_fingerprint,
+        clock=clock,
     )
     for name, path in adapters_at_start(config.adapter):
         scheduler.register_adapter(name, AdapterSource(path, path, stamp_folder(path)))

@@ -15,7 +15,6 @@ class _EngineView:
     load_seconds: dict[str, float] = field(default_factory=dict)
     num_sent: int = 0
     unreported: deque[PlacementRequest] = field(default_factory=deque)  # sent, not yet in a report
-    draining: bool = False
 
 
 class ClusterView:
@@ -27,6 +26,7 @@ class ClusterView:
 
     def __init__(self) -> None:
         self._engines: dict[str, _EngineView] = {}
+        self._draining: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._engines)
@@ -47,12 +47,13 @@ class ClusterView:
             engine.unreported.popleft()
 
     def remove(self, engine_id: str) -> None:
-        """Forget an engine that has left or died."""
-        del self._engines[engine_id]
+        """Forget an engine that has left or died. Unknown ids do no harm."""
+        self._engines.pop(engine_id, None)
+        self._draining.discard(engine_id)
 
-    def drain(self, engine_id: str, draining: bool = True) -> None:
-        """Place nothing on an engine any more, or do so again."""
-        self._engines[engine_id].draining = draining
+    def drain(self, engine_id: str) -> None:
+        """Place nothing on an engine any more, from its first report on."""
+        self._draining.add(engine_id)
 
     def on_sent(self, engine_id: str, request: PlacementRequest) -> None:
         """Count a request that goes to an engine."""
@@ -83,5 +84,5 @@ class ClusterView:
             age_seconds=now - engine.reported_at,
             cold_load_seconds=report.cold_load_seconds,
             load_seconds=engine.load_seconds,
-            draining=engine.draining,
+            draining=engine_id in self._draining,
         )

@@ -49,8 +49,11 @@ class EngineSummary:
     def is_full(self, pages: int) -> bool:
         """Returns whether a request of `pages` pages cannot start now.
 
-        One page is kept for each unfinished request, as the scheduler's admission keeps it.
+        One page is kept for each unfinished request, as the scheduler's admission keeps it. An
+        engine without requests is never full: it starts any request, or refuses it for good.
         """
+        if not self.occupancy:
+            return False
         return self.occupancy >= self.max_running or self.free_pages < pages + self.occupancy
 
     def seconds_to_load(self, content_hash: str) -> float:

@@ -25,8 +25,8 @@ def affinity(
     bound = max(LIGHT_FILL, LOAD_BOUND * mean)
     by_id = {engine.engine_id: engine for engine in able if engine.fill <= bound}
     ranked = list(by_id)
-    if request.content_hash:
-        ranked = rank_engines(request.content_hash, by_id)[: max(1, request.num_candidates)]
+    if home := request.home or request.content_hash:
+        ranked = rank_engines(home, by_id)[: max(1, request.num_candidates)]
     return min(
         (by_id[engine_id] for engine_id in ranked),
         key=lambda engine: (request.first_token_seconds(engine), engine.occupancy),

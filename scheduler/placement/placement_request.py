@@ -13,6 +13,8 @@ class PlacementRequest:
         content_hash: of its adapter; "" is the base model.
         pages: for its known tokens, and for its adapter where that is not resident.
         num_candidates: engines that its adapter's demand needs.
+        home: what its engines are found by; default: the content hash. It may not change once the
+            content hash becomes known.
         objective_s: seconds within which its first token is wanted.
     """
 
@@ -21,6 +23,7 @@ class PlacementRequest:
     pages: int
     num_candidates: int = 1
     objective_s: float = 6.0
+    home: str = ""
 
     def first_token_seconds(self, engine: EngineSummary) -> float:
         """Predicts the first token: queue and prompt beside the adapter's load, then one step."""

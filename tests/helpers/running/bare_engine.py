@@ -1,5 +1,6 @@
 """An engine without frontend in the test's thread: the real scheduler and loop, any worker."""
 
+import time
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,16 @@ from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, Ste
 class BareEngine:
     """`channel` is the end that a frontend or a router holds."""
 
-    def __init__(self, config: EngineConfig, make_worker: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_worker: Callable[..., Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.worker = make_worker(config, 0, wakeup=lambda: None)
         self.info = engine_info(config, [self.worker.ready])
-        self.scheduler = make_scheduler(config, self.info)
+        self.scheduler = make_scheduler(config, self.info, clock)
         frontends, self.channel = InprocChannel.pair(frontend_identity(0))
         workers, self._worker_end = InprocChannel.pair(worker_identity(0))
         self.loop = SchedulerLoop(

@@ -46,7 +46,7 @@ def test_nothing_goes_to_a_draining_engine() -> None:
     view.apply("e0", report(), 0.0)
     view.drain("e0")
     assert place(REQUEST, view.summaries(0.0), "random", Random(0)) is None
-    view.drain("e0", False)
-    assert place(REQUEST, view.summaries(0.0), "random", Random(0))
     view.remove("e0")
     assert "e0" not in view
+    view.apply("e0", report(), 0.0)
+    assert place(REQUEST, view.summaries(0.0), "random", Random(0))

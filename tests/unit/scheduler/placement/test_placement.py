@@ -30,7 +30,9 @@ def test_only_engines_that_can_take_the_request_are_chosen(policy: str) -> None:
             if e.age_seconds <= 1.0
             and not e.draining
             and e.running + e.waiting < SEATS
-            and e.free_pages - e.running - e.waiting >= request.pages
+            and (
+                e.running + e.waiting == 0 or e.free_pages - e.running - e.waiting >= request.pages
+            )
         }
         decision = place(request, engines, policy, random)
         assert (decision is None) == (not able)

@@ -1,0 +1,269 @@
+"""A scheduler to its frontend, and a frontend to the schedulers of many engines.
+
+The router's frontend is the one of a single engine: it checks, tokenizes, makes text and finds stop
+strings. Below it this channel keeps each sequence with its tokens so far and places it. So an
+engine that dies or is emptied costs a recompute elsewhere, and clients notice nothing but a pause.
+"""
+
+import itertools
+import logging
+import math
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from loraplex.engine.ipc.channel import RECEIVE_LIMIT, Channel, PeerGoneError
+from loraplex.engine.ipc.messages.frontend import (
+    AbortRequests,
+    AdapterCommand,
+    AdapterReply,
+    FrontendHello,
+    ReplyRows,
+    ReportLoad,
+    StatsQuery,
+    StatsReply,
+)
+from loraplex.engine.router.adapter_book import AdapterBook
+from loraplex.engine.router.broadcasts import Answer, Broadcasts
+from loraplex.engine.router.request_book import RequestBook
+from loraplex.engine.router.routed_request import RoutedRequest
+from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
+from loraplex.scheduler.placement.cluster_view import ClusterView
+from loraplex.scheduler.placement.demand import AdapterDemand
+from loraplex.scheduler.placement.engine_report import EngineReport
+from loraplex.scheduler.placement.placement import place
+from loraplex.scheduler.placement.placement_request import PlacementRequest
+
+GIVE_UP_S = 5.0  # without a report; from MAX_AGE_SECONDS on an engine is suspect
+NO_ENGINE_S = 60.0  # that a request waits while there is no engine at all
+
+logger = logging.getLogger("loraplex.router")
+
+
+class ClusterChannel:
+    """The Channel of the router's frontend. It never waits; call receive() often.
+
+    Attributes:
+        book: the unfinished sequences. Callers only read it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        placement: str,
+        block_tokens: int,
+        max_queue_len: int,
+        objective_s: float = 6.0,
+        clock: Callable[[], float] = time.monotonic,
+        random: Random | None = None,
+    ) -> None:
+        """`name` tells engines a router that has restarted from another router."""
+        self.book = RequestBook()
+        self._name = name
+        self._placement = placement
+        self._block_tokens = block_tokens
+        self._max_queue_len = max_queue_len
+        self._objective_s = objective_s
+        self._clock = clock
+        self._random = random or Random()
+        self._view = ClusterView()
+        self._demand = AdapterDemand()
+        self._adapters = AdapterBook()
+        self._broadcasts = Broadcasts()
+        self._engines: dict[str, Channel] = {}
+        self._heard_at: dict[str, float] = {}
+        self._own_ids = itertools.count(-1, -1)  # of the router's own commands
+        self._asked: dict[int, tuple[str, str]] = {}  # own id -> engine, name whose hash it tells
+        self._answers: deque[Any] = deque()
+
+    # Engines
+
+    def add_engine(self, engine_id: str, channel: Channel) -> None:
+        """Connects an engine; it gets requests from its first report on.
+
+        Raises ValueError if the id is in use.
+        """
+        if engine_id in self._engines:
+            raise ValueError(f"engine {engine_id} is connected already")
+        self._engines[engine_id] = channel
+        self._heard_at[engine_id] = self._clock()
+        self._tell(engine_id, FrontendHello(self._name))
+        for command in self._adapters.replay(next(self._own_ids)):
+            self._tell(engine_id, command)
+        self._tell(engine_id, ReportLoad())
+
+    def lose_engine(self, engine_id: str, reason: str) -> None:
+        """Sends the requests of an engine that is gone elsewhere. Unknown ids do no harm."""
+        if self._engines.pop(engine_id, None) is None:
+            return
+        del self._heard_at[engine_id]
+        self._view.remove(engine_id)
+        self._asked = {key: at for key, at in self._asked.items() if at[0] != engine_id}
+        attempts = self.book.recall(engine_id)
+        logger.warning(
+            "%s is lost (%s): %d requests go on elsewhere", engine_id, reason, len(attempts)
+        )
+        self._answer(self._broadcasts.lose_engine(engine_id))
+
+    def drain_engine(self, engine_id: str) -> None:
+        """Moves an engine's requests elsewhere and sends it no more. Raises KeyError if unknown."""
+        channel = self._engines[engine_id]
+        self._view.drain(engine_id)
+        attempts = self.book.recall(engine_id)
+        if attempts:
+            self._send_to(engine_id, channel, AbortRequests(attempts))
+
+    @property
+    def engine_ids(self) -> list[str]:
+        """Connected engines."""
+        return list(self._engines)
+
+    # The frontend's side
+
+    def send(self, message: object, peer: bytes = b"") -> None:
+        """Takes a message of the frontend."""
+        match message:
+            case AddRequest():
+                self._add(message)
+            case AbortRequests():
+                self._abort(message.request_ids)
+            case AdapterCommand() | StatsQuery():
+                for engine_id in self.engine_ids:
+                    self._tell(engine_id, message)
+                self._answer(self._broadcasts.ask(message, self.engine_ids))
+            case _:
+                raise TypeError(f"the frontend sent {type(message).__name__}")
+
+    def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
+        """Hears the engines, places what waits, and returns what there is for the frontend."""
+        for engine_id, channel in list(self._engines.items()):
+            for _, message in channel.receive(limit):
+                self._on_engine(engine_id, message)
+        self._give_up_silent()
+        self._dispatch()
+        count = min(limit, len(self._answers))
+        return [(b"", self._answers.popleft()) for _ in range(count)]
+
+    def close(self) -> None:
+        """Closes the channels of all engines."""
+        for channel in self._engines.values():
+            close = getattr(channel, "close", None)
+            if close is not None:
+                close()
+
+    def _add(self, message: AddRequest) -> None:
+        if self.book.num_waiting >= self._max_queue_len:
+            text = f"{self._max_queue_len} requests wait for an engine already; try again later"
+            self._fail(message.request_id, "queue_full", text)
+            return
+        now = self._clock()
+        request = self.book.add(message, now, self._adapters.source(message.adapter))
+        num_tokens = request.num_tokens + message.sampling.max_tokens
+        self._demand.observe(message.adapter, num_tokens, now)
+
+    def _abort(self, request_ids: "array[int]") -> None:
+        attempts: dict[str, array[int]] = {}
+        for request_id in request_ids:
+            at = self.book.end(request_id)
+            if at is not None:
+                attempts.setdefault(at[0], array("q")).append(at[1])
+        for engine_id, ids in attempts.items():
+            self._tell(engine_id, AbortRequests(ids))
+
+    def _fail(self, request_id: int, code: str, text: str) -> None:
+        end = SequenceOutput(
+            request_id, array("i"), finish_reason="error", error=text, error_code=code
+        )
+        self._answers.append(StepOutputs(array("q"), array("i"), [end]))
+
+    # The engines' side
+
+    def _on_engine(self, engine_id: str, message: object) -> None:
+        self._heard_at[engine_id] = self._clock()
+        match message:
+            case StepOutputs():
+                outputs = self.book.on_outputs(message)
+                if outputs is not None:
+                    self._answers.append(outputs)
+            case EngineReport():
+                self._view.apply(engine_id, message, self._clock())
+            case ReplyRows() | StatsReply():
+                self._answer(self._broadcasts.on_reply(engine_id, message))
+            case AdapterReply():
+                self._on_adapter_reply(engine_id, message)
+
+    def _on_adapter_reply(self, engine_id: str, reply: AdapterReply) -> None:
+        self._asked.pop(reply.command_id, None)
+        command = self._broadcasts.command(reply.command_id)
+        if command is not None and not reply.error:
+            self._adapters.on_done(command)
+        if command is None or command.op != "unload":
+            for row in reply.adapters:
+                self._adapters.learn(row)
+        self._answer(self._broadcasts.on_reply(engine_id, reply))
+
+    def _answer(self, answer: Answer) -> None:
+        self._answers.extend(answer)
+
+    def _give_up_silent(self) -> None:
+        now = self._clock()
+        for engine_id, heard_at in list(self._heard_at.items()):
+            if now - heard_at > GIVE_UP_S:
+                self.lose_engine(engine_id, f"no message for {GIVE_UP_S:g} s")
+        if self._engines or not self.book.num_waiting:
+            return
+        for request in self.book.waiting_since(now - NO_ENGINE_S):
+            self.book.end(request.message.request_id)
+            text = f"no engine is up, and none came within {NO_ENGINE_S:g} s"
+            self._fail(request.message.request_id, "engine_dead", text)
+
+    def _tell(self, engine_id: str, message: object) -> None:
+        channel = self._engines.get(engine_id)
+        if channel is not None:
+            self._send_to(engine_id, channel, message)
+
+    def _send_to(self, engine_id: str, channel: Channel, message: object) -> None:
+        try:
+            channel.send(message)
+        except PeerGoneError as error:
+            self.lose_engine(engine_id, str(error))
+
+    # Placement
+
+    def _dispatch(self) -> None:
+        while (request := self.book.first_waiting()) is not None:
+            engine_id = self._place(request)
+            if engine_id is None:
+                return
+            self._tell(engine_id, self.book.start(request, engine_id))
+            self._ask_for_hash(engine_id, request.message.adapter)
+
+    def _place(self, request: RoutedRequest) -> str | None:
+        name = request.message.adapter
+        needs = PlacementRequest(
+            content_hash=self._adapters.content_hash(name),
+            prompt_tokens=request.num_tokens,
+            pages=math.ceil(request.num_tokens / self._block_tokens),
+            num_candidates=self._demand.num_candidates(name, len(self._view)),
+            objective_s=self._objective_s,
+            home=name,
+        )
+        summaries = self._view.summaries(self._clock())
+        decision = place(needs, summaries, self._placement, self._random)
+        if decision is None:
+            return None
+        self._view.on_sent(decision.engine_id, needs)
+        return decision.engine_id
+
+    def _ask_for_hash(self, engine_id: str, name: str) -> None:
+        """Asks for the content hash of a name once; residency is reported by hash."""
+        if not name or self._adapters.content_hash(name):
+            return
+        if all(name != asked for _, asked in self._asked.values()):
+            own_id = next(self._own_ids)
+            self._asked[own_id] = (engine_id, name)
+            self._tell(engine_id, AdapterCommand(own_id, "list", name))
