@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 from loraplex.engine.adapters.paths import adapters_at_start
@@ -13,6 +14,7 @@ from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.http_address import check_http_config
+from loraplex.engine.processes.process import Environment
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
 
 STOP_TIMEOUT_S = 10.0
@@ -44,6 +46,7 @@ class Engine:
         on_progress: Callable[[str], None] | None = None,
         on_status: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
+        environment: Environment = (),
     ) -> None:
         """Makes an engine that is not started.
 
@@ -52,9 +55,10 @@ class Engine:
             on_status: takes a line now and then while the engine is busy; called from another
                 thread, which must not be held up.
             worker_command: replaces ``python -m loraplex.engine.processes.worker_main``.
+            environment: variables of the workers besides this process's.
         """
         self._config = config
-        self._worker_command = worker_command
+        self._specs = partial(engine_processes, config, worker_command, environment)
         self._interrupted = False
         self._group = ProcessGroup(on_progress, on_status)
 
@@ -68,6 +72,11 @@ class Engine:
         """The id of each current process by its name: "worker 0", "scheduler", "frontend 0"."""
         return {process.spec.name: process.popen.pid for process in self._group.processes}
 
+    @property
+    def scheduler_endpoint(self) -> str:
+        """The address that frontends and routers connect to."""
+        return f"ipc://{self._group.run_dir}/frontends"
+
     def start(self, timeout_s: float = 600.0) -> None:
         """Start every process and wait until all are ready.
 
@@ -79,7 +88,7 @@ class Engine:
         check_http_config(self._config.server)
         adapters_at_start(self._config.adapter)
         try:
-            self._group.start(engine_processes(self._config, self._worker_command), self._config)
+            self._group.start(self._specs(), self._config)
             weakref.finalize(self, self._group.stop, STOP_TIMEOUT_S)
             self._await_ready(time.monotonic() + timeout_s)
         except BaseException:

@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 
 import zmq
@@ -11,7 +12,7 @@ from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
-from loraplex.engine.ipc.channel import DealerChannel, frontend_identity
+from loraplex.engine.ipc.channel import Channel, DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
@@ -64,7 +65,7 @@ def run(child: Child) -> None:
     if info is not None:
         frontend = Frontend(
             config,
-            name=_seed_salt(child.start),
+            name=seed_salt(child.start),
             info=info,
             codec=codec,
             scheduler=scheduler,
@@ -85,16 +86,21 @@ def run(child: Child) -> None:
 def serve(
     child: Child,
     frontend: Frontend,
-    scheduler: DealerChannel,
+    scheduler: Channel,
     clients: ClientSocket,
     poller: zmq.Poller,
+    *,
+    before_wait: Callable[[], float | None] = lambda: None,
 ) -> None:
-    """Serve clients until the engine ends, then send the reason to every client that waits."""
+    """Serve clients until the engine ends, then send the reason to every client that waits.
+
+    `before_wait` is called in each turn; it returns the most seconds to wait, or None.
+    """
     next_tick = time.monotonic()
     while not child.stopping:
         tick_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
-        waits = [wait for wait in (tick_s, frontend.flush_due_s) if wait is not None]
-        wait_s = min(waits, default=None)
+        waits = (tick_s, frontend.flush_due_s, before_wait())
+        wait_s = min((wait for wait in waits if wait is not None), default=None)
         poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
         child.activity.begin()
         child.wakeup.clear()
@@ -115,7 +121,7 @@ def serve(
     frontend.close()
 
 
-def _seed_salt(start: ChildStart) -> str:
+def seed_salt(start: ChildStart) -> str:
     """Returns a text that no other frontend has, so that seeds do not repeat after a restart."""
     return f"{start.name} restart {start.incarnation}" if start.incarnation else start.name
 

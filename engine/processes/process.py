@@ -18,14 +18,18 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStart,
 )
 
+Environment = tuple[tuple[str, str], ...]
+"""Variables and their values."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to start. `kind` is "frontend", "http", "scheduler" or "worker"."""
+    """A process to start. `kind` is "frontend", "http", "router", "scheduler" or "worker"."""
 
     kind: str
     index: int
     command: list[str]
+    environment: Environment = ()  # besides the supervisor's
 
     @property
     def name(self) -> str:
@@ -66,7 +70,7 @@ class Process:
                 stdout=2,  # the caller's own output must not mix with the children's
                 pass_fds=(writer,),
                 start_new_session=True,
-                env=child_environment(),
+                env=child_environment() | dict(spec.environment),
             )
         except OSError as error:
             os.close(reader)

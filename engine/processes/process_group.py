@@ -27,7 +27,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStatus,
     Shutdown,
 )
-from loraplex.engine.processes.process import Process, ProcessSpec
+from loraplex.engine.processes.process import Environment, Process, ProcessSpec
 from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
 from loraplex.engine.processes.watchdog import LOOK_S, Watchdog
 
@@ -37,15 +37,23 @@ DEATH_GRACE_S = 3.0  # for the other processes to end once one has died
 KILL_WAIT_S = 5.0  # for the kernel to end a process that was killed
 PEER_WAIT_S = 0.5  # a process that fails because its peer is gone waits for the peer's own end
 
+CLIENT_KINDS = ("frontend", "http", "router")
+"""Processes that serve clients. They are stopped first and, once up, started again."""
+
 HTTP_MODULE = "loraplex.entrypoints.http.main"
 
 logger = logging.getLogger("loraplex")
 
 
 def engine_processes(
-    config: EngineConfig, worker_command: list[str] | None = None
+    config: EngineConfig,
+    worker_command: list[str] | None = None,
+    environment: Environment = (),
 ) -> list[ProcessSpec]:
-    """Returns one scheduler, a worker for each rank, a frontend, and one for HTTP if configured."""
+    """Returns one scheduler, a worker for each rank, a frontend, and one for HTTP if configured.
+
+    Workers get the variables of `environment` too.
+    """
     if not sys.executable:
         raise ConfigError("there is no Python executable to start the engine's processes with")
 
@@ -57,7 +65,7 @@ def engine_processes(
     worker = worker_command or module("worker")
     return [
         *(
-            ProcessSpec("worker", rank, worker)
+            ProcessSpec("worker", rank, worker, environment)
             for rank in range(config.parallel.tensor_parallel_size)
         ),
         ProcessSpec("scheduler", 0, module("scheduler")),
@@ -119,7 +127,7 @@ class ProcessGroup:
     def allow_restarts(self) -> None:
         """From now on the end of a frontend does not end the engine."""
         self._restarts = {
-            process.spec.name: RestartPolicy() for process in self.of_kind("frontend", "http")
+            process.spec.name: RestartPolicy() for process in self.of_kind(*CLIENT_KINDS)
         }
 
     @property
@@ -240,7 +248,7 @@ class ProcessGroup:
 
     def _end_all(self, last_message: object, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        frontends = self.of_kind("frontend", "http")
+        frontends = self.of_kind(*CLIENT_KINDS)
         for process in frontends:
             process.send(last_message)
         _await_exits(frontends, min(deadline, time.monotonic() + FRONTEND_GRACE_S))

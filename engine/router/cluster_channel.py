@@ -20,6 +20,7 @@ from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
     AdapterCommand,
     AdapterReply,
+    EngineInfo,
     FrontendHello,
     ReplyRows,
     ReportLoad,
@@ -48,6 +49,7 @@ class ClusterChannel:
 
     Attributes:
         book: the unfinished sequences. Callers only read it.
+        info: limits of the engines, as the first one told them; None before.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ClusterChannel:
     ) -> None:
         """`name` tells engines a router that has restarted from another router."""
         self.book = RequestBook()
+        self.info: EngineInfo | None = None
         self._name = name
         self._placement = placement
         self._block_tokens = block_tokens
@@ -75,6 +78,7 @@ class ClusterChannel:
         self._adapters = AdapterBook()
         self._broadcasts = Broadcasts()
         self._engines: dict[str, Channel] = {}
+        self._num_lost_engines = 0
         self._heard_at: dict[str, float] = {}
         self._own_ids = itertools.count(-1, -1)  # of the router's own commands
         self._asked: dict[int, tuple[str, str]] = {}  # own id -> engine, name whose hash it tells
@@ -100,6 +104,7 @@ class ClusterChannel:
         """Sends the requests of an engine that is gone elsewhere. Unknown ids do no harm."""
         if self._engines.pop(engine_id, None) is None:
             return
+        self._num_lost_engines += 1
         del self._heard_at[engine_id]
         self._view.remove(engine_id)
         self._asked = {key: at for key, at in self._asked.items() if at[0] != engine_id}
@@ -189,6 +194,8 @@ class ClusterChannel:
                 outputs = self.book.on_outputs(message)
                 if outputs is not None:
                     self._answers.append(outputs)
+            case EngineInfo():
+                self.info = self.info or message
             case EngineReport():
                 self._view.apply(engine_id, message, self._clock())
             case ReplyRows() | StatsReply():
@@ -207,7 +214,19 @@ class ClusterChannel:
         self._answer(self._broadcasts.on_reply(engine_id, reply))
 
     def _answer(self, answer: Answer) -> None:
+        for message in answer:
+            if isinstance(message, StatsReply):
+                message.stats["router"] = self._stats()
         self._answers.extend(answer)
+
+    def _stats(self) -> dict[str, int]:
+        return {
+            "unfinished": len(self.book),
+            "waiting": self.book.num_waiting,
+            "moves": self.book.num_moves,
+            "recomputed_tokens": self.book.num_recomputed_tokens,
+            "lost_engines": self._num_lost_engines,
+        }
 
     def _give_up_silent(self) -> None:
         now = self._clock()
