@@ -123,9 +123,14 @@ def add_flags(
         )
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, *, offline: bool) -> None:
-    """Add a group for each part of EngineConfig; `offline` leaves out what concerns clients."""
-    hidden = OFFLINE_HIDDEN if offline else ()
+def add_engine_flags(
+    parser: argparse.ArgumentParser, *, offline: bool, hidden: Sequence[str] = ()
+) -> None:
+    """Add a group for each part of EngineConfig; `offline` leaves out what concerns clients.
+
+    `hidden` names more parts and fields that get no flags.
+    """
+    hidden = (*hidden, *(OFFLINE_HIDDEN if offline else ()))
     parts = typing.get_type_hints(EngineConfig)
     for name, title in GROUPS.items():
         if name not in hidden:

@@ -8,6 +8,7 @@ import loraplex
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.adapters import add_adapters
 from loraplex.entrypoints.cli.bench import add_bench
+from loraplex.entrypoints.cli.cluster import add_cluster
 from loraplex.entrypoints.cli.command import add_log_level, run_command
 
 
@@ -22,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
         title="commands", metavar="COMMAND", required=True, parser_class=flags.FlagParser
     )
     _add_serve(commands)
+    add_cluster(commands)
     _add_generate(commands)
     add_adapters(commands)
     add_bench(commands)

@@ -39,13 +39,14 @@ CLIENT = [
 ]  # fmt: skip
 BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--plot", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
+SERVED = [
+    *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--insecure",
+    "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
+    "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
+]  # fmt: skip
 FROZEN = {
-    "serve": [
-        *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--http",
-        "--insecure", "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
-        "--max-requests-per-client",
-        "--no-insecure", "--served-model-name", "--server-secret-key-file", "--log-level",
-    ],
+    "serve": [*SERVED, "--http", "--served-model-name"],
+    "cluster": [*SERVED, "--engines", "--placement"],
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",

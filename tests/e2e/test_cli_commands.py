@@ -90,12 +90,12 @@ def test_configuration_errors(
 
 @contextmanager
 def server(
-    tmp_path: Path, *arguments: str, command: Sequence[str] = COMMAND
+    tmp_path: Path, *arguments: str, command: Sequence[str] = COMMAND, verb: str = "serve"
 ) -> Iterator["tuple[subprocess.Popen[str], str, str]"]:
     """A server, its endpoint and its output until it was ready. It is killed at the end."""
     endpoint = f"ipc://{tmp_path}/s"
     process = subprocess.Popen(
-        [*command, "serve", *SMALL, "--endpoint", endpoint, *arguments],
+        [*command, verb, *SMALL, "--endpoint", endpoint, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -172,3 +172,18 @@ def test_serve_fails_with_a_dead_worker(tmp_path: Path) -> None:
         assert "worker 0" in err
         assert "SIGKILL" in err
         assert_gone(children)
+
+
+def test_cluster_of_real_engines_answers_as_one(tmp_path: Path) -> None:
+    options = ("--engines", "2", "--adapter-dir", str(ADAPTERS))
+    with server(tmp_path, *options, verb="cluster") as (process, endpoint, said):
+        assert "2, placement affinity" in said
+        children = children_of(process)
+        with Client(endpoint) as client:
+            messages = [{"role": "user", "content": QUESTION}]
+            params = SamplingParams(temperature=0.0, max_tokens=10)
+            assert list(client.chat(messages, params))[-1].outputs[0].text == ANSWER
+            (last,) = client.chat(messages, params, adapter="pirate", stream=False)
+            assert last.outputs[0].text != ANSWER
+            assert len(client.stats()["engines"]) == 2
+        stop(process, signal.SIGINT, children)

@@ -1,0 +1,76 @@
+"""`loraplex cluster`: run several engines of one machine behind one endpoint."""
+
+import argparse
+import signal
+import sys
+import threading
+from types import FrameType
+
+from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.cli.command import add_log_level
+from loraplex.scheduler.placement.placement import POLICIES
+
+HIDDEN = ("http", "served_model_name")  # a cluster has no HTTP server yet
+
+
+def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "cluster",
+        usage="loraplex cluster --engines N [FLAGS]",
+        help="serve clients by several engines of this machine",
+        description="Serve clients over ZeroMQ by several engines of this machine, behind one "
+        "endpoint, until Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its "
+        "own. If one dies, its requests go on elsewhere.",
+    )
+    parser.add_argument("--engines", type=int, required=True, metavar="N", help="engines to start")
+    parser.add_argument(
+        "--placement",
+        choices=POLICIES,
+        default="affinity",
+        help="which engine gets a request: affinity (few engines for each adapter, then the "
+        "soonest first token), consolidate (the fullest that keeps --ttft-slo-s), least_loaded, "
+        "random (default: %(default)s)",
+    )
+    add_log_level(parser)
+    flags.add_engine_flags(parser, offline=False, hidden=HIDDEN)
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if the router died for good."""
+    from loraplex.engine.adapters.paths import adapters_at_start
+    from loraplex.engine.cluster.engine_cluster import EngineCluster
+    from loraplex.entrypoints.cli.serve import describe
+    from loraplex.entrypoints.offline.progress import ProgressLine
+
+    interrupted = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+
+    config = flags.engine_config_of(args)
+    num_adapters = len(adapters_at_start(config.adapter))
+    progress = ProgressLine()
+    cluster = EngineCluster(
+        config, num_engines=args.engines, placement=args.placement, on_progress=progress
+    )
+    try:
+        cluster.start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        progress.close()
+        engines = cluster.engines
+        info = next(iter(engines.values())).info
+        lines = describe(cluster.endpoint, config, info, num_adapters)
+        lines.insert(1, f"  {'engines':<9} {len(engines)}, placement {args.placement}; each has:")
+        print("\n".join(lines), flush=True)
+        while not interrupted.is_set() and cluster.wait(0.5) is None:
+            pass
+    finally:
+        progress.close()
+        cluster.stop()
+    if cluster.dead_reason:
+        print(f"loraplex: error: {cluster.dead_reason}", file=sys.stderr)
+        return 1
+    return 0
