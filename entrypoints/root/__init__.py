@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # type checkers do not follow __getattr__
     from loraplex.entrypoints.client.outputs import CompletionOutput as CompletionOutput
     from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
     from loraplex.entrypoints.client.sync_client import Client as Client
+    from loraplex.entrypoints.offline.cluster import Cluster as Cluster
     from loraplex.entrypoints.offline.llm import LLM as LLM
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOMES = {
     "LoRARequest": "loraplex.entrypoints.client.lora_request",
     "RequestOutput": "loraplex.entrypoints.client.outputs",
     "CompletionOutput": "loraplex.entrypoints.client.outputs",
+    "Cluster": "loraplex.entrypoints.offline.cluster",
     "Client": "loraplex.entrypoints.client.sync_client",
     "AsyncClient": "loraplex.entrypoints.client.async_client",
 }
