@@ -16,7 +16,14 @@ from loraplex.entrypoints.client.outputs import CompletionOutput, RequestOutput
 PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```.*?^```|`[^`\n]+`", PAGE, re.DOTALL | re.MULTILINE)
 WORDS = set(re.findall(r"\w+", " ".join(CODE)))
-CLASSES = [loraplex.LLM, loraplex.Client, loraplex.AsyncClient, loraplex.LoRARequest, Engine]
+CLASSES = [
+    loraplex.LLM,
+    loraplex.Client,
+    loraplex.AsyncClient,
+    loraplex.LoRARequest,
+    loraplex.Cluster,
+    Engine,
+]
 
 
 def _members(cls: type) -> Iterator[tuple[str, object]]:
