@@ -113,7 +113,7 @@ class Request(AddRequest, eq=False, tag=None):
 
     @property
     def is_resumed(self) -> bool:
-        """Whether another engine has begun it."""
+        """Tells whether another engine has begun it."""
         return bool(self.generated_token_ids)
 
     @property

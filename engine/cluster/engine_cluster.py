@@ -188,8 +188,9 @@ class EngineCluster:
                     slot.index, self._config.parallel.tensor_parallel_size
                 ),
             )
+            slot.latest = engine
             engine.start()
-        except LoraplexError as error:
+        except (LoraplexError, OSError) as error:
             if not slot.started.is_set():
                 slot.failure = error
                 slot.started.set()
@@ -230,7 +231,8 @@ class _Slot:
         self.num_starts = 0
         self.engine: Engine | None = None
         self.draining = False
-        self.failure: LoraplexError | None = None  # of the first start
+        self.latest: Engine | None = None  # started last; it may not be up
+        self.failure: Exception | None = None  # of the first start
         self.started = threading.Event()  # the first start has succeeded or failed
 
     @property
@@ -243,6 +245,5 @@ def _stop(router: ProcessGroup, slots: list[_Slot], stopping: threading.Event) -
     stopping.set()
     router.stop(STOP_TIMEOUT_S)
     for slot in slots:
-        engine = slot.engine
-        if engine is not None:
-            engine.stop()
+        if slot.latest is not None:
+            slot.latest.stop()

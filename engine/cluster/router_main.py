@@ -119,7 +119,12 @@ def run(child: Child) -> None:
         poller.register(clients.socket, zmq.POLLIN)
         child.activity.end()
         child.ready(endpoint=clients.endpoint)
-        serve(child, frontend, channel, clients, poller, before_wait=partial(links.follow, poller))
+
+        def before_wait() -> float:
+            wait_s = links.follow(poller)
+            return 0.0 if channel.has_answers else wait_s
+
+        serve(child, frontend, channel, clients, poller, before_wait=before_wait)
     clients.close()
     context.destroy(linger=LINGER_MS)
 

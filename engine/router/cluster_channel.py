@@ -82,6 +82,7 @@ class ClusterChannel:
         self._heard_at: dict[str, float] = {}
         self._own_ids = itertools.count(-1, -1)  # of the router's own commands
         self._asked: dict[int, tuple[str, str]] = {}  # own id -> engine, name whose hash it tells
+        self._asked_names: set[str] = set()
         self._answers: deque[Any] = deque()
 
     # Engines
@@ -107,7 +108,8 @@ class ClusterChannel:
         self._num_lost_engines += 1
         del self._heard_at[engine_id]
         self._view.remove(engine_id)
-        self._asked = {key: at for key, at in self._asked.items() if at[0] != engine_id}
+        for own_id in [key for key, (asked, _) in self._asked.items() if asked == engine_id]:
+            self._asked_names.discard(self._asked.pop(own_id)[1])
         attempts = self.book.recall(engine_id)
         logger.warning(
             "%s is lost (%s): %d requests go on elsewhere", engine_id, reason, len(attempts)
@@ -121,6 +123,11 @@ class ClusterChannel:
         attempts = self.book.recall(engine_id)
         if attempts:
             self._send_to(engine_id, channel, AbortRequests(attempts))
+
+    @property
+    def has_answers(self) -> bool:
+        """Tells whether receive() has something, though no engine sends."""
+        return bool(self._answers)
 
     @property
     def engine_ids(self) -> list[str]:
@@ -169,6 +176,7 @@ class ClusterChannel:
         request = self.book.add(message, now, self._adapters.source(message.adapter))
         num_tokens = request.num_tokens + message.sampling.max_tokens
         self._demand.observe(message.adapter, num_tokens, now)
+        self._dispatch()
 
     def _abort(self, request_ids: "array[int]") -> None:
         attempts: dict[str, array[int]] = {}
@@ -204,7 +212,8 @@ class ClusterChannel:
                 self._on_adapter_reply(engine_id, message)
 
     def _on_adapter_reply(self, engine_id: str, reply: AdapterReply) -> None:
-        self._asked.pop(reply.command_id, None)
+        if reply.command_id in self._asked:
+            self._asked_names.discard(self._asked.pop(reply.command_id)[1])
         command = self._broadcasts.command(reply.command_id)
         if command is not None and not reply.error:
             self._adapters.on_done(command)
@@ -233,7 +242,8 @@ class ClusterChannel:
         for engine_id, heard_at in list(self._heard_at.items()):
             if now - heard_at > GIVE_UP_S:
                 self.lose_engine(engine_id, f"no message for {GIVE_UP_S:g} s")
-        if self._engines or not self.book.num_waiting:
+        is_open = any(not self._view.is_draining(engine_id) for engine_id in self._engines)
+        if is_open or not self.book.num_waiting:
             return
         for request in self.book.waiting_since(now - NO_ENGINE_S):
             self.book.end(request.message.request_id)
@@ -280,9 +290,9 @@ class ClusterChannel:
 
     def _ask_for_hash(self, engine_id: str, name: str) -> None:
         """Asks for the content hash of a name once; residency is reported by hash."""
-        if not name or self._adapters.content_hash(name):
+        if not name or name in self._asked_names or self._adapters.content_hash(name):
             return
-        if all(name != asked for _, asked in self._asked.values()):
-            own_id = next(self._own_ids)
-            self._asked[own_id] = (engine_id, name)
-            self._tell(engine_id, AdapterCommand(own_id, "list", name))
+        own_id = next(self._own_ids)
+        self._asked[own_id] = (engine_id, name)
+        self._asked_names.add(name)
+        self._tell(engine_id, AdapterCommand(own_id, "list", name))

@@ -55,6 +55,10 @@ class ClusterView:
         """Place nothing on an engine any more, from its first report on."""
         self._draining.add(engine_id)
 
+    def is_draining(self, engine_id: str) -> bool:
+        """Tells whether drain() was called for an engine."""
+        return engine_id in self._draining
+
     def on_sent(self, engine_id: str, request: PlacementRequest) -> None:
         """Count a request that goes to an engine."""
         engine = self._engines[engine_id]
@@ -84,5 +88,5 @@ class ClusterView:
             age_seconds=now - engine.reported_at,
             cold_load_seconds=report.cold_load_seconds,
             load_seconds=engine.load_seconds,
-            draining=engine_id in self._draining,
+            draining=self.is_draining(engine_id),
         )

@@ -169,6 +169,25 @@ def test_requests_wait_for_an_engine_and_fail_only_after_a_long_time_without() -
     assert cluster.outputs[1][-1].error_code == "engine_dead"
 
 
+def test_a_request_reaches_an_engine_at_once() -> None:
+    cluster = RoutedEngines(1)
+    cluster.turn()
+    cluster.add(ask(0, [1, 2, 3], max_tokens=4))
+    (engine,) = cluster.engines.values()
+    engine.turn()
+    assert engine.scheduler.num_unfinished == 1
+
+
+def test_requests_that_only_drained_engines_could_take_fail_after_a_long_time() -> None:
+    cluster = RoutedEngines(1)
+    cluster.turn()
+    cluster.channel.drain_engine(cluster.channel.engine_ids[0])
+    cluster.add(ask(0, [1, 2, 3], max_tokens=4))
+    for _ in range(70):
+        cluster.turn(1.0)
+    assert cluster.outputs[0][-1].error_code == "engine_dead"
+
+
 def test_new_engines_get_the_names_and_answers_are_merged(adapters: list[AdapterSource]) -> None:
     cluster = RoutedEngines(2)
     register(cluster, adapters[:1])
