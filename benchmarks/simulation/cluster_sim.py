@@ -123,7 +123,7 @@ def show(case: Case, row: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Simulate placement over a cluster.")
-    parser.add_argument("parts", nargs="*", choices=("slora", "day"), help="traces made here")
+    parser.add_argument("parts", nargs="*", metavar="{slora,day}", help="traces made here")
     parser.add_argument("--rates", type=float, nargs="+", default=[320.0, 480.0, 560.0],
                         help="slora: requests a second (default: %(default)s)")  # fmt: skip
     parser.add_argument("--trace", type=Path, help="a trace file, sped up to --rate")
@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "cluster_sim.jsonl",
                         help="append JSON lines to this file (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
+    if unknown := set(options.parts) - {"slora", "day"}:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: use slora, day or both")
     if options.trace and not options.rate:
         parser.error("--trace needs --rate, in requests a second")
     print(NOTE)
