@@ -9,6 +9,7 @@ from loraplex.scheduler.placement.rendezvous import rank_engines
 
 LOAD_BOUND = 1.25  # times the mean load
 LIGHT_FILL = 0.125  # an engine filled less is never too loaded for affinity
+LATE_SHARE = 0.01  # of the objective: an engine that is later than the soonest by more is too busy
 
 Policy = Callable[[PlacementRequest, Sequence[EngineSummary], Random], EngineSummary]
 
@@ -23,14 +24,13 @@ def affinity(
     """
     mean = sum(engine.fill for engine in able) / len(able)
     bound = max(LIGHT_FILL, LOAD_BOUND * mean)
-    by_id = {engine.engine_id: engine for engine in able if engine.fill <= bound}
-    ranked = list(by_id)
+    light = {engine.engine_id: engine for engine in able if engine.fill <= bound}
+    seconds = {key: request.first_token_seconds(engine) for key, engine in light.items()}
+    latest = min(seconds.values()) + LATE_SHARE * request.objective_s
+    ranked = [key for key in light if seconds[key] <= latest]
     if home := request.home or request.content_hash:
-        ranked = rank_engines(home, by_id)[: max(1, request.num_candidates)]
-    return min(
-        (by_id[engine_id] for engine_id in ranked),
-        key=lambda engine: (request.first_token_seconds(engine), engine.occupancy),
-    )
+        ranked = rank_engines(home, ranked)[: max(1, request.num_candidates)]
+    return light[min(ranked, key=lambda key: (seconds[key], light[key].occupancy))]
 
 
 def consolidate(

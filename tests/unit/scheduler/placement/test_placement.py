@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from loraplex.scheduler.placement.placement import POLICIES, place
-from loraplex.scheduler.placement.placement_policies import LIGHT_FILL, LOAD_BOUND
+from loraplex.scheduler.placement.placement_policies import LATE_SHARE, LIGHT_FILL, LOAD_BOUND
 from loraplex.scheduler.placement.placement_request import PlacementRequest
 from loraplex.scheduler.placement.rendezvous import rank_engines
 
@@ -65,10 +65,14 @@ def test_affinity_never_goes_beyond_the_load_bound() -> None:
         able = [e for e in engines if not e.draining and e.age_seconds <= 1.0 and not e.is_full(2)]
         if not able:
             continue
-        name = chosen(PlacementRequest(f"a{random.random()}", 64, 2), engines, "affinity")
-        fill = next(e.fill for e in able if e.engine_id == name)
-        mean = sum(e.fill for e in able) / len(able)
-        assert fill <= max(LIGHT_FILL, LOAD_BOUND * mean)
+        request = PlacementRequest(f"a{random.random()}", 64, 2)
+        name = chosen(request, engines, "affinity")
+        engine = next(e for e in able if e.engine_id == name)
+        bound = max(LIGHT_FILL, LOAD_BOUND * sum(e.fill for e in able) / len(able))
+        assert engine.fill <= bound
+        soonest = min(request.first_token_seconds(e) for e in able if e.fill <= bound)
+        late = request.first_token_seconds(engine) - soonest
+        assert late <= LATE_SHARE * request.objective_s
 
 
 def test_affinity_keeps_to_one_engine_while_all_are_nearly_empty() -> None:
