@@ -5,7 +5,7 @@ python benchmarks/simulation/cluster_panels.py cluster_sim.jsonl cluster_sim.svg
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from cluster_sim import COMPARED, NOTE
 Row = dict[str, Any]
 
 
-def by_rate(rows: Sequence[Row], value: str, *, scale: float = 1.0) -> list[Line]:
+def by_rate(rows: Sequence[Row], value: Callable[[Row], float]) -> list[Line]:
     """Returns one line for each placement: a value of S-LoRA's trace by rate."""
     lines = []
     for placement in COMPARED:
         points = sorted(
-            (row["trace"]["rate"], scale * row[value])
+            (row["trace"]["rate"], value(row))
             for row in rows
             if row["part"] == "slora" and row["placement"] == placement
         )
@@ -51,9 +51,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     panels = [
-        Panel("Loads in the second half", "requests/s", "adapter loads",
-              by_rate(rows, "adapter_loads_second_half")),
-        Panel("First token, p99", "requests/s", "ms", by_rate(rows, "ttft_p99_s", scale=1e3)),
+        Panel("Adapter loads, second half of a run", "requests/s", "% of requests",
+              by_rate(rows, lambda row: 200 * row["adapter_loads_second_half"] / row["requests"])),
+        Panel("First token, p99", "requests/s", "ms",
+              by_rate(rows, lambda row: 1e3 * row["ttft_p99_s"])),
         Panel("Engines in use over a day's curve", "s", "engines", engines_in_use(rows)),
     ]  # fmt: skip
     draw(panels, options.plot, caption=NOTE)
