@@ -1,7 +1,7 @@
 """One sequence's place in its grammar."""
 
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 from llguidance import LLMatcher
@@ -48,11 +48,17 @@ class GrammarMatcher:
         self._run(partial(self._advance, token_id))
 
     def _advance(self, token_id: int) -> None:
-        self._num_tokens += 1
-        if self._matcher.consume_token(token_id):
+        if self.consume([token_id]):
             self.compute_mask()
-        else:
-            self.on_error(describe_error(self._matcher.get_error()))
+
+    def consume(self, token_ids: Iterable[int]) -> bool:
+        """Take tokens without computing a mask. Returns False after an error."""
+        for token_id in token_ids:
+            self._num_tokens += 1
+            if not self._matcher.consume_token(token_id):
+                self.on_error(describe_error(self._matcher.get_error()))
+                return False
+        return True
 
     def compute_mask(self) -> None:
         """Set `mask` for the tokens so far."""

@@ -106,7 +106,8 @@ class GrammarQueue:
             run=self._run,
             on_error=errors.append,
         )
-        matcher.compute_mask()
+        if matcher.consume(request.generated_token_ids):
+            matcher.compute_mask()
         matcher.on_error = partial(self._fail, request.uid)
         request.constraint = matcher
         self._finish(request, f"structured_outputs: {errors[0]}" if errors else "")

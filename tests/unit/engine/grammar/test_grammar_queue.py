@@ -45,6 +45,7 @@ class Engine:
         min_tokens: int = 0,
         stop_ids: tuple[int, ...] = (STOP,),
         client: bytes = b"",
+        generated: tuple[int, ...] = (),
         **form: Any,
     ) -> Request:
         self._num_requests += 1
@@ -53,6 +54,7 @@ class Engine:
             prompt_token_ids=array("i", [5]),
             sampling=sampling_spec(stop_token_ids=array("i", stop_ids)),
             client=client,
+            generated_token_ids=array("i", generated),
             grammar=StructuredOutputsParams(**form).to_grammar(min_tokens),
         )
         self.queue.add(request)
@@ -139,6 +141,19 @@ def test_min_tokens_keeps_stop_ids_away_until_only_they_are_left(engine: Engine)
     assert ended.constraint is not None
     ended.constraint.advance(a)
     assert engine.allowed(ended) == [STOP]
+
+
+def test_an_answer_that_another_engine_has_begun_goes_on_in_its_grammar(engine: Engine) -> None:
+    a, b = (engine.tokenizer.encode(text, add_special_tokens=False)[-1] for text in "ab")
+    whole = engine.compile(regex="a{2}b{2}", min_tokens=3)
+    taken: tuple[int, ...] = ()
+    for token_id in (a, a, b):
+        assert whole.constraint is not None
+        whole.constraint.advance(token_id)
+        taken += (token_id,)
+        resumed = engine.compile(regex="a{2}b{2}", min_tokens=3, generated=taken)
+        assert engine.allowed(resumed) == engine.allowed(whole)
+    assert "structured_outputs" in engine.error_of(regex="a{2}b{2}", generated=(b,))
 
 
 def test_equal_grammars_share_no_state(engine: Engine) -> None:
