@@ -8,20 +8,20 @@ from loraplex.engine.tokenizer.chat_template import ChatTemplate
 _CALL = {
     "id": "abcdefghi",  # Mistral's templates want nine characters
     "type": "function",
-    "function": {"name": "probe_function", "arguments": {"probe_argument": 1}},
+    "function": {"name": "probe_call", "arguments": {"probe_argument": 1}},
 }
 _TOOL = {
     "type": "function",
     "function": {
         "name": "probe_function",
         "description": "A probe.",
-        "parameters": {"type": "object", "properties": {"probe_argument": {"type": "integer"}}},
+        "parameters": {"type": "object", "properties": {}},
     },
 }
 _CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "A question."},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-    {"role": "tool", "tool_call_id": "abcdefghi", "name": "probe_function", "content": "1"},
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "probe_call", "content": "1"},
 ]
 _MARKS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ('"parameters"', "llama3_json"))
 
@@ -38,9 +38,10 @@ def find_parser(template: ChatTemplate | None) -> str:
             text = template.render(chat, add_generation_prompt=False, tools=[_TOOL])
         except ClientError:
             continue
-        at = text.rfind("probe_argument")
-        begin = max(text.rfind(word, 0, at) for word in ("A question.", "A probe."))
-        call = text[begin : at + 100] if begin >= 0 else text
+        begin, end = text.rfind("A question."), text.find("probe_argument")
+        call = text[max(begin, 0) : end]
+        if end < 0 or "probe_call" not in call:
+            continue  # it leaves calls out, or writes them in another way
         for mark, name in _MARKS:
             if mark in call:
                 return name

@@ -20,13 +20,17 @@ Part = str | ToolCall
 
 
 def call_from(value: Any) -> ToolCall | None:
-    """Returns the call of {"name", "arguments" or "parameters"}, None if it is no such object.
+    """Returns the call of {"name", and "arguments" or "parameters"}, None if it is no such object.
 
-    Arguments that are the text of a JSON object are that object; without any there are none.
+    Arguments that are the text of a JSON object are that object; null is none. Other keys, a number
+    that JSON does not have, or half a character make it no call: it is passed on as text then.
     """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments = value.get("arguments", value.get("parameters"))
+    keys = value.keys() - {"name", "id", "type"}
+    if len(keys) != 1 or not keys <= {"arguments", "parameters"}:
+        return None
+    (arguments,) = (value[key] for key in keys)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
@@ -36,7 +40,12 @@ def call_from(value: Any) -> ToolCall | None:
         arguments = {}
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (value["name"] + text).encode()
+    except ValueError:
+        return None
+    return ToolCall(value["name"], text)
 
 
 def read_json(text: str, start: int) -> tuple[Any, int] | None:

@@ -150,6 +150,11 @@ def test_the_format_is_found_in_the_template(name: str) -> None:
     assert formats.use_of(body(tools=None)) == ToolUse()
 
 
+def test_tools_that_a_template_lists_are_no_calls() -> None:
+    listed = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert find_parser(ChatTemplate(listed, {})) == ""
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
