@@ -5,6 +5,7 @@ broken can be passed on as text: no character is lost, however the text is cut.
 """
 
 import re
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from loraplex.entrypoints.http.tools.tool_call import (
@@ -107,7 +108,7 @@ class HermesParser:
             self._output.call(call)
 
 
-class _WholeAnswerParser:
+class _WholeAnswerParser(ABC):
     """Holds an answer back once a mark of calls has come, and reads that part at its end."""
 
     MARK = ""
@@ -143,9 +144,9 @@ class _WholeAnswerParser:
         self._held = ""
         return self._output.take(at_end=True)
 
+    @abstractmethod
     def _read(self, text: str) -> list[ToolCall] | None:
         """Returns the calls of a text that holds nothing else; None if it holds anything else."""
-        raise NotImplementedError
 
 
 class Llama3Parser(_WholeAnswerParser):
