@@ -1,6 +1,7 @@
 """Names an adapter in a request; the class and its fields are vLLM's."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,21 +14,27 @@ class LoRARequest:
     Without a path, the name must be registered, and the request gets what it means.
 
     `lora_int_id` is accepted for compatibility with vLLM and must be positive. loraplex tells
-    adapters apart by name and by the hash of their content.
+    adapters apart by name and by the hash of their content. `base_model_name` is accepted too, and
+    read by nothing: the engine has one base model. `lora_path` may be a path object.
     """
 
     lora_name: str
     lora_int_id: int = 1
     lora_path: str = ""
-    load_inplace: bool = False
+    base_model_name: str | None = None
+    load_inplace: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
             raise ValueError(f"lora_name must be a non-empty string, got {self.lora_name!r}")
         if not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
             raise ValueError(f"lora_int_id must be a positive integer, got {self.lora_int_id!r}")
+        if isinstance(self.lora_path, os.PathLike):
+            object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         if not isinstance(self.lora_path, str):
-            raise TypeError(f"lora_path must be a string, got {self.lora_path!r}")
+            raise TypeError(f"lora_path must be a string or a path, got {self.lora_path!r}")
+        if not isinstance(self.base_model_name, str | None):
+            raise TypeError(f"base_model_name must be a string, got {self.base_model_name!r}")
 
     @property
     def name(self) -> str:

@@ -126,7 +126,8 @@ class LLM:
         Each result holds the whole answer: `output_kind` is ignored.
 
         Args:
-            prompts: one prompt or a list: text, {"prompt": text} or {"prompt_token_ids": [...]}.
+            prompts: one prompt or a list: text, token ids, {"prompt": text} or
+                {"prompt_token_ids": [...]}.
                 A map may have a "cache_salt": prompts share cached work only under equal salts.
             sampling_params: one for all prompts or one each; the model's defaults if None.
             use_tqdm: True for a progress bar, or a function that makes one.

@@ -8,13 +8,14 @@ from dataclasses import fields
 from typing import Any, TypedDict
 
 from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.offline.vllm_keywords import ADVICE, translated
 
 
 class LLMOptions(TypedDict, total=False):
     """The fields of EngineConfig except the server's; see `loraplex serve -h`.
 
     `enable_lora` and `max_loras` are vLLM's names: adapters are always enabled, and `max_loras` is
-    `max_adapter_slots`.
+    `max_adapter_slots`. More of vLLM's keywords work: see docs/reference/vllm.md.
     """
 
     tokenizer: str
@@ -65,28 +66,6 @@ class LLMOptions(TypedDict, total=False):
 
 _PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "process", "graph",
           "profile")  # fmt: skip
-_ALIASES = {"max_loras": "max_adapter_slots"}
-_ELSEWHERE = {
-    "block_size": "use block_tokens",
-    "cpu_offload_gb": "weights stay on the device; leave it out",
-    "download_dir": "nothing is downloaded: give a local folder as model",
-    "fully_sharded_loras": "leave it out",
-    "hf_token": "nothing is downloaded: give a local folder as model",
-    "kv_cache_memory_bytes": "use pool_bytes",
-    "lora_dtype": "adapters have the model's type; leave it out",
-    "max_cpu_loras": "use adapter_host_bytes",
-    "disable_log_stats": "leave it out",
-    "enable_chunked_prefill": "it is always on; leave it out",
-    "num_gpu_blocks_override": "use num_pages",
-    "pipeline_parallel_size": "use tensor_parallel_size",
-    "revision": "nothing is downloaded: give a local folder as model",
-    "scheduling_policy": "use policy",
-    "quantization": "the format is read from the checkpoint; leave it out",
-    "swap_space": "preempted requests are recomputed; leave it out",
-    "tokenizer_mode": "leave it out",
-    "trust_remote_code": "code in a checkpoint never runs; leave it out",
-}
-"""Maps keywords of vLLM's class that LLM does not have to advice."""
 
 
 def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
@@ -104,9 +83,7 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
         raise ValueError(
             "adapters cannot be switched off: leave out enable_lora, they cost nothing until used"
         )
-    for alias, name in _ALIASES.items():
-        if alias in values:
-            values[name] = values.pop(alias)
+    values = translated(values)
     if "adapters" in values:
         values["adapters"] = _adapter_pairs(values["adapters"])
     parts = {}
@@ -126,8 +103,8 @@ def _adapter_pairs(adapters: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _unknown(name: str) -> str:
-    if name in _ELSEWHERE:
-        return f"LLM() has no keyword {name!r}: {_ELSEWHERE[name]}"
+    if name in ADVICE:
+        return f"LLM() has no keyword {name!r}: {ADVICE[name]}"
     known = list(typing.get_type_hints(LLMOptions))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"

@@ -1,14 +1,30 @@
 """Checks the prompts of an offline call and turns them into those of Client.submit."""
 
 import operator
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     from loraplex.engine.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | dict[str, Any]
-"""Text, or a map with "prompt" (text) or "prompt_token_ids"; the map may have a "cache_salt"."""
+
+class TextPrompt(TypedDict):
+    """A prompt of text; the class and its fields are vLLM's."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt of token ids, of which `prompt` is the text; it is ignored."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+Prompt = str | list[int] | Mapping[str, Any] | TextPrompt | TokensPrompt
+"""Text, token ids, or a map with "prompt" (text) or "prompt_token_ids", and a "cache_salt"."""
 
 Message = dict[str, Any]
 """One message of a conversation: "role" and "content"."""
@@ -22,7 +38,7 @@ def completion_prompts(prompts: Prompt | Sequence[Prompt]) -> list[dict[str, Any
     Raises:
         ValueError, TypeError: a prompt has unknown keys, is empty or of the wrong type.
     """
-    many = [prompts] if isinstance(prompts, str | dict) else prompts
+    many = [prompts] if isinstance(prompts, str | dict) or _is_token_ids(prompts) else prompts
     if not isinstance(many, Sequence):
         raise TypeError(f"prompts must be a prompt or a list of prompts, got {prompts!r:.80}")
     return [_completion_prompt(index, prompt) for index, prompt in enumerate(many)]
@@ -79,13 +95,19 @@ def rendered(prompt: dict[str, Any], tokenizer: "Tokenizer", chat_template: str)
     return {"prompt_token_ids": token_ids}
 
 
+def _is_token_ids(prompt: object) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], int)
+
+
 def _completion_prompt(index: int, prompt: object) -> dict[str, Any]:
     where = f"prompts[{index}]"
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
+    elif isinstance(prompt, list | tuple):
+        prompt = {"prompt_token_ids": prompt}
     if not isinstance(prompt, dict):
         raise TypeError(
-            f'{where} must be text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, '
+            f'{where} must be text, ids, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, '
             f"got {prompt!r:.80}"
         )
     given = {key: value for key, value in prompt.items() if value is not None}

@@ -55,6 +55,11 @@ def test_token_ids_and_numpy_integers(llm: LLM) -> None:
     ]
 
 
+def test_lists_of_ids_are_prompts(llm: LLM) -> None:
+    assert texts(llm, [5, 6]) == ["base:[5, 6]"]
+    assert texts(llm, [[5], [6, 7], "hi"]) == ["base:[5]", "base:[6, 7]", "base:hi"]
+
+
 def test_default_sampling_params_are_the_models_as_in_vllm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import typing
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
@@ -60,7 +61,7 @@ def test_defaults_are_the_configs() -> None:
     [
         ("max_model_length", "did you mean 'max_model_len'"),
         ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
-        ("block_size", "use block_tokens"),
+        ("pipeline_parallel_size", "use tensor_parallel_size"),
         ("quantization", "leave it out"),
         ("hf_token", "nothing is downloaded"),
         ("revision", "nothing is downloaded"),
@@ -70,7 +71,7 @@ def test_defaults_are_the_configs() -> None:
 )
 def test_unknown_keywords_name_the_nearest(name: str, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        engine_config_of("", {name: 1})
+        engine_config_of("", {name: 2})
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,26 @@ def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
 def test_adapters_must_be_a_map() -> None:
     with pytest.raises(TypeError, match="adapters must map names"):
         engine_config_of("", {"adapters": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [("half", "float16"), ("float", "float32"), (torch.bfloat16, "bfloat16"), ("auto", "auto")],
+)
+def test_dtypes_are_named_as_in_vllm(dtype: Any, name: str) -> None:
+    assert engine_config_of("", {"dtype": dtype}).model.dtype == name
+
+
+def test_vllms_keywords_are_renamed_or_ignored() -> None:
+    vllms = {
+        "block_size": 32, "num_gpu_blocks_override": 99, "max_loras": 7, "max_cpu_loras": 2,
+        "swap_space": 4, "enable_chunked_prefill": True, "trust_remote_code": True,
+        "quantization": None, "pipeline_parallel_size": 1, "tokenizer_mode": "auto",
+    }  # fmt: skip
+    own = {"block_tokens": 32, "num_pages": 99, "max_adapter_slots": 7}
+    assert engine_config_of("m", vllms) == engine_config_of("m", own)
+
+
+def test_a_keyword_and_its_alias_are_not_given_both() -> None:
+    with pytest.raises(ValueError, match="leave one out"):
+        engine_config_of("", {"max_loras": 3, "max_adapter_slots": 4})
