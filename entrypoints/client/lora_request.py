@@ -47,3 +47,8 @@ class LoRARequest:
     @property
     def path(self) -> str:
         return self.lora_path
+
+    @property
+    def absolute_path(self) -> str:
+        """The path as the engine's processes need it, which may run in another folder."""
+        return os.path.abspath(os.path.expanduser(self.lora_path)) if self.lora_path else ""

@@ -1,6 +1,5 @@
 """Pairs the prompts of an offline call with their parameters and adapters."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -69,11 +68,7 @@ def _spread(name: str, value: Any, kind: type[T], default: Any, num: int) -> lis
 
 
 def _with_absolute_path(adapter: LoRARequest | None) -> LoRARequest | None:
-    """Makes a path absolute, because the engine's processes may run in another folder."""
-    if adapter is None or not adapter.lora_path:
-        return adapter
-    path = os.path.abspath(os.path.expanduser(adapter.lora_path))
-    return replace(adapter, lora_path=path)
+    return adapter and replace(adapter, lora_path=adapter.absolute_path)
 
 
 def _check_paths(batch: Sequence[BatchRequest]) -> None:

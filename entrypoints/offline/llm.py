@@ -19,6 +19,7 @@ from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
+from loraplex.entrypoints.offline.llm_engine import LLMEngine
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
 from loraplex.entrypoints.offline.progress import BarFactory, BatchBar
@@ -82,6 +83,7 @@ class LLM:
         self._num_requests = 0
         self._tokenizer: Tokenizer | None = None
         self._engine = LocalEngine(config, in_process=in_process)
+        self._llm_engine: LLMEngine | None = None
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     @property
@@ -93,6 +95,13 @@ class LLM:
     def info(self) -> EngineInfo:
         """The engine's sizes: context, pages, devices, backends."""
         return self._engine.info
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The same engine step by step, with adapters by `lora_int_id`."""
+        if self._llm_engine is None:
+            self._llm_engine = LLMEngine(self._engine)
+        return self._llm_engine
 
     def get_tokenizer(self) -> "Tokenizer":
         """Returns the engine's tokenizer, with its chat template. The first call loads it."""
@@ -209,6 +218,8 @@ class LLM:
                 raise EngineDeadError("this LLM has been shut down: make a new one")
             if reason := self._engine.death():
                 raise EngineDeadError(reason)
+            if self._llm_engine is not None and self._llm_engine.has_unfinished_requests():
+                raise ValueError("llm_engine has unfinished requests: call its step() until none")
             bar = BatchBar(len(batch), use_tqdm if batch else False)
             indices: dict[str, int] = {}  # of the outstanding requests, by id
             try:
@@ -261,7 +272,7 @@ class LLM:
 
     def _new_request_id(self) -> str:
         self._num_requests += 1
-        return str(self._num_requests)
+        return f"llm-{self._num_requests}"
 
     def _submit(self, request: BatchRequest, request_id: str) -> None:
         """Sends a request that returns one output, at the end."""

@@ -22,12 +22,18 @@ if TYPE_CHECKING:  # type checkers do not follow __getattr__
     from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
     from loraplex.entrypoints.client.sync_client import Client as Client
     from loraplex.entrypoints.offline.cluster import Cluster as Cluster
+    from loraplex.entrypoints.offline.engine_args import AsyncEngineArgs as AsyncEngineArgs
+    from loraplex.entrypoints.offline.engine_args import EngineArgs as EngineArgs
     from loraplex.entrypoints.offline.llm import LLM as LLM
+    from loraplex.entrypoints.offline.llm_engine import LLMEngine as LLMEngine
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "loraplex.entrypoints.offline.llm",
+    "LLMEngine": "loraplex.entrypoints.offline.llm_engine",
+    "EngineArgs": "loraplex.entrypoints.offline.engine_args",
+    "AsyncEngineArgs": "loraplex.entrypoints.offline.engine_args",
     "SamplingParams": "loraplex.engine.frontend.sampling_params",
     "StructuredOutputsParams": "loraplex.engine.frontend.structured.structured_outputs",
     "RequestOutputKind": "loraplex.engine.frontend.sampling_params",
