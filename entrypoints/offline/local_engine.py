@@ -44,6 +44,7 @@ class LocalEngine:
         engine = Engine(config, on_progress=on_progress)
         engine.start()
         try:
+            self.endpoint = engine.endpoint
             self.client = Client(engine.endpoint)
         except BaseException:
             engine.stop()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # type checkers do not follow __getattr__
     from loraplex.entrypoints.client.outputs import CompletionOutput as CompletionOutput
     from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
     from loraplex.entrypoints.client.sync_client import Client as Client
+    from loraplex.entrypoints.offline.async_llm import AsyncLLM as AsyncLLM
     from loraplex.entrypoints.offline.cluster import Cluster as Cluster
     from loraplex.entrypoints.offline.engine_args import AsyncEngineArgs as AsyncEngineArgs
     from loraplex.entrypoints.offline.engine_args import EngineArgs as EngineArgs
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "loraplex.entrypoints.offline.llm",
+    "AsyncLLM": "loraplex.entrypoints.offline.async_llm",
     "LLMEngine": "loraplex.entrypoints.offline.llm_engine",
     "EngineArgs": "loraplex.entrypoints.offline.engine_args",
     "AsyncEngineArgs": "loraplex.entrypoints.offline.engine_args",

@@ -1,0 +1,91 @@
+"""Answers requests from asyncio code; class, methods and arguments are named as in vLLM."""
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.async_client import AsyncClient
+from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.outputs import RequestOutput
+from loraplex.entrypoints.offline.batch_request import make_batch
+from loraplex.entrypoints.offline.engine_args import EngineArgs
+from loraplex.entrypoints.offline.local_engine import LocalEngine
+from loraplex.entrypoints.offline.prompts import Prompt, completion_prompts
+
+
+class AsyncLLM:
+    """Starts an engine and streams answers. Use it from one event loop, in any number of tasks."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        """Takes over a started engine; from_engine_args() starts one."""
+        self._client = AsyncClient(engine.endpoint)
+        self._closing: asyncio.Task[None] | None = None
+        self._finalizer = weakref.finalize(self, engine.close)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> "AsyncLLM":
+        """Starts an engine, which blocks until it is ready.
+
+        vLLM's other arguments, such as usage_context, are ignored.
+
+        Raises:
+            ConfigError: the engine cannot start; the text says what to change.
+        """
+        return cls(LocalEngine(engine_args.create_engine_config(), in_process=False))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields outputs of the request's `output_kind` until it has finished.
+
+        Leaving the iteration early cancels the request.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or the id is in use.
+            ClientError: the engine refused the request.
+            EngineDeadError: the engine ended.
+        """
+        prompts = completion_prompts([prompt])
+        (request,) = make_batch(prompts, sampling_params, lora_request, priority)
+        outputs = self._client.generate(
+            request.prompt,
+            request.sampling_params,
+            adapter=request.adapter,
+            request_id=request_id,
+            salt=request.salt,
+            priority=request.priority,
+        )
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests: their generate() yields a last output with finish_reason "abort"."""
+        for own_id in [request_id] if isinstance(request_id, str) else list(request_id):
+            await self._client.cancel(own_id)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if the engine does not answer."""
+        await self._client.health()
+
+    def shutdown(self) -> None:
+        """Stops the engine's processes. Calling again does nothing."""
+        if not self._finalizer.alive:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            self._closing = loop.create_task(self._client.close())
+        self._finalizer()
