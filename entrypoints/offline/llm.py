@@ -21,6 +21,7 @@ from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
 from loraplex.entrypoints.offline.llm_engine import LLMEngine
 from loraplex.entrypoints.offline.local_engine import LocalEngine
+from loraplex.entrypoints.offline.missing import INSTEAD
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
 from loraplex.entrypoints.offline.progress import BarFactory, BatchBar
 from loraplex.entrypoints.offline.prompts import (
@@ -196,6 +197,12 @@ class LLM:
         if chat_template is not None:
             prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
         return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)
+
+    if not TYPE_CHECKING:  # a type checker would find every name
+
+        def __getattr__(self, name: str) -> Any:
+            reason = f"; {INSTEAD[name]}" if name in INSTEAD else ""
+            raise AttributeError(f"LLM has no attribute {name!r}{reason}")
 
     def shutdown(self) -> None:
         """Stops the engine's processes. Calling again does nothing."""

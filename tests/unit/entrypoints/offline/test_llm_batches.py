@@ -60,6 +60,16 @@ def test_lists_of_ids_are_prompts(llm: LLM) -> None:
     assert texts(llm, [[5], [6, 7], "hi"]) == ["base:[5]", "base:[6, 7]", "base:hi"]
 
 
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [("beam_search", "n="), ("reset_prefix_cache", "cache_salt"), ("sleep", "shutdown")],
+)
+def test_what_vllm_has_alone_is_refused_with_the_mend(llm: LLM, name: str, mend: str) -> None:
+    with pytest.raises(AttributeError, match=mend):
+        getattr(llm, name)
+    assert not hasattr(llm, "no_such_name")
+
+
 def test_default_sampling_params_are_the_models_as_in_vllm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
