@@ -2,3 +2,6 @@
 
 from loraplex.engine.frontend.sampling_params import RequestOutputKind as RequestOutputKind
 from loraplex.engine.frontend.sampling_params import SamplingParams as SamplingParams
+from loraplex.engine.frontend.structured.structured_outputs import (
+    StructuredOutputsParams as StructuredOutputsParams,
+)
