@@ -2,7 +2,7 @@
 
 from loraplex.engine.adapters.paths import ADAPTER_NAME
 from loraplex.engine.config import EngineConfig
-from loraplex.entrypoints.http.errors import unknown_model
+from loraplex.entrypoints.http.errors import HttpError, unknown_model
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 
@@ -33,3 +33,22 @@ class ServedModels:
         if not ADAPTER_NAME.fullmatch(name):
             raise unknown_model(model[:200])
         return name
+
+    def adapter_for(self, model: str | None, lora_path: str | None) -> str:
+        """Returns the adapter of a request that may name it in SGLang's field `lora_path` too.
+
+        Raises:
+            HttpError: no model can have this name (404), or two adapters are named (400).
+        """
+        adapter = self.adapter_of(model)
+        if not lora_path:
+            return adapter
+        named = self.adapter_of(lora_path)
+        if adapter and adapter != named:
+            raise HttpError(
+                400,
+                f"model names the adapter {adapter!r} and lora_path {lora_path[:200]!r}: leave "
+                "one out",
+                param="lora_path",
+            )
+        return named

@@ -43,6 +43,7 @@ class GenerationBody(BaseModel):
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    lora_path: str | None = None  # SGLang's: the name of an adapter
     return_token_ids: bool | None = None
 
 

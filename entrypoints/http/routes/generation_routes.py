@@ -27,7 +27,7 @@ class GenerationRoutes:
 
     async def completions(self, request: Request) -> Response:
         body = await self._bodies.read(request, CompletionBody)
-        adapter = self._models.adapter_of(body.model)
+        adapter = self._models.adapter_for(body.model, body.lora_path)
         messages = completion_messages(body, adapter, self._defaults)
         answer = CompletionAnswer(
             body, model=body.model or self._models.base, codec=self._link.codec, messages=messages
@@ -36,7 +36,7 @@ class GenerationRoutes:
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._bodies.read(request, ChatBody)
-        adapter = self._models.adapter_of(body.model)
+        adapter = self._models.adapter_for(body.model, body.lora_path)
         use = self._tools.use_of(body)
         message = chat_message(
             body,

@@ -40,6 +40,8 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": [[1], [-5]]}, 400, "BadRequestError", "outside the vocabulary"),
     ({"prompt": []}, 400, "BadRequestError", "prompt must have"),
     ({}, 400, "BadRequestError", "prompt must have"),
+    ({"prompt": "x", "model": "a", "lora_path": "b"}, 400, "BadRequestError", "leave one out"),
+    ({"prompt": "x", "lora_path": "no name!"}, 404, "NotFoundError", "does not exist"),
     ({"prompt": "x", "model": "nobody"}, 404, "NotFoundError", "`nobody` does not exist"),
     ({"prompt": "x", "model": f"{BASE}:nobody"}, 404, "NotFoundError", "does not exist"),
     ({"prompt": "x", "model": "no name!"}, 404, "NotFoundError", "`no name!` does not exist"),
