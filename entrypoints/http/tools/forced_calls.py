@@ -1,11 +1,15 @@
-"""Reads answers whose form the request has forced to be calls."""
+"""Reads answers whose form the request has forced to be calls.
+
+An answer is read at its end. One that was cut off is text.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
 
 from loraplex.entrypoints.http.tools.tool_call import Part, ToolCall, call_from, read_json
 
 
-class RequiredCallsParser:
-    """[{"name": ..., "parameters": {...}}, ...]. An answer that was cut off is text."""
-
+class _ForcedParser(ABC):
     def __init__(self) -> None:
         self._held = ""
 
@@ -15,26 +19,30 @@ class RequiredCallsParser:
 
     def finish(self) -> list[Part]:
         found = read_json(self._held, 0)
-        values = found[0] if found and isinstance(found[0], list) else []
-        calls = [call for value in values if (call := call_from(value))]
-        if calls and len(calls) == len(values):
+        calls = self._calls(found[0]) if found else []
+        if calls:
             return [*calls]
         return [self._held] if self._held else []
 
+    @abstractmethod
+    def _calls(self, value: Any) -> list[ToolCall]:
+        """Returns the calls of the answer's JSON value; none if it is of another form."""
 
-class NamedCallParser:
-    """The arguments of one function, an object. An answer that was cut off is text."""
+
+class RequiredCallsParser(_ForcedParser):
+    """[{"name": ..., "parameters": {...}}, ...]."""
+
+    def _calls(self, value: Any) -> list[ToolCall]:
+        calls = [call_from(item) for item in value] if isinstance(value, list) else []
+        return [call for call in calls if call] if all(calls) else []
+
+
+class NamedCallParser(_ForcedParser):
+    """The arguments of one function, an object."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self._name = name
-        self._held = ""
 
-    def feed(self, text: str) -> list[Part]:
-        self._held += text
-        return []
-
-    def finish(self) -> list[Part]:
-        found = read_json(self._held, 0)
-        if found and isinstance(found[0], dict):
-            return [ToolCall(self._name, self._held)]
-        return [self._held] if self._held else []
+    def _calls(self, value: Any) -> list[ToolCall]:
+        return [ToolCall(self._name, self._held)] if isinstance(value, dict) else []
