@@ -13,6 +13,7 @@ from loraplex.scheduler.config import SchedulerConfig
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+MAX_FRONTENDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,13 @@ class ServerConfig:
         default="",
         metadata={"help": "address of the OpenAI-compatible HTTP server, HOST:PORT; empty: none"},
     )
+    num_frontends: int = field(
+        default=1,
+        metadata={
+            "help": "processes that serve clients at endpoint, and as many at http; connections "
+            "are shared out among them"
+        },
+    )
     served_model_name: str = field(
         default="",
         metadata={"help": "name of the base model in HTTP requests; empty: the value of model"},
@@ -211,6 +219,12 @@ class ServerConfig:
             "each of the n answers counted"
         },
     )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_frontends <= MAX_FRONTENDS:
+            raise ValueError(
+                f"num_frontends must be from 1 to {MAX_FRONTENDS}, got {self.num_frontends}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

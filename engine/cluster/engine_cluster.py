@@ -74,6 +74,8 @@ class EngineCluster:
             raise ConfigError(f"placement must be one of {', '.join(POLICIES)}, got {placement!r}")
         if config.server.http:
             raise ConfigError("a cluster has no HTTP server yet: leave --http out")
+        if config.server.num_frontends > 1:
+            raise ConfigError("a cluster has one router: leave num_frontends out")
         self._config = config
         self._placement = placement
         self._on_progress = on_progress

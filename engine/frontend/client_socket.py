@@ -114,8 +114,18 @@ class ClientSocket:
         endpoint: the address that the socket is bound to, with the port that the system chose.
     """
 
-    def __init__(self, context: "zmq.Context[Any]", config: ServerConfig, endpoint: str) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[Any]",
+        config: ServerConfig,
+        endpoint: str,
+        *,
+        listener_fd: int = -1,
+    ) -> None:
         """Binds to the configured endpoint, or to `endpoint` if that is empty.
+
+        Args:
+            listener_fd: a listening socket with this address, to accept from; -1: make one.
 
         Raises:
             ConfigError: the address or a key file cannot be used.
@@ -137,6 +147,8 @@ class ClientSocket:
             self._set_up_curve(context, config)
         if wanted.startswith("ipc://"):
             check_replaceable(wanted.removeprefix("ipc://"))
+        if listener_fd >= 0:
+            self.socket.setsockopt(zmq.USE_FD, listener_fd)
         try:
             self.socket.bind(wanted)
         except zmq.ZMQError as error:

@@ -13,7 +13,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
-from loraplex.engine.processes.http_address import check_http_config
+from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.process import Environment
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
 
@@ -21,7 +21,7 @@ STOP_TIMEOUT_S = 10.0
 
 
 class Engine:
-    """The processes of one engine: frontend, scheduler, workers.
+    """The processes of one engine: frontends, scheduler, workers.
 
     A scheduler or a worker that ends by itself ends the engine: waiting clients get the reason, all
     processes are stopped, and `wait()` returns 1. A frontend that ends is started again at the same
@@ -95,7 +95,7 @@ class Engine:
             self.stop()
             raise
         (scheduler,) = self._group.of_kind("scheduler")
-        (frontend,) = self._group.of_kind("frontend")
+        frontend, *_ = self._group.of_kind("frontend")
         assert scheduler.ready is not None and scheduler.ready.info is not None
         assert frontend.ready is not None
         self.info = scheduler.ready.info

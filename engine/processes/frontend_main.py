@@ -17,6 +17,7 @@ from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.processes.addresses.shared_address import inherited_zmq_listener
 
 TICK_S = 1.0
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -51,8 +52,14 @@ def run(child: Child) -> None:
     identity = frontend_identity(child.start.index, child.start.incarnation)
     scheduler = DealerChannel(context, f"ipc://{run_dir}/frontends", identity)
     scheduler.send(FrontendHello(child.start.name))
-    clients = ClientSocket(context, config.server, f"ipc://{run_dir}/clients")
-    codec = load_text_codec(config.model)
+    codec = load_text_codec(config.model)  # a shared address must not listen before: others serve
+    fd = child.start.listener_fd
+    clients = ClientSocket(
+        context,
+        config.server,
+        f"ipc://{run_dir}/clients",
+        listener_fd=inherited_zmq_listener(fd) if fd >= 0 else fd,
+    )
     poller = zmq.Poller()
     poller.register(child.wakeup.fileno(), zmq.POLLIN)
     poller.register(scheduler.socket, zmq.POLLIN)

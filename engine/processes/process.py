@@ -17,6 +17,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildReady,
     ChildStart,
 )
+from loraplex.engine.processes.addresses.shared_address import SharedAddress
 
 Environment = tuple[tuple[str, str], ...]
 """Variables and their values."""
@@ -56,19 +57,28 @@ class Process:
     exited: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def spawn(cls, spec: ProcessSpec, start: ChildStart) -> "Process":
+    def spawn(
+        cls, spec: ProcessSpec, start: ChildStart, address: SharedAddress | None = None
+    ) -> "Process":
         """Start the child in a session of its own, so that Ctrl-C reaches the supervisor alone.
+
+        `address` is one that the child shares with others: it inherits a socket bound to it.
 
         Raises:
             ConfigError: the operating system cannot start it.
         """
         reader, writer = os.pipe()
+        listener = None
         try:
+            if address is not None:
+                listener = address.open()
+                start = msgspec.structs.replace(start, listener_fd=listener.fileno())
+            fds = (writer,) if listener is None else (writer, listener.fileno())
             popen = subprocess.Popen(
                 [*spec.command, str(writer)],
                 stdin=subprocess.PIPE,
                 stdout=2,  # the caller's own output must not mix with the children's
-                pass_fds=(writer,),
+                pass_fds=fds,
                 start_new_session=True,
                 env=child_environment() | dict(spec.environment),
             )
@@ -77,21 +87,22 @@ class Process:
             raise ConfigError(f"cannot start {spec.name}: {error}") from None
         finally:
             os.close(writer)
+            if listener is not None:
+                listener.close()
         process = cls(spec, start, popen, os.fdopen(reader, "rb"))
         process.send(start)
         return process
 
-    def respawn(self) -> "Process":
-        """Start the child again after its end. A frontend binds the address that it had."""
+    def respawn(self, address: SharedAddress | None = None) -> "Process":
+        """Start the child again after its end. A frontend gets the address that it had."""
         config = self.start.config
         if self.endpoint:
-            address: dict[str, Any] = {self._address_field: self.endpoint}
-            server = replace(config.server, **address)
+            bound: dict[str, Any] = {self._address_field: self.endpoint}
+            server = replace(config.server, **bound)
             config = replace(config, server=server)
         incarnation = self.start.incarnation + 1
-        return Process.spawn(
-            self.spec, msgspec.structs.replace(self.start, config=config, incarnation=incarnation)
-        )
+        start = msgspec.structs.replace(self.start, config=config, incarnation=incarnation)
+        return Process.spawn(self.spec, start, address)
 
     @property
     def endpoint(self) -> str:

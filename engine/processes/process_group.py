@@ -27,6 +27,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStatus,
     Shutdown,
 )
+from loraplex.engine.processes.addresses.shared_address import SharedAddress, open_addresses
 from loraplex.engine.processes.process import Environment, Process, ProcessSpec
 from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
 from loraplex.engine.processes.watchdog import LOOK_S, Watchdog
@@ -50,7 +51,7 @@ def engine_processes(
     worker_command: list[str] | None = None,
     environment: Environment = (),
 ) -> list[ProcessSpec]:
-    """Returns one scheduler, a worker for each rank, a frontend, and one for HTTP if configured.
+    """Returns a scheduler, a worker for each rank, and frontends, for ZeroMQ and HTTP.
 
     Workers get the variables of `environment` too.
     """
@@ -63,14 +64,15 @@ def engine_processes(
         return [*python, f"loraplex.engine.processes.{name}_main"]
 
     worker = worker_command or module("worker")
+    numbers = range(config.server.num_frontends)
     return [
         *(
             ProcessSpec("worker", rank, worker, environment)
             for rank in range(config.parallel.tensor_parallel_size)
         ),
         ProcessSpec("scheduler", 0, module("scheduler")),
-        ProcessSpec("frontend", 0, module("frontend")),
-        *([ProcessSpec("http", 0, [*python, HTTP_MODULE])] if config.server.http else []),
+        *(ProcessSpec("frontend", i, module("frontend")) for i in numbers),
+        *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
     ]
 
 
@@ -101,6 +103,7 @@ class ProcessGroup:
         self.ended = threading.Event()
         self.run_dir = ""
         self.changed = threading.Condition()
+        self._addresses: dict[str, SharedAddress] = {}  # by kind of process
         self._on_progress = on_progress
         self._on_status = on_status
         self._lock = threading.Lock()  # guards the start of a process against the end of all
@@ -111,10 +114,12 @@ class ProcessGroup:
     def start(self, specs: list[ProcessSpec], config: EngineConfig) -> None:
         """Raises ConfigError when a process cannot be started; the caller must stop() then too."""
         self.run_dir = _make_run_dir()
+        self._addresses = open_addresses(config.server, self.run_dir)
         try:
             for spec in specs:
                 start = ChildStart(spec.name, spec.index, self.run_dir, config)
-                self.processes.append(Process.spawn(spec, start))
+                address = self._addresses.get(spec.kind)
+                self.processes.append(Process.spawn(spec, start, address))
         finally:  # only when all are there: the end of one stops all that are in the list
             for process in self.processes:
                 self._watch_in_thread(process)
@@ -229,7 +234,7 @@ class ProcessGroup:
             with self._lock:
                 if self._stopping.is_set():
                     return
-                fresh = process.respawn()
+                fresh = process.respawn(self._addresses.get(process.spec.kind))
                 self.processes[self.processes.index(process)] = fresh
         except ConfigError as error:
             self._end_engine(process, f"{process.how_it_ended()}, and {error}")
@@ -247,6 +252,8 @@ class ProcessGroup:
         self._end_all(EngineDead(reason), DEATH_GRACE_S)
 
     def _end_all(self, last_message: object, timeout_s: float) -> None:
+        for address in self._addresses.values():
+            address.close()
         deadline = time.monotonic() + timeout_s
         frontends = self.of_kind(*CLIENT_KINDS)
         for process in frontends:

@@ -10,7 +10,7 @@ from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.scheduler.placement.placement import POLICIES
 
-HIDDEN = ("http", "served_model_name")  # a cluster has no HTTP server yet
+HIDDEN = ("http", "num_frontends", "served_model_name")  # a cluster has one router, without HTTP
 
 
 def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:

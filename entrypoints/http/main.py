@@ -12,11 +12,12 @@ from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.channel import DealerChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import FrontendHello
+from loraplex.engine.processes.addresses.http_address import http_endpoint
+from loraplex.engine.processes.addresses.shared_address import inherited_http_listener
 from loraplex.engine.processes.frontend_main import (
     give_large_buffers_back,
     raise_descriptor_limit,
 )
-from loraplex.engine.processes.http_address import bind_http_address, http_endpoint
 from loraplex.entrypoints.http.app import make_app
 from loraplex.entrypoints.http.engine_link import TICK_S, EngineLink
 
@@ -43,12 +44,12 @@ def run(child: Child) -> None:
 async def _run(child: Child) -> None:
     start = child.start
     config = start.config
-    listener = bind_http_address(config.server.http)
     context = zmq.Context()
     name = f"{start.name} restart {start.incarnation}" if start.incarnation else start.name
     scheduler = DealerChannel(context, f"ipc://{start.run_dir}/frontends", name.encode())
     scheduler.send(FrontendHello(start.name))
     codec = load_text_codec(config.model)
+    listener = inherited_http_listener(start.listener_fd)
     link = EngineLink(
         config,
         name=name,

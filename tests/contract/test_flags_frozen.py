@@ -45,7 +45,7 @@ SERVED = [
     "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
 ]  # fmt: skip
 FROZEN = {
-    "serve": [*SERVED, "--http", "--served-model-name"],
+    "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],
     "cluster": [*SERVED, "--engines", "--placement"],
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",

@@ -13,6 +13,7 @@ class ChildStart(Message):
     run_dir: str
     config: EngineConfig
     incarnation: int = 0  # how often the supervisor has started it again
+    listener_fd: int = -1  # socket bound to the address that it shares with others of its kind
 
 
 class ChildProgress(Message):

@@ -102,9 +102,13 @@ class AdapterRoutes:
             raise
 
     async def _drop_failed(self, name: str) -> None:
-        """Removes the name of a load that failed: vLLM does not list it."""
+        """Removes the name of a load that failed: vLLM does not list it.
+
+        Another frontend may have loaded an adapter under this name meanwhile. That one stays.
+        """
         with contextlib.suppress(HttpError):
-            await self._link.ask("unload_adapter", name=name)
+            if (await self._row(name))["error"]:
+                await self._link.ask("unload_adapter", name=name)
 
     async def _unload(self, body: AdapterBody) -> None:
         if not body.lora_name:

@@ -11,6 +11,7 @@ from loraplex.engine.tokenizer.loading import load_tokenizer
 
 from helpers.running.http_answers import chat_streamed, text_streamed
 from helpers.running.http_server import BASE, Served
+from helpers.running.mixed_requests import mixed_jobs, texts_over_http, texts_over_zmq
 
 pytestmark = pytest.mark.e2e
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -159,38 +160,8 @@ def test_repeated_prompts_report_cached_tokens(api: openai.OpenAI) -> None:
 
 
 def test_a_hundred_mixed_requests_at_once_equal_those_over_zmq(served: Served) -> None:
-    models = [BASE, "a", "b", f"{BASE}:a"]
-    jobs = [
-        (models[i % 4], f"request {i} " * (1 + i % 5), {"seed": i, "max_tokens": 1 + i % 13})
-        for i in range(100)
-    ]
-    with served.zmq() as client:
-        ids = [
-            client.submit(
-                prompt, SamplingParams(**params), adapter=model[-1] if model != BASE else None
-            )
-            for model, prompt, params in jobs
-        ]
-        results: dict[str, Any] = {}
-        while len(results) < len(ids):
-            results |= {result.request_id: result for result in client.poll(60.0)}
-    want = [results[request_id].outputs[0].text for request_id in ids]
-
-    async def ask_all() -> list[str]:
-        api = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-
-        async def ask(i: int) -> str:
-            model, prompt, params = jobs[i]
-            if i % 2:
-                whole = await api.completions.create(model=model, prompt=prompt, **params)
-                return whole.choices[0].text
-            stream = await api.completions.create(model=model, prompt=prompt, stream=True, **params)
-            return "".join([chunk.choices[0].text async for chunk in stream])
-
-        async with api:
-            return list(await asyncio.gather(*map(ask, range(len(jobs)))))
-
-    assert asyncio.run(ask_all()) == want
+    jobs = mixed_jobs(100)
+    assert asyncio.run(texts_over_http(served, jobs)) == texts_over_zmq(served, jobs)
 
 
 def test_tokens_are_those_of_the_models_tokenizer(served: Served, api: openai.OpenAI) -> None:

@@ -39,7 +39,7 @@ def make_models(root: Path) -> None:
         make_adapter(model, root / name, alpha=8, seed=seed, **options)
 
 
-def http_config(root: Path) -> EngineConfig:
+def http_config(root: Path, *, num_frontends: int = 1) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(model=str(root / "base"), device="cpu", max_model_len=512),
         memory=MemoryConfig(num_pages=600, block_tokens=16),
@@ -47,5 +47,10 @@ def http_config(root: Path) -> EngineConfig:
         adapter=AdapterConfig(
             adapters=tuple((name, str(root / name)) for name in ADAPTERS), adapter_root=str(root)
         ),
-        server=ServerConfig(endpoint="", http="127.0.0.1:0", served_model_name=BASE),
+        server=ServerConfig(
+            endpoint="" if num_frontends == 1 else "tcp://127.0.0.1:0",
+            http="127.0.0.1:0",
+            served_model_name=BASE,
+            num_frontends=num_frontends,
+        ),
     )

@@ -5,11 +5,10 @@ import socket
 import pytest
 
 from loraplex.engine.errors import ConfigError
-from loraplex.engine.processes.http_address import (
+from loraplex.engine.processes.addresses.http_address import (
     UNREAD_TIMEOUT_MS,
-    bind_http_address,
-    http_endpoint,
     parse_http_address,
+    set_http_options,
 )
 
 
@@ -33,11 +32,11 @@ def test_texts_that_are_no_address(text: str) -> None:
 
 
 def test_connections_inherit_the_timeout_of_peers_that_do_not_read() -> None:
-    with bind_http_address("127.0.0.1:0") as listener:
-        host, port = parse_http_address(http_endpoint(listener))
-        with socket.create_connection((host, port)), listener.accept()[0] as accepted:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        set_http_options(listener)
+        address = listener.getsockname()
+        with socket.create_connection(address), listener.accept()[0] as accepted:
             timeout = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
             assert timeout == UNREAD_TIMEOUT_MS
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            with pytest.raises(ConfigError, match="cannot listen on http"):
-                bind_http_address(f"{host}:{port}")

@@ -1,4 +1,4 @@
-"""Checks and binds the address of the HTTP server."""
+"""Checks the address of the HTTP server, and sets the options of its sockets."""
 
 import importlib.util
 import ipaddress
@@ -46,31 +46,18 @@ def check_http_config(config: ServerConfig) -> None:
         )
 
 
-def bind_http_address(address: str) -> socket.socket:
-    """Returns a listening socket that ends connections whose peer is gone or never reads.
+def set_http_options(listener: socket.socket) -> None:
+    """Makes a socket end connections whose peer is gone or never reads, and makes it listen.
 
     Accepted connections inherit the options: the kernel drops one whose peer has not taken data for
     UNREAD_TIMEOUT_MS, and probes silent ones.
-
-    Raises:
-        ConfigError: the address cannot be used.
     """
-    host, port = parse_http_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
     for option, value in KEEPALIVE:
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
-    try:
-        listener.bind(("" if host == "*" else host, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on http {address}: {error}") from None
-    return listener
+    listener.listen(BACKLOG)
 
 
 def http_endpoint(listener: socket.socket) -> str:
