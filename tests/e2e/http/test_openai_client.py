@@ -11,7 +11,12 @@ from loraplex.engine.tokenizer.loading import load_tokenizer
 
 from helpers.running.http_answers import chat_streamed, text_streamed
 from helpers.running.http_server import BASE, Served
-from helpers.running.mixed_requests import mixed_jobs, texts_over_http, texts_over_zmq
+from helpers.running.mixed_requests import (
+    mixed_jobs,
+    texts_over_http,
+    texts_over_sync_http,
+    texts_over_zmq,
+)
 
 pytestmark = pytest.mark.e2e
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -161,7 +166,9 @@ def test_repeated_prompts_report_cached_tokens(api: openai.OpenAI) -> None:
 
 def test_a_hundred_mixed_requests_at_once_equal_those_over_zmq(served: Served) -> None:
     jobs = mixed_jobs(100)
-    assert asyncio.run(texts_over_http(served, jobs)) == texts_over_zmq(served, jobs)
+    want = texts_over_zmq(served, jobs)
+    assert asyncio.run(texts_over_http(served, jobs)) == want
+    assert texts_over_sync_http(served, jobs) == want
 
 
 def test_tokens_are_those_of_the_models_tokenizer(served: Served, api: openai.OpenAI) -> None:

@@ -1,6 +1,7 @@
 """The same requests for several models, over HTTP and over ZeroMQ."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -35,6 +36,19 @@ def texts_over_zmq(served: Served, jobs: list[Job]) -> list[str]:
         while len(results) < len(ids):
             results |= {result.request_id: result for result in client.poll(60.0)}
     return [results[request_id].outputs[0].text for request_id in ids]
+
+
+def texts_over_sync_http(served: Served, jobs: list[Job]) -> list[str]:
+    """Returns the answers to all jobs, asked for at once by threads that share an openai client."""
+    api = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+    def ask(job: Job) -> str:
+        model, prompt, params = job
+        stream = api.completions.create(model=model, prompt=prompt, stream=True, **params)
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    with api, ThreadPoolExecutor(len(jobs)) as threads:
+        return list(threads.map(ask, jobs))
 
 
 async def texts_over_http(served: Served, jobs: list[Job]) -> list[str]:
