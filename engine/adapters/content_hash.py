@@ -4,17 +4,18 @@ The hash does not depend on the model's dtype, on the worker rank, or on the lay
 of files, the order of tensors in the file, metadata, and fields of the configuration that do not
 change the forward pass do not enter it either.
 
-For each adapted layer, a leaf is the SHA-256 of its modules in the order of their names. A module
-contributes a line of text (layer, name, scale, dtype and shape of A and of B), then the bytes of A,
-then the bytes of B. The content hash is the SHA-256 of the version tag and of the leaves, in the
-order of the layers. The shape of A gives the rank. Leaves let several threads hash one adapter.
+For each adapted layer, a leaf is the SHA-256 of a line of text for each module (layer, name, scale,
+dtype and shape of A and of B), then of the bytes of each module's A and B. Modules go in the order
+of their names. The content hash is the SHA-256 of the version tag and of the leaves, in the order
+of the layers. The shape of A gives the rank. Leaves let several threads hash one adapter. A thread
+lets go of the interpreter for each call of the hash, so the bytes of a layer are one call.
 """
 
 import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from loraplex.engine.adapters.safetensors_file import ByteArray, TensorPlace
 MAX_KNOWN = 1 << 16
 SETTLE_S = 2.0
 
-_VERSION = b"loraplex adapter 1\n"
+_VERSION = b"loraplex adapter 2\n"
 
 Stamp = tuple[tuple[int, ...], ...]
 """The result of safetensors_file.stamp() for each file of an adapter."""
@@ -31,7 +32,7 @@ Stamp = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HashedModule:
-    """One adapted module: its name within the layer, and its two tensors with their bytes.
+    """One adapted module: its name within the layer, and its two tensors.
 
     `scale` multiplies B A x. It is the float32 value that the kernels use.
     """
@@ -40,18 +41,22 @@ class HashedModule:
     scale: float
     a: TensorPlace
     b: TensorPlace
-    a_bytes: ByteArray
-    b_bytes: ByteArray
 
 
-def hash_layer(layer: int, modules: Iterable[HashedModule]) -> bytes:
-    """Returns the leaf of one layer; `modules` may come in any order."""
-    digest = hashlib.sha256()
-    for module in sorted(modules, key=lambda module: module.name):
-        sides = " ".join(f"{side.dtype} {list(side.shape)}" for side in (module.a, module.b))
-        digest.update(f"{layer} {module.name} {float(module.scale).hex()} {sides}\n".encode())
-        digest.update(module.a_bytes.data)
-        digest.update(module.b_bytes.data)
+def hash_layer(layer: int, modules: Sequence[HashedModule], data: ByteArray) -> bytes:
+    """Returns the leaf of one layer.
+
+    Args:
+        modules: in the order of their names.
+        data: contiguous; A and B of each module, one after another.
+    """
+    lines = [
+        f"{layer} {module.name} {float(module.scale).hex()} "
+        f"{module.a.dtype} {list(module.a.shape)} {module.b.dtype} {list(module.b.shape)}\n"
+        for module in modules
+    ]
+    digest = hashlib.sha256("".join(lines).encode())
+    digest.update(data.data)
     return digest.digest()
 
 

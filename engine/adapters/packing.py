@@ -1,12 +1,13 @@
 """Packs the tensors of an adapter into the layout of pages, and hashes them as they are read.
 
 Layers with the same layout are packed in blocks. A block takes one read and, for each module, one
-copy that transposes B. A needs no copy when its dtype and its row length equal the pool's: it is
-read straight into its place. Large calls matter, because a thread holds the interpreter between
-calls and other threads need it. Threads take whole layers and share only the file.
+copy that transposes B. A of a known adapter needs no copy when its dtype and its row length equal
+the pool's: it is read straight into its place. Large calls matter, because a thread holds the
+interpreter between calls and other threads need it. Threads take whole layers and share only the
+file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
@@ -43,7 +44,6 @@ BitArray = npt.NDArray[np.unsignedinteger]
 AllSides = tuple[tuple[Piece, Piece], ...]  # by module: the pieces of inputs and outputs
 Sides = dict[str, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
 
-_ALIGN = 64  # bytes; alignment of each array in scratch memory
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -193,7 +193,7 @@ def _pack_some(
 ) -> list[bytes]:
     leaves = []
     largest = max(layers[n].num_bytes for n in numbers)
-    scratch = np.empty(max(BLOCK_BYTES, largest) + 2 * len(MODULES) * _ALIGN, dtype=np.uint8)
+    scratch = np.empty(max(BLOCK_BYTES, largest), dtype=np.uint8)
     for block in _blocks(layers, numbers):
         rows = data[block.start : block.stop]
         some = layers[block.start : block.stop]
@@ -230,26 +230,23 @@ def _pack_block(
     bits = row_bytes.view(_BITS[rows.dtype.itemsize])
     reads: list[tuple[TensorPlace, ByteArray]] = []
     copies: list[tuple[BitArray, ByteArray, TensorPlace, bool, Piece]] = []
-    sources: dict[tuple[int, str], ByteArray] = {}  # uint8 [layers, bytes of the tensor]
-    used = 0
+    sources = _lay_out(layers[0], scratch[: len(layers) * layers[0].num_bytes], len(layers))
     for module, place in layers[0].places.items():
         for side, start in (("A", place.a_start), ("B", place.b_start)):
             tensors = [layer.sides[module][side] for layer in layers]
             piece = all_sides[module]["AB".index(side)]
             width, num_bytes = piece.size, tensors[0].num_bytes
             is_direct = side == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
-            if is_direct and width == align(width):
+            if is_known and is_direct and width == align(width):
                 begin = start * rows.dtype.itemsize
                 source = row_bytes[:, begin : begin + num_bytes]
             else:
-                source = scratch[used : used + len(layers) * num_bytes].reshape(len(layers), -1)
-                used += -(-source.size // _ALIGN) * _ALIGN
+                source = sources[module, side]
                 target = _rows_of(bits, start, place.rank, width)
                 copies.append((target, source, tensors[0], side == "B", piece))
-            sources[module, side] = source
             reads += zip(tensors, source, strict=True)
     file.read(reads)
-    leaves = [] if is_known else _hash_block(layers, sources)
+    leaves = [] if is_known else _hash_block(layers, scratch)
     for target, source, tensor, is_transposed, piece in copies:
         matrix = _as_bits(source, tensor, rows.dtype)
         matrix = matrix.swapaxes(1, 2) if is_transposed else matrix
@@ -260,26 +257,41 @@ def _pack_block(
     return leaves
 
 
-def _hash_block(layers: list[_Layer], sources: dict[tuple[int, str], ByteArray]) -> list[bytes]:
+def _by_name(modules: Iterable[int]) -> list[int]:
+    """Returns module ids in the order in which their bytes are hashed."""
+    return sorted(modules, key=MODULES.__getitem__)
+
+
+def _lay_out(
+    layer: _Layer, scratch: ByteArray, num_layers: int
+) -> dict[tuple[int, str], ByteArray]:
+    """Returns the part of each tensor, uint8 [layers, bytes], of layers that are like `layer`.
+
+    The bytes of a layer lie one after another, as they are hashed.
+    """
+    whole, parts, start = scratch.reshape(num_layers, layer.num_bytes), {}, 0
+    for module in _by_name(layer.sides):
+        for side in "AB":
+            end = start + layer.sides[module][side].num_bytes
+            parts[module, side] = whole[:, start:end]
+            start = end
+    return parts
+
+
+def _hash_block(layers: list[_Layer], scratch: ByteArray) -> list[bytes]:
     """Returns the leaf of each layer that has adapted modules, from the bytes of the file."""
-    return [
-        hash_layer(
-            layer.number,
-            (
-                HashedModule(
-                    name=MODULES[module],
-                    scale=layer.scales[module],
-                    a=sides["A"],
-                    b=sides["B"],
-                    a_bytes=sources[module, "A"][index],
-                    b_bytes=sources[module, "B"][index],
-                )
-                for module, sides in layer.sides.items()
-            ),
-        )
-        for index, layer in enumerate(layers)
-        if layer.sides
-    ]
+    leaves = []
+    for index, layer in enumerate(layers):
+        modules = [
+            HashedModule(MODULES[module], layer.scales[module], a=sides["A"], b=sides["B"])
+            for module, sides in ((m, layer.sides[m]) for m in _by_name(layer.sides))
+        ]
+        if modules:
+            start = index * layer.num_bytes
+            leaves.append(
+                hash_layer(layer.number, modules, scratch[start : start + layer.num_bytes])
+            )
+    return leaves
 
 
 def _rows_of(bits: BitArray, start: int, count: int, width: int) -> BitArray:

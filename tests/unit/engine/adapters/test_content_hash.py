@@ -96,9 +96,9 @@ def test_hash_is_what_its_definition_says(
         rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3},
     )  # fmt: skip
     tensors = load_file(folder / WEIGHTS_FILE)
-    root = hashlib.sha256(b"loraplex adapter 1\n")
+    root = hashlib.sha256(b"loraplex adapter 2\n")
     for layer in range(3):
-        leaf = hashlib.sha256()
+        lines, data = "", b""
         for name, parent, rank, scale in (
             ("down_proj", "mlp", 2, 4.0), ("k_proj", "self_attn", 4, 0.75),
             ("q_proj", "self_attn", 4, 2.0),
@@ -107,9 +107,9 @@ def test_hash_is_what_its_definition_says(
             a, b = tensors[key.format("A")], tensors[key.format("B")]
             assert a.shape[0] == rank
             sides = f"{a.dtype} {list(a.shape)} {b.dtype} {list(b.shape)}"
-            leaf.update(f"{layer} {name} {scale.hex()} {sides}\n".encode())
-            leaf.update(a.numpy().tobytes() + b.numpy().tobytes())
-        root.update(leaf.digest())
+            lines += f"{layer} {name} {scale.hex()} {sides}\n"
+            data += a.numpy().tobytes() + b.numpy().tobytes()
+        root.update(hashlib.sha256(lines.encode() + data).digest())
     with ThreadPoolExecutor(num_threads) as packers:
         packed = read_adapter("any", folder, make_target(), packers=packers)
     assert packed.content_hash == root.hexdigest()
