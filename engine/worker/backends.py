@@ -8,6 +8,7 @@ from loraplex.backends.attention.contract import AttentionOp, AttentionSpec
 from loraplex.backends.collective.contract import CollectiveOp, CollectiveSpec
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
 from loraplex.backends.lora.contract import LoRAOp, LoRASpec
+from loraplex.backends.lora.touched import TouchedGroups, TouchedPlan
 from loraplex.backends.registry import BackendError, resolve
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
@@ -71,7 +72,7 @@ def make_backends(
     try:
         fused = resolve("fused", backend.fused_backend, fused_spec).make(fused_spec)
         return WorkerBackends(
-            lora=resolve("lora", backend.lora_backend, lora_spec).make(lora_spec),
+            lora=_make_lora(backend.lora_backend, lora_spec),
             attention=resolve("attention", backend.attention_backend, attention_spec).make(
                 attention_spec
             ),
@@ -80,6 +81,12 @@ def make_backends(
         )
     except BackendError as error:
         raise ConfigError(str(error)) from None
+
+
+def _make_lora(name: str, spec: LoRASpec) -> LoRAOp[TouchedPlan]:
+    op = resolve("lora", name, spec).make(spec)
+    qkv, output = spec.groups[:2]  # see projection_groups
+    return TouchedGroups(op, groups=spec.groups, attention=(qkv, output))
 
 
 def _make_collective(

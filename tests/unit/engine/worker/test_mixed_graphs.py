@@ -145,9 +145,9 @@ def test_what_is_captured_and_said(root: Path, monkeypatch: pytest.MonkeyPatch) 
     recorder = FakeRecorder()
     allow_graphs(monkeypatch, recorder)
     runner, each = make_runner(root), NUM_LAYERS + 1
-    num_decode, num_mixed = 4 * 3, 5 * 3  # 1 2 4 8 rows; 8 16 32 64 96 tokens
+    num_decode, num_mixed = 4 * 5, 5 * 5  # 1 2 4 8 rows; 8 16 32 64 96 tokens
     assert runner.said == (
-        f"captured 12 CUDA graphs of decode steps of 1 to 8 rows and "
+        f"captured {num_decode} CUDA graphs of decode steps of 1 to 8 rows and "
         f"{num_mixed * each} pieces of mixed steps of 8 to 96 tokens for nothing"
     )
     assert recorder.num_recorded == num_decode + num_mixed * each
@@ -160,8 +160,8 @@ def test_what_is_captured_and_said(root: Path, monkeypatch: pytest.MonkeyPatch) 
     ("capacity", "said", "kernels"),
     [
         (0, "0 CUDA graphs of decode steps and 0 pieces of mixed steps for", "eager+bmm"),
-        (12, "12 CUDA graphs of decode steps of 1 to 8 rows and 0 pieces of mixed", "eager+bmm"),
-        (13, "15 pieces of mixed steps of 96 to 96 tokens for", "pieces+bmm"),
+        (20, "20 CUDA graphs of decode steps of 1 to 8 rows and 0 pieces of mixed", "eager+bmm"),
+        (21, "25 pieces of mixed steps of 96 to 96 tokens for", "pieces+bmm"),
     ],
 )
 def test_a_full_recorder_leaves_steps_eager(
