@@ -29,6 +29,8 @@ from loraplex.scheduler.waiting_queue import WaitingQueue
 from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
     AdapterLoaded,
+    InspectAdapter,
+    LoadAdapter,
     StepPlan,
     StepResult,
     UnloadAdapter,
@@ -288,6 +290,17 @@ class Scheduler:
         if event.error:
             for request in [r for r in self.waiting.by_age if r.adapter_version is version]:
                 self._fail(request, "adapter", failure(version), now)
+
+    def fail_waiting(self, command: InspectAdapter | LoadAdapter, why: str) -> None:
+        """Fail the requests, loads and pins that wait for the answer to a command.
+
+        The command stays open. A load keeps its slot and pages, which a worker may still write, and
+        an answer that comes late counts.
+        """
+        events: list[Hashable] = [*self.adapters.fail_waiting(command, why)]
+        for request in [r for event in events for r in self.waiting.parked_on(event)]:
+            assert request.adapter_version is not None
+            self._fail(request, "adapter", failure(request.adapter_version, why), self.clock())
 
     # Commands and state
 

@@ -31,6 +31,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStart,
     ChildStatus,
     Shutdown,
+    WorkerHangs,
 )
 
 EXIT_FAILED = 1
@@ -87,6 +88,10 @@ class Child:
 
     def status(self, text: str) -> None:
         self._report(ChildStatus(text))
+
+    def worker_hangs(self, rank: int, how: str) -> None:
+        """Have the supervisor kill a worker that the scheduler has found to hang."""
+        self._report(WorkerHangs(rank, how))
 
     def ready(self, *, endpoint: str = "", info: EngineInfo | None = None) -> None:
         """Report that the child can work. From here on SIGTERM asks its loop to end; before, it

@@ -20,6 +20,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStart,
     ChildStatus,
     Shutdown,
+    WorkerHangs,
 )
 from loraplex.engine.ipc.messages.reader import (
     AdapterPacked,
@@ -46,7 +47,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 
@@ -54,6 +55,7 @@ WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
     AdapterReply, StatsQuery, StatsReply, ReportLoad, EngineReport, EngineDead,
     ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Shutdown,
+    WorkerHangs,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,

@@ -106,7 +106,8 @@ class InProcessEngine:
             if left is not None and left < 0:
                 break
             if not self.step() and not self._replies:  # an error may be a reply without a step
-                self._poller.poll(None if left is None else int(left * 1000) + 1)
+                waits = [wait for wait in (left, self._loop.due_s) if wait is not None]
+                self._poller.poll(int(min(waits) * 1000) + 1 if waits else None)
                 self._wakeup.clear()
         replies = list(self._replies)
         self._replies.clear()

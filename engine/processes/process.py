@@ -44,6 +44,7 @@ class Process:
     Attributes:
         beat: its last sign of life.
         hang: how it hung, if it was killed for that.
+        reported_hang: how it hangs, as another process reports; the watchdog judges it.
     """
 
     spec: ProcessSpec
@@ -54,6 +55,7 @@ class Process:
     failed: ChildFailed | None = None
     beat: ChildBeat | None = None
     hang: str = ""
+    reported_hang: str = ""
     exited: threading.Event = field(default_factory=threading.Event)
 
     @classmethod

@@ -26,6 +26,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     ChildStart,
     ChildStatus,
     Shutdown,
+    WorkerHangs,
 )
 from loraplex.engine.processes.addresses.shared_address import SharedAddress, open_addresses
 from loraplex.engine.processes.process import Environment, Process, ProcessSpec
@@ -175,6 +176,9 @@ class ProcessGroup:
         while (report := _read_report(process)) is not None:
             if isinstance(report, ChildBeat):
                 process.beat = report
+                continue
+            if isinstance(report, WorkerHangs):
+                self.of_kind("worker")[report.rank].reported_hang = report.how
                 continue
             if isinstance(report, ChildReady):
                 process.ready = report

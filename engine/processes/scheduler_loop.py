@@ -5,7 +5,7 @@ The same object runs over sockets (scheduler_main.py) and in one thread (in_proc
 
 import logging
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from loraplex.engine.grammar.request_queue import GrammarQueue
@@ -62,8 +62,10 @@ class SchedulerLoop:
         step_clock: StepClock | None = None,
         grammars: GrammarQueue | None = None,
         messages_per_turn: int = MESSAGES_PER_TURN,
+        on_hung_rank: Callable[[int, str], None] = lambda rank, how: None,
     ) -> None:
-        """`grammars` is None if the engine has no tokenizer."""
+        """`grammars` is None if the engine has no tokenizer. `on_hung_rank` takes a worker rank
+        that no longer answers adapter commands, and how it hangs."""
         self._grammars = grammars
         self._scheduler = scheduler
         self._info = info
@@ -73,13 +75,15 @@ class SchedulerLoop:
         self._reports = LoadReports(scheduler)
         self._num_in_flight = 0
         self._messages_per_turn = messages_per_turn
+        self._on_hung_rank = on_hung_rank
         self._long_replies: deque[tuple[bytes, Iterator[Message]]] = deque()
         self._frontend_peers: dict[str, bytes] = {}  # by name: the identity in use since its hello
 
     @property
-    def report_due_s(self) -> float | None:
-        """Seconds until turn() must be called for a router's report, or None."""
-        return self._reports.due_s
+    def due_s(self) -> float | None:
+        """Seconds until turn() must be called though no message comes, or None."""
+        waits = [self._reports.due_s, self._workers.deadlines.due_s]
+        return min((wait for wait in waits if wait is not None), default=None)
 
     def turn(self) -> bool:
         """Take in some messages, plan, and send what there is to send; never waits.
@@ -94,6 +98,7 @@ class SchedulerLoop:
         for peer, message in from_frontends:
             self._on_frontend(peer, message)
         self._take_grammars()
+        self._end_overdue_waits()
         self._send_plans()
         self._send_outputs(self._scheduler.outputs.take())
         self._send_adapter_updates()
@@ -102,6 +107,15 @@ class SchedulerLoop:
             self._send(peer, report)
         has_more = self._workers.has_more or len(from_frontends) == limit
         return has_more or bool(self._long_replies)
+
+    def _end_overdue_waits(self) -> None:
+        """Fail those who wait for a rank that does not answer. Its pages stay allocated."""
+        for overdue in self._workers.deadlines.look():
+            if overdue.is_new:
+                logger.warning("adapter at %s: %s", overdue.command.path, overdue.text)
+            self._scheduler.fail_waiting(overdue.command, overdue.text)
+            if overdue.hang:
+                self._on_hung_rank(overdue.rank, overdue.hang)
 
     def _take_grammars(self) -> None:
         """Pass on the requests whose grammars are compiled, and fail those without a mask."""

@@ -18,6 +18,7 @@ from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.processes.adapter_deadlines import ANSWER_S, AdapterDeadlines
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
@@ -36,7 +37,9 @@ def run(child: Child) -> None:
     context = zmq.Context()
     frontends = RouterChannel(context, f"ipc://{run_dir}/frontends")
     worker_channel = RouterChannel(context, f"ipc://{run_dir}/workers")
-    workers = WorkerGroup(worker_channel, config.parallel.tensor_parallel_size)
+    size, timeout_s = config.parallel.tensor_parallel_size, config.process.watchdog_timeout
+    deadlines = AdapterDeadlines(size, hang_s=ANSWER_S + timeout_s if timeout_s else math.inf)
+    workers = WorkerGroup(worker_channel, size, deadlines)
     poller = zmq.Poller()
     poller.register(child.wakeup.fileno(), zmq.POLLIN)
     poller.register(worker_channel.socket, zmq.POLLIN)
@@ -56,6 +59,7 @@ def run(child: Child) -> None:
             workers=workers,
             grammars=grammars,
             step_clock=StepClock(f"{run_dir}/steps"),
+            on_hung_rank=child.worker_hangs,
         )
         gc.collect()
         gc.freeze()  # later collections skip the objects made at start
@@ -64,7 +68,7 @@ def run(child: Child) -> None:
         status = StatusLine(scheduler.stats)
         has_more = False
         while not child.stopping:
-            waits = [0.0] if has_more else [status.due_s, loop.report_due_s]
+            waits = [0.0] if has_more else [status.due_s, loop.due_s]
             due_s = min((wait for wait in waits if wait is not None), default=None)
             poller.poll(None if due_s is None else max(0, math.ceil(1000 * due_s)))
             child.activity.begin()

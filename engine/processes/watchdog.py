@@ -30,7 +30,8 @@ class Watchdog:
     seen meanwhile, and nobody is blamed.
 
     A process hangs if a signal has stopped it for STOPPED_S. It also hangs if it is busy, or sends
-    no beat, and its marks have not grown for `timeout_s`. A process under a debugger never hangs.
+    no beat, and its marks have not grown for `timeout_s`, or if another process has reported since
+    the last look that it hangs. A process under a debugger never hangs.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class Watchdog:
         self._seen = {pid: seen for pid, seen in self._seen.items() if pid in pids}
         for process in processes:
             seen = self._seen.setdefault(process.popen.pid, _Seen())
+            reported, process.reported_hang = process.reported_hang, ""
             if process.exited.is_set() or self._is_traced(process):
                 self._seen[process.popen.pid] = _Seen(beat=process.beat)
                 continue
             self._update(seen, process)
             if seen.num_stopped * LOOK_S >= STOPPED_S:
                 hung.append((process, f"was stopped by a signal for {STOPPED_S:g} s"))
+            elif reported:
+                hung.append((process, reported))
             elif are_started and seen.num_still * LOOK_S >= self._timeout_s:
                 still.append((process, seen.beat))
             elif not are_started:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import RECEIVE_LIMIT, worker_identity
+from loraplex.engine.processes.adapter_deadlines import AdapterDeadlines
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
     AdapterInspected,
@@ -45,10 +46,14 @@ class WorkerGroup:
     Attributes:
         ready: the handshake of each rank that has sent it.
         has_more: the last receive() stopped at its limit, so there may be more messages.
+        deadlines: finds the adapter commands that a rank does not answer.
     """
 
-    def __init__(self, channel: WorkerChannel, size: int) -> None:
+    def __init__(
+        self, channel: WorkerChannel, size: int, deadlines: AdapterDeadlines | None = None
+    ) -> None:
         self._channel = channel
+        self.deadlines = deadlines or AdapterDeadlines(size)
         self._rank_of = {worker_identity(rank): rank for rank in range(size)}
         self.ready: dict[int, WorkerReady] = {}
         self.has_more = False
@@ -64,6 +69,7 @@ class WorkerGroup:
         data = codec.encode(command)
         for name in self._rank_of:
             self._channel.send_encoded(data, name)
+        self.deadlines.add(command)
         if len(self._rank_of) > 1:
             self._open.add(command)
 
@@ -83,10 +89,9 @@ class WorkerGroup:
                 raise ValueError(f"{peer!r} is no worker rank; it sent {type(message).__name__}")
             if isinstance(message, WorkerReady):
                 self._on_ready(rank, message)
-            elif len(self._rank_of) == 1:
-                events.append(message)
-            else:
-                events += self._merge(rank, message)
+                continue
+            self.deadlines.on_answer(rank, message)
+            events += self._merge(rank, message) if len(self._rank_of) > 1 else [message]
         return events
 
     def _on_ready(self, rank: int, message: WorkerReady) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from loraplex.scheduler.worker_protocol import (
     AdapterLoaded,
     DropAdapter,
     InspectAdapter,
+    LoadAdapter,
 )
 
 ROWS_PER_SLICE = 8
@@ -81,12 +82,25 @@ class AdapterManager:
         version, refusal = self.registry.on_inspected(event)
         if refusal and event.content_hash:
             self._free_unused(event.content_hash)
-        for reply_key in version.reply_keys:
-            self._reply(reply_key, version, refusal)
-        version.reply_keys.clear()
+        self._answer_loads(version, refusal)
         if version.wants_pin:
             self._pin_inspected(version)
         return version
+
+    def fail_waiting(self, command: InspectAdapter | LoadAdapter, why: str) -> Sequence[Hashable]:
+        """Answer the loads and pins that wait for a command, which stays open, with an error.
+
+        Returns:
+            The events on which requests are parked that wait for it too.
+        """
+        if isinstance(command, LoadAdapter):
+            return [command.content_hash]
+        versions = self.registry.inspecting(command.name, command.path)
+        for version in versions:
+            self._answer_loads(version, failure(version, why))
+            if version.pin_keys:
+                self._answer_pins(version, failure(version, why))
+        return versions
 
     def on_loaded(
         self, event: AdapterLoaded, version: AdapterVersion, waited: Iterable[Request]
@@ -138,6 +152,11 @@ class AdapterManager:
     def _reply(self, reply_key: Hashable, version: AdapterVersion, refusal: str) -> None:
         code, adapter = ("adapter", {}) if refusal else ("", self.describe(version, {}))
         self._updates.append(AdapterUpdate(reply_key, version.name, refusal, code, adapter))
+
+    def _answer_loads(self, version: AdapterVersion, refusal: str) -> None:
+        for reply_key in version.reply_keys:
+            self._reply(reply_key, version, refusal)
+        version.reply_keys.clear()
 
     def _pin_inspected(self, version: AdapterVersion) -> None:
         failed = version.state is not AdapterState.READY

@@ -193,6 +193,10 @@ class AdapterRegistry:
         version.last_use = now
         self._forget_unused(version)
 
+    def inspecting(self, name: str, path: str) -> list[AdapterVersion]:
+        """Return the versions that wait for the worker to read these files."""
+        return list(self._inspecting.get((name, path), ()))
+
     def on_inspected(self, event: AdapterInspected) -> tuple[AdapterVersion, str]:
         """Record the answer to an InspectAdapter.
 

@@ -50,11 +50,14 @@ class AdapterVersion:
         return source.named == self.source.named or source.path == self.path
 
 
-def failure(version: AdapterVersion) -> str:
-    """Return the error text of a version that is FAILED or whose last read has failed."""
-    if version.state is not AdapterState.FAILED:
-        return (
-            f"adapter {version.name!r} at {version.path} cannot be served now: {version.error}; "
-            "the next request tries again"
-        )
-    return f"adapter {version.name!r} at {version.path} cannot be served: {version.error}"
+def failure(version: AdapterVersion, why: str = "") -> str:
+    """Return the error text of a version that is FAILED or whose last read has failed.
+
+    `why` is what else keeps it from being served at present.
+    """
+    text = f"adapter {version.name!r} at {version.path} cannot be served"
+    if why:
+        return f"{text} now: {why}"
+    if version.state is AdapterState.FAILED:
+        return f"{text}: {version.error}"
+    return f"{text} now: {version.error}; the next request tries again"

@@ -7,17 +7,24 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
-from loraplex.engine.config import EngineConfig, ParallelConfig, ProcessConfig, ServerConfig
-from loraplex.engine.errors import ConnectionLostError, EngineDeadError
+from loraplex.engine.config import (
+    AdapterConfig,
+    EngineConfig,
+    ParallelConfig,
+    ProcessConfig,
+    ServerConfig,
+)
+from loraplex.engine.errors import AdapterError, ConnectionLostError, EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.fakes.fake_engine import expected_tokens, fake_config
+from helpers.fakes.fake_engine import expected_tokens, fake_config, make_fake_adapter
 from helpers.running.processes import GUARD_S, assert_gone, leftovers, running_engine, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -115,6 +122,32 @@ def test_a_worker_that_is_busy_without_progress_ends_the_engine() -> None:
             with pytest.raises(EngineDeadError, match="worker 0 made no progress for 3 s"):
                 raise client.join()
         assert engine.wait(GUARD_S) == 1
+
+
+@pytest.mark.long
+def test_a_rank_that_never_answers_a_load_is_named_and_then_killed(tmp_path: Path) -> None:
+    """Its beats and steps go on. Two minutes after the load its request fails, then the engine."""
+    path = str(make_fake_adapter(tmp_path / "a", "red"))
+    config = fake_config(
+        process=ProcessConfig(watchdog_timeout=2.0),
+        adapter=AdapterConfig(adapter_root=str(tmp_path)),
+    )
+    late = "worker 0 has not finished loading it within 120 s"
+    end = f"^worker 0 has not finished loading the adapter at {path} within 122 s, nor any that"
+    with (
+        running_engine(config, "--delay", "0.05", "--keep-loads") as engine,
+        Client(engine.endpoint) as client,
+    ):
+        left = leftovers(engine)
+        client.load_adapter("a", path)
+        with pytest.raises(AdapterError, match=f"adapter 'a' at {path} cannot .* now: {late}"):
+            list(client.generate([3], SHORT, adapter="a"))
+        (*_, output) = client.generate([3], SHORT)
+        assert output.outputs[0].token_ids == expected_tokens([3], max_tokens=5)
+        with pytest.raises(EngineDeadError, match=end):
+            raise Waiting(engine, [3]).join()
+        assert engine.wait(GUARD_S) == 1
+        assert_gone(left)
 
 
 def test_a_slow_but_living_step_is_left_alone() -> None:

@@ -38,6 +38,13 @@ class ChildStatus(Message):
     text: str
 
 
+class WorkerHangs(Message):
+    """The scheduler has found that a worker rank hangs, although its beats may go on."""
+
+    rank: int
+    how: str
+
+
 class ChildReady(Message):
     """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
 

@@ -66,10 +66,13 @@ class FakeEngineWorker:
         crash_after: int = 0,
         sleep_after: int = 0,
         num_layers: int = 1,
+        keeps_loads: bool = False,
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
         """It raises after `crash_after` steps, like a worker whose GPU has failed. The step after
-        `sleep_after` steps never ends. The delay of a step has `num_layers` parts."""
+        `sleep_after` steps never ends. The delay of a step has `num_layers` parts. It answers no
+        load if `keeps_loads`."""
+        self._keeps_loads = keeps_loads
         self._sleep_after = sleep_after
         self._num_layers = num_layers
         self._on_layer = on_layer
@@ -106,7 +109,7 @@ class FakeEngineWorker:
             case InspectAdapter():
                 self._fake.files[command.path] = _read(Path(command.path))
                 self._events.append(self._fake.inspect(command))
-            case LoadAdapter():
+            case LoadAdapter() if not self._keeps_loads:
                 self._events.append(self._fake.load(command))
             case UnloadAdapter():
                 self._fake.unload(command)

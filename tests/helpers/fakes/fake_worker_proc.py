@@ -2,7 +2,8 @@
 
 Options before the descriptor that the supervisor appends: --delay SECONDS, --crash-after STEPS,
 --fail TEXT (a ConfigError while loading), --hang (never ready), --sleep-after STEPS (the next step
-never ends), --layers N (each step's delay has N parts, and each part is marked as done).
+never ends), --layers N (each step's delay has N parts, and each part is marked as done),
+--keep-loads (no load is answered).
 """
 
 import argparse
@@ -23,6 +24,7 @@ parser.add_argument("--delay", type=float, default=0.0)
 parser.add_argument("--crash-after", type=int, default=0)
 parser.add_argument("--sleep-after", type=int, default=0)
 parser.add_argument("--layers", type=int, default=1)
+parser.add_argument("--keep-loads", action="store_true")
 parser.add_argument("--fail", default="")
 parser.add_argument("--hang", action="store_true")
 options, rest = parser.parse_known_args()
@@ -42,6 +44,7 @@ def run(child: Child) -> None:
         crash_after=options.crash_after,
         sleep_after=options.sleep_after,
         num_layers=options.layers,
+        keeps_loads=options.keep_loads,
         on_layer=child.activity.mark,
     )
     serve(child, worker)

@@ -1,11 +1,13 @@
 """Runs a scheduler against a group of fake worker ranks that work and answer at different times."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import worker_identity
+from loraplex.engine.processes.adapter_deadlines import LOOK_S, AdapterDeadlines
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
@@ -87,13 +89,28 @@ def _keys(answer: Any) -> set[Any]:
 class GroupHarness(Harness):
     """A Harness whose worker is a group. A rank works and answers only when a test says so.
 
-    `verify` runs after each operation.
+    `verify` runs after each operation. A rank may take `answer_s` for an adapter command.
+
+    Attributes:
+        hung: the ranks found to hang, and how.
     """
 
-    def __init__(self, *, num_ranks: int = 2, max_host: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_ranks: int = 2,
+        max_host: int = 0,
+        answer_s: float = math.inf,
+        hang_s: float = math.inf,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.ranks = [FakeRank(self.worker, max_host) for _ in range(num_ranks)]
-        self.group = WorkerGroup(self, num_ranks)
+        self.hung: dict[int, str] = {}
+        deadlines = AdapterDeadlines(
+            num_ranks, answer_s=answer_s, hang_s=hang_s, clock=lambda: self.now
+        )
+        self.group = WorkerGroup(self, num_ranks, deadlines)
         self._inbox: list[tuple[bytes, Any]] = []
 
     # The channel of the group
@@ -132,6 +149,17 @@ class GroupHarness(Harness):
     def send_commands(self) -> None:
         for command in self.scheduler.take_commands():
             self.group.send(command)
+
+    def look(self, seconds: int = 1) -> None:
+        """Let time pass, and fail what waits for answers that are overdue."""
+        for _ in range(seconds):
+            self.now += LOOK_S
+            for overdue in self.group.deadlines.look():
+                self.scheduler.fail_waiting(overdue.command, overdue.text)
+                if overdue.hang:
+                    self.hung[overdue.rank] = overdue.hang
+        self.take_updates()
+        self.verify()
 
     def plan_all(self) -> None:
         while self.plan() is not None:

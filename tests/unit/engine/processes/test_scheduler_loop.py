@@ -335,8 +335,8 @@ def test_a_router_gets_reports_until_it_leaves() -> None:
     ((peer, report),) = bench.frontends.sent
     assert (peer, report.num_received, report.running) == (ONE, 0, 0)
     assert isinstance(report, EngineReport) and report.max_running == 64
-    assert bench.loop.report_due_s is not None
+    assert bench.loop.due_s is not None
     bench.frontends.error = PeerGoneError("it left")
     bench.ask(ONE, 1, [5, 6])
     bench.finish()
-    assert bench.loop.report_due_s is None
+    assert bench.loop.due_s is None

@@ -137,3 +137,12 @@ def test_the_text_names_the_rank(scene: Scene) -> None:
     process.hang = "was stopped by a signal for 3 s"
     text = "worker 1 was stopped by a signal for 3 s, and was killed (worker rank 1 of 2)"
     assert process.how_it_ended() == text
+
+
+def test_a_hang_that_another_process_reports_ends_all_but_a_debugged_process(scene: Scene) -> None:
+    process = scene.add("worker", 1, num_ranks=2)
+    for is_traced in (True, False):
+        process.beat = beat(3, busy=False, traced=is_traced)
+        process.reported_hang = "has not loaded it"
+        assert scene.look() == ({} if is_traced else {"worker 1": "has not loaded it"})
+    assert scene.look() == {}  # a report counts once: it is repeated while the worker hangs
