@@ -148,7 +148,6 @@ class AsyncClient:
     async def close(self) -> None:
         """Disconnects; unfinished requests are cancelled. Calling again does nothing."""
         if self._transport is not None:
-            self._transport.try_send(self._transport.encode({"type": "bye"}))
             await self._disconnect(EngineDeadError("the client was closed"))
 
     async def __aenter__(self) -> "AsyncClient":

@@ -91,12 +91,7 @@ class Connection:
         """Disconnects. Calling again does nothing."""
         if self._transport is not None:
             transport, self._transport = self._transport, None
-            try:
-                transport.send({"type": "bye"})
-            except EngineDeadError:
-                pass
-            finally:
-                transport.close()
+            transport.close()
 
     def _connect(self) -> None:
         if not isinstance(self._endpoint, str):

@@ -21,7 +21,7 @@ from loraplex.entrypoints.client.session import Message
 
 CLIENT_HWM = 4096  # messages
 SEND_TIMEOUT_MS = 10_000
-LINGER_MS = 500  # time for the last message, "bye", to leave
+LINGER_MS = 500  # for the last messages to leave
 MAX_FAILED_HANDSHAKES = 5  # a server that is ending may break off the first one
 
 _EVENTS = (
@@ -210,7 +210,12 @@ class SocketTransport:
         return self._num_failed_handshakes < MAX_FAILED_HANDSHAKES
 
     def close(self) -> None:
-        """Disconnects. So does dropping the transport. Calling again does nothing."""
+        """Says goodbye, if there is room for it, and disconnects. Calling again does nothing.
+
+        Dropping the transport disconnects too.
+        """
+        if self._finalizer.alive and not self._lost:
+            self.try_send(self.encode({"type": "bye"}))
         self._finalizer()
 
 

@@ -1,7 +1,8 @@
-"""AsyncClient and a server that does not read: the event loop goes on."""
+"""Clients of a server that does not read: an event loop goes on, and closing waits for nothing."""
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ import zmq
 
 from loraplex.entrypoints.client import async_client, transport
 from loraplex.entrypoints.client.async_client import AsyncClient
+from loraplex.entrypoints.client.sync_client import Client
+from loraplex.entrypoints.client.transport import SocketTransport
 
 WITHIN_S = 120.0  # only a test that hangs gets there
 LONG = "x" * (1 << 20)  # more than the buffers of the kernel take
@@ -143,3 +146,21 @@ def test_closing_does_not_wait_for_room(server: SleepingServer) -> None:
             assert "was closed" in text or "was lost" in text
 
     asyncio.run(main())
+
+
+def test_closing_a_client_waits_for_no_room(
+    server: SleepingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "SEND_TIMEOUT_MS", -1)  # a send that waits would wait for ever
+    connection = SocketTransport(server.endpoint)
+    client = Client(connection)
+    client.health()
+    ping = connection.encode({"type": "ping", "text": LONG})
+    num_refused = 0
+    while num_refused < 20:  # the kernel's buffers take some more in between
+        num_refused = 0 if connection.try_send(ping) else num_refused + 1
+        time.sleep(0.01)
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(WITHIN_S / 4)
+    assert not closing.is_alive()
