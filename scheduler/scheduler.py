@@ -277,7 +277,7 @@ class Scheduler:
         self.waiting.push_all(requests)
         for request in requests:
             if version.state is not AdapterState.READY:
-                self._fail(request, "adapter", failure(version), now)
+                self._fail(request, "adapter", failure(version, tenant=request.tenant), now)
             elif refusal := self._capacity_problem(request, version):
                 self._fail(request, "bad_request", refusal, now)
 
@@ -289,7 +289,7 @@ class Scheduler:
         self.adapters.on_loaded(event, version, requests)
         if event.error:
             for request in [r for r in self.waiting.by_age if r.adapter_version is version]:
-                self._fail(request, "adapter", failure(version), now)
+                self._fail(request, "adapter", failure(version, tenant=request.tenant), now)
 
     def fail_waiting(self, command: InspectAdapter | LoadAdapter, why: str) -> None:
         """Fail the requests, loads and pins that wait for the answer to a command.
@@ -300,7 +300,8 @@ class Scheduler:
         events: list[Hashable] = [*self.adapters.fail_waiting(command, why)]
         for request in [r for event in events for r in self.waiting.parked_on(event)]:
             assert request.adapter_version is not None
-            self._fail(request, "adapter", failure(request.adapter_version, why), self.clock())
+            text = failure(request.adapter_version, why=why, tenant=request.tenant)
+            self._fail(request, "adapter", text, self.clock())
 
     # Commands and state
 

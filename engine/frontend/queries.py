@@ -57,11 +57,12 @@ class QueryTable:
         self._send(query, stats={**stats, "resident_adapters": query.rows})
 
     def answer_adapters(self, query_id: int, adapters: list[dict[str, Any]]) -> None:
-        """Sends adapters, after the rows that came. No tenant sees the name of another."""
+        """Sends adapters, after the rows that came. A tenant does not see the names of others, nor
+        where files lie that are not its own and what is wrong with them."""
         query = self._take(query_id)
         rows = query.rows + adapters
         if query.tenant:
-            rows = [{**row, "owner": _seen_by(query.tenant, row)} for row in rows]
+            rows = [_seen_by(query.tenant, row) for row in rows]
         self._send(query, adapters=rows)
 
     def fail(self, query_id: int, code: str, text: str) -> None:
@@ -90,6 +91,9 @@ class QueryTable:
         self._reply(query.client, head | values)
 
 
-def _seen_by(tenant: str, adapter: dict[str, Any]) -> str | None:
-    owner = adapter.get("owner")
-    return owner if owner in ("", tenant) else None
+def _seen_by(tenant: str, adapter: dict[str, Any]) -> dict[str, Any]:
+    if adapter["owner"] == tenant:
+        return adapter
+    owner = None if adapter["owner"] else ""
+    error = "its owner and the operator see the reason" if adapter["error"] else ""
+    return {**adapter, "owner": owner, "path": None, "error": error, "warnings": []}

@@ -97,9 +97,9 @@ class AdapterManager:
             return [command.content_hash]
         versions = self.registry.inspecting(command.name, command.path)
         for version in versions:
-            self._answer_loads(version, failure(version, why))
+            self._answer_loads(version, failure(version, why=why))
             if version.pin_keys:
-                self._answer_pins(version, failure(version, why))
+                self._answer_pins(version, failure(version, why=why))
         return versions
 
     def on_loaded(

@@ -148,7 +148,8 @@ class AdapterRegistry:
         if version.state is AdapterState.FAILED:
             raise RequestRefused(
                 "adapter",
-                f"{failure(version)}; mend it, then load it again or send its path with a request",
+                f"{failure(version, tenant=tenant)}; mend it, then load it again or send its path "
+                "with a request",
             )
         return version
 
@@ -159,9 +160,10 @@ class AdapterRegistry:
         if version is not None and version.is_at(source):
             return self._renew(version, source)
         if version is not None and not load_inplace:
+            own = f"the folder {version.source.named}" if version.is_open_to(tenant) else "another"
             raise RequestRefused(
                 "adapter",
-                f"adapter {name!r} is the folder {version.source.named}, not {source.named}: "
+                f"adapter {name!r} is {own}, not {source.named}: "
                 "choose another name, unload this one, or replace it with load_inplace=True",
             )
         return self.register(name, source, tenant)

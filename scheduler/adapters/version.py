@@ -45,19 +45,30 @@ class AdapterVersion:
         """The folder that the workers read."""
         return self.source.path
 
+    def is_open_to(self, tenant: str) -> bool:
+        """Tell whether the tenant may see where the files are and what is wrong with them."""
+        return tenant in ("", self.owner)
+
     def is_at(self, source: AdapterSource) -> bool:
         """Tell whether both name one folder, or one link, which may lead to another folder now."""
         return source.named == self.source.named or source.path == self.path
 
 
-def failure(version: AdapterVersion, why: str = "") -> str:
+def failure(version: AdapterVersion, *, why: str = "", tenant: str = "") -> str:
     """Return the error text of a version that is FAILED or whose last read has failed.
 
-    `why` is what else keeps it from being served at present.
+    Args:
+        why: what else keeps it from being served at present. It names no path.
+        tenant: who reads the text. A tenant other than the owner sees neither the path nor errors
+            of its files.
     """
-    text = f"adapter {version.name!r} at {version.path} cannot be served"
+    if version.is_open_to(tenant):
+        head, error = f"adapter {version.name!r} at {version.path} cannot be served", version.error
+    else:
+        head = f"adapter {version.name!r} cannot be served"
+        error = "its owner and the operator see the reason in the list of adapters"
     if why:
-        return f"{text} now: {why}"
+        return f"{head} now: {why}"
     if version.state is AdapterState.FAILED:
-        return f"{text}: {version.error}"
-    return f"{text} now: {version.error}; the next request tries again"
+        return f"{head}: {error}"
+    return f"{head} now: {error}; the next request tries again"

@@ -156,7 +156,8 @@ class AdapterRoutes:
         }
 
     def _card(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._model(row["name"], row["path"], self._models.base)
+        root = row["path"] or row["name"]  # a tenant sees the paths of its own adapters alone
+        return self._model(row["name"], root, self._models.base)
 
     def _model(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {

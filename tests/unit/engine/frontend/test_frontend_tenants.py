@@ -78,11 +78,10 @@ def test_no_tenant_goes_before_others(harness: FrontendHarness) -> None:
 
 
 def test_a_list_names_no_other_tenant(harness: FrontendHarness) -> None:
-    rows = [
-        {"name": "x", "owner": "ann"},
-        {"name": "y", "owner": "ben"},
-        {"name": "z", "owner": ""},
-    ]
+    """Nor where the files of others lie, or what is wrong with them."""
+    details = {"path": "/secret", "error": "/secret/x is missing", "warnings": ["/secret/y"]}
+    rows = [{"name": name, "owner": name, **details} for name in ("ann", "ben", "")]
+    rows.append({"name": "well", "owner": "", "path": "/secret", "error": "", "warnings": []})
     seen = {}
     for client in (A, B):
         harness.ask(client, "list_adapters")
@@ -90,7 +89,13 @@ def test_a_list_names_no_other_tenant(harness: FrontendHarness) -> None:
         harness.frontend.on_scheduler(AdapterReply(command.command_id, adapters=rows))
         (reply,) = harness.take(client)
         seen[client] = [row["owner"] for row in reply["adapters"]]
-    assert seen == {A: ["ann", None, ""], B: ["ann", "ben", ""]}
+        for row in reply["adapters"]:
+            if client == B or row["owner"] == "ann":
+                assert details.items() <= row.items() or row["name"] == "well"
+            else:
+                assert "/secret" not in str(row) and row["path"] is None
+                assert bool(row["error"]) == (row["name"] != "well")
+    assert seen == {A: ["ann", None, "", ""], B: ["ann", "ben", "", ""]}
 
 
 def test_a_private_engine_has_one_client_that_shares_with_nobody(codec: TextCodec) -> None:

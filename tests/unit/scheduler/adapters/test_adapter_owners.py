@@ -111,3 +111,23 @@ def test_the_names_of_a_tenant_are_bounded() -> None:
     harness.scheduler.unload_adapter("y", "")
     register("one more", MINE, "ann")
     harness.verify()
+
+
+@pytest.mark.parametrize(("tenant", "sees"), [("ben", False), ("ann", True), ("", True)])
+def test_errors_tell_other_tenants_no_path(tenant: str, sees: bool) -> None:
+    """Neither that of a failed read, nor that of a failed adapter, nor that of a taken name."""
+    harness = harness_with_x("ann")
+    harness.files["/mine"].error = "/mine/adapter_config.json is damaged"
+    harness.add("first", [1], adapter="x", tenant=tenant)
+    harness.settle()
+    harness.plan()
+    texts = [harness.error_of("first")[1]]
+    for source in (None, OTHER):
+        with pytest.raises(RequestRefused) as refusal:
+            harness.scheduler.adapters.registry.resolve("x", source, tenant)
+        texts.append(refusal.value.text)
+    for text in texts:
+        assert text.startswith("adapter 'x' ")
+        assert ("/mine" in text) == sees
+    assert ("damaged" in texts[0], "damaged" in texts[1]) == (sees, sees)
+    assert ("its owner and the operator" in texts[0]) != sees
