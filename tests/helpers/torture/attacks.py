@@ -170,6 +170,8 @@ ATTACKS: tuple[Callable[[Target], None], ...] = (
     register_names, drop_connections,
 )  # fmt: skip
 
+NAMES = tuple(attack.__name__ for attack in ATTACKS)
+
 
 def repeat(attack: Callable[[Target], None], target: Target, end: float, rounds: Any) -> None:
     while time.monotonic() < end:
@@ -179,10 +181,10 @@ def repeat(attack: Callable[[Target], None], target: Target, end: float, rounds:
         time.sleep(REST_S)
 
 
-def main(endpoint: str, folder: str, seconds: float) -> None:
+def main(endpoint: str, folder: str, seconds: float, names: list[str]) -> None:
     """Attack for a while, and print the rounds of each attack as JSON."""
     context: zmq.Context[Any] = zmq.Context()
-    rounds = {attack.__name__: 0 for attack in ATTACKS}
+    rounds = dict.fromkeys(names, 0)
     end = time.monotonic() + seconds
     threads = [
         threading.Thread(
@@ -190,6 +192,7 @@ def main(endpoint: str, folder: str, seconds: float) -> None:
             args=(attack, Target(endpoint, Path(folder), context, random.Random(i)), end, rounds),
         )
         for i, attack in enumerate(ATTACKS)
+        if attack.__name__ in names
     ]
     for thread in threads:
         thread.start()
@@ -200,4 +203,4 @@ def main(endpoint: str, folder: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:])

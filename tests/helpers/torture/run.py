@@ -3,6 +3,9 @@
 By hand, with the bound on latency judged::
 
     PYTHONPATH=tests python -m helpers.torture.run --seconds 180
+
+The machine's cores are shared with the attackers, so compare the CPU time of the server's processes
+too. To find out which attack costs what, leave some out: ``--without squat never_read``.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from helpers.models.hf_models import make_hf_model, make_tokenizer
 from helpers.models.peft_adapters import make_adapter
 from helpers.running.processes import wait_until
 from helpers.torture import attacks
+from helpers.torture.cpu_times import CpuTimes
 
 NUM_CLIENTS = 20
 PAUSE_S = 0.3
@@ -56,6 +61,7 @@ class Report:
     refused: dict[str, int] = field(default_factory=dict)  # by code; the client asks again
     growth: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
+    cpu_s: dict[str, float] = field(default_factory=dict)  # under attack
     rounds: dict[str, int] = field(default_factory=dict)
     num_kills: int = 0
 
@@ -71,7 +77,7 @@ class Report:
             "wrong": len(self.wrong), "refused": self.refused, "kills": self.num_kills,
             "growth_mib": {name: size >> 20 for name, size in self.growth.items()},
             "peak_mib": {name: size >> 20 for name, size in self.peak.items()},
-            "rounds": self.rounds,
+            "cpu_s": self.cpu_s, "rounds": self.rounds,
         }  # fmt: skip
 
 
@@ -179,11 +185,12 @@ def memory_of(engine: Engine) -> dict[str, int]:
 
 
 class Watch:
-    """Kills the frontend now and then, and keeps the peaks of memory."""
+    """Kills the frontend now and then, and keeps the peaks of memory and the CPU time."""
 
     def __init__(self, engine: Engine, report: Report, seconds: float) -> None:
         self._engine, self._report = engine, report
         self._kill_every_s = min(KILL_EVERY_S, 0.6 * seconds)
+        self._cpu = CpuTimes(engine)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -193,10 +200,13 @@ class Watch:
     def __exit__(self, *exc_info: object) -> None:
         self._done.set()
         self._thread.join()
+        self._cpu.look()
+        self._report.cpu_s = self._cpu.since_start()
 
     def _run(self) -> None:
         next_kill = time.monotonic() + self._kill_every_s
         while not self._done.wait(0.5):
+            self._cpu.look()
             if time.monotonic() >= next_kill:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._engine.pids["frontend 0"], signal.SIGKILL)
@@ -210,8 +220,10 @@ class Watch:
             peak.update({name: max(size, peak.get(name, 0)) for name, size in sizes.items()})
 
 
-def torture(folder: Path, seconds: float, idle_s: float) -> Report:
-    """Serve honest clients, first alone and then beside all attacks.
+def torture(
+    folder: Path, seconds: float, idle_s: float, names: Sequence[str] = attacks.NAMES
+) -> Report:
+    """Serve honest clients, first alone and then beside the attacks of these names.
 
     Memory is compared before and after the attacks, when nothing runs.
     """
@@ -225,7 +237,7 @@ def torture(folder: Path, seconds: float, idle_s: float) -> Report:
         before = memory_of(engine)
         attackers = subprocess.Popen(
             [sys.executable, "-m", "helpers.torture.attacks", engine.endpoint, str(folder),
-             str(seconds)], stdout=subprocess.PIPE, text=True, env=_environment(),
+             str(seconds), *names], stdout=subprocess.PIPE, text=True, env=_environment(),
         )  # fmt: skip
         with Watch(engine, report, seconds):
             work_together(clients, report, report.attacked, seconds)
@@ -253,9 +265,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--idle-seconds", type=float, default=30.0)
+    parser.add_argument("--only", nargs="+", default=attacks.NAMES, choices=attacks.NAMES)
+    parser.add_argument("--without", nargs="+", default=[], choices=attacks.NAMES)
     options = parser.parse_args()
+    names = [name for name in options.only if name not in options.without]
     with tempfile.TemporaryDirectory() as folder:
-        report = torture(Path(folder), options.seconds, options.idle_seconds)
+        report = torture(Path(folder), options.seconds, options.idle_seconds, names)
     print(json.dumps(report.summary()))
     print(*report.wrong[:10], sep="\n", file=sys.stderr)
     is_flat = max(report.growth.values()) < MAX_GROWTH
