@@ -6,7 +6,7 @@ The public names are imported on first use, so that ``import loraplex`` loads no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # type checkers do not follow __getattr__
+if TYPE_CHECKING:
     from loraplex.engine.frontend.sampling_params import (
         RequestOutputKind as RequestOutputKind,
     )
@@ -49,10 +49,12 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loraplex' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a checker that saw it would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'loraplex' has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

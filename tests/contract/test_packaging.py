@@ -1,12 +1,9 @@
-"""The package list and the wheel are complete, and each module has one name."""
+"""The package list is complete, and each module has one name."""
 
 import ast
 import importlib
 import importlib.util
-import subprocess
-import sys
 import tomllib
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,47 +67,14 @@ def test_every_test_file_is_collected_by_its_name() -> None:
         assert is_support or file.name.startswith("test_"), f"{file} is never collected"
 
 
-def test_wheel_holds_every_module(tmp_path: Path) -> None:
-    setuptools_version = version("setuptools") if importlib.util.find_spec("setuptools") else "0"
-    if int(setuptools_version.split(".")[0]) < 77:
-        pytest.skip("building without isolation needs setuptools 77 or newer")
-    source = tmp_path / "source"
-    _copy_sources(source)
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--quiet", "--no-deps"]
-    build += ["--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=240)
-    (wheel,) = tmp_path.glob("loraplex-*.whl")
-    built = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert built == _expected_files()
-
-
-def _expected_files() -> set[str]:
-    expected = set()
-    for name, folder in TOP.items():
-        for file in folder.rglob("*"):
-            if file.suffix in (".py", ".cu", ".cuh") or file.name == "py.typed":
-                place = Path(*name.split("."), *file.relative_to(folder).parts)
-                expected.add(place.as_posix())
-    return {n for n in expected if not n.startswith("loraplex/entrypoints/root/")}
-
-
-def _copy_sources(target: Path) -> None:
-    """Lay out what a build reads; folders are links, so that no file is copied twice."""
-    target.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (target / name).write_bytes((ROOT / name).read_bytes())
-    for folder in {path.relative_to(ROOT).parts[0] for path in TOP.values()}:
-        (target / folder).symlink_to(ROOT / folder)
-
-
 def test_type_checkers_see_the_public_names() -> None:
-    """They look for py.typed in the top package and do not follow its __getattr__."""
+    """They look for py.typed in the top package and do not see its __getattr__."""
     import loraplex
 
     root = TOP["loraplex"]
     assert (root / "py.typed").exists()
     tree = ast.parse((root / "__init__.py").read_text())
-    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed, _ = [node for node in tree.body if isinstance(node, ast.If)]
     imported = {
         (f"{node.module}", alias.name): alias.asname
         for node in typed.body
