@@ -10,6 +10,7 @@ from loraplex.entrypoints.cli.adapters import add_adapters
 from loraplex.entrypoints.cli.bench import add_bench
 from loraplex.entrypoints.cli.cluster import add_cluster
 from loraplex.entrypoints.cli.command import add_log_level, run_command
+from loraplex.entrypoints.cli.completion import add_completion
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_adapters(commands)
     add_bench(commands)
     _add_backends(commands)
+    add_completion(commands, parser)
     return parser
 
 

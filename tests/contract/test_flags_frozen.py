@@ -66,6 +66,7 @@ FROZEN = {
         *BENCH, *TRACE, "--cv", "--duration", "--num-adapters", "--rates", "--ttft-objective",
     ],
     "backends": ["--log-level"],
+    "completion": ["--log-level"],
 }  # fmt: skip
 
 
