@@ -11,7 +11,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def normalize_messages(messages: object, *, takes_parts: bool) -> list[dict[str, Any]]:
-    """Returns new messages without the keys that are None.
+    """Returns new messages without the keys that are None; the content of calls alone is "".
 
     A `content` of parts stays a list if the template `takes_parts`; otherwise the texts are joined
     by line breaks, as in vLLM. Arguments of tool calls become maps, and reasoning gets all the
@@ -39,8 +39,12 @@ def _message(index: int, message: object, takes_parts: bool) -> dict[str, Any]:
         result["content"] = texts if takes_parts else "\n".join(parts)
     elif "content" in result and not isinstance(content, str):
         raise ClientError(f"{where}: content must be a string or a list of parts")
-    elif "content" not in result and not result.get("tool_calls"):
-        raise ClientError(f"{where}: content must be a string or a list of parts, it is missing")
+    elif "content" not in result:
+        if not result.get("tool_calls"):
+            raise ClientError(
+                f"{where}: content must be a string or a list of parts, it is missing"
+            )
+        result["content"] = ""  # many templates read it without a test
     if "tool_calls" in result:
         result["tool_calls"] = _tool_calls(where, result["tool_calls"])
     reasoning = next((result[name] for name in _REASONING if name in result), None)
