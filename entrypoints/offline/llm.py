@@ -19,6 +19,7 @@ from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
+from loraplex.entrypoints.offline.engine_args import EngineArgs
 from loraplex.entrypoints.offline.llm_engine import LLMEngine
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.missing import INSTEAD
@@ -70,6 +71,11 @@ class LLM:
         self, model: str = "", *, in_process: bool = False, **options: Unpack[LLMOptions]
     ) -> None:
         self._start(engine_config_of(os.fspath(model), options), in_process)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLM":
+        """Makes an LLM from its keywords."""
+        return cls.from_config(engine_args.create_engine_config())
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, in_process: bool = False) -> "LLM":

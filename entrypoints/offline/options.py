@@ -4,7 +4,7 @@ import difflib
 import os
 import typing
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypedDict
 
 from loraplex.engine.config import EngineConfig
@@ -14,8 +14,9 @@ from loraplex.entrypoints.offline.vllm_keywords import ADVICE, translated
 class LLMOptions(TypedDict, total=False):
     """The fields of EngineConfig except the server's; see `loraplex serve -h`.
 
-    `enable_lora` and `max_loras` are vLLM's names: adapters are always enabled, and `max_loras` is
-    `max_adapter_slots`. More of vLLM's keywords work: see docs/reference/vllm.md.
+    `enable_lora` and `max_loras` are vLLM's names: `enable_lora` is ignored, as an adapter costs
+    nothing until a request uses it, and `max_loras` is `max_adapter_slots`. More of vLLM's keywords
+    work: see docs/reference/vllm.md.
     """
 
     tokenizer: str
@@ -68,6 +69,19 @@ _PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "pro
           "profile")  # fmt: skip
 
 
+def option_defaults() -> dict[str, Any]:
+    """Returns the keywords of the configuration and their defaults."""
+    hints = typing.get_type_hints(EngineConfig)
+    values = {
+        field.name: field.default
+        for part in _PARTS
+        for field in fields(hints[part])
+        if field.default is not MISSING
+    }
+    del values["model"]
+    return {**values, "adapters": {}, "adapter_root": os.path.abspath(os.sep)}
+
+
 def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
     """Builds a configuration from the keywords.
 
@@ -78,12 +92,9 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
         TypeError: a keyword is unknown; the message names the most similar one.
         ValueError: a value is out of range.
     """
-    values = {"adapter_root": os.path.abspath(os.sep), **options, "model": model}
-    if not values.pop("enable_lora", True):
-        raise ValueError(
-            "adapters cannot be switched off: leave out enable_lora, they cost nothing until used"
-        )
-    values = translated(values)
+    defaults = option_defaults()
+    values = {"adapter_root": defaults["adapter_root"], **translated(options, defaults)}
+    values["model"] = model
     if "adapters" in values:
         values["adapters"] = _adapter_pairs(values["adapters"])
     parts = {}

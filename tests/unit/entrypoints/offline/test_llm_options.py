@@ -65,6 +65,8 @@ def test_defaults_are_the_configs() -> None:
         ("quantization", "leave it out"),
         ("hf_token", "nothing is downloaded"),
         ("revision", "nothing is downloaded"),
+        ("enable_sleep_mode", "weights cannot leave the device"),
+        ("logits_processors", "use logit_bias"),
         ("zzz", "known: adapter_dir"),
         ("endpoint", "no keyword 'endpoint'"),
     ],
@@ -81,7 +83,6 @@ def test_unknown_keywords_name_the_nearest(name: str, message: str) -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be positive"),
-        ({"enable_lora": False}, "cannot be switched off"),
     ],
 )
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
@@ -107,6 +108,7 @@ def test_vllms_keywords_are_renamed_or_ignored() -> None:
         "block_size": 32, "num_gpu_blocks_override": 99, "max_loras": 7, "max_cpu_loras": 2,
         "swap_space": 4, "enable_chunked_prefill": True, "trust_remote_code": True,
         "quantization": None, "pipeline_parallel_size": 1, "tokenizer_mode": "auto",
+        "enable_lora": False, "seed": None, "tokenizer": None, "hf_overrides": {},
     }  # fmt: skip
     own = {"block_tokens": 32, "num_pages": 99, "max_adapter_slots": 7}
     assert engine_config_of("m", vllms) == engine_config_of("m", own)

@@ -15,6 +15,8 @@ from loraplex.lora.request import LoRARequest
         ("loraplex.lora.request", ["LoRARequest"]),
         ("loraplex.sampling_params", ["RequestOutputKind", "SamplingParams"]),
         ("loraplex.outputs", ["CompletionOutput", "RequestOutput"]),
+        ("loraplex.engine.arg_utils", ["AsyncEngineArgs", "EngineArgs"]),
+        ("loraplex.v1.engine.async_llm", ["AsyncLLM"]),
     ],
 )
 def test_modules_offer_the_classes_of_the_package(module: str, names: list[str]) -> None:
@@ -39,3 +41,11 @@ def test_the_fields_of_a_lora_request_have_vllms_order() -> None:
 
 def test_a_lora_path_may_be_a_path() -> None:
     assert LoRARequest("sql", 1, Path("/a/b")).lora_path == "/a/b"  # type: ignore[arg-type]
+
+
+def test_the_parser_of_flags_is_in_both_places() -> None:
+    from loraplex.utils import FlexibleArgumentParser, random_uuid
+    from loraplex.utils.argparse_utils import FlexibleArgumentParser as Newer
+
+    assert FlexibleArgumentParser is Newer
+    assert len({random_uuid() for _ in range(9)}) == 9

@@ -1,0 +1,5 @@
+"""Offers the parser of flags where vLLM has it."""
+
+from loraplex.entrypoints.offline.flexible_argument_parser import (
+    FlexibleArgumentParser as FlexibleArgumentParser,
+)
