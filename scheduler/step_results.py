@@ -121,9 +121,11 @@ def _fail(request: Request, position: int, judged: list[TokenLogprobs] | None, k
         position = end - len(judged) + is_bad.index(True)
     who = f"adapter {request.adapter!r}" if request.adapter else "the base model"
     restricted = ""
-    if request.constraint is not None or request.sampling.allowed_token_ids:
+    sampling = request.sampling
+    if request.constraint is not None or sampling.allowed_token_ids or sampling.bad_word_ids:
         restricted = (
-            "; or structured_outputs, allowed_token_ids and logit_bias together allow no token"
+            "; or structured_outputs, allowed_token_ids, bad_words and logit_bias together allow "
+            "no token"
         )
     text = (
         f"{who} gave logits that are NaN or infinite for the token at position {position}, so the "

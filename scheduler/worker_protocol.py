@@ -73,6 +73,9 @@ class SamplingSpec(Record):
     # Ends of sequence that the request ignores. They too are forbidden before min_tokens.
     ignored_eos_ids: Int32Array = msgspec.field(default_factory=int_array)
     allowed_token_ids: Int32Array = msgspec.field(default_factory=int_array)  # empty: all
+    # Token sequences that the answer must not contain, one after the other, and their lengths.
+    bad_word_ids: Int32Array = msgspec.field(default_factory=int_array)
+    bad_word_lengths: Int32Array = msgspec.field(default_factory=int_array)
 
 
 class NewRequest(Record):

@@ -4,6 +4,8 @@ import hashlib
 import logging
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,6 +13,7 @@ from msgspec.structs import replace
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, client_error
+from loraplex.engine.frontend.bad_words import encode_bad_words
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
@@ -66,6 +69,7 @@ class InputProcessor:
         self._eos_token_ids = {i for worker in info.workers for i in worker.eos_token_ids}
         if codec is not None:
             self._eos_token_ids.update(codec.tokenizer.eos_token_ids)
+        self._bad_words = lru_cache(maxsize=64)(self._encode_bad_words)
 
     def tokenize(self, message: GenerateRequest) -> "array[int]":
         """Returns the prompt's token ids as int32.
@@ -171,6 +175,7 @@ class InputProcessor:
         if not params.ignore_eos:
             stop.update(self._eos_token_ids)
         greedy = params.temperature == 0.0
+        bad_words = self._bad_words(tuple(params.bad_words)) if params.bad_words else []
         first = SamplingSpec(
             temperature=0.0 if greedy else max(params.temperature, MIN_TEMPERATURE),
             top_p=1.0 if greedy else params.top_p,
@@ -191,6 +196,8 @@ class InputProcessor:
             bias_token_ids=int_array(list(bias)),
             bias_values=array("f", bias.values()),
             allowed_token_ids=int_array(params.allowed_token_ids or ()),
+            bad_word_ids=int_array(list(chain.from_iterable(bad_words))),
+            bad_word_lengths=int_array([len(word) for word in bad_words]),
         )
         others = [
             replace(first, seed=_hash63(f"{first.seed}:{i}"), num_prompt_logprobs=-1)
@@ -217,6 +224,15 @@ class InputProcessor:
                 "stop_token_ids"
             )
         return params.structured_outputs.to_grammar(params.min_tokens)
+
+    def _encode_bad_words(self, words: tuple[str, ...]) -> list[list[int]]:
+        if self._codec is None:
+            raise ClientError(
+                "bad_words needs a tokenizer, but this server runs without one "
+                "(skip_tokenizer_init): use logit_bias"
+            )
+        sequences = encode_bad_words(self._codec.tokenizer, words)
+        return [ids for ids in sequences if max(ids) < self._info.vocab_size]  # others never occur
 
     def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
         for token_id in token_ids:
@@ -266,6 +282,7 @@ def prompt_bytes(params: SamplingParams, num_prompt_tokens: int) -> int:
         + stops
         + (100 * len(params.logit_bias or ()))
         + (4 * params.n * len(params.allowed_token_ids or ()))
+        + (8 * params.n * sum(map(len, params.bad_words or ())))
     )
 
 

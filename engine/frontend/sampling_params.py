@@ -16,6 +16,8 @@ MAX_STOP_CHARS = 16384  # all stop strings together
 MAX_STOP_TOKEN_IDS = 4096
 MAX_BIASES = 4096
 MAX_ALLOWED_TOKEN_IDS = 1 << 16
+MAX_BAD_WORDS = 1024
+MAX_BAD_CHARS = 16384  # all bad words together
 MAX_BIAS = 1e30  # a logit and its bias stay finite in 32 bits
 MAX_LOGPROBS_A_STEP = 4096  # n * (logprobs + 1): entries that a step adds to one reply
 
@@ -66,6 +68,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = field(default=None)
     allowed_token_ids: list[int] | None = None  # None: all
+    bad_words: list[str] | None = None  # texts that no answer contains
     structured_outputs: StructuredOutputsParams | None = None  # or a map of its fields
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -139,9 +142,11 @@ class SamplingParams:
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {short(getattr(self, name))}")
-        _check_stop(self.stop)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        _check_texts("stop", stop, MAX_STOP_STRINGS, MAX_STOP_CHARS)
         _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         _check_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_CHARS)
         structured = self.structured_outputs
         if structured is not None and not isinstance(structured, StructuredOutputsParams):
             raise TypeError(
@@ -204,6 +209,7 @@ class SamplingParams:
             "structured_outputs ends an answer with an end of sequence: leave out ignore_eos",
         )
         require(all(self.stop_strings), "stop strings must not be empty")
+        require(all(self.bad_words or ()), "bad_words must not be empty")
         require(
             self.detokenize or not self.stop_strings,
             "stop strings are found in text: set detokenize=True, or leave out stop",
@@ -239,15 +245,14 @@ def _output_kind(value: Any) -> RequestOutputKind:
     return RequestOutputKind(value)
 
 
-def _check_stop(stop: object) -> None:
-    texts = [stop] if isinstance(stop, str) else stop
+def _check_texts(name: str, texts: object, max_texts: int, max_chars: int) -> None:
     if texts is None:
         return
-    if not isinstance(texts, list | tuple) or not all(isinstance(s, str) for s in texts):
-        raise TypeError("stop must be a string or a list of strings")
-    _check_count("stop", texts, MAX_STOP_STRINGS)
-    if sum(map(len, texts)) > MAX_STOP_CHARS:
-        raise ValueError(f"stop must have at most {MAX_STOP_CHARS} characters in all")
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a list of strings")
+    _check_count(name, texts, max_texts)
+    if sum(map(len, texts)) > max_chars:
+        raise ValueError(f"{name} must have at most {max_chars} characters in all")
 
 
 def _check_bias(bias: object) -> None:

@@ -1,8 +1,8 @@
 """Turns logits into token ids and log-probabilities, on the device and without a host sync.
 
-The order is logit bias, penalties, stop ids forbidden before min_tokens, masks. Then greedy rows
-take the maximum. Other rows apply temperature, min-p, top-k and top-p and draw. Log-probabilities
-are of the logits as the model gave them.
+The order is logit bias, penalties, stop ids forbidden before min_tokens, bad words, masks. Then
+greedy rows take the maximum. Other rows apply temperature, min-p, top-k and top-p and draw.
+Log-probabilities are of the logits as the model gave them.
 
 A draw is the Gumbel-max trick. Its noise is a hash of (seed, position, token id), so it depends
 neither on the batch nor on earlier steps. The op ``fused`` draws for all rows.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.backends.fused.contract import FusedOps
+from loraplex.engine.worker.bad_words import forbid_last_ids
 
 CHUNK_ELEMS = 1 << 24
 """Logits that are adjusted in one chunk, about; bounds the scratch memory."""
@@ -37,6 +38,9 @@ class SamplingBatch:
     num_known_tokens: torch.Tensor | None = None  # int64 [P]
     forbidden_rows: torch.Tensor | None = None  # int64 [number of forbidden ids]
     forbidden_ids: torch.Tensor | None = None  # int64
+    word_rows: torch.Tensor | None = None  # int64 [W], of the bad words of several tokens
+    word_ids: torch.Tensor | None = None  # int64 [W], their last tokens
+    word_prefixes: torch.Tensor | None = None  # int64 [4, tokens before], see forbid_last_ids
     mask_rows: torch.Tensor | None = None  # int64 [M], rows that may draw some tokens only
     masks: torch.Tensor | None = None  # int32 [M, ceil(vocabulary / 32)], see StepPlan.masks
     cut_rows: torch.Tensor | None = None  # int64 [R], random rows with any of the next three
@@ -47,7 +51,9 @@ class SamplingBatch:
     @property
     def is_plain(self) -> bool:
         """Whether the logits are drawn from as they are."""
-        rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.mask_rows)
+        rows = (
+            self.bias_rows, self.penalty_rows, self.forbidden_rows, self.word_rows, self.mask_rows,
+        )  # fmt: skip
         return self.cut_rows is None and all(index is None for index in rows)
 
 
@@ -72,7 +78,8 @@ def sample(
 
     Args:
         logits: [N, vocabulary], the model's dtype.
-        token_ids: int32 [slots, length], from which penalties read a request's tokens so far.
+        token_ids: int32 [slots, length], from which penalties and bad words read a
+            request's tokens so far.
         num_known_tokens: an upper bound of batch.num_known_tokens, known on the CPU.
     """
     if not batch.is_plain:
@@ -115,6 +122,9 @@ def _adjust(
     if batch.forbidden_rows is not None:
         forbidden = (batch.forbidden_rows, batch.forbidden_ids)
         logits[forbidden] = logits[forbidden] - torch.inf  # a NaN or +inf stays visible, as NaN
+    if batch.word_rows is not None:
+        assert batch.word_ids is not None and batch.word_prefixes is not None
+        forbid_last_ids(logits, batch.word_rows, batch.word_ids, batch.word_prefixes, token_ids)
     if batch.mask_rows is not None and batch.masks is not None:
         apply_masks(logits, batch.mask_rows, batch.masks)
     if batch.cut_rows is not None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loraplex.engine.worker.bad_words import BadWords
 from loraplex.scheduler.worker_protocol import SamplingSpec
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -31,6 +32,8 @@ class SamplingStates:
         self._bias_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
         self._bias: list[npt.NDArray[np.float32] | None] = [None] * max_num_seqs
         self._allowed: list[npt.NDArray[np.int32] | None] = [None] * max_num_seqs
+        self._bad_words: list[BadWords | None] = [None] * max_num_seqs
+        self._has_bad_words = np.zeros(max_num_seqs, dtype=np.bool_)
 
     def set(self, slot: int, spec: SamplingSpec, num_prompt_tokens: int) -> None:
         self.num_prompt_tokens[slot] = num_prompt_tokens
@@ -56,11 +59,14 @@ class SamplingStates:
         self._bias[slot] = np.array(spec.bias_values, dtype=np.float32)[known]
         allowed = np.array(spec.allowed_token_ids, dtype=np.int64)
         self._allowed[slot] = pack_mask(allowed, self._vocab_size) if len(allowed) else None
+        self._bad_words[slot] = BadWords.of(spec)
+        self._has_bad_words[slot] = self._bad_words[slot] is not None
 
     def clear(self, slot: int) -> None:
         self.num_logprobs[slot] = self.num_prompt_logprobs[slot] = -1
         self._stop_ids[slot] = self._bias_ids[slot] = self._bias[slot] = None
-        self._allowed[slot] = None
+        self._allowed[slot] = self._bad_words[slot] = None
+        self._has_bad_words[slot] = False
 
     def collect(
         self,
@@ -84,6 +90,7 @@ class SamplingStates:
         self._collect_bias(slots, arrays)
         self._collect_penalties(slots, positions, arrays)
         self._collect_forbidden(slots, positions, arrays)
+        self._collect_bad_words(slots, positions, arrays)
         self._collect_masks(slots, masks or {}, arrays)
         self._collect_cuts(slots, arrays)
         return arrays
@@ -161,9 +168,36 @@ class SamplingStates:
             if stop_ids is not None and len(stop_ids):
                 rows.append(np.full(len(stop_ids), row, dtype=np.int64))
                 ids.append(stop_ids)
+        for row in np.flatnonzero(self._has_bad_words[slots]).tolist():
+            words = self._bad_words[slots[row]]
+            if words is not None and len(words.single_ids):
+                rows.append(np.full(len(words.single_ids), row, dtype=np.int64))
+                ids.append(words.single_ids)
         if rows:
             arrays["forbidden_rows"] = np.concatenate(rows)
             arrays["forbidden_ids"] = np.concatenate(ids)
+
+    def _collect_bad_words(
+        self,
+        slots: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        rows, last_ids, prefixes = [], [], []
+        num_words = 0
+        for row in np.flatnonzero(self._has_bad_words[slots]).tolist():
+            slot, position = int(slots[row]), int(positions[row])
+            words = self._bad_words[slot]
+            if words is None or not len(words.last_ids):
+                continue
+            rows.append(np.full(len(words.last_ids), row, dtype=np.int64))
+            last_ids.append(words.last_ids)
+            num_generated = position - int(self.num_prompt_tokens[slot])
+            prefixes.append(words.prefixes(slot, position, num_generated, num_words))
+            num_words += len(words.last_ids)
+        if rows:
+            arrays["word_rows"], arrays["word_ids"] = np.concatenate(rows), np.concatenate(last_ids)
+            arrays["word_prefixes"] = np.concatenate(prefixes, axis=1)
 
 
 def pack_mask(token_ids: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.int32]:

@@ -41,7 +41,9 @@ GROUPS = {
 OFFLINE_HIDDEN = ("server", "adapter_root", "max_adapters_per_tenant")
 """Parts and fields that matter only where other clients can connect."""
 
-SAMPLING_HIDDEN = ("seed", "detokenize", "output_kind", "allowed_token_ids", "structured_outputs")
+SAMPLING_HIDDEN = (
+    "seed", "detokenize", "output_kind", "allowed_token_ids", "bad_words", "structured_outputs",
+)  # fmt: skip
 """Fields without a flag. `--seed` sets the engine's seed, which requests without one take."""
 
 SAMPLING_DEFAULTS = {"max_tokens": 256}

@@ -17,7 +17,7 @@ MAX_PROMPTS = 1024  # of one request for completions
 _SAMPLING = (
     "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "logit_bias", "allowed_token_ids", "prompt_logprobs", "skip_special_tokens",
+    "logit_bias", "allowed_token_ids", "bad_words", "prompt_logprobs", "skip_special_tokens",
     "include_stop_str_in_output",
 )  # fmt: skip
 _CHAT = (

@@ -20,7 +20,6 @@ REFUSED = {
     "guided_regex": _GUIDED,
     "guided_choice": _GUIDED,
     "guided_grammar": _GUIDED,
-    "bad_words": "is not supported: use logit_bias",
     "logits_processors": _NOT_YET,
     "truncate_prompt_tokens": "is not supported: shorten the prompt",
     "prompt_embeds": _NOT_YET,
