@@ -42,6 +42,7 @@ FIELDS: list[dict[str, Any]] = [
     {"logit_bias": {"70": 9.0, "71": -50.0}},
     {"temperature": 1.3, "seed": 1, "extra_body": {"top_k": 5, "min_p": 0.05}},
     {"extra_body": {"repetition_penalty": 1.4, "min_tokens": 4, "ignore_eos": True}},
+    {"extra_body": {"bad_words": ["a", "e", "the"]}},
     {"stop": "a", "extra_body": {"include_stop_str_in_output": True}},
     {"extra_body": {"stop_token_ids": list(range(100, 140)), "skip_special_tokens": False}},
     {"extra_body": {"cache_salt": "tenant", "priority": 3}},
