@@ -1,30 +1,35 @@
 """Answers batches of prompts offline; class, arguments and results are named as in vLLM."""
 
 import os
-import threading
-import time
 import weakref
-from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from tqdm.auto import tqdm
+
 from loraplex.engine.checkpoint.generation_defaults import generation_defaults
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import EngineDeadError, LoraplexError
+from loraplex.engine.errors import EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.client.lora_request import LoRARequest
-from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput
+from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
+from loraplex.entrypoints.offline.batches.batch_runner import BatchRunner
+from loraplex.entrypoints.offline.batches.beam_search import (
+    BeamSearch,
+    BeamSearchOutput,
+    BeamSearchParams,
+    run_beam_searches,
+)
 from loraplex.entrypoints.offline.engine_args import EngineArgs
 from loraplex.entrypoints.offline.llm_engine import LLMEngine
 from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.missing import INSTEAD
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
-from loraplex.entrypoints.offline.progress import BarFactory, BatchBar
+from loraplex.entrypoints.offline.progress import BarFactory
 from loraplex.entrypoints.offline.prompts import (
     Message,
     Prompt,
@@ -38,9 +43,6 @@ if TYPE_CHECKING:
 
 SamplingParamsOrList = SamplingParams | Sequence[SamplingParams] | None
 LoRARequestOrList = LoRARequest | Sequence[LoRARequest | None] | None
-
-_CANCEL_WAIT_S = 10.0
-_DEATH_WAIT_S = 3.0
 
 
 class LLM:
@@ -86,10 +88,9 @@ class LLM:
 
     def _start(self, config: EngineConfig, in_process: bool) -> None:
         self.config = config
-        self._lock = threading.RLock()
-        self._num_requests = 0
         self._tokenizer: Tokenizer | None = None
         self._engine = LocalEngine(config, in_process=in_process)
+        self._runner = BatchRunner(self._engine.client, config, self._engine.death)
         self._llm_engine: LLMEngine | None = None
         self._finalizer = weakref.finalize(self, self._engine.close)
 
@@ -204,6 +205,62 @@ class LLM:
             prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
         return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequestOrList = None,
+        use_tqdm: bool | BarFactory = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Finds the likeliest continuations of every prompt. Results are in the prompts' order.
+
+        Each token is a request of its own, which reads the beams' blocks from the prefix cache.
+
+        Args:
+            prompts: as for generate(); text needs the tokenizer.
+            params: the number of beams and their length.
+            use_tqdm: shows the progress in tokens.
+            concurrency_limit: prompts searched at one time; None: all.
+
+        Raises:
+            ValueError, TypeError, ClientError, EngineDeadError: as generate().
+        """
+        batch = make_batch(completion_prompts(prompts), None, lora_request, None)
+        searches = [self._begin_beam_search(request, params) for request in batch]
+        size = concurrency_limit or max(1, len(searches))
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        options = {"total": params.max_tokens, "desc": "Beam search", "disable": not use_tqdm}
+        for start in range(0, len(searches), size):
+            with make_bar(**options) as bar:
+                run_beam_searches(
+                    searches[start : start + size],
+                    params.max_tokens,
+                    lambda requests: self._run(requests, use_tqdm=False),
+                    bar.update,
+                )
+        outputs = [search.output() for search in searches]
+        if not self.config.model.skip_tokenizer_init:
+            for beam in (beam for output in outputs for beam in output.sequences):
+                beam.text = self.get_tokenizer().decode(beam.tokens, skip_special_tokens=False)
+        return outputs
+
+    def _begin_beam_search(self, request: BatchRequest, params: BeamSearchParams) -> BeamSearch:
+        eos_token_ids = {i for worker in self.info.workers for i in worker.eos_token_ids}
+        if not self.config.model.skip_tokenizer_init:
+            eos_token_ids.update(self.get_tokenizer().eos_token_ids)
+        token_ids = request.prompt.get("prompt_token_ids")
+        if token_ids is None:
+            token_ids = self.get_tokenizer().encode(request.prompt["prompt"])
+        return BeamSearch(
+            request,
+            token_ids,
+            params,
+            eos_token_ids=eos_token_ids,
+            max_model_len=self.info.max_model_len,
+        )
+
     if not TYPE_CHECKING:  # a type checker would find every name
 
         def __getattr__(self, name: str) -> Any:
@@ -226,92 +283,8 @@ class LLM:
         self.shutdown()
 
     def _run(self, batch: list[BatchRequest], use_tqdm: bool | BarFactory) -> list[RequestOutput]:
-        with self._lock:
-            if not self._finalizer.alive:
-                raise EngineDeadError("this LLM has been shut down: make a new one")
-            if reason := self._engine.death():
-                raise EngineDeadError(reason)
-            if self._llm_engine is not None and self._llm_engine.has_unfinished_requests():
-                raise ValueError("llm_engine has unfinished requests: call its step() until none")
-            bar = BatchBar(len(batch), use_tqdm if batch else False)
-            indices: dict[str, int] = {}  # of the outstanding requests, by id
-            try:
-                return self._run_window(batch, indices, bar)
-            except EngineDeadError as error:
-                # The connection may break before the supervisor sees the process exit.
-                if reason := self._engine.death(_DEATH_WAIT_S):
-                    raise EngineDeadError(reason) from None
-                raise type(error)(str(error)) from None
-            except BaseException:  # includes KeyboardInterrupt
-                self._cancel(indices)
-                raise
-            finally:
-                bar.close()
-
-    def _run_window(
-        self, batch: list[BatchRequest], indices: dict[str, int], bar: BatchBar
-    ) -> list[RequestOutput]:
-        """Keeps the engine busy with as many requests as it accepts, until all have finished."""
-        outputs: dict[int, RequestOutput] = {}
-        waiting = deque(range(len(batch)))
-        limit = self._max_sequences_outstanding()
-        num_sequences = 0
-        while waiting or indices:
-            while waiting and (
-                not indices or num_sequences + batch[waiting[0]].sampling_params.n <= limit
-            ):
-                index = waiting.popleft()
-                request_id = self._new_request_id()
-                indices[request_id] = index  # before it is sent: an interrupt must cancel it
-                self._submit(batch[index], request_id)
-                num_sequences += batch[index].sampling_params.n
-            for result in self.client.poll(timeout_s=1.0):
-                if result.request_id not in indices:
-                    continue  # the late end of a request that an earlier call cancelled
-                index = indices.pop(result.request_id)
-                if isinstance(result, RequestFailure):
-                    where = f"prompt {index}" if len(batch) > 1 else ""
-                    raise _with_place(result.error, where)
-                num_sequences -= batch[index].sampling_params.n
-                outputs[index] = result
-                bar.add(result)
-        return [outputs[index] for index in range(len(batch))]
-
-    def _max_sequences_outstanding(self) -> int:
-        """Returns a number that keeps the engine busy for some steps and within its limits."""
-        wanted = max(1024, 4 * self.config.scheduler.max_num_seqs)
-        allowed = self.config.scheduler.max_queue_len, self.config.server.max_requests_per_client
-        return min(wanted, *allowed)
-
-    def _new_request_id(self) -> str:
-        self._num_requests += 1
-        return f"llm-{self._num_requests}"
-
-    def _submit(self, request: BatchRequest, request_id: str) -> None:
-        """Sends a request that returns one output, at the end."""
-        self.client.submit(
-            request.prompt,
-            request.sampling_params,
-            adapter=request.adapter,
-            request_id=request_id,
-            salt=request.salt,
-            priority=request.priority,
-        )
-
-    def _cancel(self, request_ids: Iterable[str]) -> None:
-        """Cancels requests and takes their results, so that the next call does not see them."""
-        with suppress(LoraplexError):
-            for request_id in request_ids:
-                self.client.cancel(request_id)
-            deadline = time.monotonic() + _CANCEL_WAIT_S
-            while self.client.num_outstanding and time.monotonic() < deadline:
-                self.client.poll(timeout_s=0.5)
-
-
-def _with_place(error: LoraplexError, where: str) -> LoraplexError:
-    """Returns the same error with `where` in front of its text."""
-    if not where or where in str(error):
-        return error
-    placed = type(error)(f"{where}: {error}")
-    placed.code = error.code
-    return placed
+        if not self._finalizer.alive:
+            raise EngineDeadError("this LLM has been shut down: make a new one")
+        if self._llm_engine is not None and self._llm_engine.has_unfinished_requests():
+            raise ValueError("llm_engine has unfinished requests: call its step() until none")
+        return self._runner.run(batch, use_tqdm)

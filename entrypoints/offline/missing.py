@@ -1,7 +1,6 @@
 """Names methods of vLLM's LLM that loraplex does not have, and what to use."""
 
 INSTEAD = {
-    "beam_search": "there is no beam search; SamplingParams(n=...) samples several answers",
     "reset_prefix_cache": "the cache cannot be emptied; a new cache_salt in the prompts shares "
     "nothing with the old ones",
     "get_metrics": "use llm.client.stats()",

@@ -5,3 +5,4 @@ from loraplex.engine.frontend.sampling_params import SamplingParams as SamplingP
 from loraplex.engine.frontend.structured.structured_outputs import (
     StructuredOutputsParams as StructuredOutputsParams,
 )
+from loraplex.entrypoints.offline.batches.beam_search import BeamSearchParams as BeamSearchParams
