@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.errors import ClientError, client_error
-from loraplex.engine.frontend.bad_words import encode_bad_words
 from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.frontend.structured.bad_words import encode_bad_words
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.tokenizer.chat_template import ChatTemplate
 from loraplex.engine.tokenizer.loading import load_tokenizer

@@ -7,9 +7,9 @@ import pytest
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ClientError
-from loraplex.engine.frontend.bad_words import encode_bad_words
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.frontend.structured.bad_words import encode_bad_words
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits
 from loraplex.scheduler.worker_protocol import SamplingSpec, WorkerReady
