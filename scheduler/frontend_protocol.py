@@ -81,6 +81,7 @@ class SequenceOutput(Record):
     )
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []  # from position 1 on
+    queued_us: int = 0  # from the sequence's arrival to its admission; with the first token
 
 
 class StepOutputs(Message):

@@ -100,6 +100,7 @@ def _add_details(
             num_cached_tokens=request.num_cached_tokens,
             logprobs=[] if entry is None else [entry],
             prompt_logprobs=judged or [],
+            queued_us=max(0, int(1e6 * (request.admitted_at - request.arrival))),
         )
     )
     return reason

@@ -134,6 +134,9 @@ class Frontend:
             case protocol.StatsRequest():
                 query_id = self._queries.add(client, "", message.request_id, "stats")
                 self._ask_scheduler(query_id, StatsQuery(query_id))
+            case protocol.ResetPrefixCacheRequest():
+                query_id = self._queries.add(client, "", message.request_id, "stats")
+                self._ask_scheduler(query_id, StatsQuery(query_id, reset_prefix_cache=True))
             case _:
                 self._dispatch_adapter(client, message)
 
@@ -272,7 +275,7 @@ class Frontend:
             ],
         }
 
-    def _stats(self) -> dict[str, int]:
+    def _stats(self) -> dict[str, Any]:
         return {
             **self._requests.counters,
             "malformed": self._num_malformed,
@@ -281,4 +284,5 @@ class Frontend:
             "waiting_clients": len(self._clients),
             "unread_bytes": self._clients.num_unread_bytes,
             "prompt_bytes": self._requests.num_prompt_bytes,
+            "histograms": self._requests.histograms.snapshot(),
         }

@@ -166,6 +166,13 @@ class OutputProcessor:
         return len(self._prompt_token_ids)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of tokens of the prompt and of all completions, and of completions."""
+        num_output = sum(completion.num_tokens for completion in self.completions)
+        n = len(self.completions)
+        return {"num_prompt": self.num_prompt_tokens, "num_output": num_output, "n": n}
+
+    @property
     def finish_reasons(self) -> str:
         """The different reasons of the completions that have ended, joined by commas."""
         reasons = (completion.finish_reason for completion in self.completions)

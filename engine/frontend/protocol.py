@@ -147,6 +147,13 @@ class StatsRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResetPrefixCacheRequest:
+    """Empties the prefix cache. The reply is that to "stats", from after it."""
+
+    request_id: str = field(metadata=_ID)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
     """Asks for a "pong". It has no request id."""
 
@@ -166,6 +173,7 @@ ClientMessage = (
     | ListAdaptersRequest
     | HealthRequest
     | StatsRequest
+    | ResetPrefixCacheRequest
     | Ping
     | Bye
 )
@@ -181,6 +189,7 @@ CLIENT_MESSAGES: dict[str, type] = {
     "list_adapters": ListAdaptersRequest,
     "health": HealthRequest,
     "stats": StatsRequest,
+    "reset_prefix_cache": ResetPrefixCacheRequest,
     "ping": Ping,
     "bye": Bye,
 }
@@ -245,9 +254,12 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
             any tenant.
 
     Raises:
-        ClientError: a tenant acts for another one, or its request wants to go before others (code
-            "forbidden").
+        ClientError: a tenant acts for another one or for all, or its request wants to go before
+            others (code "forbidden").
     """
+    if sender and isinstance(message, ResetPrefixCacheRequest):
+        text = "reset_prefix_cache concerns all tenants: only the operator may send it"
+        raise client_error("forbidden", text)
     if not isinstance(message, TenantMessage):
         return message
     if sender and message.tenant not in ("", sender):

@@ -12,15 +12,34 @@ logger = logging.getLogger("loraplex.requests")
 
 @dataclass(slots=True)
 class RequestTimes:
-    """Seconds by the monotonic clock."""
+    """The times of a request in seconds after its arrival; -1 until they are known."""
 
-    arrived_at: float = field(default_factory=time.monotonic)
-    first_token_at: float | None = None
+    arrival_time: float = field(default_factory=time.time)  # seconds since 1970
+    queued_s: float = -1.0  # when the first of its sequences was admitted
+    first_token_s: float = -1.0
+    last_token_s: float = -1.0
+    _arrived_at: float = field(default_factory=time.monotonic)
 
-    def on_output(self) -> None:
-        """Note the time of the first output. Later calls change nothing."""
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._arrived_at
+
+    def on_output(self, queued_us: int) -> None:
+        """Note the time of an output that has tokens; `queued_us` is SequenceOutput's."""
+        self.last_token_s = self.elapsed_s
+        if self.first_token_s < 0:
+            self.first_token_s = self.last_token_s
+            self.queued_s = min(queued_us / 1e6, self.first_token_s)
+
+    def to_wire(self) -> dict[str, float | None]:
+        """Returns the times for the client; None where there was no token."""
+        durations = {
+            "queued_s": self.queued_s,
+            "first_token_s": self.first_token_s,
+            "last_token_s": self.last_token_s,
+        }
+        known = {name: None if value < 0 else value for name, value in durations.items()}
+        return {"arrival_time": self.arrival_time, **known}
 
 
 def log_end(
@@ -41,18 +60,17 @@ def log_end(
     """
     if not logger.isEnabledFor(logging.INFO):
         return
-    now = time.monotonic()
     num_prompt = num_cached = num_output = 0
     if outputs is not None:
         num_prompt = outputs.num_prompt_tokens
         num_cached = outputs.completions[0].num_cached_tokens
         num_output = sum(completion.num_tokens for completion in outputs.completions)
     first = "none"
-    if times.first_token_at is not None:
-        first = f"{(times.first_token_at - times.arrived_at) * 1e3:.0f} ms"
+    if times.first_token_s >= 0:
+        first = f"{times.first_token_s * 1e3:.0f} ms"
     logger.info(
         "request %s: adapter %s, tokens: prompt %d, cached %d, output %d; first token %s, "
         "total %.0f ms; %s",
         short(request_id), adapter or "none", num_prompt, num_cached, num_output, first,
-        (now - times.arrived_at) * 1e3, reason,
+        times.elapsed_s * 1e3, reason,
     )  # fmt: skip

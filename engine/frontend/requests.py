@@ -17,6 +17,7 @@ from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Wakeup
 from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest, StepOutputs
 
@@ -82,6 +83,7 @@ class RequestTable:
         self._by_sequence: dict[int, _Request] = {}
         self._converting: dict[_Request, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
+        self.histograms = RequestHistograms()
         self.counters = dict.fromkeys(("received", "finished", "failed", "cancelled"), 0)
 
     def has_requests(self, client: bytes) -> bool:
@@ -233,7 +235,7 @@ class RequestTable:
                 self._fail(request, output.error_code or "internal", output.error)
                 continue
             if output.token_ids:
-                request.times.on_output()
+                request.times.on_output(output.queued_us)
             index = output.request_id - request.first_id
             if request.outputs.update(index, output):
                 stopped.append(output.request_id)
@@ -256,9 +258,14 @@ class RequestTable:
         reply = request.outputs.take_reply()
         if request.outputs.finished:
             self.counters["finished"] += 1
+            self.histograms.observe(request.times, **request.outputs.sizes)
             self._drop(request, request.outputs.finish_reasons)
+        self._send_reply(request, reply)
+
+    def _send_reply(self, request: _Request, reply: dict[str, Any] | None) -> None:
         if reply is not None:
-            self._reply(request.client, reply)
+            times = {"times": request.times.to_wire()} if reply["finished"] else {}
+            self._reply(request.client, reply | times)
 
     def convert_logprobs(self) -> None:
         """Prepares a bounded part of the prompt logprobs that wait, in turns of requests."""
@@ -286,9 +293,7 @@ class RequestTable:
         request.outputs.drop_unconverted()
         for completion in request.outputs.completions:
             completion.abort()
-        reply = request.outputs.take_reply()
-        if reply is not None:
-            self._reply(client, reply)
+        self._send_reply(request, request.outputs.take_reply())
 
     def drop_client(self, client: bytes) -> list[str]:
         """Ends every request of the client without a reply. Returns their ids."""

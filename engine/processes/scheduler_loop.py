@@ -174,6 +174,8 @@ class SchedulerLoop:
             case AdapterCommand():
                 self._run_adapter_command(peer, message)
             case StatsQuery():
+                if message.reset_prefix_cache:
+                    self._scheduler.memory.kv.reset()
                 self._long_replies.append((peer, self._report_stats(message.query_id)))
             case ReportLoad():
                 self._reports.add(peer)

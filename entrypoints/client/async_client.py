@@ -145,6 +145,10 @@ class AsyncClient:
         """Returns load, memory and counters of the scheduler and of the frontend."""
         return dict((await self._command("stats"))["stats"])
 
+    async def reset_prefix_cache(self) -> dict[str, Any]:
+        """Empties the prefix cache. Running requests go on. Returns the stats after it."""
+        return dict((await self._command("reset_prefix_cache"))["stats"])
+
     async def close(self) -> None:
         """Disconnects; unfinished requests are cancelled. Calling again does nothing."""
         if self._transport is not None:

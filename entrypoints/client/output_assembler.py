@@ -10,6 +10,7 @@ from loraplex.entrypoints.client.outputs import (
     Logprob,
     PositionLogprobs,
     RequestOutput,
+    RequestStateStats,
 )
 
 Message = dict[str, Any]
@@ -53,6 +54,7 @@ class OutputAssembler:
         )
         if output.finished:
             output.num_cached_tokens = message["usage"]["cached_tokens"]
+            output.metrics = _metrics(message)
         if self._is_delta:
             request.prompt_logprobs = None
         return output
@@ -90,6 +92,24 @@ class _Completion:
             entry["stop_reason"],
             self.output.lora_request,
         )
+
+
+def _metrics(message: Message) -> RequestStateStats | None:
+    """Returns the times of a request's last message; None if it was cancelled before it began."""
+    times = message.get("times")
+    if times is None:
+        return None
+    arrival = times["arrival_time"]
+    queued, first, last = (times[name] for name in ("queued_s", "first_token_s", "last_token_s"))
+    return RequestStateStats(
+        num_generation_tokens=message["usage"]["completion_tokens"],
+        arrival_time=arrival,
+        queued_ts=arrival,
+        scheduled_ts=0.0 if queued is None else arrival + queued,
+        first_token_ts=0.0 if first is None else arrival + first,
+        last_token_ts=0.0 if last is None else arrival + last,
+        first_token_latency=first or 0.0,
+    )
 
 
 def _position(entries: list[list[Any]]) -> PositionLogprobs:

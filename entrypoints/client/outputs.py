@@ -42,6 +42,22 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestStateStats:
+    """When what happened to a request, by the frontend's clock, in seconds since 1970.
+
+    A time is 0.0 where there was no token.
+    """
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0  # it began to wait
+    scheduled_ts: float = 0.0  # the first of its answers was admitted
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0  # seconds from arrival
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """A request and its completions.
@@ -58,6 +74,7 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRARequest | None = None
     num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache
+    metrics: RequestStateStats | None = None  # in the last output
 
 
 @dataclass(frozen=True, slots=True)

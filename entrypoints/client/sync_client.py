@@ -212,6 +212,10 @@ class Client:
         """Returns load, memory and counters of the scheduler and of the frontend."""
         return dict(self._connection.command("stats")["stats"])
 
+    def reset_prefix_cache(self) -> dict[str, Any]:
+        """Empties the prefix cache. Running requests go on. Returns the stats after it."""
+        return dict(self._connection.command("reset_prefix_cache")["stats"])
+
     def close(self) -> None:
         """Disconnects; unfinished requests are cancelled. Calling again does nothing."""
         self._connection.close()

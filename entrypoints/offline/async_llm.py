@@ -12,6 +12,7 @@ from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.offline.batch_request import make_batch
 from loraplex.entrypoints.offline.engine_args import EngineArgs
 from loraplex.entrypoints.offline.local_engine import LocalEngine
+from loraplex.entrypoints.offline.lora_ids import LoRAIds
 from loraplex.entrypoints.offline.prompts import Prompt, completion_prompts
 
 
@@ -21,6 +22,7 @@ class AsyncLLM:
     def __init__(self, engine: LocalEngine) -> None:
         """Takes over a started engine; from_engine_args() starts one."""
         self._client = AsyncClient(engine.endpoint)
+        self._lora_ids = LoRAIds()
         self._closing: asyncio.Task[None] | None = None
         self._finalizer = weakref.finalize(self, engine.close)
 
@@ -77,6 +79,48 @@ class AsyncLLM:
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine does not answer."""
         await self._client.health()
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter. Returns False if it is loaded and `load_inplace` is not set.
+
+        Raises:
+            ValueError: the id is another adapter's, or the files cannot be served.
+        """
+        if self._lora_ids.has(lora_request):
+            if not lora_request.load_inplace:
+                return False
+            await self.remove_lora(lora_request.lora_int_id)
+        await self._client.load_adapter(lora_request.lora_name, lora_request.absolute_path)
+        self._lora_ids.add(lora_request)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Removes an adapter that add_lora() loaded. Returns False if there is none."""
+        if lora_id not in self._lora_ids.ids:
+            return False
+        await self._client.unload_adapter(self._lora_ids.name_of(lora_id))
+        self._lora_ids.remove(lora_id)
+        return True
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """Keeps an adapter that add_lora() loaded in pages.
+
+        Raises:
+            ValueError: add_lora() has not loaded it, or too much is pinned.
+        """
+        await self._client.pin_adapter(self._lora_ids.name_of(lora_id))
+        return True
+
+    async def list_loras(self) -> set[int]:
+        """Returns the ids of the adapters that add_lora() has loaded."""
+        return self._lora_ids.ids
+
+    async def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Empties the prefix cache and returns True. vLLM's arguments are ignored."""
+        await self._client.reset_prefix_cache()
+        return True
 
     def shutdown(self) -> None:
         """Stops the engine's processes. Calling again does nothing."""

@@ -27,6 +27,7 @@ from loraplex.entrypoints.offline.batches.beam_search import (
 from loraplex.entrypoints.offline.engine_args import EngineArgs
 from loraplex.entrypoints.offline.llm_engine import LLMEngine
 from loraplex.entrypoints.offline.local_engine import LocalEngine
+from loraplex.entrypoints.offline.metrics import Metric, metrics_of
 from loraplex.entrypoints.offline.missing import INSTEAD
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
 from loraplex.entrypoints.offline.progress import BarFactory
@@ -259,6 +260,21 @@ class LLM:
             params,
             eos_token_ids=eos_token_ids,
             max_model_len=self.info.max_model_len,
+        )
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Empties the prefix cache and returns True. vLLM's arguments are ignored."""
+        return self.llm_engine.reset_prefix_cache()
+
+    def get_metrics(self) -> list[Metric]:
+        """Returns the engine's statistics under vLLM's names."""
+        return metrics_of(
+            self.client.stats(),
+            self.client.list_adapters(),
+            model_name=self.config.model.model,
+            max_loras=self.config.memory.max_adapter_slots,
         )
 
     if not TYPE_CHECKING:  # a type checker would find every name

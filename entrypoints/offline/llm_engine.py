@@ -154,6 +154,13 @@ class LLMEngine:
         """Returns the ids of the adapters that add_lora() has loaded."""
         return self._lora_ids.ids
 
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Empties the prefix cache and returns True. vLLM's arguments are ignored."""
+        self._client.reset_prefix_cache()
+        return True
+
     def shutdown(self) -> None:
         """Stops the engine's processes. Calling again does nothing."""
         self._engine.close()

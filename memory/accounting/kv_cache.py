@@ -231,14 +231,21 @@ class KVCache:
         may have a page table or not.
         """
         for key in chain.hashes:
-            page_id = self._page_of.get(key)
-            if page_id is None:
-                continue
-            if page_id in self._idle:
-                self.evict(page_id)
-            else:
-                del self._page_of[key], self._hash_of[page_id]
-                self._forgotten.add(page_id)
+            if key in self._page_of:
+                self._forget(key)
+
+    def reset(self) -> None:
+        """Remove all blocks from the cache; pages in use stay with their requests."""
+        for key in list(self._page_of):
+            self._forget(key)
+
+    def _forget(self, key: bytes) -> None:
+        page_id = self._page_of[key]
+        if page_id in self._idle:
+            self.evict(page_id)
+        else:
+            del self._page_of[key], self._hash_of[page_id]
+            self._forgotten.add(page_id)
 
     def evict(self, page_id: int) -> None:
         """Remove an idle prefix block from the cache and free its page."""

@@ -56,6 +56,7 @@ class StatsQuery(Message):
     """Answered by a StatsReply."""
 
     query_id: int
+    reset_prefix_cache: bool = False  # empty the prefix cache first
 
 
 class ReplyRows(Message):

@@ -285,3 +285,16 @@ def test_stats_are_plain_and_add_up() -> None:
     assert stats["finished"] == {"stop": 0, "length": 2, "abort": 0, "error": 0}
     assert stats["num_generated_tokens"] == 18
     assert stats["num_scheduled_tokens"] == 2 * (5 + 8)
+
+
+def test_the_first_output_says_how_long_the_request_waited() -> None:
+    harness = Harness(max_num_seqs=1)
+    outputs = []
+    harness.add(0, [1, 2], max_tokens=3)
+    harness.add(1, [3, 4], max_tokens=2)
+    while harness.scheduler.num_unfinished:
+        harness.now += 0.25
+        assert harness.plan() is not None
+        outputs += harness.commit()
+    first = {output.request_id: output.queued_us for output in reversed(outputs)}
+    assert first == {0: 250_000, 1: 1_000_000}

@@ -38,6 +38,22 @@ def test_health_stats_and_ping(harness: FrontendHarness) -> None:
     assert reply["stats"]["frontend"]["received"] == 0
 
 
+def test_the_prefix_cache_is_emptied_for_the_operator_alone(harness: FrontendHarness) -> None:
+    harness.ask(A, "reset_prefix_cache")
+    (query,) = harness.take_sent(StatsQuery)
+    assert query.reset_prefix_cache
+    harness.frontend.on_scheduler(StatsReply(query.query_id, {"pages_prefix": 0}))
+    (reply,) = harness.take()
+    assert (reply["type"], reply["stats"]["pages_prefix"]) == ("stats", 0)
+    harness.ask(A, "stats")
+    (query,) = harness.take_sent(StatsQuery)
+    assert not query.reset_prefix_cache
+    harness.keys[B] = "ben"
+    harness.ask(B, "reset_prefix_cache")
+    assert [error["code"] for error in harness.take(B)] == ["forbidden"]
+    assert not harness.sent
+
+
 def test_adapter_commands(codec: TextCodec, tmp_path: Path) -> None:
     inside = tmp_path / "root" / "pirate"
     inside.mkdir(parents=True)

@@ -62,7 +62,7 @@ def test_lists_of_ids_are_prompts(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mend"),
-    [("wake_up", "shutdown"), ("reset_prefix_cache", "cache_salt"), ("sleep", "shutdown")],
+    [("wake_up", "shutdown"), ("score", "only text"), ("sleep", "shutdown")],
 )
 def test_what_vllm_has_alone_is_refused_with_the_mend(llm: LLM, name: str, mend: str) -> None:
     with pytest.raises(AttributeError, match=mend):

@@ -58,6 +58,16 @@ class PoolTraffic(RuleBasedStateMachine):
         prefix = kv.find_prefix(probe, array("i", tokens))
         assert set(probe.hashes[: len(prefix.page_ids)]).isdisjoint(chain.hashes)
 
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=3, max_size=12))
+    def reset(self, tokens: list[int]) -> None:
+        """Empty the prefix cache; running requests keep their pages, nothing is shared later."""
+        kv, before = self.memory.kv, self.memory.num_available
+        kept = {request_id: list(kv.page_ids(request_id)) for request_id in self.requests}
+        kv.reset()
+        assert (self.memory.num_available, kv.num_idle) == (before, 0)
+        assert kept == {request_id: kv.page_ids(request_id) for request_id in self.requests}
+        assert not kv.find_prefix(BlockChain(b"r", BLOCK), array("i", tokens)).page_ids
+
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def compute(self, data: st.DataObject) -> None:
