@@ -171,7 +171,7 @@ class _Unanswered:
 
 
 class _Rank:
-    """What one rank has to answer, and its clock in seconds."""
+    """The commands that one rank has to answer, and its clock in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
