@@ -1,6 +1,7 @@
 """Measures streams over HTTP beside the same streams over ZeroMQ, from one engine.
 
-Both entrances detokenize. The clients are processes that do little with what they read. Runs over
+Both entrances detokenize. The clients are processes that do little with what they read, and are
+connected before they send. All requests are sent at once, or spread over some seconds. Runs over
 the two entrances take turns.
 
     python benchmarks/http.py --model llama-3-8b --tokenizer /models/llama --out out.jsonl
@@ -29,7 +30,7 @@ ENTRANCES = ("zmq", "http")
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one run sends, divided among client processes."""
+    """The requests of one run, divided among client processes."""
 
     address: str
     num_streams: int
@@ -37,6 +38,7 @@ class Load:
     answer_len: int
     num_clients: int
     vocab_size: int
+    spread_s: float  # over which the requests begin
 
 
 @dataclass(slots=True)
@@ -57,7 +59,9 @@ async def over_zmq(load: Load, prompts: Sequence[list[int]]) -> list[Stream]:
         max_tokens=load.answer_len, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
 
-    async def one(client: AsyncClient, prompt: list[int]) -> Stream:
+    async def one(client: AsyncClient, index: int) -> Stream:
+        prompt = prompts[index]
+        await asyncio.sleep(load.spread_s * index / len(prompts))
         stream = Stream(sent=time.monotonic())
         num_tokens = 0
         async for output in client.generate(prompt, params):
@@ -68,22 +72,25 @@ async def over_zmq(load: Load, prompts: Sequence[list[int]]) -> list[Stream]:
 
     async with AsyncClient(load.address) as client:
         await client.health()
-        return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+        return await asyncio.gather(*(one(client, i) for i in range(len(prompts))))
 
 
 async def over_http(load: Load, prompts: Sequence[list[int]]) -> list[Stream]:
     host, _, port = load.address.rpartition(":")
 
-    async def one(prompt: list[int]) -> Stream:
+    connections = [await asyncio.open_connection(host, int(port)) for _ in prompts]
+
+    async def one(index: int) -> Stream:
+        reader, writer = connections[index]
         body = json.dumps({
-            "model": "base", "prompt": prompt, "max_tokens": load.answer_len, "stream": True,
-            "ignore_eos": True, "stream_options": {"include_usage": True},
+            "model": "base", "prompt": prompts[index], "max_tokens": load.answer_len,
+            "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True},
         }).encode()  # fmt: skip
-        reader, writer = await asyncio.open_connection(host, int(port))
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
+        await asyncio.sleep(load.spread_s * index / len(prompts))
         stream = Stream(sent=time.monotonic())
         writer.write(head.encode() + body)
         last = b""
@@ -97,7 +104,7 @@ async def over_http(load: Load, prompts: Sequence[list[int]]) -> list[Stream]:
         writer.close()
         return stream
 
-    return await asyncio.gather(*map(one, prompts))
+    return await asyncio.gather(*map(one, range(len(prompts))))
 
 
 def run_client(entrance: str, load: Load, seed: int, start: Any, results: Any) -> None:
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4, help="processes that share the streams")
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--answer-len", type=int, default=256)
+    parser.add_argument("--spread", type=float, default=5.0, help="seconds; the other runs: 0")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -173,29 +181,30 @@ def main() -> None:
         engine.start()
         with engine:
             addresses = {"zmq": engine.endpoint, "http": engine.http_endpoint}
-            runs: dict[str, list[dict[str, float]]] = {entrance: [] for entrance in ENTRANCES}
+            load = Load(
+                "", args.streams, args.prompt_len, args.answer_len, args.clients,
+                engine.info.vocab_size, 0.0,
+            )  # fmt: skip
+            cases = [(e, spread) for spread in (0.0, args.spread) for e in ENTRANCES]
+            runs: dict[tuple[str, float], list[dict[str, float]]] = {case: [] for case in cases}
             for repeat in range(args.repeats + 1):
-                for entrance in ENTRANCES:
-                    load = Load(
-                        addresses[entrance], args.streams, args.prompt_len, args.answer_len,
-                        args.clients, engine.info.vocab_size,
-                    )  # fmt: skip
-                    figures = measure(entrance, load, seed=1000 * (repeat * 2 + len(entrance)))
-                    print(entrance, figures, flush=True)
+                for number, (entrance, spread_s) in enumerate(cases):
+                    its = replace(load, address=addresses[entrance], spread_s=spread_s)
+                    figures = measure(entrance, its, seed=1000 * (4 * repeat + number))
+                    print(entrance, f"{spread_s:g} s", figures, flush=True)
                     if repeat:  # the first runs warm up
-                        runs[entrance].append(figures)
+                        runs[entrance, spread_s].append(figures)
             row: dict[str, Any] = {
                 "benchmark": "benchmarks/http.py", "model": args.model,
                 "device": engine.info.workers[0].device, "streams": args.streams,
                 "clients": args.clients, "prompt_len": args.prompt_len,
-                "answer_len": args.answer_len, "repeats": args.repeats,
+                "answer_len": args.answer_len, "repeats": args.repeats, "spread_s": args.spread,
             }  # fmt: skip
-    for entrance, all_figures in runs.items():
+    for (entrance, spread_s), all_figures in runs.items():
+        when = "spread" if spread_s else "at_once"
         for name in all_figures[0]:
-            row[f"{entrance}_{name}"] = statistics.median(run[name] for run in all_figures)
-    row["of_zmq"] = round(row["http_new_tokens_per_s"] / row["zmq_new_tokens_per_s"], 4)
-    later = row["http_first_token_ms_p50"] - row["zmq_first_token_ms_p50"]
-    row["first_token_later_ms"] = round(later, 2)
+            median = statistics.median(run[name] for run in all_figures)
+            row[f"{entrance}_{when}_{name}"] = round(median, 2)
     print(json.dumps(row, indent=1))
     if args.out:
         with args.out.open("a") as file:
