@@ -40,8 +40,8 @@ class SchedulerConfig:
     policy: str = field(
         default="fcfs",
         metadata={
-            "help": "which waiting request starts next: fcfs (first come, lower priority number "
-            "before higher), priority (with gradual ageing), cluster (few adapters at a time), "
+            "help": "which waiting request starts next: fcfs (first come, clients in turns, lower "
+            "priority number before higher), priority (with gradual ageing), cluster (few adapters at a time), "
             "abort (drop what would miss its first-token objective), vtc (fair shares)",
             "choices": POLICY_NAMES,
         },

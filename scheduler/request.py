@@ -15,8 +15,8 @@ from loraplex.scheduler.worker_protocol import int_array
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
-Rank = tuple[float, int]
-"""A place in an order: smaller goes first; the second part, the order of arrival, is unique."""
+Rank = tuple[float, ...]
+"""A place in an order: smaller goes first; the last part, the order of arrival, is unique."""
 
 
 class RequestState(Enum):

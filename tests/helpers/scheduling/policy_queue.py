@@ -32,6 +32,7 @@ class PolicyQueue:
         at: float = 0.0,
         adapter: str = "",
         tenant: str = "",
+        client: bytes = b"",
         priority: int = 0,
         num_prompt_tokens: int = 1,
     ) -> Request:
@@ -41,6 +42,7 @@ class PolicyQueue:
             sampling=sampling_spec(),
             adapter=adapter,
             salt=tenant,
+            client=client,
             priority=priority,
         )
         self.num_added += 1

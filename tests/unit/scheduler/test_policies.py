@@ -34,6 +34,46 @@ def test_fcfs_keeps_priorities_in_a_queue_longer_than_the_wait() -> None:
     assert chosen == ["low0", "high0", "low1", "high1", "low2", "high2", "low3"]
 
 
+def test_fcfs_lets_clients_take_turns() -> None:
+    """A flood of one client holds up nobody who has a request or two waiting."""
+    queue = PolicyQueue("fcfs")
+    for index in range(5):
+        queue.add(f"a{index}", client=b"a")
+    assert queue.admit(2) == "a0 a1"
+    for name in ("b0", "b1", "c0"):
+        queue.add(name, client=name[:1].encode())
+    assert queue.names_in_order() == "a2 b0 c0 a3 b1 a4"
+    assert queue.admit(3) == "a2 b0 c0"
+    queue.add("c1", client=b"c")  # it waited for its answer
+    assert queue.names_in_order() == "a3 b1 c1 a4"
+    queue.add("urgent", client=b"a", priority=-1)
+    assert queue.names_in_order() == "urgent a3 b1 c1 a4"
+
+
+def test_fcfs_serves_one_client_and_clients_with_one_request_as_they_come() -> None:
+    for clients in (["a"] * 6, list("abcdef")):
+        queue = PolicyQueue("fcfs")
+        names = [f"{client}{index}" for index, client in enumerate(clients)]
+        for name in names[:4]:
+            queue.add(name, client=name[:1].encode())
+        assert queue.admit(2) == " ".join(names[:2])
+        queue.end(names[0])
+        for name in names[4:]:
+            queue.add(name, client=name[:1].encode())
+        assert queue.names_in_order() == " ".join(names[2:])
+
+
+def test_fcfs_forgets_the_turns_of_a_client_that_cancels_all() -> None:
+    queue = PolicyQueue("fcfs")
+    for index in range(9):
+        queue.add(f"a{index}", client=b"a")
+    for index in range(9):
+        queue.end(f"a{index}")
+    for name in ("b0", "b1", "a9"):
+        queue.add(name, client=name[:1].encode())
+    assert queue.names_in_order() == "b0 a9 b1"
+
+
 def test_fcfs_does_not_preempt_first_what_started_by_its_age() -> None:
     queue = PolicyQueue("fcfs", max_wait_s=10.0)
     old, young = queue.add("old", priority=1), queue.add("young", at=9.0)
