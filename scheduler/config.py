@@ -41,8 +41,8 @@ class SchedulerConfig:
         default="fcfs",
         metadata={
             "help": "which waiting request starts next: fcfs (first come, clients in turns, lower "
-            "priority number before higher), priority (with gradual ageing), cluster (few adapters at a time), "
-            "abort (drop what would miss its first-token objective), vtc (fair shares)",
+            "priority number before higher), priority (with gradual ageing), cluster (few adapters "
+            "at a time), abort (drop what would miss its first-token objective), vtc (fair shares)",
             "choices": POLICY_NAMES,
         },
     )

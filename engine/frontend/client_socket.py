@@ -6,7 +6,7 @@ import os
 import socket as os_socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,8 +207,10 @@ class ClientSocket:
         except zmq.ZMQError as error:
             raise PeerGoneError(str(error)) from None
 
-    def receive(self, handle: Callable[[bytes, list[bytes], str], None]) -> None:
+    def receive(self, handle: Callable[[bytes, Sequence[memoryview], str], None]) -> None:
         """Calls handle(client, frames, tenant) for each message that has arrived, without waiting.
+
+        The frames lie where libzmq has put them: copying 15 MiB takes longer than refusing them.
 
         The tenant is empty for the operator, who holds the key ADMIN, and where the server does not
         ask for known keys. Refuses the messages of clients that chose a ZeroMQ identity. Returns
@@ -222,7 +224,7 @@ class ClientSocket:
                 return
             if all(map(_is_anonymous, frames)):
                 tenant = self._tenant_of(frames[-1])
-                handle(routing_id.bytes, [frame.bytes for frame in frames], tenant)
+                handle(routing_id.bytes, [frame.buffer for frame in frames], tenant)
             else:
                 self._refuse(routing_id.bytes)
 

@@ -7,6 +7,7 @@ It runs in the caller's thread; only long prompts are tokenized in other threads
 
 import logging
 import secrets
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,9 @@ class Frontend:
         self.step_clock = StepClock()
         self._instance = secrets.token_hex(8)  # another one after a restart
 
-    def on_frames(self, client: bytes, frames: list[bytes], tenant: str = "") -> None:
+    def on_frames(
+        self, client: bytes, frames: Sequence[bytes | memoryview], tenant: str = ""
+    ) -> None:
         """Handles one message of a client, as raw frames. Replies with an error if it is bad.
 
         `tenant` is whose key the client has shown; empty: the operator's, or keys are not in use.
