@@ -5,6 +5,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.async_client import AsyncClient
 from loraplex.entrypoints.client.lora_request import LoRARequest
@@ -35,7 +36,12 @@ class AsyncLLM:
         Raises:
             ConfigError: the engine cannot start; the text says what to change.
         """
-        return cls(LocalEngine(engine_args.create_engine_config(), in_process=False))
+        return cls.from_vllm_config(engine_args.create_engine_config())
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: EngineConfig, **_: Any) -> "AsyncLLM":
+        """Starts an engine as from_engine_args() does, of what create_engine_config() returned."""
+        return cls(LocalEngine(vllm_config, in_process=False))
 
     async def generate(
         self,
@@ -133,3 +139,7 @@ class AsyncLLM:
         else:
             self._closing = loop.create_task(self._client.close())
         self._finalizer()
+
+
+AsyncLLMEngine = AsyncLLM
+"""vLLM's former name of the class."""

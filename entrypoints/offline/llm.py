@@ -181,7 +181,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template.
 
-        The other arguments and the errors are those of generate().
+        The other arguments and the errors are those of generate(). `prompt` of a result is the
+        rendered text.
 
         Args:
             messages: one or more conversations, lists of {"role": ..., "content": ...}.
@@ -204,7 +205,13 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if chat_template is not None:
             prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
-        return self._run(make_batch(prompts, sampling_params, lora_request, priority), use_tqdm)
+        batch = make_batch(prompts, sampling_params, lora_request, priority)
+        outputs = self._run(batch, use_tqdm)
+        for output in outputs:
+            if output.prompt_token_ids:
+                tokenizer = self.get_tokenizer()
+                output.prompt = tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        return outputs
 
     def beam_search(
         self,

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
@@ -38,7 +39,12 @@ class LLMEngine:
         Raises:
             ConfigError: the engine cannot start; the text says what to change.
         """
-        local = LocalEngine(engine_args.create_engine_config(), in_process=False)
+        return cls.from_vllm_config(engine_args.create_engine_config())
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: EngineConfig, **_: Any) -> "LLMEngine":
+        """Starts an engine as from_engine_args() does, of what create_engine_config() returned."""
+        local = LocalEngine(vllm_config, in_process=False)
         engine = cls(local)
         weakref.finalize(engine, local.close)
         return engine

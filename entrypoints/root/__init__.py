@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
     from loraplex.entrypoints.client.sync_client import Client as Client
     from loraplex.entrypoints.offline.async_llm import AsyncLLM as AsyncLLM
+    from loraplex.entrypoints.offline.async_llm import AsyncLLMEngine as AsyncLLMEngine
     from loraplex.entrypoints.offline.cluster import Cluster as Cluster
     from loraplex.entrypoints.offline.engine_args import AsyncEngineArgs as AsyncEngineArgs
     from loraplex.entrypoints.offline.engine_args import EngineArgs as EngineArgs
     from loraplex.entrypoints.offline.llm import LLM as LLM
     from loraplex.entrypoints.offline.llm_engine import LLMEngine as LLMEngine
+    from loraplex.entrypoints.offline.prompts import TextPrompt as TextPrompt
+    from loraplex.entrypoints.offline.prompts import TokensPrompt as TokensPrompt
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "loraplex.entrypoints.offline.llm",
     "AsyncLLM": "loraplex.entrypoints.offline.async_llm",
+    "AsyncLLMEngine": "loraplex.entrypoints.offline.async_llm",
     "LLMEngine": "loraplex.entrypoints.offline.llm_engine",
     "EngineArgs": "loraplex.entrypoints.offline.engine_args",
     "AsyncEngineArgs": "loraplex.entrypoints.offline.engine_args",
@@ -42,6 +46,8 @@ _HOMES = {
     "LoRARequest": "loraplex.entrypoints.client.lora_request",
     "RequestOutput": "loraplex.entrypoints.client.outputs",
     "CompletionOutput": "loraplex.entrypoints.client.outputs",
+    "TextPrompt": "loraplex.entrypoints.offline.prompts",
+    "TokensPrompt": "loraplex.entrypoints.offline.prompts",
     "Cluster": "loraplex.entrypoints.offline.cluster",
     "Client": "loraplex.entrypoints.client.sync_client",
     "AsyncClient": "loraplex.entrypoints.client.async_client",
