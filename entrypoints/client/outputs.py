@@ -74,7 +74,7 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRARequest | None = None
     num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache
-    metrics: RequestStateStats | None = None  # in the last output
+    metrics: RequestStateStats | None = field(default=None, compare=False)  # in the last output
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class RoutedFrontend:
             joined["token_ids"] += entry["token_ids"]
             joined["logprobs"] += entry.get("logprobs", [])
             joined |= {key: entry[key] for key in ("finish_reason", "stop_reason")}
+        reply.pop("times", None)  # differ in each run
         answer |= reply
 
     def serve(self, requests: dict[str, dict[str, Any]], *, kill_at: int = 0) -> dict[str, Any]:
