@@ -18,6 +18,10 @@ class BackendConfig:
         default="auto",
         metadata={"help": "kernels of norms, RoPE, SiLU and sampling (see `loraplex backends`)"},
     )
+    linear_backend: str = field(
+        default="auto",
+        metadata={"help": "kernels of the base model's projections (see `loraplex backends`)"},
+    )
     collective_backend: str = field(
         default="auto",
         metadata={

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from loraplex.backends.attention.contract import AttentionSpec
     from loraplex.backends.collective.contract import CollectiveSpec
     from loraplex.backends.fused.contract import FusedSpec
+    from loraplex.backends.linear.contract import LinearSpec
     from loraplex.backends.lora.contract import LoRASpec
 
 AUTO = "auto"
 
-Spec: TypeAlias = "AttentionSpec | FusedSpec | LoRASpec | CollectiveSpec"
+Spec: TypeAlias = "AttentionSpec | FusedSpec | LinearSpec | LoRASpec | CollectiveSpec"
 
 
 class BackendError(ValueError):
@@ -76,6 +77,8 @@ _BACKENDS: tuple[Backend, ...] = (
     Backend("attention", "torch", "loraplex.backends.attention.torch_sdpa", "TorchAttention"),
     Backend("fused", "triton", "loraplex.backends.fused.triton_ops", "TritonFused"),
     Backend("fused", "torch", "loraplex.backends.fused.torch_ops", "TorchFused"),
+    Backend("linear", "fp8", "loraplex.backends.linear.fp8_linear", "Fp8Linear"),
+    Backend("linear", "torch", "loraplex.backends.linear.torch_linear", "TorchLinear"),
     Backend("collective", "symm_mem", "loraplex.backends.collective.symm_mem", "SymmMemCollective"),
     Backend("collective", "nccl", "loraplex.backends.collective.distributed", "NcclCollective"),
     Backend("collective", "gloo", "loraplex.backends.collective.distributed", "GlooCollective"),

@@ -12,6 +12,7 @@ from loraplex.scheduler.config import SchedulerConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+QUANTIZATIONS = ("auto", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_FRONTENDS = 64
 
@@ -50,6 +51,14 @@ class ModelConfig:
             "choices": LOAD_FORMATS,
         },
     )
+    quantization: str = field(
+        default="auto",
+        metadata={
+            "help": "form of the projections' weights; auto: the checkpoint's; fp8: rounded to "
+            "8 bits while they load",
+            "choices": QUANTIZATIONS,
+        },
+    )
     max_model_len: int | None = field(
         default=None,
         metadata={
@@ -64,7 +73,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("device", DEVICES)
+            ("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("device", DEVICES),
+            ("quantization", QUANTIZATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+KV_CACHE_DTYPES = ("auto", "fp8")
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
@@ -9,6 +11,14 @@ class MemoryConfig:
 
     block_tokens: int = field(
         default=16, metadata={"help": "tokens of KV cache that one page holds"}
+    )
+    kv_cache_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "type of keys and values in pages; auto: the model's; fp8: e4m3, so that the "
+            "pool holds twice the tokens",
+            "choices": KV_CACHE_DTYPES,
+        },
     )
     gpu_memory_utilization: float = field(
         default=0.9, metadata={"help": "share of the GPU's memory that the engine may use"}
@@ -40,6 +50,10 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(f"block_tokens must be a power of two, got {self.block_tokens}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype must be one of {KV_CACHE_DTYPES}, got {self.kv_cache_dtype!r}"
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
                 f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}"

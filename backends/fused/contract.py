@@ -11,12 +11,17 @@ The noise of `draw`: token id i of a row with keys (k0, k1) has, in arithmetic m
     bits   = mix(mix(i * 0x61C88647 + k0) ^ k1)
     u      = ((bits >> 9) + 0.5) * 2^-23        exact in float32, and never 0 or 1
     noise  = -log(-log(u))                      of the Gumbel distribution
+
+Some operators also write their result in e4m3, to `fp8`: the rounded result, as `quantize_rows`
+would round it.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from loraplex.backends.fp8 import Fp8Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,15 @@ class FusedOps(Protocol):
 
     name: str
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, fp8: Fp8Rows | None = None
+    ) -> torch.Tensor:
         """Returns weight * x / sqrt(mean(x^2) + eps), rounded before the weight is applied.
 
         Args:
             x: [T, size], any row stride.
             weight: [size].
+            fp8: [T, size]; written if given.
 
         Returns:
             [T, size], contiguous.
@@ -46,13 +54,19 @@ class FusedOps(Protocol):
         ...
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        fp8: Fp8Rows | None = None,
     ) -> torch.Tensor:
         """Add x to the residual, in place and rounded, and return rms_norm(residual).
 
         Args:
             x: [T, size], any row stride.
             residual: the same; mutated.
+            fp8: [T, size]; written if given.
 
         Returns:
             [T, size], contiguous.
@@ -79,7 +93,8 @@ class FusedOps(Protocol):
             cos_sin: float32 [T, head_dim], cos | sin of the head_dim / 2 angles; element i of a
                 head turns with element i + head_dim / 2.
             kv: [num_pages, 2, block_tokens, kv_heads, head_dim], one layer of the pool,
-                contiguous; mutated.
+                contiguous; mutated. Its dtype is qkv's, or e4m3: K and V are then rounded once
+                more, and magnitudes above 448 become 448.
             kv_rows: int64 [T], K's row in the layer seen as rows of [kv_heads, head_dim]; V's is
                 block_tokens rows later. If tokens share a row, it keeps one of them.
             out: [T, num_heads, head_dim], contiguous; mutated.
@@ -87,14 +102,23 @@ class FusedOps(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, fp8: Fp8Rows | None = None) -> torch.Tensor:
         """Returns silu(gate) * up. The result of silu is rounded before the product.
 
         Args:
             gate_up: [T, 2 * size], gate | up, any row stride.
+            fp8: [T, size]; written if given.
 
         Returns:
             [T, size], contiguous.
+        """
+        ...
+
+    def quantize_rows(self, x: torch.Tensor) -> Fp8Rows:
+        """Returns x in e4m3, each row with the scale that makes its largest magnitude 448.
+
+        Args:
+            x: [T, size], any row stride.
         """
         ...
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from loraplex.backends.fp8 import E4M3, Fp8Rows, empty_rows, quantize, saturate
 from loraplex.backends.fused.contract import FusedSpec
 
 CHUNK_ELEMS = 1 << 24
@@ -21,15 +22,25 @@ class TorchFused:
     def __init__(self, spec: FusedSpec) -> None:
         self._head_dim = spec.head_dim
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, fp8: Fp8Rows | None = None
+    ) -> torch.Tensor:
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        return weight * (x32 * scale).to(x.dtype)
+        y = weight * (x32 * scale).to(x.dtype)
+        if fp8 is not None:
+            quantize(y, fp8)
+        return y
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        fp8: Fp8Rows | None = None,
     ) -> torch.Tensor:
-        return self.rms_norm(residual.add_(x), weight, eps)
+        return self.rms_norm(residual.add_(x), weight, eps, fp8)
 
     def rope_store_kv(
         self,
@@ -50,14 +61,25 @@ class TorchFused:
         if q_norm is not None and k_norm is not None:
             q, k = self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)
         cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
+        k = _rotate(k, cos, sin)
+        if kv.dtype is E4M3:  # index_copy_ takes no e4m3
+            k, v, kv = (x.view(torch.uint8) for x in (saturate(k), saturate(v), kv))
         rows = kv.view(-1, num_kv_heads, self._head_dim)
-        rows.index_copy_(0, kv_rows, _rotate(k, cos, sin))
+        rows.index_copy_(0, kv_rows, k)
         rows[block_tokens:].index_copy_(0, kv_rows, v)
         out.copy_(_rotate(q, cos, sin))
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, fp8: Fp8Rows | None = None) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
+        y = functional.silu(gate).mul_(up)
+        if fp8 is not None:
+            quantize(y, fp8)
+        return y
+
+    def quantize_rows(self, x: torch.Tensor) -> Fp8Rows:
+        rows = empty_rows(*x.shape, x.device)
+        quantize(x, rows)
+        return rows
 
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor

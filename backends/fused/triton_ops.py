@@ -10,11 +10,14 @@ import torch
 import triton
 from triton import knobs
 
+from loraplex.backends.fp8 import Fp8Rows, empty_rows
 from loraplex.backends.fused.contract import FusedSpec
 from loraplex.backends.fused.kernels.draw import draw_merge_kernel, draw_split_kernel
 from loraplex.backends.fused.kernels.layer import (
+    quantize_rows_kernel,
     rms_norm_kernel,
     rope_store_kv_kernel,
+    silu_mul_fp8_kernel,
     silu_mul_kernel,
 )
 from loraplex.backends.launch.triton import TritonLaunch
@@ -58,13 +61,20 @@ class TritonFused:
         self._launches: dict[tuple[object, ...], TritonLaunch] = {}
         self._draw_programs = PROGRAMS_PER_PROCESSOR * _num_processors(spec.device)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._norm(x, x, weight, eps, is_add=False)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, fp8: Fp8Rows | None = None
+    ) -> torch.Tensor:
+        return self._norm(x, x, weight, eps, fp8, is_add=False)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        fp8: Fp8Rows | None = None,
     ) -> torch.Tensor:
-        return self._norm(x, residual, weight, eps, is_add=True)
+        return self._norm(x, residual, weight, eps, fp8, is_add=True)
 
     def _norm(
         self,
@@ -72,21 +82,23 @@ class TritonFused:
         residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
+        fp8: Fp8Rows | None,
         *,
         is_add: bool,
     ) -> torch.Tensor:
         num_rows, size = x.shape
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        strides = (x.stride()[0], residual.stride()[0])
-        key = ("norm", size, strides, eps, is_add, x.dtype, weight.dtype)
+        strides, is_fp8 = (x.stride()[0], residual.stride()[0]), fp8 is not None
+        key = ("norm", size, strides, eps, is_add, is_fp8, x.dtype, weight.dtype)
         launch = self._launches.get(key)
         if launch is None:
             block = triton.next_power_of_2(size)
             launch = self._launches[key] = TritonLaunch(
                 rms_norm_kernel, (*strides, eps), SIZE=size, BLOCK=block, ADD=is_add,
-                num_warps=_num_warps(block), **self._options,
+                FP8=is_fp8, num_warps=_num_warps(block), **self._options,
             )  # fmt: skip
-        launch(num_rows, x, residual, weight, y)
+        values, scales = (y, y) if fp8 is None else (fp8.values, fp8.scales)
+        launch(num_rows, x, residual, weight, y, values, scales)
         return y
 
     def rope_store_kv(
@@ -123,10 +135,14 @@ class TritonFused:
             q_norm = k_norm = out
         launch(num_tokens * num_blocks, qkv, cos_sin, kv, kv_rows, out, q_norm, k_norm)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, fp8: Fp8Rows | None = None) -> torch.Tensor:
         num_tokens, width = gate_up.shape
         size, stride = width // 2, gate_up.stride()[0]
         y = gate_up.new_empty((num_tokens, size))
+        if fp8 is not None:
+            launch = self._row_launch(silu_mul_fp8_kernel, size, stride, gate_up.dtype)
+            launch(num_tokens, gate_up, y, fp8.values, fp8.scales)
+            return y
         key = ("silu", size, stride, gate_up.dtype)
         launch = self._launches.get(key)
         if launch is None:
@@ -136,6 +152,25 @@ class TritonFused:
             )  # fmt: skip
         launch(num_tokens * -(-size // SILU_BLOCK), gate_up, y)
         return y
+
+    def quantize_rows(self, x: torch.Tensor) -> Fp8Rows:
+        num_rows, size = x.shape
+        rows = empty_rows(num_rows, size, x.device)
+        launch = self._row_launch(quantize_rows_kernel, size, x.stride()[0], x.dtype)
+        launch(num_rows, x, rows.values, rows.scales)
+        return rows
+
+    def _row_launch(self, kernel: Any, size: int, stride: int, dtype: torch.dtype) -> TritonLaunch:
+        """Returns a launch of which each program handles a whole row."""
+        key = (kernel, size, stride, dtype)
+        launch = self._launches.get(key)
+        if launch is None:
+            block = triton.next_power_of_2(size)
+            launch = self._launches[key] = TritonLaunch(
+                kernel, (stride,), SIZE=size, BLOCK=block, num_warps=_num_warps(block),
+                **self._options,
+            )  # fmt: skip
+        return launch
 
     def draw(
         self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor

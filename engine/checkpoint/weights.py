@@ -1,5 +1,6 @@
 """Fills a Decoder with the weights of a checkpoint, or with random weights."""
 
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from loraplex.engine.checkpoint.pieces import copy_pieces
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.shard import Piece
+from loraplex.engine.model.weight_slot import WeightSlot
 
 _MAX_LISTED = 8
 
@@ -28,6 +30,14 @@ class WeightSource(Protocol):
 
         Args:
             pieces: one for each axis; empty: the whole tensor, whose shape `target` has.
+        """
+        ...
+
+    def scales(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor | None:
+        """Returns a factor for each row of a tensor that `copy_to` writes as e4m3.
+
+        Returns:
+            float32 [rows of the pieces, 1]; None: the tensor has its own values.
         """
         ...
 
@@ -56,16 +66,30 @@ def load_weights(
         fill_random(model, seed=seed, progress=progress)
         return
     source = _open_source(model, model_path, load_format)
-    parameters = model.parameters()
-    _check(model, parameters, source.shapes(), model_path)
-    with _bar(parameters, progress, f"loading {model_path.name}") as bar:
+    slots = model.slots()
+    _check(model, slots, source.shapes(), model_path)
+    with _bar(slots, progress, f"loading {model_path.name}") as bar:
         for name in source.shapes():
-            target, pieces = parameters[name], model.shard.pieces(name)
-            if pieces is None or not all(piece.is_whole for piece in pieces):
-                target.zero_()  # the padding
-            if pieces is not None:
-                source.copy_to(name, target, pieces)
-            bar.update(target.nbytes)
+            _load(source, name, slots[name], model.shard.pieces(name))
+            bar.update(slots[name].nbytes)
+
+
+def _load(
+    source: WeightSource, name: str, slot: WeightSlot, pieces: tuple[Piece, ...] | None
+) -> None:
+    """Writes one tensor, or this rank's pieces of it, with zeros around them."""
+
+    def fill(target: torch.Tensor) -> None:
+        if pieces is None or not all(piece.is_whole for piece in pieces):
+            target.zero_()
+        if pieces is not None:
+            source.copy_to(name, target, pieces)
+
+    scales = None if pieces is None else source.scales(name, pieces)
+    if scales is not None and len(scales) < slot.shape[0]:
+        padding = scales.new_ones(slot.shape[0] - len(scales), 1)
+        scales = torch.cat((scales, padding))
+    slot.write(fill, scales)
 
 
 def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None:
@@ -74,16 +98,23 @@ def fill_random(model: Decoder, *, seed: int = 0, progress: bool = True) -> None
     Norms are 1, biases 0, matrices normal with variance 1 / fan-in.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    parameters = model.parameters()
-    with _bar(parameters, progress, "random weights") as bar:
-        for name, tensor in parameters.items():
-            if name.endswith("bias"):
-                tensor.zero_()
-            elif tensor.ndim == 1:
-                tensor.fill_(1.0)
-            else:
-                _fill_normal(tensor, model.shard.pieces(name) or (), generator)
-            bar.update(tensor.nbytes)
+    slots = model.slots()
+    with _bar(slots, progress, "random weights") as bar:
+        for name, slot in slots.items():
+            pieces = model.shard.pieces(name) or ()
+            slot.write(partial(_fill_one, name, pieces, generator))
+            bar.update(slot.nbytes)
+
+
+def _fill_one(
+    name: str, pieces: tuple[Piece, ...], generator: torch.Generator, tensor: torch.Tensor
+) -> None:
+    if name.endswith("bias"):
+        tensor.zero_()
+    elif tensor.ndim == 1:
+        tensor.fill_(1.0)
+    else:
+        _fill_normal(tensor, pieces, generator)
 
 
 def _fill_normal(
@@ -119,13 +150,13 @@ def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSo
 
 def _check(
     model: Decoder,
-    parameters: dict[str, torch.Tensor],
+    slots: dict[str, WeightSlot],
     shapes: dict[str, tuple[int, ...]],
     model_path: Path,
 ) -> None:
-    needed = {name: _full_shape(model, name, tensor) for name, tensor in parameters.items()}
-    missing = [name for name in parameters if name not in shapes]
-    unknown = [name for name in shapes if name not in parameters]
+    needed = {name: _full_shape(model, name, slot) for name, slot in slots.items()}
+    missing = [name for name in slots if name not in shapes]
+    unknown = [name for name in shapes if name not in slots]
     wrong = [
         f"{name} is {list(shapes[name])}, not {list(shape)}"
         for name, shape in needed.items()
@@ -145,13 +176,13 @@ def _check(
         )
 
 
-def _full_shape(model: Decoder, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+def _full_shape(model: Decoder, name: str, slot: WeightSlot) -> tuple[int, ...]:
     """Returns the shape that a checkpoint has of a tensor, of which this rank holds pieces."""
     pieces = model.shard.pieces(name)
-    return tuple(piece.total for piece in pieces) if pieces else tuple(tensor.shape)
+    return tuple(piece.total for piece in pieces) if pieces else slot.shape
 
 
-def _bar(parameters: dict[str, torch.Tensor], progress: bool, title: str) -> tqdm:
-    total = sum(tensor.nbytes for tensor in parameters.values())
+def _bar(slots: dict[str, WeightSlot], progress: bool, title: str) -> tqdm:
+    total = sum(slot.nbytes for slot in slots.values())
     disable = None if progress else True  # None hides the bar if stderr is not a terminal
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=disable)

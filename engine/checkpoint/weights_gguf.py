@@ -67,6 +67,9 @@ class GGUFSource:
             part = target[start - rows.start : stop - rows.start, :width]
             part.copy_(self._read(name, slice(start, stop), slice(columns.start, columns.stop)))
 
+    def scales(self, name: str, pieces: tuple[Piece, ...]) -> None:
+        return None  # blocks are dequantized as they are read
+
     def _read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:

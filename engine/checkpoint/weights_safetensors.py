@@ -53,6 +53,9 @@ class SafetensorsSource:
         part = self._part(name, pieces)
         target[tuple(map(slice, part.shape))].copy_(part)
 
+    def scales(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor | None:
+        return None
+
     def _part(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor:
         index = tuple(slice(piece.start, piece.stop) for piece in pieces)
         return self._files[name].get_slice(name)[index]

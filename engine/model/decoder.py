@@ -6,6 +6,8 @@ import torch
 
 from loraplex.backends.collective.contract import ATTENTION, CollectiveOp
 from loraplex.backends.collective.contract import MLP as MLP_ROLE
+from loraplex.backends.linear.contract import PLAIN, LinearOp, LinearSpec
+from loraplex.backends.linear.torch_linear import TorchLinear
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import Activations, ForwardContext
 from loraplex.engine.model.layers.attention import Attention
@@ -16,6 +18,7 @@ from loraplex.engine.model.layers.norm import RMSNorm
 from loraplex.engine.model.layers.rope import RotaryEmbedding
 from loraplex.engine.model.shard import Shard, whole
 from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.model.weight_slot import TensorSlot, WeightSlot
 from loraplex.memory.adapter_layout import ModuleShape
 
 
@@ -85,12 +88,14 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device | str,
         shard: Shard | None = None,
+        linear: LinearOp | None = None,
         collective: CollectiveOp | None = None,
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
         """Makes the layers.
 
         Args:
+            linear: owns the projections' weights; None: they are in `dtype`.
             collective: joins the ranks of a split model; None where `shard` is all of it.
             on_layer: called before each layer of `forward`, as a sign that a long step goes on.
         """
@@ -100,6 +105,7 @@ class Decoder:
         self._on_layer = on_layer
         self.dtype = dtype
         self.device = torch.device(device)
+        self._linear = linear or TorchLinear(LinearSpec(dtype, self.device, PLAIN))
         self._shapes = self.shard.shapes
         self.embedding = self._make_embedding()
         self.head = self.embedding if spec.tie_embeddings else self._make_embedding()
@@ -162,7 +168,7 @@ class Decoder:
     def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
         """Run from the last layer's attention op on. Returns [T, hidden_size], normed."""
         delta = self.layers[-1].finish(activations, ctx)
-        return self.norm.add(delta, activations.residual, ctx)
+        return self.norm.add(delta, activations.residual, ctx).x
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the model's dtype.
@@ -172,23 +178,30 @@ class Decoder:
         return self.head.logits(hidden, out)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Returns every tensor of a checkpoint by its Hugging Face name. Fused ones are views."""
-        named = {"model.embed_tokens.weight": self.embedding.weight}
+        """Returns every tensor of a checkpoint by its Hugging Face name, as the model computes with
+        it: a view, or a copy of a weight that is held in fewer bits."""
+        return {name: slot.values() for name, slot in self.slots().items()}
+
+    def slots(self) -> dict[str, WeightSlot]:
+        """Returns the place of every tensor of a checkpoint, by its Hugging Face name."""
+        named: dict[str, WeightSlot] = {
+            "model.embed_tokens.weight": TensorSlot(self.embedding.weight)
+        }
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"
             attention, mlp = layer.attention, layer.mlp
-            named[f"{prefix}.input_layernorm.weight"] = layer.attention_norm.weight
-            named[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+            named[f"{prefix}.input_layernorm.weight"] = TensorSlot(layer.attention_norm.weight)
+            named[f"{prefix}.post_attention_layernorm.weight"] = TensorSlot(layer.mlp_norm.weight)
             for linear in (attention.qkv, attention.output):
-                named.update(linear.parameters(f"{prefix}.self_attn"))
+                named.update(linear.slots(f"{prefix}.self_attn"))
             for linear in (mlp.gate_up, mlp.down):
-                named.update(linear.parameters(f"{prefix}.mlp"))
+                named.update(linear.slots(f"{prefix}.mlp"))
             if attention.q_norm is not None and attention.k_norm is not None:
-                named[f"{prefix}.self_attn.q_norm.weight"] = attention.q_norm.weight
-                named[f"{prefix}.self_attn.k_norm.weight"] = attention.k_norm.weight
-        named["model.norm.weight"] = self.norm.weight
+                named[f"{prefix}.self_attn.q_norm.weight"] = TensorSlot(attention.q_norm.weight)
+                named[f"{prefix}.self_attn.k_norm.weight"] = TensorSlot(attention.k_norm.weight)
+        named["model.norm.weight"] = TensorSlot(self.norm.weight)
         if self.head is not self.embedding:
-            named["lm_head.weight"] = self.head.weight
+            named["lm_head.weight"] = TensorSlot(self.head.weight)
         return named
 
     def _make_layer(self, index: int, groups: tuple[LoRAGroup, ...]) -> DecoderLayer:
@@ -200,6 +213,7 @@ class Decoder:
                 group,
                 index,
                 bias,
+                linear=self._linear,
                 dtype=self.dtype,
                 device=self.device,
                 collective=None if role is None else self._collective,
@@ -217,7 +231,7 @@ class Decoder:
             attention_norm=self._make_residual_norm(),
             attention=attention,
             mlp_norm=self._make_residual_norm(),
-            mlp=MLP(gate_up, down),
+            mlp=MLP(gate_up, down, self._linear.takes_fp8),
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -240,6 +254,7 @@ class Decoder:
             dtype=self.dtype,
             device=self.device,
             collective=self._collective,
+            writes_fp8=self._linear.takes_fp8,
         )
 
     def _make_norm(self, size: int) -> RMSNorm:

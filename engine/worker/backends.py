@@ -1,5 +1,6 @@
 """Chooses and makes the backends of one worker, for its model's sizes."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,10 @@ import torch
 from loraplex.backends.attention.contract import AttentionOp, AttentionSpec
 from loraplex.backends.collective.contract import CollectiveOp, CollectiveSpec
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
+from loraplex.backends.linear.contract import FP8, LinearOp, LinearSpec
 from loraplex.backends.lora.contract import LoRAOp, LoRASpec
 from loraplex.backends.lora.touched import TouchedGroups, TouchedPlan
-from loraplex.backends.registry import BackendError, resolve
+from loraplex.backends.registry import BackendError, list_backends, resolve
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import projection_groups
@@ -17,6 +19,8 @@ from loraplex.engine.model.shard import Shard
 from loraplex.engine.model.spec import ModelSpec
 from loraplex.engine.worker.ranks import Ranks
 from loraplex.memory.device.pool import PageShape
+
+logger = logging.getLogger("loraplex")
 
 MAX_GATHERED_ROWS = 256
 """Rows of logits that are gathered at one time, at least: prompt log-probabilities take as many."""
@@ -29,6 +33,7 @@ class WorkerBackends:
     lora: LoRAOp
     attention: AttentionOp
     fused: FusedOps
+    linear: LinearOp
     collective: CollectiveOp | None = None  # None: one rank holds the whole model
 
 
@@ -39,22 +44,27 @@ def make_backends(
     *,
     shard: Shard,
     ranks: Ranks,
+    form: str,
     max_model_len: int,
     device: torch.device,
 ) -> WorkerBackends:
     """Make the configured backends, or the best that can run here, for this rank's shard.
 
+    Args:
+        form: of the projections' weights, see LinearSpec.
+
     Raises:
         ConfigError: a configured backend is unknown or cannot run here.
     """
     scheduler, backend = config.scheduler, config.backend
+    groups = projection_groups(shard.shapes)
     lora_spec = LoRASpec(
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_rank=config.memory.max_lora_rank,
         dtype=shape.dtype,
         device=device,
         page_elems=shape.page_elems,
-        groups=projection_groups(shard.shapes),
+        groups=groups,
     )
     attention_spec = AttentionSpec(
         num_heads=shard.num_heads,
@@ -69,6 +79,8 @@ def make_backends(
         max_pages=-(-(max_model_len + 1) // shape.block_tokens),
     )
     fused_spec = FusedSpec(dtype=shape.dtype, device=device, head_dim=spec.head_dim)
+    sizes = tuple((sum(group.out_features), group.in_features) for group in groups)
+    linear_spec = LinearSpec(shape.dtype, device, form, sizes)
     try:
         fused = resolve("fused", backend.fused_backend, fused_spec).make(fused_spec)
         return WorkerBackends(
@@ -77,6 +89,7 @@ def make_backends(
                 attention_spec
             ),
             fused=fused,
+            linear=_make_linear(backend.linear_backend, linear_spec),
             collective=_make_collective(config, spec, shape, shard, ranks, device, fused),
         )
     except BackendError as error:
@@ -87,6 +100,19 @@ def _make_lora(name: str, spec: LoRASpec) -> LoRAOp[TouchedPlan]:
     op = resolve("lora", name, spec).make(spec)
     qkv, output = spec.groups[:2]  # see projection_groups
     return TouchedGroups(op, groups=spec.groups, attention=(qkv, output))
+
+
+def _make_linear(name: str, spec: LinearSpec) -> LinearOp:
+    found = resolve("linear", name, spec)
+    if spec.form == FP8 and found.name != FP8:
+        reasons = [b.probe(spec) for b in list_backends("linear") if b.name == FP8]
+        logger.warning(
+            "weights are rounded to fp8, but kept in %s, so no memory is saved: %s",
+            str(spec.dtype).removeprefix("torch."),
+            reasons[0] or "linear_backend is set",
+        )
+    op: LinearOp = found.make(spec)
+    return op
 
 
 def _make_collective(

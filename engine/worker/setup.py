@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.backends.linear.contract import FP8, PLAIN
 from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
@@ -43,11 +44,13 @@ class WorkerParts:
     """Everything that `set_up` makes for a worker.
 
     Attributes:
+        form: of the projections' weights, see LinearSpec.
         adapter_rank: the LoRA rank of a typical adapter, or the largest one accepted if less.
         adapter_pages: that such an adapter takes, on all projections.
     """
 
     spec: ModelSpec
+    form: str
     device: torch.device
     max_model_len: int
     pool: PagePool
@@ -83,7 +86,8 @@ def set_up(
     world_size = config.parallel.tensor_parallel_size
     shard = shard_of(spec, worker_rank=rank if world_size > 1 else 0, world_size=world_size)
     ranks = join_ranks(rank, world_size, device, store)
-    dtype = resolve_dtype(config.model.dtype, spec, device)
+    form = FP8 if config.model.quantization == "fp8" else PLAIN
+    dtype = resolve_dtype(config.model.dtype, spec, device, form)
     limit = _model_len_limit(config.model.max_model_len, spec)
     try:
         shape = PageShape(
@@ -96,14 +100,23 @@ def set_up(
     except PoolSizeError as error:
         raise ConfigError(str(error)) from None
     backends = make_backends(
-        config, spec, shape, shard=shard, ranks=ranks, max_model_len=limit, device=device
+        config,
+        spec,
+        shape,
+        shard=shard,
+        ranks=ranks,
+        form=form,
+        max_model_len=limit,
+        device=device,
     )
-    progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
+    weights = f", projections in {form}" if form != PLAIN else ""
+    progress(f"loading {path.name} as {str(dtype).removeprefix('torch.')}{weights} on {device}")
     model = Decoder(
         spec,
         dtype=dtype,
         device=device,
         shard=shard,
+        linear=backends.linear,
         collective=backends.collective,
         on_layer=on_layer,
     )
@@ -159,6 +172,7 @@ def set_up(
     )
     return WorkerParts(
         spec=spec,
+        form=form,
         device=device,
         max_model_len=max_model_len,
         pool=runner.pool,
@@ -167,7 +181,7 @@ def set_up(
         table=table,
         runner=runner,
         backends=backends,
-        weight_bytes=sum(tensor.nbytes for tensor in model.parameters().values()),
+        weight_bytes=sum(slot.nbytes for slot in model.slots().values()),
         adapter_rank=adapter_rank,
         adapter_pages=adapter_pages,
     )
@@ -186,16 +200,20 @@ def resolve_device(name: str, rank: int) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """Returns the type of weights and KV cache.
+def resolve_dtype(
+    name: str, spec: ModelSpec, device: torch.device, form: str = PLAIN
+) -> torch.dtype:
+    """Returns the type of activations, adapters, and weights in plain form.
 
-    "auto" is float32 on a CPU. On a GPU it is the checkpoint's type, but bfloat16 for float32.
+    "auto" is float32 on a CPU. On a GPU it is the checkpoint's type, but bfloat16 for float32 and
+    beside fp8 weights, whose products are in bfloat16.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if spec.dtype is torch.float32 else spec.dtype
+    is_plain = spec.dtype is not torch.float32 and form == PLAIN
+    return spec.dtype if is_plain else torch.bfloat16
 
 
 def _model_len_limit(asked: int | None, spec: ModelSpec) -> int:

@@ -206,8 +206,8 @@ def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
     hint = _without_none(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if field.name in ("lora_backend", "attention_backend", "fused_backend"):
-        op = field.name.removesuffix("_backend")
+    op = field.name.removesuffix("_backend")
+    if op in registry.OPS:
         return {"choices": [registry.AUTO, *(b.name for b in registry.list_backends(op))]}
     if "choices" in field.metadata:
         return {"choices": list(field.metadata["choices"])}

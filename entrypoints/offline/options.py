@@ -24,6 +24,7 @@ class LLMOptions(TypedDict, total=False):
     chat_template: str
     dtype: str
     load_format: str
+    quantization: str
     max_model_len: int | None
     device: str
     seed: int
@@ -31,6 +32,7 @@ class LLMOptions(TypedDict, total=False):
     adapter_dir: str
     adapter_root: str
     block_tokens: int
+    kv_cache_dtype: str
     gpu_memory_utilization: float
     pool_bytes: int | None
     num_pages: int | None
@@ -58,6 +60,7 @@ class LLMOptions(TypedDict, total=False):
     lora_backend: str
     attention_backend: str
     fused_backend: str
+    linear_backend: str
     collective_backend: str
     tensor_parallel_size: int
     watchdog_timeout: float

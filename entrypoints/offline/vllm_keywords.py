@@ -55,12 +55,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "generation_config": ("auto", None),
     "hf_overrides": (None, {}),
     "hf_token": (None, False),
-    "kv_cache_dtype": ("auto", None),
+    "kv_cache_dtype": (None,),
     "logits_processors": (None, []),
     "lora_dtype": ("auto", None),
     "override_generation_config": (None, {}),
     "pipeline_parallel_size": (1, None),
-    "quantization": (None,),
+    "quantization": (None, "awq", "compressed-tensors", "gptq"),
     "revision": (None,),
     "runner": ("auto", "generate", None),
     "scheduling_policy": ("fcfs", None),
@@ -78,12 +78,10 @@ ADVICE = {
     "generation_config": "leave it out, and give each request its SamplingParams",
     "hf_overrides": "change config.json in the model's folder",
     "hf_token": "nothing is downloaded: give a local folder as model",
-    "kv_cache_dtype": "keys and values have the model's type; leave it out",
     "logits_processors": "use logit_bias, bad_words or structured_outputs of SamplingParams",
     "lora_dtype": "adapters have the model's type; leave it out",
     "override_generation_config": "give each request its SamplingParams",
     "pipeline_parallel_size": "use tensor_parallel_size",
-    "quantization": "the format is read from the checkpoint; leave it out",
     "revision": "nothing is downloaded: give a local folder as model",
     "runner": "only text is generated; leave it out",
     "scheduling_policy": "use policy",
@@ -127,4 +125,6 @@ def translated(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     if "dtype" in values:
         dtype = str(values["dtype"]).removeprefix("torch.")  # of a torch.dtype, its name
         values["dtype"] = _DTYPES.get(dtype, dtype)
+    if values.get("kv_cache_dtype") == "fp8_e4m3":
+        values["kv_cache_dtype"] = "fp8"
     return values

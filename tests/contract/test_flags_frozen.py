@@ -12,13 +12,14 @@ from loraplex.entrypoints.cli import main as cli
 
 MODEL = [
     "--chat-template", "--device", "--dtype", "--load-format", "--max-model-len", "--model",
-    "--no-skip-tokenizer-init", "--seed", "--skip-tokenizer-init", "--tokenizer",
+    "--no-skip-tokenizer-init", "--quantization", "--seed", "--skip-tokenizer-init", "--tokenizer",
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
     "--block-tokens", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
     "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",
-    "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--lora-backend",
+    "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--kv-cache-dtype",
+    "--linear-backend", "--lora-backend",
     "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank", "--max-loras",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",

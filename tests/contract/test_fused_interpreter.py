@@ -19,6 +19,8 @@ FAST = (
     "test_silu_mul and (1000 or 33)",
     "test_rope_store_kv and float16",
     "test_padded_rows",
+    "test_results_in_e4m3 and (576 or 80)",
+    "test_pages_in_e4m3",
     "test_draw and (1-50 or 32001 or equals or forbidden or broken or neighbours)",
 )
 LONG = (
@@ -33,7 +35,7 @@ LONG = (
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_fused_op.py"), "-k",
+               str(HERE / "test_fused_op.py"), str(HERE / "test_fused_fp8.py"), "-k",
                f"triton and cpu and not bfloat16 and ({wanted})"]  # fmt: skip
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -14,14 +14,16 @@ from loraplex.backends.fused.kernels.draw import (  # noqa: E402
     draw_split_kernel,
 )
 from loraplex.backends.fused.kernels.layer import (  # noqa: E402
+    quantize_rows_kernel,
     rms_norm_kernel,
     rope_store_kv_kernel,
+    silu_mul_fp8_kernel,
     silu_mul_kernel,
 )
 
 POINTERS = {
     "cos_sin": "*fp32", "kv_rows": "*i64", "temperature": "*fp32", "keys": "*i64",
-    "candidates": "*i64", "sampled": "*i64",
+    "candidates": "*i64", "sampled": "*i64", "scales": "*fp32", "values": "*fp8e4nv",
 }  # fmt: skip
 INTEGERS = ("num_splits", "split_size")
 NARROW = r"(ld|st)\.global(\.\w+)*\.b16"
@@ -29,11 +31,18 @@ WIDE_LOAD = r"ld\.global(\.\w+)*\.v4\.b32"
 WIDE_STORE = r"st\.global(\.\w+)*\.v4\.b32"
 
 
-def compile_ptx(kernel, dtype: str, constants: dict[str, int | bool], num_warps: int) -> str:
+def compile_ptx(
+    kernel,
+    dtype: str,
+    constants: dict[str, int | bool],
+    num_warps: int,
+    pointers: dict[str, str] | None = None,
+) -> str:
     names, signature = kernel.arg_names, {}
+    pointers = POINTERS | (pointers or {})
     for name in names:
         is_integer = name in INTEGERS or name.endswith("stride")
-        kind = "i32" if is_integer else "fp32" if name == "eps" else POINTERS.get(name, f"*{dtype}")
+        kind = "i32" if is_integer else "fp32" if name == "eps" else pointers.get(name, f"*{dtype}")
         signature[name] = "constexpr" if name in constants else kind
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -59,7 +68,7 @@ def compiled_not_interpreted():
 @pytest.mark.parametrize(("size", "add", "dtype"), [(576, False, "fp16"), (3584, True, "bf16")])
 def test_rms_norm(size: int, add: bool, dtype: str):
     block = triton.next_power_of_2(size)
-    constants = {"SIZE": size, "BLOCK": block, "ADD": add, "PDL": True}
+    constants = {"SIZE": size, "BLOCK": block, "ADD": add, "FP8": False, "PDL": True}
     ptx = compile_ptx(rms_norm_kernel, dtype, constants, block // 256)
     assert len(re.findall(WIDE_LOAD, ptx)) == (3 if add else 2)
     assert len(re.findall(WIDE_STORE, ptx)) == (2 if add else 1)
@@ -73,18 +82,31 @@ def test_silu_mul():
     assert not re.search(NARROW, ptx)
 
 
+def test_rows_in_e4m3():
+    constants = {"SIZE": 14336, "BLOCK": 16384, "PDL": True}
+    norm = {"SIZE": 4096, "BLOCK": 4096, "ADD": True, "FP8": True, "PDL": True}
+    for kernel, values in (
+        (quantize_rows_kernel, constants), (silu_mul_fp8_kernel, constants), (rms_norm_kernel, norm)
+    ):  # fmt: skip
+        ptx = compile_ptx(kernel, "bf16", values, 16)
+        assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)
+        assert re.search(WIDE_LOAD, ptx) and not re.search(NARROW, ptx)
+
+
+@pytest.mark.parametrize("pages", ["bf16", "fp8e4nv"])
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads", "norm"),
     [(128, 32, 8, False), (80, 9, 3, False), (128, 16, 8, True)],
 )
-def test_rope_store_kv(head_dim: int, num_heads: int, num_kv_heads: int, norm: bool):
+def test_rope_store_kv(head_dim: int, num_heads: int, num_kv_heads: int, norm: bool, pages: str):
     half = triton.next_power_of_2(head_dim // 2)
     constants = {
         "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim,
         "BLOCK_TOKENS": 16, "HEADS": 8, "BLOCK_D": half, "NORM": norm, "PDL": True,
     }  # fmt: skip
-    ptx = compile_ptx(rope_store_kv_kernel, "bf16", constants, 8 * half // 256)
-    assert len(re.findall(WIDE_STORE, ptx)) == 6  # two halves of q, of k and of v
+    ptx = compile_ptx(rope_store_kv_kernel, "bf16", constants, 8 * half // 256, {"kv": f"*{pages}"})
+    num_wide = 6 if pages == "bf16" else 2  # two halves of q, of k and of v
+    assert len(re.findall(WIDE_STORE, ptx)) == num_wide
     assert not re.search(NARROW, ptx)
 
 

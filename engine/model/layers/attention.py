@@ -2,6 +2,7 @@
 
 import torch
 
+from loraplex.backends.linear.contract import LinearInput
 from loraplex.engine.model.forward_context import Activations, ForwardContext
 from loraplex.engine.model.layers.lora_linear import LoRALinear
 from loraplex.engine.model.layers.norm import RMSNorm
@@ -29,7 +30,7 @@ class Attention:
         self.q_norm = q_norm
         self.k_norm = k_norm
 
-    def project(self, x: torch.Tensor, activations: Activations, ctx: ForwardContext) -> None:
+    def project(self, x: LinearInput, activations: Activations, ctx: ForwardContext) -> None:
         """Write q to `activations` and K and V to the tokens' pages, normed and rotated by RoPE.
 
         Args:
@@ -52,4 +53,4 @@ class Attention:
 
     def finish(self, activations: Activations, ctx: ForwardContext) -> torch.Tensor:
         """Returns the output projection, [T, hidden_size]."""
-        return self.output(activations.attended.flatten(1), ctx)
+        return self.output(LinearInput(activations.attended.flatten(1)), ctx)

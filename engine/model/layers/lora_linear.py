@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import torch
-from torch.nn import functional
 
 from loraplex.backends.collective.contract import CollectiveOp
+from loraplex.backends.linear.contract import LinearInput, LinearOp
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import ForwardContext
+from loraplex.engine.model.weight_slot import RowsSlot, TensorSlot, WeightSlot
 from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape
 
 
@@ -32,8 +33,7 @@ class LoRALinear:
     """Computes y = x W^T + b and adds the adapters of this layer.
 
     Attributes:
-        weight: [sum of out_features, in_features], the modules' rows one after another.
-        bias: [sum of out_features] or None.
+        bias: [sum of out_features], the modules' one after another, or None.
     """
 
     def __init__(
@@ -42,41 +42,53 @@ class LoRALinear:
         layer: int,
         bias: bool,
         *,
+        linear: LinearOp,
         dtype: torch.dtype,
         device: torch.device,
         collective: CollectiveOp | None = None,
         role: int = 0,
     ) -> None:
-        """With `collective` y is this rank's partial sum, of this role; see CollectiveOp."""
+        """Takes the memory.
+
+        Args:
+            linear: owns the weight.
+            dtype, device: of the bias.
+            collective: y is then this rank's partial sum, of this role; see CollectiveOp.
+        """
         self.group = group
         self._collective = collective
         self._role = role
         self.layer = layer
         width = sum(group.out_features)
-        self.weight = torch.empty(width, group.in_features, dtype=dtype, device=device)
+        self._linear = linear
+        self._weight = linear.make_weight(width, group.in_features)
         self.bias = torch.empty(width, dtype=dtype, device=device) if bias else None
 
-    def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight's numbers, [sum of out_features, in_features]; see LinearWeight.values."""
+        return self._weight.values(slice(None))
+
+    def __call__(self, x: LinearInput, ctx: ForwardContext) -> torch.Tensor:
         """Returns [T, sum of out_features] for x [T, in_features]."""
-        y = self._product(x)
-        ctx.shrink(x, self.layer, self.group)  # after the product, to overlap its last blocks
+        if self._linear.takes_fp8 and x.fp8 is None:
+            x = LinearInput(x.x, ctx.fused.quantize_rows(x.x))
+        out = None
+        if self._collective is not None:
+            out = self._collective.partial(len(x.x), self._role)
+        y = self._weight.multiply(x, self.bias, out)
+        ctx.shrink(x.x, self.layer, self.group)  # after the product, to overlap its last blocks
         ctx.expand(y, self.layer, self.group)
         return y
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._collective is None:
-            return functional.linear(x, self.weight, self.bias)
-        y = self._collective.partial(len(x), self._role)
-        torch.mm(x, self.weight.t(), out=y)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def parameters(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each module's rows under its own name, as views."""
+    def slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        """Yields each module's rows under its own name."""
         places = zip(
             self.group.modules, self.group.out_starts, self.group.out_features, strict=True
         )
         for module, start, width in places:
             name = f"{prefix}.{MODULES[module]}"
-            yield f"{name}.weight", self.weight[start : start + width]
+            rows = slice(start, start + width)
+            yield f"{name}.weight", RowsSlot(self._weight, rows)
             if self.bias is not None:
-                yield f"{name}.bias", self.bias[start : start + width]
+                yield f"{name}.bias", TensorSlot(self.bias[rows])

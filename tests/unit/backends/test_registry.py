@@ -12,6 +12,7 @@ from loraplex.backends.attention.contract import AttentionSpec
 from loraplex.backends.collective.contract import CollectiveSpec
 from loraplex.backends.fused.contract import FusedSpec
 from loraplex.backends.fused.torch_ops import TorchFused
+from loraplex.backends.linear.contract import PLAIN, LinearSpec
 from loraplex.backends.lora.contract import LoRASpec
 from loraplex.backends.registry import Backend, BackendError, list_backends, resolve
 
@@ -24,7 +25,8 @@ ATTENTION = AttentionSpec(
     dtype=torch.float32, device=CPU, max_num_seqs=4, max_num_tokens=16, max_pages=4,
 )  # fmt: skip
 FUSED = FusedSpec(dtype=torch.float32, device=CPU, head_dim=16)
-SPECS = {"lora": LORA, "attention": ATTENTION, "fused": FUSED}
+LINEAR = LinearSpec(dtype=torch.float32, device=CPU, form=PLAIN)
+SPECS = {"lora": LORA, "attention": ATTENTION, "fused": FUSED, "linear": LINEAR}
 
 
 class Works:

@@ -1,0 +1,94 @@
+"""Engines with fp8 weights and fp8 pages, on the CPU, against Hugging Face models rounded alike.
+
+Rounding is a step function: where two ways to add come out on two sides of a step, one number of a
+row differs by a step. So the engine must be far nearer to the rounded model than that one is to
+the exact model, and almost all log-probabilities must be equal.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex import LLM, LoRARequest, SamplingParams
+
+from helpers.models.hf_models import make_hf_model
+from helpers.models.peft_oracle import Case, PeftOracle, make_adapters, make_cases
+from helpers.models.rounded_models import round_weights
+
+ADAPTERS = ("", "r4-regex", "r16-all-rslora", "r17-pattern")
+LENGTHS = (2, 17, 64)
+NUM_NEW = 6
+EQUAL = 2e-3  # log-probabilities
+
+
+@dataclass
+class Models:
+    """A model in fp32 and its adapters, and the same rounded."""
+
+    base: Path
+    exact: PeftOracle
+    rounded: PeftOracle
+
+
+@pytest.fixture(scope="module", params=["llama3", "qwen3"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp(request.param)
+    model = make_hf_model(request.param, root / "base", seed=3, intermediate_size=161)
+    make_adapters(model, root / "adapters", strength=0.5)
+    rounded = copy.deepcopy(model)
+    round_weights(rounded)
+    return Models(
+        root / "base",
+        *(PeftOracle(root / "base", root / "adapters", model=m) for m in (model, rounded)),
+    )
+
+
+def answers(models: Models, cases: list[Case], **options: Any) -> list[Any]:
+    """Returns greedy answers with log-probabilities. Prompts run in chunks."""
+    adapters = {name: str(models.exact.adapters / name) for name in ADAPTERS if name}
+    with LLM(
+        str(models.base), adapters=adapters, device="cpu", in_process=True, num_pages=400,
+        skip_tokenizer_init=True, max_num_seqs=16, max_num_batched_tokens=48, **options,
+    ) as llm:  # fmt: skip
+        return llm.generate(
+            [{"prompt_token_ids": case.prompt} for case in cases],
+            SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False,
+                           logprobs=1, prompt_logprobs=1),
+            lora_request=[LoRARequest(case.adapter) if case.adapter else None for case in cases],
+            use_tqdm=False,
+        )  # fmt: skip
+
+
+def check(
+    cases: list[Case],
+    outputs: list[Any],
+    rounded: Callable[[Case, list[int]], torch.Tensor],
+    exact: Callable[[Case, list[int]], torch.Tensor],
+) -> None:
+    """Compares with the logits that two models give for a case and the tokens of its answer."""
+    errors, effects = [], []
+    for case, output in zip(cases, outputs, strict=True):
+        tokens = [*case.prompt, *output.outputs[0].token_ids]
+        entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        got = torch.tensor([e[t].logprob for e, t in zip(entries, tokens[1:], strict=True)])
+        chosen = torch.tensor(tokens[1:])[:, None]
+        want, truth = (
+            logits(case, tokens[:-1]).log_softmax(-1).gather(1, chosen)[:, 0]
+            for logits in (rounded, exact)
+        )
+        errors.append(got - want)
+        effects.append(truth - want)
+    error, effect = torch.cat(errors).abs(), torch.cat(effects).abs()
+    assert error.mean() < 0.1 * effect.mean(), (error.mean(), effect.mean())
+    assert (error < EQUAL).float().mean() > 0.9
+
+
+def test_weights(models: Models) -> None:
+    cases = make_cases(models.exact, LENGTHS, ADAPTERS)
+    outputs = answers(models, cases, quantization="fp8")
+    check(cases, outputs, models.rounded.logits, models.exact.logits)
