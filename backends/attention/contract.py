@@ -8,6 +8,8 @@ Semantics: query token i (0-based) of sequence b stands at position
 `kv_lens[b] - query_lens[b] + i` and sees positions 0 to its own, all already written::
 
     out[t, h] = softmax(scale * q[t, h] @ K[: pos + 1, h // group].T) @ V[: pos + 1, h // group]
+
+K and V are in q's dtype, or in e4m3 without scales: the numbers in pages are those that count.
 """
 
 from dataclasses import dataclass
@@ -34,6 +36,11 @@ class AttentionSpec:
     max_num_seqs: int
     max_num_tokens: int  # rows of the largest step
     max_pages: int  # of the longest sequence
+    kv_dtype: torch.dtype | None = None  # of K and V in pages; None: `dtype`
+
+    @property
+    def page_dtype(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
 
 @dataclass(frozen=True, slots=True)

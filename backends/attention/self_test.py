@@ -32,7 +32,7 @@ def self_test(op: AttentionOp[Any], spec: AttentionSpec) -> str | None:
     """
     block, device = spec.block_tokens, spec.device
     shape = (NUM_PAGES, 2, block, spec.num_kv_heads, spec.head_dim)
-    kv = torch.ones(shape, dtype=spec.dtype, device=device)
+    kv = torch.ones(shape, device=device).to(spec.page_dtype)
     mixed = AttentionBatch(
         query_lens=np.array([1, 1, 3], dtype=np.int32),
         kv_lens=np.array([block + 1, 1, block + 3], dtype=np.int32),

@@ -1,7 +1,8 @@
 """Backend ``torch`` of op ``attention``: SDPA over K and V gathered from the pages. Runs anywhere.
 
 Query heads that share a KV head are folded into the query axis, so K and V are never repeated.
-A padded position points at the sequence's last row, so unwritten memory is never read.
+A padded position points at the sequence's last row, so unwritten memory is never read. K and V in
+e4m3 are converted to q's dtype once they are gathered.
 """
 
 from dataclasses import dataclass
@@ -149,8 +150,8 @@ class TorchAttention:
         query = q.index_select(0, part.sequences)
         answer = functional.scaled_dot_product_attention(
             query.view(num, spec.num_kv_heads, -1, spec.head_dim),
-            _gather(k_rows, part.kv_rows, num),
-            _gather(v_rows, part.kv_rows, num),
+            _gather(k_rows, part.kv_rows, num).to(query.dtype),
+            _gather(v_rows, part.kv_rows, num).to(query.dtype),
             attn_mask=part.mask,
             scale=spec.scale,
         )
@@ -165,7 +166,8 @@ class TorchAttention:
         out: torch.Tensor,
     ) -> None:
         spec = self._spec
-        k, v = _gather(k_rows, prefill.kv_rows, 1), _gather(v_rows, prefill.kv_rows, 1)
+        k = _gather(k_rows, prefill.kv_rows, 1).to(q.dtype)
+        v = _gather(v_rows, prefill.kv_rows, 1).to(q.dtype)
         num_cached = prefill.kv_len - prefill.query_len
         for first in range(0, prefill.query_len, QUERY_CHUNK):
             last = min(first + QUERY_CHUNK, prefill.query_len)

@@ -77,6 +77,8 @@ class XFormersAttention:
         reason = _library_reason()
         if reason is not None or spec is None:
             return reason
+        if spec.page_dtype is not spec.dtype:
+            return f"it reads pages of q's dtype, not {spec.page_dtype}: set --kv-cache-dtype auto"
         if spec.head_dim % 8 or spec.head_dim > 256:
             return f"head_dim {spec.head_dim} must be a multiple of 8 and at most 256"
         try:

@@ -77,6 +77,7 @@ def make_backends(
         max_num_seqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_pages=-(-(max_model_len + 1) // shape.block_tokens),
+        kv_dtype=shape.page_dtype,
     )
     fused_spec = FusedSpec(dtype=shape.dtype, device=device, head_dim=spec.head_dim)
     sizes = tuple((sum(group.out_features), group.in_features) for group in groups)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.backends.fp8 import E4M3
 from loraplex.backends.linear.contract import FP8, PLAIN
 from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.adapters.peft_files import AdapterTarget
@@ -63,6 +64,12 @@ class WorkerParts:
     adapter_rank: int
     adapter_pages: int
 
+    @property
+    def base_fingerprint(self) -> str:
+        """Names the base, and the types that decide the numbers in pages, for the prefix cache."""
+        kv_dtype = self.pool.shape.page_dtype
+        return f"{self.spec.fingerprint}:{self.target.dtype}:{self.form}:{kv_dtype}"
+
 
 def set_up(
     config: EngineConfig,
@@ -96,6 +103,7 @@ def set_up(
             num_kv_heads=shard.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=dtype,
+            kv_dtype=E4M3 if config.memory.kv_cache_dtype == "fp8" else None,
         )
     except PoolSizeError as error:
         raise ConfigError(str(error)) from None

@@ -98,7 +98,7 @@ class Worker:
             adapter_rank=parts.adapter_rank,
             adapter_bytes=parts.adapter_pages * parts.pool.shape.bytes_over_layers,
             load_seconds=time.perf_counter() - started_at,
-            base_fingerprint=f"{parts.spec.fingerprint}:{parts.target.dtype}:{parts.form}",
+            base_fingerprint=parts.base_fingerprint,
             eos_token_ids=int_array(parts.spec.eos_token_ids),
         )
 

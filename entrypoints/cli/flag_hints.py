@@ -22,7 +22,6 @@ _VLLM = {
     "--long-prefill-token-threshold": "unfinished prompts share each step; leave it out",
     "--max-num-partial-prefills": "unfinished prompts share each step; leave it out",
     "--scheduling-policy": "use --policy",
-    "--quantization": "the format is read from the checkpoint; leave it out",
     "--trust-remote-code": "code in a checkpoint never runs; leave it out",
     "--hf-token": "nothing is downloaded: give a local folder as --model",
     "--revision": "nothing is downloaded: give a local folder as --model",

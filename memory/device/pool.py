@@ -19,31 +19,43 @@ class PoolSizeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """Sizes of a page, which holds `block_tokens` rows of K, then of V, in each layer."""
+    """Sizes of a page, which holds `block_tokens` rows of K, then of V, in each layer.
+
+    Raises:
+        PoolSizeError: a page does not hold whole rows of an adapter.
+    """
 
     num_layers: int
     block_tokens: int
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of adapters
+    kv_dtype: torch.dtype | None = None  # of K and V; None: `dtype`
 
     def __post_init__(self) -> None:
-        if self.page_elems % ROW_ALIGN:
+        row_bytes = ROW_ALIGN * self.dtype.itemsize
+        if self.page_bytes % row_bytes:
             raise PoolSizeError(
                 f"a page of {self.block_tokens} tokens x 2 x {self.num_kv_heads} KV heads x "
-                f"{self.head_dim} has {self.page_elems} elements, which is no multiple of "
-                f"{ROW_ALIGN}: raise block_tokens"
+                f"{self.head_dim} has {self.page_bytes} bytes, which is no multiple of "
+                f"{row_bytes}: raise block_tokens"
             )
 
     @property
+    def page_dtype(self) -> torch.dtype:
+        """The type of K and V."""
+        return self.kv_dtype or self.dtype
+
+    @property
     def page_elems(self) -> int:
-        """Elements of one page in one layer."""
-        return self.block_tokens * 2 * self.num_kv_heads * self.head_dim
+        """Elements of an adapter that one page holds in one layer."""
+        return self.page_bytes // self.dtype.itemsize
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in one layer."""
-        return self.page_elems * self.dtype.itemsize
+        num_elems = self.block_tokens * 2 * self.num_kv_heads * self.head_dim
+        return num_elems * self.page_dtype.itemsize
 
     @property
     def bytes_over_layers(self) -> int:
@@ -54,11 +66,12 @@ class PageShape:
 class PagePool:
     """The memory of all pages.
 
-    It starts as zeros, so what lies behind a sequence's end in its last page is always finite.
+    It starts as zeros, so the null page is finite.
 
     Attributes:
-        pages: [num_layers, num_pages, page_elems].
-        kv: the same memory, [num_layers, num_pages, 2, block_tokens, num_kv_heads, head_dim].
+        pages: [num_layers, num_pages, page_elems] of the adapters' dtype.
+        kv: the same memory, [num_layers, num_pages, 2, block_tokens, num_kv_heads, head_dim] of
+            the dtype of K and V.
     """
 
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
@@ -67,7 +80,7 @@ class PagePool:
         self.pages = torch.zeros(
             shape.num_layers, num_pages, shape.page_elems, dtype=shape.dtype, device=device
         )
-        self.kv = self.pages.view(
+        self.kv = self.pages.view(shape.page_dtype).view(
             shape.num_layers, num_pages, 2, shape.block_tokens, shape.num_kv_heads, shape.head_dim
         )
 

@@ -18,7 +18,7 @@ from loraplex import LLM, LoRARequest, SamplingParams
 
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_oracle import Case, PeftOracle, make_adapters, make_cases
-from helpers.models.rounded_models import round_weights
+from helpers.models.rounded_models import RoundedCache, round_weights
 
 ADAPTERS = ("", "r4-regex", "r16-all-rslora", "r17-pattern")
 LENGTHS = (2, 17, 64)
@@ -92,3 +92,25 @@ def test_weights(models: Models) -> None:
     cases = make_cases(models.exact, LENGTHS, ADAPTERS)
     outputs = answers(models, cases, quantization="fp8")
     check(cases, outputs, models.rounded.logits, models.exact.logits)
+
+
+def rounding_kv(oracle: PeftOracle) -> Callable[[Case, list[int]], torch.Tensor]:
+    """Returns the oracle's logits, with K and V rounded to e4m3."""
+
+    def logits(case: Case, tokens: list[int]) -> torch.Tensor:
+        with torch.inference_mode(), oracle.adapted(case.adapter) as model:
+            return model(torch.tensor([tokens]), past_key_values=RoundedCache()).logits[0]
+
+    return logits
+
+
+def test_pages(models: Models) -> None:
+    cases = make_cases(models.exact, LENGTHS, ADAPTERS)
+    outputs = answers(models, cases, kv_cache_dtype="fp8")
+    check(cases, outputs, rounding_kv(models.exact), models.exact.logits)
+
+
+def test_weights_and_pages(models: Models) -> None:
+    cases = make_cases(models.exact, LENGTHS, ADAPTERS)
+    outputs = answers(models, cases, kv_cache_dtype="fp8", quantization="fp8")
+    check(cases, outputs, rounding_kv(models.rounded), models.exact.logits)

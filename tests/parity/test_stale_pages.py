@@ -24,11 +24,13 @@ BLOCK, MAX_SEQS, NUM_NEW = 16, 16, 20
 LENGTHS = (1, 7, 15, 16, 17, 33, 70, 130)
 GPU = pytest.mark.gpu
 SETUPS = [
-    ("cpu", "torch", True),
-    pytest.param("cuda", "torch", True, marks=GPU),
-    pytest.param("cuda", "xformers", True, marks=GPU),
-    pytest.param("cuda", "flashinfer", True, marks=GPU),
-    pytest.param("cuda", "flashinfer", False, marks=GPU),  # in graphs
+    ("cpu", "torch", True, "auto"),
+    ("cpu", "torch", True, "fp8"),
+    pytest.param("cuda", "torch", True, "auto", marks=GPU),
+    pytest.param("cuda", "xformers", True, "auto", marks=GPU),
+    pytest.param("cuda", "flashinfer", True, "auto", marks=GPU),
+    pytest.param("cuda", "flashinfer", False, "auto", marks=GPU),  # in graphs
+    pytest.param("cuda", "flashinfer", False, "fp8", marks=GPU),
 ]
 
 
@@ -40,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_worker(root: Path, device: str, attention: str, is_eager: bool) -> Worker:
+def make_worker(root: Path, device: str, attention: str, is_eager: bool, kv_dtype: str) -> Worker:
     lora = "torch" if attention == "torch" else "auto"
     return Worker(
         EngineConfig(
@@ -49,7 +51,9 @@ def make_worker(root: Path, device: str, attention: str, is_eager: bool) -> Work
                 device=device,
                 dtype="bfloat16" if device == "cuda" else "float32",
             ),
-            memory=MemoryConfig(block_tokens=BLOCK, num_pages=120, max_adapter_slots=2),
+            memory=MemoryConfig(
+                block_tokens=BLOCK, num_pages=240, max_adapter_slots=2, kv_cache_dtype=kv_dtype
+            ),
             scheduler=SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=512),
             backend=BackendConfig(attention_backend=attention, lora_backend=lora),
             graph=GraphConfig(enforce_eager=is_eager),
@@ -59,7 +63,10 @@ def make_worker(root: Path, device: str, attention: str, is_eager: bool) -> Work
 
 @torch.inference_mode()
 def spoil(worker: Worker, value: float) -> None:
-    """Fill every page with `value`, but for the null page, which no request owns."""
+    """Fill every page with `value`, but for the null page, which no request owns.
+
+    Seen as e4m3, one byte of such a float32 is NaN, and one of such a bfloat16.
+    """
     worker.parts.pool.pages[:, 1:] = value
 
 
@@ -98,20 +105,20 @@ def answer(root: Path, worker: Worker) -> tuple[list[Any], set[str]]:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize(("device", "attention", "is_eager"), SETUPS)
+@pytest.mark.parametrize(("device", "attention", "is_eager", "kv_dtype"), SETUPS)
 def test_spoiled_pages_change_nothing(
-    root: Path, device: str, attention: str, is_eager: bool, value: float
+    root: Path, device: str, attention: str, is_eager: bool, kv_dtype: str, value: float
 ) -> None:
     backend = next(b for b in registry.list_backends("attention") if b.name == attention)
     if reason := backend.probe():
         pytest.skip(f"{attention}: {reason}")
-    worker = make_worker(root, device, attention, is_eager)
+    worker = make_worker(root, device, attention, is_eager, kv_dtype)
     try:
         spoil(worker, 0.0)
         clean, kernels = answer(root, worker)
     finally:
         worker.close()
-    worker = make_worker(root, device, attention, is_eager)
+    worker = make_worker(root, device, attention, is_eager, kv_dtype)
     try:
         spoil(worker, value)
         spoiled, _ = answer(root, worker)

@@ -1,7 +1,8 @@
 """Backend ``flashinfer`` of op ``attention``: flashinfer's kernels over the page pool, in place.
 
 Decode rows and prefill rows are two launches. Decode splits long sequences over the GPU. Prefill
-takes tiles of queries (fa3 on Hopper, fa2 elsewhere).
+takes tiles of queries (fa3 on Hopper, fa2 elsewhere and over pages in e4m3, which fa3 reads only
+for queries in e4m3).
 
 A CUDA graph of decode is captured once for each number of rows. The library then plans for the
 largest grid that number can need. The kernels read lengths, splits and pages from static buffers,
@@ -31,6 +32,7 @@ logger = logging.getLogger("loraplex")
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
+PAGE_DTYPES = (*DTYPES, torch.float8_e4m3fn)
 
 MAX_BLOCKS_PER_SM = 32
 MIN_QUERY_TILE, MAX_QUERY_TILE = 16, 128
@@ -183,7 +185,7 @@ def _bytes(spec: AttentionSpec, num_bytes: int) -> torch.Tensor:
 def _make_prefill(spec: AttentionSpec, kind: str | None) -> tuple[str, Module]:
     if kind is not None:
         return kind, make_module(spec, kind, causal=True)
-    if torch.cuda.get_device_capability(spec.device)[0] == 9:
+    if _may_use_fa3(spec):
         reason = missing_reason(spec, "fa3")
         if reason is None:
             try:
@@ -194,11 +196,18 @@ def _make_prefill(spec: AttentionSpec, kind: str | None) -> tuple[str, Module]:
     return "fa2", make_module(spec, "fa2", causal=True)
 
 
+def _may_use_fa3(spec: AttentionSpec) -> bool:
+    is_hopper = torch.cuda.get_device_capability(spec.device)[0] == 9
+    return is_hopper and spec.page_dtype is spec.dtype
+
+
 def _spec_reason(spec: AttentionSpec) -> str | None:
     if torch.cuda.get_device_capability(spec.device)[0] < 8:
         return "it needs compute capability 8.0"
     if spec.dtype not in DTYPES:
         return f"it takes fp16 and bf16, not {spec.dtype}"
+    if spec.page_dtype not in PAGE_DTYPES:
+        return f"it reads pages of fp16, bf16 and e4m3, not {spec.page_dtype}"
     if spec.head_dim not in HEAD_DIMS:
         return f"head_dim {spec.head_dim} is none of {HEAD_DIMS}"
     if spec.num_heads % spec.num_kv_heads:
@@ -206,8 +215,7 @@ def _spec_reason(spec: AttentionSpec) -> str | None:
     reason = missing_reason(spec, decode_kind(spec))
     if reason is None and missing_reason(spec, "fa2") is not None:
         # Prefill falls back to fa2, so fa2 or fa3 must be there.
-        is_hopper = torch.cuda.get_device_capability(spec.device)[0] == 9
-        reason = missing_reason(spec, "fa3" if is_hopper else "fa2")
+        reason = missing_reason(spec, "fa3" if _may_use_fa3(spec) else "fa2")
     return reason
 
 

@@ -63,5 +63,5 @@ def jit_spec(spec: AttentionSpec, kind: str) -> Any:
 def module_key(spec: AttentionSpec) -> tuple[Any, ...]:
     """Returns a module's parameters: types of q, cache, output and indices, head sizes, and no
     rotation, window or soft cap."""
-    types = (spec.dtype, spec.dtype, spec.dtype, torch.int32)
+    types = (spec.dtype, spec.page_dtype, spec.dtype, torch.int32)
     return (*types, spec.head_dim, spec.head_dim, 0, False, False)

@@ -161,7 +161,9 @@ class DecodeModule:
         self._spec = spec
         self._layout = TensorLayout["NHD"].value
         self._enable_pdl = device_support_pdl(spec.device)
-        self._empty = torch.empty(0, dtype=spec.dtype)  # gives the type of q and of the cache
+        # They give the types of q and of the pages.
+        self._empty_q = torch.empty(0, dtype=spec.dtype)
+        self._empty_kv = torch.empty(0, dtype=spec.page_dtype)
         self._pinned = PinnedRing(spec.device)
 
     def plan(self, workspace: Workspace, rows: PagedRows, *, for_graph: bool) -> Any:
@@ -181,8 +183,8 @@ class DecodeModule:
             NO_SOFT_CAP,
             spec.head_dim,
             spec.head_dim,
-            self._empty,
-            self._empty,
+            self._empty_q,
+            self._empty_kv,
         )
         self._pinned.mark_copied()
         return info

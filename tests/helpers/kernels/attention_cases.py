@@ -28,6 +28,7 @@ def make_spec(
     block_tokens: int = 16,
     max_num_seqs: int = 64,
     max_len: int = 1024,
+    kv_dtype: torch.dtype | None = None,
 ) -> AttentionSpec:
     return AttentionSpec(
         num_heads=heads[0],
@@ -40,6 +41,7 @@ def make_spec(
         max_num_seqs=max_num_seqs,
         max_num_tokens=2048,
         max_pages=-(-max_len // block_tokens),
+        kv_dtype=kv_dtype,
     )
 
 
@@ -81,7 +83,7 @@ def make_kv(
             kv[page] = tail
             kv[page, :, :used] = torch.randn(kv[page, :, :used].shape, generator=generator)
     kv[0] = kv[0].nan_to_num(tail)  # the null page: padding may read it
-    return kv.to(spec.dtype).to(spec.device)
+    return kv.to(spec.page_dtype).to(spec.device)
 
 
 def random_decodes(
@@ -116,8 +118,9 @@ class GraphRunner:
     ) -> None:
         self.op, self.spec, self.num_pages = op, spec, num_pages
         shape = (num_pages, 2, spec.block_tokens, spec.num_kv_heads, spec.head_dim)
-        self.kv = torch.randn(shape, device=spec.device).to(spec.dtype)
-        self.kv[-1] = float("nan")
+        kv = torch.randn(shape, device=spec.device)
+        kv[-1] = float("nan")
+        self.kv = kv.to(spec.page_dtype)
         q_shape = (max(row_counts), spec.num_heads, spec.head_dim)
         self.q = torch.randn(q_shape, device=spec.device).to(spec.dtype)
         self.out = torch.zeros_like(self.q)

@@ -1,5 +1,7 @@
 """Judges answers by Hugging Face + PEFT, and defines the adapters that parity tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,12 +102,18 @@ class PeftOracle:
     def logits(self, case: Case, tokens: list[int]) -> torch.Tensor:
         """Returns the logits of the case's adapter: float32 [len(tokens), vocabulary]."""
         ids = torch.tensor([tokens], device=self._device)
-        with torch.inference_mode():
-            if not case.adapter:
-                with self.model.disable_adapter():
-                    return self.model(ids).logits[0].float()
-            self.model.set_adapter(case.adapter)
-            return self.model(ids).logits[0].float()
+        with torch.inference_mode(), self.adapted(case.adapter) as model:
+            return model(ids).logits[0].float()
+
+    @contextmanager
+    def adapted(self, adapter: str) -> Iterator[PeftModel]:
+        """Gives the model with one adapter active; "" is the base model."""
+        if adapter:
+            self.model.set_adapter(adapter)
+            yield self.model
+        else:
+            with self.model.disable_adapter():
+                yield self.model
 
     def choices(self, case: Case, answer: list[int]) -> list[int]:
         """Returns the best token at each place of `answer`, given the tokens before that place.

@@ -25,9 +25,14 @@ class RoundedCache(DynamicCache):
     """Gives K and V back rounded to e4m3, those of the tokens that are fed too."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rounded = (
             torch.from_numpy(round_e4m3(x.numpy())).to(x.dtype) for x in (key_states, value_states)
         )
-        return super().update(*rounded, layer_idx, *args)
+        return super().update(*rounded, layer_idx, *args, **options)

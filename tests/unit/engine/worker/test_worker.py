@@ -80,7 +80,8 @@ def test_ready(root: Path, tmp_path: Path) -> None:
     assert ready.page_bytes == 16 * 2 * 2 * 16 * 4
     assert ready.max_model_len == 63 * 16
     assert (ready.device, ready.lora_backend, ready.attention_backend) == ("cpu", "torch", "torch")
-    assert ready.base_fingerprint.endswith(":torch.float32") and len(ready.base_fingerprint) > 40
+    assert ready.base_fingerprint.endswith(":torch.float32:plain:torch.float32")
+    assert len(ready.base_fingerprint) > 40
     assert list(ready.eos_token_ids) == [2]
     assert ready.weight_bytes == sum(tensor.nbytes for tensor in weights.values())
     make_adapter(model, tmp_path / "all", r=16, alpha=8, targets="all-linear")
@@ -89,6 +90,17 @@ def test_ready(root: Path, tmp_path: Path) -> None:
     assert ready.adapter_bytes == typical.num_pages * ready.page_bytes * ready.num_layers
     assert "loading base as float32 on cpu" in lines[0] and "64 pages" in lines[1]
     worker.close()
+
+
+def test_prefixes_of_other_types_are_told_apart(root: Path) -> None:
+    """K and V that were computed or kept with other roundings are other numbers."""
+    config, prints = make_config(root), set()
+    rounded = replace(config, model=replace(config.model, quantization="fp8"))
+    for one in (config, rounded, make_config(root, kv_cache_dtype="fp8")):
+        worker = Worker(one)
+        prints.add(worker.ready.base_fingerprint)
+        worker.close()
+    assert len(prints) == 3
 
 
 def test_inspect(root: Path) -> None:
@@ -231,7 +243,7 @@ def test_refused_at_the_start(root: Path, tmp_path: Path) -> None:
         refused("finds no CUDA GPU", device="cuda")
     with pytest.raises(ConfigError, match="fewer than 2 pages"):
         Worker(make_config(root, num_pages=None, pool_bytes=5000))
-    with pytest.raises(ConfigError, match="no multiple of 64: raise block_tokens"):
+    with pytest.raises(ConfigError, match="no multiple of 256: raise block_tokens"):
         shutil.copytree(root / "base", tmp_path / "tiny")
         values = json.loads((tmp_path / "tiny" / "config.json").read_text())
         values |= {"head_dim": 8, "num_key_value_heads": 1}

@@ -62,7 +62,7 @@ def test_defaults_are_the_configs() -> None:
         ("max_model_length", "did you mean 'max_model_len'"),
         ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
         ("pipeline_parallel_size", "use tensor_parallel_size"),
-        ("quantization", "leave it out"),
+        ("lora_dtype", "leave it out"),
         ("hf_token", "nothing is downloaded"),
         ("revision", "nothing is downloaded"),
         ("enable_sleep_mode", "weights cannot leave the device"),
@@ -112,6 +112,18 @@ def test_vllms_keywords_are_renamed_or_ignored() -> None:
     }  # fmt: skip
     own = {"block_tokens": 32, "num_pages": 99, "max_adapter_slots": 7}
     assert engine_config_of("m", vllms) == engine_config_of("m", own)
+
+
+def test_vllms_names_of_fewer_bits() -> None:
+    options = {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}
+    assert engine_config_of("", options) == engine_config_of(
+        "", {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+    )
+    for method in ("awq", "gptq", "compressed-tensors", None):  # the checkpoint says so itself
+        assert engine_config_of("", {"quantization": method}) == EngineConfig()
+    for name in ("quantization", "kv_cache_dtype"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            engine_config_of("", {name: "int2"})
 
 
 def test_a_keyword_and_its_alias_are_not_given_both() -> None:

@@ -1,5 +1,6 @@
 """The page pool, and copies of adapters into it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,20 @@ def test_kv_is_the_same_memory_as_pages() -> None:
 
 
 def test_page_must_be_whole_rows() -> None:
-    with pytest.raises(
-        PoolSizeError, match="1 tokens x 2 x 1 KV heads x 16 has 32 elements.*raise"
-    ):
+    with pytest.raises(PoolSizeError, match="1 tokens x 2 x 1 KV heads x 16 has 128 bytes.*raise"):
         PageShape(num_layers=1, block_tokens=1, num_kv_heads=1, head_dim=16, dtype=torch.float32)
+
+
+def test_pages_in_e4m3_share_the_pool_by_bytes() -> None:
+    half = replace(SHAPE, kv_dtype=torch.float8_e4m3fn)
+    assert (half.page_bytes, half.page_elems) == (256, 128)
+    assert choose_num_pages(MemoryConfig(), half, 1536 * 7) == 14  # twice the tokens
+    pool = PagePool(half, 5, torch.device("cpu"))
+    assert pool.pages.shape == (3, 5, 128) and pool.pages.dtype is torch.float16
+    assert pool.kv.shape == (3, 5, 2, 4, 2, 16) and pool.kv.dtype is torch.float8_e4m3fn
+    pool.kv[1, 3, 1, 2, 0, 5] = torch.tensor(7.0)
+    values = pool.pages[1, 3].view(torch.float8_e4m3fn).float()
+    assert values[128 + 2 * 32 + 5] == 7.0 and values.count_nonzero() == 1
 
 
 def test_write_pages_touches_no_other_page() -> None:
