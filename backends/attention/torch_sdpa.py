@@ -150,8 +150,8 @@ class TorchAttention:
         query = q.index_select(0, part.sequences)
         answer = functional.scaled_dot_product_attention(
             query.view(num, spec.num_kv_heads, -1, spec.head_dim),
-            _gather(k_rows, part.kv_rows, num).to(query.dtype),
-            _gather(v_rows, part.kv_rows, num).to(query.dtype),
+            _gather(k_rows, part.kv_rows, num, query.dtype),
+            _gather(v_rows, part.kv_rows, num, query.dtype),
             attn_mask=part.mask,
             scale=spec.scale,
         )
@@ -166,8 +166,7 @@ class TorchAttention:
         out: torch.Tensor,
     ) -> None:
         spec = self._spec
-        k = _gather(k_rows, prefill.kv_rows, 1).to(q.dtype)
-        v = _gather(v_rows, prefill.kv_rows, 1).to(q.dtype)
+        k, v = (_gather(rows, prefill.kv_rows, 1, q.dtype) for rows in (k_rows, v_rows))
         num_cached = prefill.kv_len - prefill.query_len
         for first in range(0, prefill.query_len, QUERY_CHUNK):
             last = min(first + QUERY_CHUNK, prefill.query_len)
@@ -188,7 +187,12 @@ class TorchAttention:
             out[rows] = folded.transpose(0, 1).reshape(last - first, -1, spec.head_dim)
 
 
-def _gather(rows: torch.Tensor, index: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """[all rows, kv_heads, head_dim] to [num_sequences, kv_heads, L, head_dim]."""
-    found = rows.index_select(0, index)
+def _gather(
+    rows: torch.Tensor, index: torch.Tensor, num_sequences: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[all rows, kv_heads, head_dim] to [num_sequences, kv_heads, L, head_dim] of `dtype`."""
+    if rows.dtype is dtype:
+        found = rows.index_select(0, index)
+    else:  # not every device's index_select takes e4m3
+        found = rows.view(torch.uint8).index_select(0, index).view(rows.dtype).to(dtype)
     return found.view(num_sequences, -1, *rows.shape[1:]).transpose(1, 2)

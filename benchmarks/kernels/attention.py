@@ -35,7 +35,7 @@ POOL_BYTES = 1 << 30
 MAX_LAYERS = 12
 NUM_REPEATS = 20
 FA2 = "flashinfer-fa2"
-"""flashinfer with the older prefill kernels."""
+"""flashinfer with the older prefill kernels, which also decode on tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Case:
         return f"prefill {self.num_seqs:3} x {self.num_new} of {self.context:5}, {heads}"
 
     @property
-    def kv_bytes(self) -> int:
-        """The bytes of K and V of one layer, in 16-bit numbers."""
-        return self.num_seqs * self.context * 2 * self.num_kv_heads * HEAD_DIM * 2
+    def kv_elems(self) -> int:
+        """The elements of K and V of one layer."""
+        return self.num_seqs * self.context * 2 * self.num_kv_heads * HEAD_DIM
 
     @property
     def flops(self) -> int:
@@ -89,7 +89,9 @@ CASES = (
 class Setup:
     """Pool, queries and batch of one case, filled with random numbers."""
 
-    def __init__(self, case: Case, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, case: Case, block_tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype
+    ) -> None:
         self.case, self.block_tokens = case, block_tokens
         pages_each = -(-case.context // block_tokens)
         num_tokens = case.num_seqs * case.num_new
@@ -104,11 +106,15 @@ class Setup:
             max_num_seqs=case.num_seqs,
             max_num_tokens=num_tokens,
             max_pages=pages_each,
+            kv_dtype=kv_dtype,
         )
-        self.num_layers = min(MAX_LAYERS, 1 + POOL_BYTES // case.kv_bytes)
+        self.kv_bytes = case.kv_elems * kv_dtype.itemsize
+        self.num_layers = min(MAX_LAYERS, 1 + POOL_BYTES // self.kv_bytes)
         num_pages = case.num_seqs * pages_each + 1
         shape = (self.num_layers, num_pages, 2, block_tokens, case.num_kv_heads, HEAD_DIM)
-        self.kv = torch.empty(shape, dtype=dtype, device="cuda").normal_()
+        self.kv = torch.empty(shape, dtype=kv_dtype, device="cuda")
+        for layer in self.kv:
+            layer.copy_(torch.randn(layer.shape, dtype=dtype, device="cuda"))
         q_shape = (self.num_layers, num_tokens, case.num_heads, HEAD_DIM)
         self.q = torch.empty(q_shape, dtype=dtype, device="cuda").normal_()
         self.out = torch.zeros_like(self.q)
@@ -132,9 +138,10 @@ class Setup:
         """
         case, worst = self.case, 0.0
         for layer in {0, self.num_layers - 1}:
+            kv = self.kv[layer].float()
             for seq in {0, case.num_seqs // 2, case.num_seqs - 1}:
                 for new in {0, case.num_new // 3, case.num_new - 1}:
-                    want = self._expect(layer, seq, case.num_cached + new + 1)
+                    want = self._expect(kv, layer, seq, case.num_cached + new + 1)
                     got = self.out[layer, seq * case.num_new + new].float()
                     error = (got - want).abs().max() / want.abs().max()
                     worst = max(worst, float(error.nan_to_num(float("inf"))))
@@ -142,11 +149,11 @@ class Setup:
             raise ArithmeticError(f"wrong by {worst:.3f} of the largest value")
         return worst
 
-    def _expect(self, layer: int, seq: int, seen: int) -> torch.Tensor:
+    def _expect(self, kv: torch.Tensor, layer: int, seq: int, seen: int) -> torch.Tensor:
         """[num_heads, HEAD_DIM] of the token that sees positions 0 to `seen` - 1."""
         case = self.case
         pages = torch.from_numpy(self.batch.page_table[seq]).long().cuda()
-        k, v = (self.kv[layer, pages, i].flatten(0, 1)[:seen].float() for i in (0, 1))
+        k, v = (kv[pages, i].flatten(0, 1)[:seen] for i in (0, 1))
         q = self.q[layer, seq * case.num_new + seen - case.num_cached - 1].float()
         q = q.view(case.num_kv_heads, -1, HEAD_DIM)
         weights = torch.einsum("kgd,lkd->kgl", q, k).mul(self.spec.scale).softmax(-1)
@@ -167,13 +174,15 @@ def make_op(name: str, spec: AttentionSpec) -> AttentionOp:
         BackendError: it cannot run here.
     """
     backend = resolve("attention", name.removesuffix("-fa2"), spec)
-    return FlashInferAttention(spec, "fa2") if name == FA2 else backend.make(spec)
+    return FlashInferAttention(spec, "fa2", "fa2") if name == FA2 else backend.make(spec)
 
 
 def measure(case: Case, name: str, options: argparse.Namespace, peak: float) -> dict[str, object]:
     """One row; `peak` in bytes a second for decode, operations a second for prefill."""
     torch.manual_seed(0)
-    setup = Setup(case, options.block_tokens, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    kv_dtype = torch.float8_e4m3fn if options.kv_dtype == "fp8" else dtype
+    setup = Setup(case, options.block_tokens, dtype, kv_dtype)
     op = make_op(name, setup.spec)
     for_any = case.is_decode and op.supports_graphs
     plan = op.plan_graph(setup.batch, case.num_seqs) if for_any else op.plan(setup.batch)
@@ -181,11 +190,12 @@ def measure(case: Case, name: str, options: argparse.Namespace, peak: float) -> 
     error = setup.check()
     times = [us / setup.num_layers for us in time_graph(lambda: setup.run(op, plan), NUM_REPEATS)]
     us = statistics.median(times)
-    rate = (case.kv_bytes if case.is_decode else case.flops) / us * 1e6
+    rate = (setup.kv_bytes if case.is_decode else case.flops) / us * 1e6
     return {
         **asdict(case),
         "head_dim": HEAD_DIM,
         "block_tokens": options.block_tokens,
+        "kv_dtype": options.kv_dtype,
         "num_layers": setup.num_layers,
         "backend": name,
         "prefill_kind": getattr(op, "prefill_kind", None),
@@ -214,6 +224,7 @@ def main() -> None:
     parser.add_argument("--backends", default=f"flashinfer,{FA2},torch,xformers")
     parser.add_argument("--block-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--only", default="", help="part of a row's title, such as prefill")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     options = parser.parse_args()
@@ -231,7 +242,7 @@ def main() -> None:
     # One backend after the other: one that breaks the CUDA context takes no other's rows along.
     for name in options.backends.split(","):
         for case in CASES:
-            if options.only not in case.title or (name == FA2 and case.is_decode):
+            if options.only not in case.title:
                 continue
             try:
                 row = measure(case, name, options, bandwidth if case.is_decode else peak)

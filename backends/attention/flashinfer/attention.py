@@ -64,16 +64,20 @@ class FlashInferAttention:
 
     Args:
         prefill_kind: None takes the best that can be loaded or built.
+        decodes_by: "cuda-cores" or "fa2"; None takes the faster one, see `decode_kind`.
     """
 
     name = "flashinfer"
     supports_graphs = True
 
-    def __init__(self, spec: AttentionSpec, prefill_kind: str | None = None) -> None:
+    def __init__(
+        self, spec: AttentionSpec, prefill_kind: str | None = None, decodes_by: str | None = None
+    ) -> None:
         self._spec = spec
-        self._decode = make_module(spec, decode_kind(spec), causal=False)
+        decodes_by = decodes_by or decode_kind(spec)
+        self._decode = make_module(spec, decodes_by, causal=False)
         self.prefill_kind, self._prefill = _make_prefill(spec, prefill_kind)
-        num_floats = max(_decode_float_bytes(spec), _prefill_float_bytes(spec))
+        num_floats = max(_decode_float_bytes(spec, decodes_by), _prefill_float_bytes(spec))
         self._floats = _bytes(spec, num_floats)
         self._decode_ints = BufferPool(spec.device, _int_bytes(spec, spec.max_num_seqs))
         self._prefill_ints = BufferPool(spec.device, _int_bytes(spec, spec.max_num_tokens))
@@ -229,11 +233,11 @@ def _partial_bytes(spec: AttentionSpec, num_tiles: int, tile: int) -> int:
     return spec.num_heads * num_tiles * tile * (spec.head_dim + 1) * 4 + 2 * ALIGN
 
 
-def _decode_float_bytes(spec: AttentionSpec) -> int:
+def _decode_float_bytes(spec: AttentionSpec, kind: str) -> int:
     """Returns the scratch of a decode step: its splits are as many as the GPU takes at once, or one
     a row."""
     num_sms, group = num_multiprocessors(spec), spec.num_heads // spec.num_kv_heads
-    if decode_kind(spec) == "cuda-cores":
+    if kind == "cuda-cores":
         return _partial_bytes(spec, -(-MAX_BLOCKS_PER_SM * num_sms // spec.num_kv_heads), 1)
     tile = MIN_QUERY_TILE
     if group > MIN_QUERY_TILE:

@@ -175,6 +175,7 @@ def test_backends_command_runs_here(capsys: Capture) -> None:
         "lora",
         "attention",
         "fused",
+        "linear",
         "collective",
     }
 

@@ -120,7 +120,7 @@ def test_vllms_names_of_fewer_bits() -> None:
         "", {"quantization": "fp8", "kv_cache_dtype": "fp8"}
     )
     for method in ("awq", "gptq", "compressed-tensors", None):  # the checkpoint says so itself
-        assert engine_config_of("", {"quantization": method}) == EngineConfig()
+        assert engine_config_of("", {"quantization": method}) == engine_config_of("", {})
     for name in ("quantization", "kv_cache_dtype"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             engine_config_of("", {name: "int2"})
