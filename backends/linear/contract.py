@@ -55,8 +55,8 @@ class LinearWeight(Protocol):
 
         Args:
             fill: gets a tensor [rows, in_features] on the device, of any dtype, and writes to it.
-            scales: float32 [rows, 1], a factor for what `fill` writes, whose values are then e4m3;
-                None: it writes the weights themselves.
+            scales: float32 [rows, 1] on any device, a factor for what `fill` writes, which is then
+                e4m3; None: it writes the weights themselves.
         """
         ...
 

@@ -39,7 +39,7 @@ class PlainWeight:
     def write(self, rows: slice, fill: Fill, scales: torch.Tensor | None = None) -> None:
         fill(self.tensor[rows])
         if scales is not None:
-            self.tensor[rows] *= scales
+            self.tensor[rows] *= scales.to(self.tensor.device)
 
     def values(self, rows: slice) -> torch.Tensor:
         return self.tensor[rows]

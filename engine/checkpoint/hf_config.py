@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from loraplex.engine.checkpoint.quantization import read_quantization
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.spec import ModelSpec
 
@@ -160,13 +161,7 @@ def _build(model_path: Path, architecture: str, config: dict[str, Any]) -> Model
 
 
 def _refuse_unsupported(config: dict[str, Any], model_path: Path) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown")
-        raise ConfigError(
-            f"{model_path}: weights quantized by {method!r} are not supported; use the "
-            "unquantized checkpoint or a GGUF file"
-        )
+    read_quantization(config, model_path)
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(f"{model_path}: hidden_act {activation!r} is not supported (only silu)")

@@ -1,5 +1,6 @@
 """Fills a Decoder with the weights of a checkpoint, or with random weights."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -8,10 +9,13 @@ import torch
 from tqdm import tqdm
 
 from loraplex.engine.checkpoint.pieces import copy_pieces
+from loraplex.engine.checkpoint.quantization import quantization_of
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.shard import Piece
 from loraplex.engine.model.weight_slot import WeightSlot
+
+logger = logging.getLogger("loraplex")
 
 _MAX_LISTED = 8
 
@@ -142,10 +146,23 @@ def _open_source(model: Decoder, model_path: Path, load_format: str) -> WeightSo
         from loraplex.engine.checkpoint.weights_gguf import GGUFSource
 
         return GGUFSource(model_path, model.spec)
+    from loraplex.engine.checkpoint.weights_quantized import Fp8Source, PackedSource
     from loraplex.engine.checkpoint.weights_safetensors import SafetensorsSource
 
     tied = (model.shard.vocabulary, model.shard.hidden) if model.spec.tie_embeddings else None
-    return SafetensorsSource(model_path, tied=tied)
+    quantization = quantization_of(model_path)
+    files = SafetensorsSource(model_path, tied=tied, is_quantized=quantization is not None)
+    if quantization is None:
+        return files
+    if quantization.is_fp8:
+        return Fp8Source(files, quantization)
+    logger.warning(
+        "%s: %d-bit weights are dequantized while they load, so no memory is saved%s",
+        model_path,
+        quantization.bits,
+        "" if model.holds_fp8 else "; --quantization fp8 keeps 8 bits of them",
+    )
+    return PackedSource(files, quantization)
 
 
 def _check(

@@ -14,12 +14,16 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_E4M3 = "F8_E4M3"
+_QUANTIZED_DTYPES = (*_DTYPES, _E4M3, "I64", "I32")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer in old checkpoints that the config defines too
 
 
 class SafetensorsSource:
     """Implements WeightSource for safetensors; leaves out a head that equals a tied embedding.
+
+    The sources of quantized checkpoints read through it.
 
     The files are mapped, and each tensor is copied from the mapping to its target.
 
@@ -28,14 +32,18 @@ class SafetensorsSource:
             hold floats.
     """
 
-    def __init__(self, model_path: Path, *, tied: tuple[Piece, ...] | None) -> None:
+    def __init__(
+        self, model_path: Path, *, tied: tuple[Piece, ...] | None, is_quantized: bool = False
+    ) -> None:
         """Opens the files.
 
         Args:
             tied: the pieces that this rank holds of an embedding which is the head too; it compares
                 these alone. None: the head has weights of its own.
+            is_quantized: accept e4m3 and integers.
         """
         self._path = model_path
+        self._dtypes = _QUANTIZED_DTYPES if is_quantized else _DTYPES
         self._files: dict[str, Any] = {}  # tensor name to the open file that holds it
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _find_files(model_path):
@@ -48,10 +56,18 @@ class SafetensorsSource:
 
     def copy_to(self, name: str, target: torch.Tensor, pieces: tuple[Piece, ...]) -> None:
         if all(piece.is_whole for piece in pieces):
-            target.copy_(self._files[name].get_tensor(name))
+            target.copy_(self.tensor(name))
             return
         part = self._part(name, pieces)
         target[tuple(map(slice, part.shape))].copy_(part)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns a whole tensor as it is stored, on the CPU."""
+        found: torch.Tensor = self._files[name].get_tensor(name)
+        return found
+
+    def is_e4m3(self, name: str) -> bool:
+        return bool(self._files[name].get_slice(name).get_dtype() == _E4M3)
 
     def scales(self, name: str, pieces: tuple[Piece, ...]) -> torch.Tensor | None:
         return None
@@ -80,10 +96,10 @@ class SafetensorsSource:
                 if name.endswith(_IGNORED):
                     continue
                 header = file.get_slice(name)
-                if header.get_dtype() not in _DTYPES:
+                if header.get_dtype() not in self._dtypes:
                     raise ConfigError(
-                        f"{path}: {name} has dtype {header.get_dtype()}; quantized checkpoints "
-                        "are not supported"
+                        f"{path}: {name} has dtype {header.get_dtype()}, which config.json does "
+                        "not explain: it has no quantization_config of a kind that stores it"
                     )
                 self._files[name] = file
                 self._shapes[name] = tuple(header.get_shape())

@@ -114,6 +114,11 @@ class Decoder:
         self.layers = [self._make_layer(index, self.groups) for index in range(spec.num_layers)]
         self.norm = self._make_residual_norm()
 
+    @property
+    def holds_fp8(self) -> bool:
+        """Whether the projections' weights are rounded to fp8."""
+        return self._linear.takes_fp8
+
     def module_shapes(self) -> tuple[ModuleShape, ...]:
         """Returns the sizes of this worker's projections, in the order of MODULES."""
         return self._shapes

@@ -37,7 +37,7 @@ class TensorSlot:
     def write(self, fill: Fill, scales: torch.Tensor | None = None) -> None:
         fill(self._tensor)
         if scales is not None:
-            self._tensor *= scales
+            self._tensor *= scales.to(self._tensor.device)
 
     def values(self) -> torch.Tensor:
         return self._tensor

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
 from loraplex.engine.checkpoint.locate import resolve_model
+from loraplex.engine.checkpoint.quantization import quantization_of
 from loraplex.engine.checkpoint.spec_loading import load_spec
 from loraplex.engine.checkpoint.weights import load_weights
 from loraplex.engine.config import EngineConfig
@@ -93,7 +95,7 @@ def set_up(
     world_size = config.parallel.tensor_parallel_size
     shard = shard_of(spec, worker_rank=rank if world_size > 1 else 0, world_size=world_size)
     ranks = join_ranks(rank, world_size, device, store)
-    form = FP8 if config.model.quantization == "fp8" else PLAIN
+    form = _form_of(config, path)
     dtype = resolve_dtype(config.model.dtype, spec, device, form)
     limit = _model_len_limit(config.model.max_model_len, spec)
     try:
@@ -193,6 +195,14 @@ def set_up(
         adapter_rank=adapter_rank,
         adapter_pages=adapter_pages,
     )
+
+
+def _form_of(config: EngineConfig, model_path: Path) -> str:
+    """Returns the form of the projections' weights, see LinearSpec."""
+    if config.model.quantization == "fp8":
+        return FP8
+    stored = None if config.model.load_format == "dummy" else quantization_of(model_path)
+    return FP8 if stored is not None and stored.is_fp8 else PLAIN
 
 
 def resolve_device(name: str, rank: int) -> torch.device:

@@ -146,7 +146,7 @@ def test_generation_config_names_the_ends(tmp_path: Path) -> None:
         ({"architectures": ["MixtralForCausalLM"]},
          "MixtralForCausalLM is not supported; supported: LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": None, "model_type": "t5"}, "model_type 't5' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized by 'hqq'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
