@@ -37,6 +37,11 @@ def empty_rows(num_rows: int, num_columns: int, device: torch.device) -> Fp8Rows
     )
 
 
+def rows_like(x: torch.Tensor) -> Fp8Rows:
+    """Returns uninitialised rows for x [rows, columns], on its device."""
+    return empty_rows(x.shape[0], x.shape[1], x.device)
+
+
 def quantize(x: torch.Tensor, out: Fp8Rows) -> None:
     """Writes x [rows, columns] to `out`. A row's largest magnitude becomes E4M3_MAX."""
     x32 = x.float()

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from loraplex.backends.fp8 import E4M3, Fp8Rows, empty_rows, quantize, saturate
+from loraplex.backends.fp8 import E4M3, Fp8Rows, quantize, rows_like, saturate
 from loraplex.backends.fused.contract import FusedSpec
 
 CHUNK_ELEMS = 1 << 24
@@ -77,7 +77,7 @@ class TorchFused:
         return y
 
     def quantize_rows(self, x: torch.Tensor) -> Fp8Rows:
-        rows = empty_rows(*x.shape, x.device)
+        rows = rows_like(x)
         quantize(x, rows)
         return rows
 

@@ -140,8 +140,8 @@ class TritonFused:
         size, stride = width // 2, gate_up.stride()[0]
         y = gate_up.new_empty((num_tokens, size))
         if fp8 is not None:
-            launch = self._row_launch(silu_mul_fp8_kernel, size, stride, gate_up.dtype)
-            launch(num_tokens, gate_up, y, fp8.values, fp8.scales)
+            by_row = self._row_launch(silu_mul_fp8_kernel, size, stride, gate_up.dtype)
+            by_row(num_tokens, gate_up, y, fp8.values, fp8.scales)
             return y
         key = ("silu", size, stride, gate_up.dtype)
         launch = self._launches.get(key)

@@ -3,6 +3,8 @@
 W takes half the memory of 16 bits, and a decode step reads half the bytes of it.
 """
 
+from typing import Any
+
 import torch
 
 from loraplex.backends.fp8 import Fp8Rows, empty_rows, quantize
@@ -86,7 +88,9 @@ def product(
     x: Fp8Rows, weight: Fp8Rows, bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Returns x W^T + bias in bfloat16, written to `out` if that is given."""
-    options = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    options: dict[str, Any] = {
+        "bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True
+    }  # fmt: skip
     if out is not None:
         options["out"] = out
     return torch._scaled_mm(

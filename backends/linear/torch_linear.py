@@ -7,7 +7,7 @@ the model's dtype. So the answers are the fp8 backend's up to the order of sums;
 import torch
 from torch.nn import functional
 
-from loraplex.backends.fp8 import empty_rows, quantize
+from loraplex.backends.fp8 import quantize, rows_like
 from loraplex.backends.linear.contract import FP8, Fill, LinearInput, LinearSpec
 
 
@@ -65,7 +65,7 @@ class RoundedWeight(PlainWeight):
         super().write(rows, fill, scales)
         if scales is None:
             part = self.tensor[rows]
-            rounded = empty_rows(*part.shape, part.device)
+            rounded = rows_like(part)
             quantize(part, rounded)
             part.copy_(rounded.dequantize())
 

@@ -30,7 +30,7 @@ class TensorSlot:
     """A tensor in the model's dtype."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.shape = tuple(tensor.shape)
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
         self.nbytes = tensor.nbytes
         self._tensor = tensor
 
@@ -48,7 +48,7 @@ class RowsSlot:
 
     def __init__(self, weight: LinearWeight, rows: slice) -> None:
         num_rows = rows.stop - rows.start
-        self.shape = (num_rows, weight.shape[1])
+        self.shape: tuple[int, ...] = (num_rows, weight.shape[1])
         self.nbytes = weight.nbytes * num_rows // weight.shape[0]
         self._weight = weight
         self._rows = rows

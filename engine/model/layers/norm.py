@@ -3,7 +3,7 @@
 import torch
 
 from loraplex.backends.collective.contract import CollectiveOp
-from loraplex.backends.fp8 import Fp8Rows, empty_rows
+from loraplex.backends.fp8 import Fp8Rows, rows_like
 from loraplex.backends.linear.contract import LinearInput
 from loraplex.engine.model.forward_context import ForwardContext
 
@@ -47,4 +47,4 @@ class RMSNorm:
         return LinearInput(ctx.fused.add_rms_norm(x, residual, self.weight, self.eps, fp8), fp8)
 
     def _fp8_rows(self, x: torch.Tensor) -> Fp8Rows | None:
-        return empty_rows(*x.shape, x.device) if self._writes_fp8 else None
+        return rows_like(x) if self._writes_fp8 else None
