@@ -55,12 +55,10 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "generation_config": ("auto", None),
     "hf_overrides": (None, {}),
     "hf_token": (None, False),
-    "kv_cache_dtype": (None,),
     "logits_processors": (None, []),
     "lora_dtype": ("auto", None),
     "override_generation_config": (None, {}),
     "pipeline_parallel_size": (1, None),
-    "quantization": (None, "awq", "compressed-tensors", "gptq"),
     "revision": (None,),
     "runner": ("auto", "generate", None),
     "scheduling_policy": ("fcfs", None),
@@ -90,6 +88,14 @@ ADVICE = {
     "tokenizer_revision": "nothing is downloaded: give a local folder as tokenizer",
 }
 """Maps keywords that loraplex does not have to the mend."""
+
+_SPELLINGS = {
+    ("kv_cache_dtype", "fp8_e4m3"): "fp8",
+    ("quantization", "awq"): "auto",
+    ("quantization", "compressed-tensors"): "auto",
+    ("quantization", "gptq"): "auto",
+}
+"""vLLM's values of keywords that loraplex has too. A checkpoint says itself how it is stored."""
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -125,6 +131,7 @@ def translated(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     if "dtype" in values:
         dtype = str(values["dtype"]).removeprefix("torch.")  # of a torch.dtype, its name
         values["dtype"] = _DTYPES.get(dtype, dtype)
-    if values.get("kv_cache_dtype") == "fp8_e4m3":
-        values["kv_cache_dtype"] = "fp8"
+    for (name, spelling), own in _SPELLINGS.items():
+        if values.get(name) == spelling:
+            values[name] = own
     return values
