@@ -18,6 +18,7 @@ from loraplex.backends.lora.contract import (
     LoRATable,
     check_graph_batch,
 )
+from loraplex.backends.lora.tiles import module_ranks
 
 ATTENTION = " of attention"
 """Ends the kind of graphs without the launches of other groups."""
@@ -99,5 +100,5 @@ class TouchedGroups:
 
     def _touched(self, table: LoRATable, batch: LoRABatch) -> frozenset[LoRAGroup]:
         """Returns the groups that an adapter of the batch touches in some layer."""
-        ranks = table.host_rank.numpy()[:, :, batch.segment_slots].any(axis=(0, 2))
+        ranks = module_ranks(table.host_rank.numpy(), batch.segment_slots)
         return frozenset(group for group in self._groups if ranks[list(group.modules)].any())

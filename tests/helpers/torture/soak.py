@@ -37,7 +37,7 @@ CANCEL = 0.1
 
 @dataclass
 class Soak:
-    """What the clients saw, and the memory of each process over time, in MiB."""
+    """The figures of the clients, and the memory of each process over time, in MiB."""
 
     latencies: list[tuple[float, float]] = field(default_factory=list)  # end, seconds
     wrong: list[str] = field(default_factory=list)
