@@ -123,18 +123,27 @@ class FusedOps(Protocol):
         ...
 
     def draw(
-        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        *,
+        mask_places: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the index of the greatest element of each row, or -1 for a row that is broken.
 
         The row is logits / temperature + noise (see above), or the logits where the temperature is
         0. Among equals the lowest token id wins. A row is broken if any of its logits is NaN or
-        +inf, or if all are -inf.
+        +inf, allowed or not, or if all allowed ones are -inf.
 
         Args:
             logits: [N, vocabulary], the model's dtype or float32, any row stride.
             temperature: float32 [N], not negative.
             keys: int64 [N, 2], 32 bits each.
+            mask_places: int32 [N], the row of `masks` that restricts each row, -1 for none; None
+                if there are no masks.
+            masks: int32 [M, ceil(vocabulary / 32)]; bit i % 32 of word i / 32 allows token i.
 
         Returns:
             Token ids, int32 [N].

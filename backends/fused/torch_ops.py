@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from loraplex.backends.fp8 import E4M3, Fp8Rows, quantize, rows_like, saturate
 from loraplex.backends.fused.contract import FusedSpec
+from loraplex.backends.fused.masks import apply_masks
 
 CHUNK_ELEMS = 1 << 24
 """Logits that are drawn from in one chunk, about; bounds the scratch memory."""
@@ -82,20 +83,43 @@ class TorchFused:
         return rows
 
     def draw(
-        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        *,
+        mask_places: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if mask_places is not None and masks is not None:
+            logits = _masked(logits, mask_places, masks)
         sampled = logits.argmax(dim=-1)  # the first NaN, where there is one
         greatest = logits.gather(1, sampled[:, None])[:, 0]
-        rows = torch.arange(len(sampled), device=logits.device)
-        if logits.device.type == "cpu":  # on a GPU, finding the random rows would sync
-            rows = temperature.nonzero()[:, 0]
-        for part in rows.split(max(1, CHUNK_ELEMS // logits.shape[1])):
+        for part in _chunks(temperature > 0, logits.shape[1]):
             heat = temperature.index_select(0, part)
             values = logits.index_select(0, part).float() / heat[:, None]
             values += gumbel_noise(keys.index_select(0, part), logits.shape[1])
             greedy = sampled.index_select(0, part)
             sampled.index_copy_(0, part, torch.where(heat > 0, values.argmax(dim=-1), greedy))
         return sampled.masked_fill_(~greatest.isfinite(), -1).int()
+
+
+def _masked(logits: torch.Tensor, places: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Returns the logits with -inf for the excluded tokens."""
+    logits = logits.clone()
+    for part in _chunks(places >= 0, logits.shape[1]):
+        values = logits.index_select(0, part)
+        logits.index_copy_(0, part, apply_masks(values, places.index_select(0, part), masks))
+    return logits
+
+
+def _chunks(wanted: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
+    """Returns the numbers of the wanted rows, in chunks. On a GPU it returns all rows: no sync."""
+    if wanted.device.type == "cpu":
+        rows = wanted.nonzero()[:, 0]
+    else:
+        rows = torch.arange(len(wanted), device=wanted.device)
+    return rows.split(max(1, CHUNK_ELEMS // vocab_size))
 
 
 def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:

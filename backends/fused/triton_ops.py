@@ -173,7 +173,13 @@ class TritonFused:
         return launch
 
     def draw(
-        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        *,
+        mask_places: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_rows, vocab_size = logits.shape
         # No more splits than blocks, and no empty split.
@@ -186,12 +192,19 @@ class TritonFused:
         key = ("draw", vocab_size, stride, num_splits, logits.dtype)
         launch = self._launches.get(key)
         if launch is None:
-            scalars = (stride, num_splits, blocks_per_split * DRAW_BLOCK)
+            scalars = (0, stride, num_splits, blocks_per_split * DRAW_BLOCK)
             launch = self._launches[key] = TritonLaunch(
                 draw_split_kernel, scalars, VOCAB=vocab_size, BLOCK=DRAW_BLOCK, num_warps=4,
                 **self._options,
             )  # fmt: skip
-        launch(num_rows * num_splits, logits, temperature, keys, candidates)
+        if mask_places is None or masks is None:
+            num_masks, mask_places, masks = 0, sampled, sampled
+        else:
+            num_masks = len(masks)
+        launch(
+            num_rows * num_splits, logits, temperature, keys, mask_places, masks, candidates,
+            first_scalar=num_masks,
+        )  # fmt: skip
         launch = self._launches.get(("merge", num_splits))
         if launch is None:
             launch = self._launches["merge", num_splits] = TritonLaunch(

@@ -71,6 +71,7 @@ class Cases:
         if self._tokens <= MAX_DRAW_ROWS:
             yield self._draw("draw, greedy", 0.0)
             yield self._draw("draw, random", 0.8)
+            yield self._draw("draw, half of the rows masked", 0.8, is_masked=True)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self._dtype, device="cuda")
@@ -127,14 +128,21 @@ class Cases:
 
         return self._case("silu_mul", make, 3 * tokens * inner * self._size)
 
-    def _draw(self, name: str, temperature: float) -> Case:
+    def _draw(self, name: str, temperature: float, *, is_masked: bool = False) -> Case:
         rows, vocab_size = self._tokens, self._model.vocab_size
 
         def make() -> Call:
             logits = self._random(rows, vocab_size) * 4
             heat = torch.full((rows,), temperature, device="cuda")
             keys = torch.randint(1 << 32, (rows, 2), device="cuda")
-            return lambda op: op.draw(logits, heat, keys)
+            if not is_masked:
+                return lambda op: op.draw(logits, heat, keys)
+            places = torch.full((rows,), -1, dtype=torch.int32, device="cuda")
+            num_masks = -(-rows // 2)
+            places[::2] = torch.arange(num_masks, dtype=torch.int32, device="cuda")
+            words = -(-vocab_size // 32)
+            masks = torch.randint(1 << 31, (num_masks, words), dtype=torch.int32, device="cuda")
+            return lambda op: op.draw(logits, heat, keys, mask_places=places, masks=masks)
 
         return self._case(name, make, rows * (vocab_size * self._size + 28))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.backends.fused.contract import FusedOps
+from loraplex.backends.fused.masks import apply_masks
 from loraplex.engine.worker.bad_words import forbid_last_ids
 
 CHUNK_ELEMS = 1 << 24
@@ -41,7 +42,7 @@ class SamplingBatch:
     word_rows: torch.Tensor | None = None  # int64 [W], of the bad words of several tokens
     word_ids: torch.Tensor | None = None  # int64 [W], their last tokens
     word_prefixes: torch.Tensor | None = None  # int64 [4, tokens before], see forbid_last_ids
-    mask_rows: torch.Tensor | None = None  # int64 [M], rows that may draw some tokens only
+    mask_places: torch.Tensor | None = None  # int32 [N], see FusedOps.draw
     masks: torch.Tensor | None = None  # int32 [M, ceil(vocabulary / 32)], see StepPlan.masks
     cut_rows: torch.Tensor | None = None  # int64 [R], random rows with any of the next three
     min_p: torch.Tensor | None = None  # float32 [R]
@@ -50,10 +51,8 @@ class SamplingBatch:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits are drawn from as they are."""
-        rows = (
-            self.bias_rows, self.penalty_rows, self.forbidden_rows, self.word_rows, self.mask_rows,
-        )  # fmt: skip
+        """Whether the logits are drawn from as they are, with masks or without."""
+        rows = (self.bias_rows, self.penalty_rows, self.forbidden_rows, self.word_rows)
         return self.cut_rows is None and all(index is None for index in rows)
 
 
@@ -85,7 +84,9 @@ def sample(
     if not batch.is_plain:
         logits = logits.to(torch.float32, copy=True)
         _adjust(logits, batch, token_ids, num_known_tokens)
-    return fused.draw(logits, batch.temperature, batch.keys)
+    return fused.draw(
+        logits, batch.temperature, batch.keys, mask_places=batch.mask_places, masks=batch.masks
+    )
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_best: int) -> Logprobs:
@@ -125,32 +126,10 @@ def _adjust(
     if batch.word_rows is not None:
         assert batch.word_ids is not None and batch.word_prefixes is not None
         forbid_last_ids(logits, batch.word_rows, batch.word_ids, batch.word_prefixes, token_ids)
-    if batch.mask_rows is not None and batch.masks is not None:
-        apply_masks(logits, batch.mask_rows, batch.masks)
     if batch.cut_rows is not None:
         rows_per_chunk = max(1, CHUNK_ELEMS // logits.shape[1])
         for start in range(0, len(batch.cut_rows), rows_per_chunk):
             _cut(logits, batch, slice(start, start + rows_per_chunk))
-
-
-def apply_masks(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
-    """Set the logits of the tokens that masks exclude to -inf. A NaN or +inf becomes NaN.
-
-    Args:
-        logits: float32 [N, vocabulary]; mutated.
-        rows: int64 [M], each once.
-        masks: int32 [M, ceil(vocabulary / 32)]; bit i % 32 of word i / 32 allows token i.
-    """
-    vocab_size = logits.shape[1]
-    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    rows_per_chunk = max(1, CHUNK_ELEMS // vocab_size)
-    for start in range(0, len(rows), rows_per_chunk):
-        part = slice(start, start + rows_per_chunk)
-        bits = (masks[part, :, None] >> shifts) & 1
-        excluded = bits.flatten(1)[:, :vocab_size] == 0
-        values = logits.index_select(0, rows[part])
-        values = torch.where(excluded, values - torch.inf, values)
-        logits.index_copy_(0, rows[part], values)
 
 
 def _penalize(
@@ -184,6 +163,8 @@ def _cut(logits: torch.Tensor, batch: SamplingBatch, part: slice) -> None:
     assert batch.cut_rows is not None
     rows = batch.cut_rows[part]
     kept = logits.index_select(0, rows)
+    if batch.mask_places is not None and batch.masks is not None:
+        kept = apply_masks(kept, batch.mask_places.index_select(0, rows), batch.masks)
     values = kept / batch.temperature.index_select(0, rows)[:, None]
     if batch.min_p is not None:
         probs = values.softmax(dim=-1)

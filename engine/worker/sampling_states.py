@@ -31,7 +31,8 @@ class SamplingStates:
         self._stop_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
         self._bias_ids: list[npt.NDArray[np.int64] | None] = [None] * max_num_seqs
         self._bias: list[npt.NDArray[np.float32] | None] = [None] * max_num_seqs
-        self._allowed: list[npt.NDArray[np.int32] | None] = [None] * max_num_seqs
+        self._allowed: list[Any] = [None] * max_num_seqs  # masks, as pack_mask makes them
+        self._has_allowed = np.zeros(max_num_seqs, dtype=np.bool_)
         self._bad_words: list[BadWords | None] = [None] * max_num_seqs
         self._has_bad_words = np.zeros(max_num_seqs, dtype=np.bool_)
 
@@ -59,6 +60,7 @@ class SamplingStates:
         self._bias[slot] = np.array(spec.bias_values, dtype=np.float32)[known]
         allowed = np.array(spec.allowed_token_ids, dtype=np.int64)
         self._allowed[slot] = pack_mask(allowed, self._vocab_size) if len(allowed) else None
+        self._has_allowed[slot] = len(allowed) > 0
         self._bad_words[slot] = BadWords.of(spec)
         self._has_bad_words[slot] = self._bad_words[slot] is not None
 
@@ -66,7 +68,7 @@ class SamplingStates:
         self.num_logprobs[slot] = self.num_prompt_logprobs[slot] = -1
         self._stop_ids[slot] = self._bias_ids[slot] = self._bias[slot] = None
         self._allowed[slot] = self._bad_words[slot] = None
-        self._has_bad_words[slot] = False
+        self._has_bad_words[slot] = self._has_allowed[slot] = False
 
     def collect(
         self,
@@ -102,12 +104,12 @@ class SamplingStates:
         arrays: dict[str, npt.NDArray[Any]],
     ) -> None:
         found = dict(masks)
-        for row, slot in enumerate(slots.tolist()):
-            allowed = self._allowed[slot]
-            if allowed is not None:
-                found[row] = allowed & found[row] if row in found else allowed
+        for row in np.flatnonzero(self._has_allowed[slots]).tolist():
+            allowed = self._allowed[slots[row]]
+            found[row] = allowed & found[row] if row in found else allowed
         if found:
-            arrays["mask_rows"] = np.array(list(found), dtype=np.int64)
+            arrays["mask_places"] = np.full(len(slots), -1, dtype=np.int32)
+            arrays["mask_places"][list(found)] = np.arange(len(found), dtype=np.int32)
             arrays["masks"] = np.stack(list(found.values()))
 
     def _collect_cuts(

@@ -70,7 +70,7 @@ def masks_by_row(
     """Returns the masks of a plan by the places of their rows among those that sample."""
     if not len(masked_rows):
         return {}
-    words = np.array(masks, dtype=np.int32).reshape(len(masked_rows), -1)
+    words = np.frombuffer(masks, dtype=np.int32).reshape(len(masked_rows), -1)
     places = np.searchsorted(rows.sampling, np.array(masked_rows, dtype=np.int64))
     return dict(zip(places.tolist(), words, strict=True))
 

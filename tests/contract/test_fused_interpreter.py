@@ -21,7 +21,7 @@ FAST = (
     "test_padded_rows",
     "test_results_in_e4m3 and (576 or 80)",
     "test_pages_in_e4m3",
-    "test_draw and (1-50 or 32001 or equals or forbidden or broken or neighbours)",
+    "test_draw and (1-50 or 32001 or equals or forbidden or broken or neighbours or masks)",
 )
 LONG = (
     "test_norms and 3584",
@@ -35,7 +35,8 @@ LONG = (
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_fused_op.py"), str(HERE / "test_fused_fp8.py"), "-k",
+               str(HERE / "test_fused_op.py"), str(HERE / "test_fused_draw.py"),
+               str(HERE / "test_fused_fp8.py"), "-k",
                f"triton and cpu and not bfloat16 and ({wanted})"]  # fmt: skip
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -24,8 +24,9 @@ from loraplex.backends.fused.kernels.layer import (  # noqa: E402
 POINTERS = {
     "cos_sin": "*fp32", "kv_rows": "*i64", "temperature": "*fp32", "keys": "*i64",
     "candidates": "*i64", "sampled": "*i64", "scales": "*fp32", "values": "*fp8e4nv",
+    "mask_places": "*i32", "masks": "*i32",
 }  # fmt: skip
-INTEGERS = ("num_splits", "split_size")
+INTEGERS = ("num_masks", "num_splits", "split_size")
 NARROW = r"(ld|st)\.global(\.\w+)*\.b16"
 WIDE_LOAD = r"ld\.global(\.\w+)*\.v4\.b32"
 WIDE_STORE = r"st\.global(\.\w+)*\.v4\.b32"

@@ -31,12 +31,16 @@ def _gumbel(id_C, key_0, key_1):
     return -tl.log(-tl.log(uniform_C))
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_masks", "num_splits"])
 def draw_split_kernel(
-    logits, temperature, keys, candidates, logits_stride, num_splits, split_size,
+    logits, temperature, keys, mask_places, masks, candidates,
+    num_masks, logits_stride, num_splits, split_size,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program finds the best of `split_size` logits of one row (a multiple of BLOCK)."""
+    """Each program finds the best of `split_size` logits of one row (a multiple of BLOCK).
+
+    Without masks (`num_masks` 0) it reads neither `mask_places` nor `masks`.
+    """
     row = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
     lane_C = tl.arange(0, BLOCK)
@@ -49,6 +53,8 @@ def draw_split_kernel(
     heat = tl.load(temperature + row)
     key_0 = tl.load(keys + row * 2).to(tl.uint32)
     key_1 = tl.load(keys + row * 2 + 1).to(tl.uint32)
+    place = tl.load(mask_places + row, mask=num_masks > 0, other=-1)
+    masks += tl.maximum(place, 0) * ((VOCAB + 31) // 32)
     logits += row.to(tl.int64) * logits_stride
     end = tl.minimum(begin + split_size, VOCAB)
     id_C = begin + lane_C
@@ -60,6 +66,10 @@ def draw_split_kernel(
         is_last = start + BLOCK >= end
         mask_C = (next_C < VOCAB) & (not is_last)
         raw_C = tl.load(logits + next_C, mask=mask_C, other=float("-inf"))
+        if place >= 0:
+            word_C = tl.load(masks + id_C // 32, mask=id_C < VOCAB, other=0)
+            is_out_C = ((word_C >> (id_C % 32)) & 1) == 0
+            value_C = tl.where(is_out_C & (value_C < float("inf")), float("-inf"), value_C)
         if heat > 0:
             drawn_C = value_C / heat + _gumbel(id_C, key_0, key_1)
             drawn_C = tl.minimum(drawn_C, _MAX_FLOAT)

@@ -218,6 +218,23 @@ def test_fused_operators_launch_by_strides(cuda: FakeCuda) -> None:
     assert seen.arguments[4:6] == [600, 576]
 
 
+def test_draws_launch_with_and_without_masks(cuda: FakeCuda) -> None:
+    op = TritonFused(FusedSpec(dtype=BF16, device=torch.device("cpu"), head_dim=64))
+    logits, heat = torch.zeros(3, 5000, dtype=BF16), torch.zeros(3)
+    keys, places = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+    for num_masks in (0, 1, 2, 0):
+        masks = torch.zeros(num_masks, 157, dtype=torch.int32)
+        given = {"mask_places": places, "masks": masks} if num_masks else {}
+        sampled = op.draw(logits, heat, keys, **given)
+        split, merge = cuda.launches[-2:]
+        fixed = [logits.data_ptr(), heat.data_ptr(), keys.data_ptr()]
+        pointers = [places.data_ptr(), masks.data_ptr()] if num_masks else [sampled.data_ptr()] * 2
+        assert split.arguments[:6] == [*fixed, *pointers, merge.arguments[0]]
+        assert split.arguments[6:8] == [num_masks, 5000]
+        assert merge.arguments[1] == sampled.data_ptr()
+    assert not cuda.ordinary and len(cuda.launches) == 8
+
+
 def test_sgmv_launches_by_layer_and_table(cuda: FakeCuda) -> None:
     shapes = make_shapes(96, 120, 40, 200)
     cases = [

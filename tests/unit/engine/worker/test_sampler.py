@@ -251,21 +251,27 @@ class OnlyDraws:
     name = "only-draws"
 
     def draw(
-        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor
+        self, logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, **masks: Any
     ) -> torch.Tensor:
-        self.logits, self.temperature = logits, temperature
-        return FUSED.draw(logits, temperature, keys)
+        self.logits, self.temperature, self.masks = logits, temperature, masks
+        return FUSED.draw(logits, temperature, keys, **masks)
 
 
 def test_plain_batch_draws_from_the_logits_themselves() -> None:
     states, fused = SamplingStates(4, VOCAB), OnlyDraws()
     states.set(2, make_spec(temperature=0.0, top_k=3, top_p=0.5, min_p=0.1), 1)
     states.set(0, make_spec(temperature=1.5), 1)
-    arrays = states.collect(np.array([2, 0], dtype=np.int32), np.array([5, 3], dtype=np.int32))
+    mask = np.full(-(-VOCAB // 32), -2, dtype=np.int32)  # all but every 32nd token
+    arrays = states.collect(
+        np.array([2, 0], dtype=np.int32), np.array([5, 3], dtype=np.int32), {1: mask}
+    )
     batch = SamplingBatch(**{name: torch.from_numpy(value) for name, value in arrays.items()})
     logits = torch.randn(2, VOCAB).bfloat16()
-    sample(logits, batch, torch.zeros(4, 9, dtype=torch.int32), 5, fused=fused)
+    logits[:, 32] = 30.0
+    sampled = sample(logits, batch, torch.zeros(4, 9, dtype=torch.int32), 5, fused=fused)
     assert fused.logits is logits
+    assert sampled[0] == 32 and sampled[1] % 32
+    assert fused.masks["mask_places"].tolist() == [-1, 0]
     assert fused.temperature.tolist() == [0.0, 1.5]
 
 

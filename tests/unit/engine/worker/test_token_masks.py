@@ -5,7 +5,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from loraplex.engine.worker.sampler import apply_masks
+from loraplex.backends.fused.masks import apply_masks
 from loraplex.engine.worker.sampling_states import SamplingStates, pack_mask
 from loraplex.engine.worker.step_rows import make_rows, masks_by_row
 from loraplex.scheduler.worker_protocol import StepPlan, int_array
@@ -19,21 +19,20 @@ def test_only_the_allowed_tokens_keep_their_logits(vocab_size: int) -> None:
     logits = torch.randn(5, vocab_size)
     allowed = rng.random((3, vocab_size)) < 0.5
     masks = np.stack([pack_mask(np.flatnonzero(row), vocab_size) for row in allowed])
-    rows = [4, 0, 2]
+    places = torch.tensor([1, -1, 2, -1, 0], dtype=torch.int32)
     expected = logits.clone()
-    for row, keep in zip(rows, allowed, strict=True):
+    for row, keep in zip([4, 0, 2], allowed, strict=True):
         for token_id in range(vocab_size):
             if not keep[token_id]:
                 expected[row, token_id] = -torch.inf
-    apply_masks(logits, torch.tensor(rows), torch.from_numpy(masks))
-    assert torch.equal(logits, expected)
+    assert torch.equal(apply_masks(logits, places, torch.from_numpy(masks)), expected)
 
 
 def test_a_broken_logit_stays_visible() -> None:
     logits = torch.tensor([[torch.nan, torch.inf, 1.0]])
     masks = torch.from_numpy(pack_mask(np.array([2]), 3)[None])
-    apply_masks(logits, torch.tensor([0]), masks)
-    assert logits.isnan().tolist() == [[True, True, False]]
+    masked = apply_masks(logits, torch.zeros(1, dtype=torch.int32), masks)
+    assert masked.isnan().tolist() == [[True, True, False]]
 
 
 def test_masks_reach_the_rows_that_sample_and_meet_allowed_ids() -> None:
@@ -58,7 +57,7 @@ def test_masks_reach_the_rows_that_sample_and_meet_allowed_ids() -> None:
     masks = masks_by_row(rows, plan.masked_rows, plan.masks)
     slots = rows.slots[rows.sampling]
     arrays = states.collect(slots, rows.next_positions, masks)
-    assert arrays["mask_rows"].tolist() == [1]
+    assert arrays["mask_places"].tolist() == [-1, 0]
     assert arrays["masks"].tolist() == [[0b1000, 0]]
     arrays = states.collect(slots, rows.next_positions, {})
     assert arrays["masks"].tolist() == [[0b1001, 0]]
