@@ -218,7 +218,10 @@ def _group_sides(
             raise PeftConfigError(f"tensor {key}{(reasons or [' is no LoRA weight'])[0]}")
         module = names.get(match["module"])
         if module is None:
-            raise PeftConfigError(f"tensor {key}: this base model has no such module to adapt")
+            raise PeftConfigError(
+                f"tensor {key}: this base model has no such module to adapt; was the adapter "
+                "trained on another one? base_model_name_or_path in adapter_config.json names it"
+            )
         sides = found.setdefault(module, {})
         if match["side"] in sides:
             raise PeftConfigError(f"tensor {key} is there twice")

@@ -1,5 +1,6 @@
 """Finds the base model: a path, or the model that a Python package contains."""
 
+import difflib
 import importlib.util
 from pathlib import Path
 
@@ -16,12 +17,18 @@ def resolve_model(model: str) -> Path:
     Downloads nothing.
 
     Raises:
-        ConfigError: there is no such file, or it is neither a directory nor a GGUF file.
+        ConfigError: there is no such file, it is neither a directory nor a GGUF file, or it is an
+            adapter.
     """
     if not model:
         return _packaged_model()
     path = Path(model).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise ConfigError(
+                f"{model} is an adapter, not a base model: give its base model as the model, and "
+                f"the adapter as --adapter NAME={model}"
+            )
         return path
     if path.is_file():
         if path.suffix == ".gguf":
@@ -30,7 +37,19 @@ def resolve_model(model: str) -> Path:
     hint = ""
     if model.count("/") == 1 and not model.startswith((".", "~")):
         hint = "; download a model of a hub first and pass its folder"
+    near = _near(path)
+    hint = f"; did you mean {near}?" if near is not None else hint
     raise ConfigError(f"model path {model} does not exist (nothing is downloaded){hint}")
+
+
+def _near(path: Path) -> Path | None:
+    """Returns the path in the same folder whose name is most like this one's, if one is."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return path.parent / near[0] if near else None
 
 
 def _packaged_model() -> Path:

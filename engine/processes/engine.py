@@ -9,6 +9,7 @@ from functools import partial
 from types import FrameType
 
 from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
@@ -59,6 +60,7 @@ class Engine:
         """
         self._config = config
         self._specs = partial(engine_processes, config, worker_command, environment)
+        self._has_model = worker_command is None
         self._interrupted = False
         self._group = ProcessGroup(on_progress, on_status)
 
@@ -87,6 +89,8 @@ class Engine:
         check_server_config(self._config.server)
         check_http_config(self._config.server)
         adapters_at_start(self._config.adapter)
+        if self._has_model:
+            resolve_model(self._config.model.model)  # before any process loads its libraries
         try:
             self._group.start(self._specs(), self._config)
             weakref.finalize(self, self._group.stop, STOP_TIMEOUT_S)

@@ -10,8 +10,8 @@ _VLLM = {
     "--lora-dtype": "adapters have the model's type; leave it out",
     "--fully-sharded-loras": _NOT_NEEDED,
     "--served-model-name": "clients name adapters, not the base model; leave it out",
-    "--host": "use --endpoint tcp://HOST:PORT",
-    "--port": "use --endpoint tcp://HOST:PORT",
+    "--host": "use --http HOST:PORT for OpenAI's API, --endpoint tcp://HOST:PORT for ZeroMQ",
+    "--port": "use --http HOST:PORT for OpenAI's API, --endpoint tcp://HOST:PORT for ZeroMQ",
     "--api-key": "use the CurveZMQ keys, see --help under server",
     "--block-size": "use --block-tokens",
     "--kv-cache-memory-bytes": "use --pool-bytes",
@@ -36,9 +36,17 @@ _VLLM = {
 
 
 def explain(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Returns the text of the error for arguments that a parser does not know."""
-    names = sorted(known)
-    return "; ".join(_explain_one(argument, names) for argument in unknown)
+    """Returns the text of the error for arguments that a parser does not know.
+
+    A word behind an unknown flag is its value, and is not mentioned.
+    """
+    names, parts, is_value = sorted(known), list[str](), False
+    for argument in unknown:
+        is_flag = argument.startswith("-")
+        if is_flag or not is_value:
+            parts.append(_explain_one(argument, names))
+        is_value = is_flag and "=" not in argument
+    return "; ".join(parts)
 
 
 def _explain_one(argument: str, known: list[str]) -> str:

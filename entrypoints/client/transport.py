@@ -1,6 +1,7 @@
 """Connects a client to a server: a DEALER socket, and a monitor that sees the loss of it."""
 
 import os
+import re
 import time
 import weakref
 from typing import Any
@@ -53,6 +54,8 @@ class SocketTransport:
         Raises:
             ConfigError: the endpoint or a key cannot be used.
         """
+        if not re.match(r"tcp://.+:\d+$|ipc://.", endpoint):
+            raise ConfigError(f"endpoint must be tcp://HOST:PORT or ipc://PATH, got {endpoint!r}")
         self.endpoint = endpoint
         self.max_message_bytes = 0
         self._context: zmq.Context[Any] = zmq.Context()

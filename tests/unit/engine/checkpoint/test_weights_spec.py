@@ -264,6 +264,27 @@ def test_model_paths(tmp_path: Path) -> None:
         resolve_model("/no/such/model")
 
 
+def test_a_model_path_with_a_slip_names_the_path_that_was_meant(tmp_path: Path) -> None:
+    for name in ("SmolLM2.Q4_1.gguf", "Llama-3.1-8B"):
+        (tmp_path / name).touch()
+    for slip, meant in (
+        ("SmolLM.Q4_1.gguf", "SmolLM2.Q4_1.gguf"),
+        ("llama-3.1-8B", "Llama-3.1-8B"),
+    ):
+        with pytest.raises(ConfigError, match=f"does not exist.*did you mean {tmp_path}/{meant}"):
+            resolve_model(f"{tmp_path}/{slip}")
+    with pytest.raises(ConfigError, match=r"does not exist \(nothing is downloaded\)$"):
+        resolve_model(f"{tmp_path}/other")
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match=r"is an adapter.*the adapter as --adapter NAME="):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").touch()  # a model that was saved beside its adapter
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -1,0 +1,29 @@
+"""Addresses that cannot be one are refused at once, with the form that they need."""
+
+import pytest
+
+from loraplex.engine.config import EngineConfig, ModelConfig
+from loraplex.engine.errors import ConfigError
+from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.client.sync_client import Client
+from loraplex.entrypoints.client.transport import SocketTransport
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "localhost:5599", "tcp://localhost", "http://127.0.0.1:8000", "ipc://"]
+)
+def test_an_endpoint_without_scheme_or_port_is_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match=f"tcp://HOST:PORT or ipc://PATH, got '{endpoint}'"):
+        Client(endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://localhost:5599", "tcp://[::1]:5599", "ipc:///tmp/x"])
+def test_addresses_that_may_be_one_are_tried(endpoint: str) -> None:
+    SocketTransport(endpoint).close()
+
+
+def test_an_engine_without_a_model_starts_no_process() -> None:
+    engine = Engine(EngineConfig(model=ModelConfig(model="/no/such/model")))
+    with pytest.raises(ConfigError, match="/no/such/model does not exist"):
+        engine.start()
+    assert not engine.pids
