@@ -169,10 +169,13 @@ class AsyncClient:
             transport = self._connect()
             try:
                 health = await self._ask(transport, "health")
-            except BaseException:
-                await self.close()
+                transport.max_message_bytes = health["max_message_bytes"]
+            except EngineDeadError:
+                transport.check_reached(self._timeout_s)
                 raise
-            transport.max_message_bytes = health["max_message_bytes"]
+            finally:
+                if not transport.max_message_bytes:
+                    await self.close()
             return transport
 
     async def _command(self, kind: str, /, **values: Any) -> Message:

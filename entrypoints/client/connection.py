@@ -101,9 +101,12 @@ class Connection:
         self._transport = transport
         try:
             transport.max_message_bytes = self.command("health")["max_message_bytes"]
-        except BaseException:
-            self.close()
+        except EngineDeadError:
+            transport.check_reached(self._timeout_s)
             raise
+        finally:
+            if not transport.max_message_bytes:
+                self.close()
 
     def _live_transport(self) -> Transport:
         while self._transport is not None and self._transport.is_lost():

@@ -133,6 +133,14 @@ class SocketTransport:
             return False
         return True
 
+    def check_reached(self, waited_s: float) -> None:
+        """Raises EngineDeadError if no server was found in this time, and nothing else is known."""
+        if not self.is_lost() and not self._connected:
+            raise EngineDeadError(
+                f"no server was reached at {self.endpoint} in {waited_s:g} s: start one with "
+                "`loraplex serve`, or check the address"
+            )
+
     def blocked(self) -> EngineDeadError:
         """Returns the error for a message that had no room for SEND_TIMEOUT_MS."""
         return EngineDeadError(f"{self.endpoint} has stopped reading messages")

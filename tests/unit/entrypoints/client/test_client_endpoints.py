@@ -1,10 +1,15 @@
 """Addresses that cannot be one are refused at once, with the form that they need."""
 
+import asyncio
+from pathlib import Path
+
 import pytest
+import zmq
 
 from loraplex.engine.config import EngineConfig, ModelConfig
-from loraplex.engine.errors import ConfigError
+from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.processes.engine import Engine
+from loraplex.entrypoints.client.async_client import AsyncClient
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.client.transport import SocketTransport
 
@@ -27,3 +32,26 @@ def test_an_engine_without_a_model_starts_no_process() -> None:
     with pytest.raises(ConfigError, match="/no/such/model does not exist"):
         engine.start()
     assert not engine.pids
+
+
+def test_clients_say_that_no_server_was_reached(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/none"
+    text = f"no server was reached at {endpoint} in 0.3 s: start one with `loraplex serve`"
+
+    async def connect() -> None:
+        async with AsyncClient(endpoint, timeout_s=0.3):
+            pass
+
+    with pytest.raises(EngineDeadError, match=text):
+        Client(endpoint, timeout_s=0.3)
+    with pytest.raises(EngineDeadError, match=text):
+        asyncio.run(connect())
+
+
+def test_a_server_that_does_not_answer_was_reached(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/silent"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        server.linger = 0
+        server.bind(endpoint)
+        with pytest.raises(EngineDeadError, match=f"no answer to 'health' from {endpoint} in 4 s"):
+            Client(endpoint, timeout_s=4.0)
