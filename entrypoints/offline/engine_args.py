@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of, option_defaults
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     @dataclass
     class _EngineFields:
         model: str
+
+        def __getattr__(self, name: str) -> Any: ...
 else:
     _EngineFields = make_dataclass(
         "_EngineFields",
@@ -51,7 +53,7 @@ class EngineArgs(_EngineFields):
         ValueError: a value is out of range.
     """
 
-    def __init__(self, model: str | os.PathLike[str] = "", **options: Unpack[LLMOptions]) -> None:
+    def __init__(self, model: str | os.PathLike[str] = "", **options: Any) -> None:
         for own in fields(self):
             default = own.default if own.default_factory is MISSING else own.default_factory()
             setattr(self, own.name, default)

@@ -84,7 +84,7 @@ def test_generate(llm: LLM, args: dict[str, Any]) -> None:
 
 def test_chat(llm: LLM, args: dict[str, Any], tmp_path: Path) -> None:
     params = sampling_of(llm, args)
-    (one,) = llm.chat(CONVERSATION, params, use_tqdm=False)
+    (one,) = llm.chat(CONVERSATION, params, False)
     many = llm.chat([CONVERSATION for _ in range(10)], params, use_tqdm=True)
     assert texts(many) == [one.outputs[0].text] * 10
     assert one.prompt is not None

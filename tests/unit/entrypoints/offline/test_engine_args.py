@@ -36,7 +36,7 @@ def test_defaults_are_the_configurations() -> None:
 def test_overrides_of_the_map_work() -> None:
     changed = config_of(asdict(EngineArgs("m")) | {"seed": 7, "max_loras": 2})
     assert (changed.model.seed, changed.memory.max_adapter_slots) == (7, 2)
-    assert replace(EngineArgs("m", max_loras=2), max_loras=4).max_loras == 4  # type: ignore[attr-defined,call-arg]
+    assert replace(EngineArgs("m", max_loras=2), max_loras=4).max_loras == 4
 
 
 def test_equality_and_text_name_what_was_given() -> None:
@@ -46,7 +46,7 @@ def test_equality_and_text_name_what_was_given() -> None:
 
 def test_a_wrong_keyword_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
-        EngineArgs("m", max_model_length=3)  # type: ignore[call-arg]
+        EngineArgs("m", max_model_length=3)
     with pytest.raises(ValueError, match="dtype must be one of"):
         EngineArgs("m", dtype="int4")
 
