@@ -1,19 +1,27 @@
 """The layout of an adapter's weights in its pages. Plain integers, no torch.
 
-In every layer an adapter is one virtual array of elements: for each of its modules r rows of A,
-each `in_features` long, then r rows of B transposed, each `out_features` long. The array is cut
-into the adapter's pages in order, so element e lies in page `page_ids[e // page_elems]` at
-`e % page_elems`. Ranks may differ from layer to layer; the pages must hold the largest layer.
+In every layer an adapter is one virtual array of elements, which is a list of named segments. For
+each of its modules come r rows of A, each `in_features` long, then r rows of B transposed, each
+`out_features` long. Behind all modules come their vectors: float32, one number for each output
+feature. The array is cut into the adapter's pages in order, so element e lies in page
+`page_ids[e // page_elems]` at `e % page_elems`. Ranks may differ from layer to layer; the pages
+must hold the largest layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 ROW_ALIGN = 64
 """Rows start at multiples of this many elements, so no aligned vector load crosses a page. The LoRA
 kernels get it with each LoRAGroup."""
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The projections that an adapter may change. The index in this tuple is the module's id."""
+VectorName = Literal["gain", "shift"]
+SegmentName = Literal["A", "B"] | VectorName
+
+VECTORS: tuple[VectorName, ...] = ("gain", "shift")
+"""The module's output y becomes gain * y + shift. In host memory gain holds the magnitude of DoRA
+and shift the trained bias, as they are in the file; the loader computes the rest in the pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +33,24 @@ class ModuleShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ModulePlace:
-    """Element offsets of a module's A and B rows in the layer's virtual array."""
+class ModuleParts:
+    """The parts of one module that an adapter changes in one layer."""
 
     rank: int
-    a_start: int
-    b_start: int
+    vectors: tuple[VectorName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows in a layer's virtual array: row i starts at element `start + i * align(row_elems)`."""
+
+    start: int
+    num_rows: int
+    row_elems: int
+
+
+Segments = dict[tuple[int, SegmentName], Segment]
+"""By module id and name; a layer's in the order of their starts."""
 
 
 def align(num_elems: int) -> int:
@@ -39,28 +59,40 @@ def align(num_elems: int) -> int:
 
 
 def place_layer(
-    ranks: dict[int, int], shapes: tuple[ModuleShape, ...]
-) -> tuple[dict[int, ModulePlace], int]:
-    """Lay out one layer: `ranks` maps module id to rank. Returns the places and the elements used.
+    parts: Mapping[int, ModuleParts], shapes: tuple[ModuleShape, ...], *, elem_bytes: int
+) -> tuple[Segments, int]:
+    """Lay out one layer. Returns its segments and the elements used.
 
-    Row i of A starts at `a_start + i * align(in_features)`, row i of B transposed at
-    `b_start + i * align(out_features)`.
+    Args:
+        parts: by module id.
+        elem_bytes: size of the pool's elements, which divides float32's.
     """
-    places: dict[int, ModulePlace] = {}
-    offset = 0
-    for module in sorted(ranks):
-        rank, shape = ranks[module], shapes[module]
-        b_start = offset + rank * align(shape.in_features)
-        places[module] = ModulePlace(rank=rank, a_start=offset, b_start=b_start)
-        offset = b_start + rank * align(shape.out_features)
-    return places, offset
+    segments: Segments = {}
+    used = 0
+
+    def add(module: int, name: SegmentName, num_rows: int, row_elems: int) -> None:
+        nonlocal used
+        segments[module, name] = Segment(used, num_rows, row_elems)
+        used += num_rows * align(row_elems)
+
+    for module in sorted(parts):
+        add(module, "A", parts[module].rank, shapes[module].in_features)
+        add(module, "B", parts[module].rank, shapes[module].out_features)
+    for module in sorted(parts):
+        for name in parts[module].vectors:
+            add(module, name, 1, shapes[module].out_features * (4 // elem_bytes))
+    return segments, used
 
 
-def num_pages(
-    layer_ranks: list[dict[int, int]], shapes: tuple[ModuleShape, ...], page_elems: int
-) -> int:
-    """Return the pages that an adapter with these ranks per layer needs, at least one."""
+def full_layer(
+    shapes: tuple[ModuleShape, ...], rank: int, vectors: tuple[VectorName, ...] = ()
+) -> dict[int, ModuleParts]:
+    """Returns the parts of an adapter with this rank on every module."""
+    return dict.fromkeys(range(len(shapes)), ModuleParts(rank, vectors))
+
+
+def num_pages(num_elems: int, page_elems: int) -> int:
+    """Return the pages that an adapter needs whose largest layer uses `num_elems`, at least one."""
     if page_elems % ROW_ALIGN:
         raise ValueError(f"page_elems must be a multiple of {ROW_ALIGN}, got {page_elems}")
-    largest = max((place_layer(ranks, shapes)[1] for ranks in layer_ranks), default=0)
-    return max(1, -(-largest // page_elems))
+    return max(1, -(-num_elems // page_elems))

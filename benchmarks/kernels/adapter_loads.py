@@ -30,10 +30,10 @@ import torch
 
 from loraplex.engine.adapters.content_hash import SETTLE_S
 from loraplex.engine.adapters.loader import AdapterLoader, Load
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.reader import make_reader
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.entrypoints.bench.dummy import AdapterWriter, model_config
 from loraplex.entrypoints.bench.gpu_timing import capture
 from loraplex.memory.adapter_layout import ModuleShape
@@ -84,7 +84,7 @@ class Setup:
         device = pool.pages.device
         target = AdapterTarget(
             NUM_LAYERS,
-            whole_sides(SHAPES),
+            whole_modules(SHAPES),
             pool.shape.page_elems,
             torch.bfloat16,
             64,

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from loraplex.engine.adapters.packing import AdapterTarget
-from loraplex.engine.adapters.peft_files import module_name, read_adapter
-from loraplex.engine.model.shard import whole_sides
-from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.engine.adapters.peft_files import read_adapter
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.modules import llama_modules
+from loraplex.engine.model.shard import whole_modules
+from loraplex.memory.adapter_layout import ModuleShape
 
 RANK, NUM_LAYERS = 16, 32
 HIDDEN, KV, INNER = 4096, 1024, 14336
@@ -38,13 +39,13 @@ def write_adapter(folder: Path, dtype: torch.dtype) -> int:
     """Write an adapter of random weights. Returns the size of its file in bytes."""
     tensors = {}
     for layer in range(NUM_LAYERS):
-        for module, shape in enumerate(SHAPES):
-            key = f"base_model.model.{module_name(layer, module)}.lora_"
+        for module, shape in zip(llama_modules(), SHAPES, strict=True):
+            key = f"base_model.model.{module.full_name(layer)}.lora_"
             tensors[f"{key}A.weight"] = torch.randn(RANK, shape.in_features).to(dtype)
             tensors[f"{key}B.weight"] = torch.randn(shape.out_features, RANK).to(dtype)
     path = folder / "adapter_model.safetensors"
     save_file(tensors, path)
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(MODULES)}
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": "all-linear"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return path.stat().st_size
 
@@ -75,7 +76,9 @@ def main() -> None:
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="its description")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    target = AdapterTarget(NUM_LAYERS, whole_sides(SHAPES), 32 << 10, torch.bfloat16, max_rank=RANK)
+    target = AdapterTarget(
+        NUM_LAYERS, whole_modules(SHAPES), 32 << 10, torch.bfloat16, max_rank=RANK
+    )
     line = {
         "variant": options.variant,
         "machine": options.machine,

@@ -32,7 +32,13 @@ from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
 from loraplex.entrypoints.bench.plot import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
-from loraplex.memory.adapter_layout import ROW_ALIGN, ModuleShape, num_pages, place_layer
+from loraplex.memory.adapter_layout import (
+    ROW_ALIGN,
+    ModuleParts,
+    ModuleShape,
+    num_pages,
+    place_layer,
+)
 
 BLOCK_TOKENS = 16
 
@@ -156,10 +162,17 @@ class Setup:
         case, shapes = self.case, self.model.shapes
         layouts = {
             rank: (
-                place_layer(dict.fromkeys(case.modules, rank), shapes)[0],
-                num_pages([dict.fromkeys(case.modules, rank)], shapes, self.page_elems),
+                segments,
+                num_pages(num_elems, self.page_elems),
             )
             for rank in set(ranks)
+            for segments, num_elems in [
+                place_layer(
+                    dict.fromkeys(case.modules, ModuleParts(rank)),
+                    shapes,
+                    elem_bytes=self.pool.element_size(),
+                )
+            ]
         }
         total = sum(layouts[rank][1] for rank in ranks)
         total = total * max(case.pool_adapters, len(ranks)) // len(ranks)
@@ -168,13 +181,12 @@ class Setup:
         fields = np.zeros((3, case.num_layers, 7, len(ranks)), dtype=np.int32)
         used = 0
         for slot, rank in enumerate(ranks):
-            places, count = layouts[rank]
+            segments, count = layouts[rank]
             page_table[slot, :count] = pages[used : used + count]
             used += count
-            for module, place in places.items():
-                fields[:, :, module, slot] = np.array(
-                    [[place.rank], [place.a_start], [place.b_start]]
-                )
+            for (module, name), segment in segments.items():
+                fields[0, :, module, slot] = segment.num_rows
+                fields[1 if name == "A" else 2, :, module, slot] = segment.start
         scale = np.full(fields.shape[1:], 0.5, dtype=np.float32)
         host = [torch.from_numpy(array) for array in (page_table, *fields, scale)]
         there = make_fields(case.num_layers, 7, len(ranks), device)

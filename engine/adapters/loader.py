@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.read_queue import ReadQueue
 from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
 from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
-from loraplex.memory.adapter_layout import MODULES
 from loraplex.memory.device.page_copier import Event, PageCopier
 from loraplex.memory.host.slab import plain_slab, shared_slab
 from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
@@ -88,6 +87,7 @@ class AdapterLoader:
         enter_thread: Callable[[], None] = lambda: None,
         find_warnings: Callable[[Path], list[str]] = lambda folder: [],
     ) -> None:
+        self._module_names = [module.spec.name for module in target.modules]
         self._table = table
         self._copier = copier
         self._report = report
@@ -180,7 +180,8 @@ class AdapterLoader:
         except BaseException:
             self.store.release(adapter.content_hash)
             raise
-        self._report_in_order(_describe(command, adapter, warnings), release=adapter.content_hash)
+        answer = _describe(command, adapter, self._module_names, warnings)
+        self._report_in_order(answer, release=adapter.content_hash)
         self._prepare()
 
     def _submit_read(self, load: Load) -> None:
@@ -274,7 +275,7 @@ class AdapterLoader:
 
 
 def _describe(
-    command: InspectAdapter, adapter: PackedAdapter, warnings: list[str]
+    command: InspectAdapter, adapter: PackedAdapter, names: list[str], warnings: list[str]
 ) -> AdapterInspected:
     used = adapter.rank.amax(dim=0).tolist()
     return AdapterInspected(
@@ -284,7 +285,7 @@ def _describe(
         num_pages=adapter.num_pages,
         num_bytes=adapter.num_bytes,
         max_rank=max(used),
-        modules=[name for name, rank in zip(MODULES, used, strict=True) if rank],
+        modules=[name for name, rank in zip(names, used, strict=True) if rank],
         warnings=warnings,
     )
 

@@ -16,20 +16,16 @@ import numpy.typing as npt
 import torch
 
 from loraplex.engine.adapters.content_hash import HashedModule, hash_adapter, hash_layer
-from loraplex.engine.adapters.safetensors_file import (
-    MAX_HEADER_BYTES,
-    ByteArray,
-    SafetensorsFile,
-    TensorPlace,
-)
-from loraplex.engine.model.shard import Piece
+from loraplex.engine.adapters.safetensors_file import ByteArray, SafetensorsFile, TensorPlace
+from loraplex.engine.adapters.target import AdapterTarget, ModuleKey
+from loraplex.engine.model.shard import ModuleShard, Piece
 from loraplex.memory.adapter_layout import (
-    MODULES,
-    ModulePlace,
-    ModuleShape,
+    ModuleParts,
+    Segment,
+    SegmentName,
+    Segments,
     align,
     num_pages,
-    place_layer,
 )
 from loraplex.memory.host.store import Allocate, PackedAdapter
 
@@ -39,10 +35,9 @@ NUM_TASKS = 8
 BLOCK_BYTES = 16 << 20
 """Bytes of the file in a block; a block holds at least one layer. Larger blocks miss the cache."""
 
-ModuleKey = tuple[int, int]  # layer, module id
 BitArray = npt.NDArray[np.unsignedinteger]
-AllSides = tuple[tuple[Piece, Piece], ...]  # by module: the pieces of inputs and outputs
-Sides = dict[str, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
+Modules = tuple[ModuleShard, ...]
+Sides = dict[SegmentName, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank]
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -52,52 +47,21 @@ class UnusableWeightsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterTarget:
-    """Sizes of the base model on one worker rank, which adapters must fit."""
-
-    num_layers: int
-    sides: tuple[tuple[Piece, Piece], ...]
-    """This rank's pieces of each module's inputs and outputs: A is cut by input, B by output."""
-    page_elems: int
-    dtype: torch.dtype
-    max_rank: int
-    pin_memory: bool = False  # copies in host memory are page-locked
-    adapter_root: str = ""  # real path; files of adapters in it are opened without leaving it
-
-    @property
-    def shapes(self) -> tuple[ModuleShape, ...]:
-        """The sizes of this rank's pieces."""
-        return tuple(ModuleShape(ins.size, outs.size) for ins, outs in self.sides)
-
-    @property
-    def full_shapes(self) -> tuple[ModuleShape, ...]:
-        """The sizes that an adapter's files must have."""
-        return tuple(ModuleShape(ins.total, outs.total) for ins, outs in self.sides)
-
-    @property
-    def max_file_bytes(self) -> int:
-        """Size of a file with every module at the largest rank in float64, and its header."""
-        per_rank = sum(shape.in_features + shape.out_features for shape in self.full_shapes)
-        return 8 * self.num_layers * self.max_rank * per_rank + MAX_HEADER_BYTES
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
-    """The modules of one layer: their tensors in the file and their places in the pages."""
+    """The modules of one layer: their tensors in the file and their segments in the pages."""
 
     number: int
-    places: dict[int, ModulePlace]  # by module id
+    segments: Segments
     num_used: int  # elements; the rest of the row is zeroed
     sides: dict[int, Sides]  # by module id
     scales: dict[int, float]  # by module id
     num_bytes: int  # of the layer's tensors in the file
 
     def is_like(self, other: "_Layer") -> bool:
-        """Returns True if both layers may be in one block: equal places, equal file dtypes."""
-        return self.places == other.places and all(
-            self.sides[module][side].dtype is other.sides[module][side].dtype
-            for module in self.sides
-            for side in "AB"
+        """Returns True if both layers may be in one block: equal segments, equal file dtypes."""
+        return self.segments == other.segments and all(
+            self.sides[module][name].dtype is other.sides[module][name].dtype
+            for module, name in self.segments
         )
 
 
@@ -125,28 +89,31 @@ def pack(
         UnusableWeightsError: a weight is NaN, infinite, or out of range of the target's dtype.
         DamagedFileError: the file was truncated during the read.
     """
-    shape = (target.num_layers, len(MODULES))
+    shape = (target.num_layers, len(target.modules))
     rank, a_start, b_start = (np.zeros(shape, dtype=np.int32) for _ in range(3))
     scale = np.zeros(shape, dtype=np.float32)
     for key, sides in found.items():
         rank[key], scale[key] = sides["A"].shape[0], scales[key]
-    layers, distinct = [], dict[tuple[int, ...], tuple[dict[int, ModulePlace], int]]()
+    starts: dict[SegmentName, npt.NDArray[np.int32]] = {"A": a_start, "B": b_start}
+    layers, distinct = [], dict[tuple[int, ...], tuple[Segments, int]]()
     for layer, row in enumerate(map(tuple, rank.tolist())):
         if row not in distinct:
-            distinct[row] = place_layer(_by_module(row), target.shapes)
-        places, num_used = distinct[row]
-        for module, place in places.items():
-            a_start[layer, module], b_start[layer, module] = place.a_start, place.b_start
-        of_layer = {module: found[layer, module] for module in places}
-        scale_of = {module: float(scale[layer, module]) for module in places}
+            distinct[row] = target.place(_by_module(row))
+        segments, num_used = distinct[row]
+        for (module, name), segment in segments.items():
+            starts[name][layer, module] = segment.start
+        of_layer = {
+            module: dict(sorted(found[layer, module].items())) for module in _by_module(row)
+        }
+        scale_of = {module: float(scale[layer, module]) for module in of_layer}
         num_bytes = sum(side.num_bytes for sides in of_layer.values() for side in sides.values())
-        layers.append(_Layer(layer, places, num_used, of_layer, scale_of, num_bytes))
-    count = num_pages([_by_module(row) for row in distinct], target.shapes, target.page_elems)
+        layers.append(_Layer(layer, segments, num_used, of_layer, scale_of, num_bytes))
+    count = num_pages(max(used for _, used in distinct.values()), target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
     leaves = _pack_layers(
-        file, layers, data, packers, sides=target.sides, is_known=content_hash is not None
+        file, layers, data, packers, modules=target.modules, is_known=content_hash is not None
     )
     if content_hash is None:
         content_hash = hash_adapter(leaves)
@@ -160,7 +127,7 @@ def _pack_layers(
     data: torch.Tensor,
     packers: Executor | None,
     *,
-    sides: AllSides,
+    modules: Modules,
     is_known: bool,
 ) -> list[bytes]:
     """Pack all layers. Returns the leaf of each adapted layer, in order; none if `is_known`.
@@ -168,19 +135,19 @@ def _pack_layers(
     No thread writes to `data` after this returns or raises.
     """
     if packers is None:
-        return _pack_some(file, layers, range(len(layers)), data, sides, is_known)
+        return _pack_some(file, layers, range(len(layers)), data, modules, is_known)
     num_tasks = min(NUM_TASKS, len(layers))
     bounds = [len(layers) * task // num_tasks for task in range(num_tasks + 1)]
     tasks = [
-        packers.submit(_pack_some, file, layers, range(start, end), data, sides, is_known)
+        packers.submit(_pack_some, file, layers, range(start, end), data, modules, is_known)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
     wait(tasks)
     return [leaf for task in tasks for leaf in task.result()]
 
 
-def _by_module(ranks: Sequence[int]) -> dict[int, int]:
-    return {module: rank for module, rank in enumerate(ranks) if rank}
+def _by_module(ranks: Sequence[int]) -> dict[int, ModuleParts]:
+    return {module: ModuleParts(rank) for module, rank in enumerate(ranks) if rank}
 
 
 def _pack_some(
@@ -188,7 +155,7 @@ def _pack_some(
     layers: list[_Layer],
     numbers: range,
     data: torch.Tensor,
-    sides: AllSides,
+    modules: Modules,
     is_known: bool,
 ) -> list[bytes]:
     leaves = []
@@ -197,7 +164,7 @@ def _pack_some(
     for block in _blocks(layers, numbers):
         rows = data[block.start : block.stop]
         some = layers[block.start : block.stop]
-        leaves += _pack_block(file, some, rows, scratch, sides, is_known)
+        leaves += _pack_block(file, some, rows, scratch, modules, is_known)
         if not is_known:
             for number in block:
                 _check_layer(number, data[number, : layers[number].num_used])
@@ -222,7 +189,7 @@ def _pack_block(
     layers: list[_Layer],
     rows: torch.Tensor,
     scratch: ByteArray,
-    all_sides: AllSides,
+    modules: Modules,
     is_known: bool,
 ) -> list[bytes]:
     """Read and pack layers that are alike into their rows. Returns their leaves."""
@@ -230,23 +197,20 @@ def _pack_block(
     bits = row_bytes.view(_BITS[rows.dtype.itemsize])
     reads: list[tuple[TensorPlace, ByteArray]] = []
     copies: list[tuple[BitArray, ByteArray, TensorPlace, bool, Piece]] = []
-    sources = _lay_out(layers[0], scratch[: len(layers) * layers[0].num_bytes], len(layers))
-    for module, place in layers[0].places.items():
-        for side, start in (("A", place.a_start), ("B", place.b_start)):
-            tensors = [layer.sides[module][side] for layer in layers]
-            piece = all_sides[module]["AB".index(side)]
-            width, num_bytes = piece.size, tensors[0].num_bytes
-            is_direct = side == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
-            if is_known and is_direct and width == align(width):
-                begin = start * rows.dtype.itemsize
-                source = row_bytes[:, begin : begin + num_bytes]
-            else:
-                source = sources[module, side]
-                target = _rows_of(bits, start, place.rank, width)
-                copies.append((target, source, tensors[0], side == "B", piece))
-            reads += zip(tensors, source, strict=True)
+    parts = _lay_out(layers[0], scratch[: len(layers) * layers[0].num_bytes], len(layers), modules)
+    for (module, name), segment in layers[0].segments.items():
+        tensors = [layer.sides[module][name] for layer in layers]
+        piece = modules[module].inputs if name == "A" else modules[module].outputs
+        is_direct = name == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
+        if is_known and is_direct and piece.size == align(piece.size):
+            begin = segment.start * rows.dtype.itemsize
+            source = row_bytes[:, begin : begin + tensors[0].num_bytes]
+        else:
+            source = parts[module, name]
+            copies.append((_rows_of(bits, segment), source, tensors[0], name == "B", piece))
+        reads += zip(tensors, source, strict=True)
     file.read(reads)
-    leaves = [] if is_known else _hash_block(layers, scratch)
+    leaves = [] if is_known else _hash_block(layers, scratch, modules)
     for target, source, tensor, is_transposed, piece in copies:
         matrix = _as_bits(source, tensor, rows.dtype)
         matrix = matrix.swapaxes(1, 2) if is_transposed else matrix
@@ -257,50 +221,53 @@ def _pack_block(
     return leaves
 
 
-def _by_name(modules: Iterable[int]) -> list[int]:
+def _by_name(ids: Iterable[int], modules: Modules) -> list[int]:
     """Returns module ids in the order in which their bytes are hashed."""
-    return sorted(modules, key=MODULES.__getitem__)
+    return sorted(ids, key=lambda module: modules[module].spec.name)
 
 
 def _lay_out(
-    layer: _Layer, scratch: ByteArray, num_layers: int
-) -> dict[tuple[int, str], ByteArray]:
+    layer: _Layer, scratch: ByteArray, num_layers: int, modules: Modules
+) -> dict[tuple[int, SegmentName], ByteArray]:
     """Returns the part of each tensor, uint8 [layers, bytes], of layers that are like `layer`.
 
     The bytes of a layer lie one after another, as they are hashed.
     """
-    whole, parts, start = scratch.reshape(num_layers, layer.num_bytes), {}, 0
-    for module in _by_name(layer.sides):
-        for side in "AB":
-            end = start + layer.sides[module][side].num_bytes
-            parts[module, side] = whole[:, start:end]
-            start = end
+    whole, start = scratch.reshape(num_layers, layer.num_bytes), 0
+    parts: dict[tuple[int, SegmentName], ByteArray] = {}
+    for module in _by_name(layer.sides, modules):
+        for name, place in layer.sides[module].items():
+            parts[module, name] = whole[:, start : start + place.num_bytes]
+            start += place.num_bytes
     return parts
 
 
-def _hash_block(layers: list[_Layer], scratch: ByteArray) -> list[bytes]:
+def _hash_block(layers: list[_Layer], scratch: ByteArray, modules: Modules) -> list[bytes]:
     """Returns the leaf of each layer that has adapted modules, from the bytes of the file."""
     leaves = []
     for index, layer in enumerate(layers):
-        modules = [
-            HashedModule(MODULES[module], layer.scales[module], a=sides["A"], b=sides["B"])
-            for module, sides in ((m, layer.sides[m]) for m in _by_name(layer.sides))
+        hashed = [
+            HashedModule(
+                modules[module].spec.name, layer.scales[module], a=sides["A"], b=sides["B"]
+            )
+            for module, sides in ((m, layer.sides[m]) for m in _by_name(layer.sides, modules))
         ]
-        if modules:
+        if hashed:
             start = index * layer.num_bytes
             leaves.append(
-                hash_layer(layer.number, modules, scratch[start : start + layer.num_bytes])
+                hash_layer(layer.number, hashed, scratch[start : start + layer.num_bytes])
             )
     return leaves
 
 
-def _rows_of(bits: BitArray, start: int, count: int, width: int) -> BitArray:
-    """Returns a view [layers, count, align(width)] of `count` rows of each layer, with padding."""
+def _rows_of(bits: BitArray, segment: Segment) -> BitArray:
+    """Returns a view [layers, rows, align(row_elems)] of a segment of each layer, with padding."""
     layer_stride, item = bits.strides
+    stride = align(segment.row_elems)
     return np.lib.stride_tricks.as_strided(
-        bits[:, start:],
-        (len(bits), count, align(width)),
-        (layer_stride, align(width) * item, item),
+        bits[:, segment.start :],
+        (len(bits), segment.num_rows, stride),
+        (layer_stride, stride * item, item),
     )
 
 

@@ -17,13 +17,7 @@ import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
-from loraplex.engine.adapters.packing import (
-    AdapterTarget,
-    ModuleKey,
-    Sides,
-    UnusableWeightsError,
-    pack,
-)
+from loraplex.engine.adapters.packing import Sides, UnusableWeightsError, pack
 from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.adapters.peft_config import (
     ALL_LINEAR,
@@ -41,8 +35,8 @@ from loraplex.engine.adapters.safetensors_file import (
     parse_header,
     stamp,
 )
+from loraplex.engine.adapters.target import AdapterTarget, ModuleKey
 from loraplex.engine.errors import AdapterError
-from loraplex.memory.adapter_layout import MODULES
 from loraplex.memory.host.store import Allocate, PackedAdapter
 
 logger = logging.getLogger("loraplex")
@@ -61,12 +55,6 @@ _TRAINING_KEY = ".lora_velora_embed"  # only the backward pass reads it
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 _MAX_LISTED = 4
 MAX_KEPT_HEADER_BYTES = 1 << 20
-
-
-def module_name(layer: int, module: int) -> str:
-    """Returns the full name of a module in Hugging Face's models, which PEFT's patterns match."""
-    parent = "self_attn" if module < MODULES.index("gate_proj") else "mlp"
-    return f"model.layers.{layer}.{parent}.{MODULES[module]}"
 
 
 def allocate_plain(num_bytes: int) -> torch.Tensor:
@@ -107,7 +95,7 @@ def read_adapter(
             packed = pack(
                 file,
                 found,
-                _scales_of(config, found),
+                _scales_of(config, found, target),
                 target=target,
                 allocate=allocate,
                 packers=packers,
@@ -129,11 +117,13 @@ def read_adapter(
     raise AdapterError(f"adapter {name!r}: {reason}")
 
 
-def _scales_of(config: PeftConfig, found: Iterable[ModuleKey]) -> dict[ModuleKey, float]:
+def _scales_of(
+    config: PeftConfig, found: Iterable[ModuleKey], target: AdapterTarget
+) -> dict[ModuleKey, float]:
     if config.rank_pattern or config.alpha_pattern:
-        return {key: config.scale_of(module_name(*key)) for key in found}
+        return {key: config.scale_of(target.full_name(key)) for key in found}
     first = next(iter(found))  # at least one module is adapted, and all have one scale
-    return dict.fromkeys(found, config.scale_of(module_name(*first)))
+    return dict.fromkeys(found, config.scale_of(target.full_name(first)))
 
 
 def _stamp_config(folder: Path, root: str) -> tuple[int, ...]:
@@ -170,13 +160,13 @@ def check_header(
             f"{target.max_rank} for this base model"
         )
     names = {
-        module_name(layer, module): (layer, module)
+        target.full_name((layer, module)): (layer, module)
         for layer in range(target.num_layers)
-        for module in range(len(MODULES))
+        for module in range(len(target.modules))
     }
     expected = _expected_modules(config, names)
     found = _group_sides(parse_header(header, file_bytes), names)
-    _check_modules(expected, found, config)
+    _check_modules(expected, found, target)
     for key, sides in found.items():
         _check_sides(key, sides, config, target)
     return found
@@ -230,25 +220,27 @@ def _group_sides(
 
 
 def _check_modules(
-    expected: set[ModuleKey], found: dict[ModuleKey, Sides], config: PeftConfig
+    expected: set[ModuleKey], found: dict[ModuleKey, Sides], target: AdapterTarget
 ) -> None:
     missing, extra = expected - set(found), set(found) - expected
     if missing:
-        raise PeftConfigError(f"target_modules name {_list(missing)}, but the file has no weights")
+        raise PeftConfigError(
+            f"target_modules name {_list(missing, target)}, but the file has no weights"
+        )
     if extra:
         raise PeftConfigError(
-            f"the file has weights of {_list(extra)}, which the config leaves out"
+            f"the file has weights of {_list(extra, target)}, which the config leaves out"
         )
 
 
-def _list(keys: Iterable[ModuleKey]) -> str:
-    texts = [module_name(*key) for key in sorted(keys)]
+def _list(keys: Iterable[ModuleKey], target: AdapterTarget) -> str:
+    texts = [target.full_name(key) for key in sorted(keys)]
     more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
     return ", ".join(texts[:_MAX_LISTED]) + more
 
 
 def _check_sides(key: ModuleKey, sides: Sides, config: PeftConfig, target: AdapterTarget) -> None:
-    name, shape = module_name(*key), target.full_shapes[key[1]]
+    name, shape = target.full_name(key), target.full_shapes[key[1]]
     for side in "AB":
         if side not in sides:
             raise PeftConfigError(f"{name} has no lora_{side}")

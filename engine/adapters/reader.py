@@ -16,15 +16,16 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader_error import ReaderError
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.child import child_environment, how_it_ended
@@ -38,7 +39,8 @@ from loraplex.engine.ipc.messages.reader import (
     ReadFailed,
 )
 from loraplex.engine.ipc.process_state import process_state
-from loraplex.engine.model.shard import Piece
+from loraplex.engine.model.modules import ModuleSpec
+from loraplex.engine.model.shard import ModuleShard, Piece
 from loraplex.memory.host.slab import live_slabs, place_of
 from loraplex.memory.host.store import Allocate, MemoryInUseError, PackedAdapter
 from loraplex.scheduler.worker_protocol import int_array
@@ -250,7 +252,8 @@ class _Process:
                 socket_.close()
         start = ReaderStart(
             num_layers=target.num_layers,
-            sides=int_array([value for side in target.sides for p in side for value in _flat(p)]),
+            modules=[astuple(module.spec) for module in target.modules],
+            sides=int_array([value for m in target.modules for value in _numbers(m)]),
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
@@ -275,15 +278,16 @@ class _Process:
         return "does not end: the kernel waits for a disk or a network"
 
 
-def _flat(piece: Piece) -> tuple[int, int, int, int]:
-    return piece.start, piece.stop, piece.size, piece.total
+def _numbers(module: ModuleShard) -> tuple[int, ...]:
+    return *astuple(module.inputs), *astuple(module.outputs)
 
 
-def sides_of(start: ReaderStart) -> tuple[tuple[Piece, Piece], ...]:
-    """Returns AdapterTarget.sides from the message."""
+def modules_of(start: ReaderStart) -> tuple[ModuleShard, ...]:
+    """Returns AdapterTarget.modules from the message."""
     values = list(start.sides)
     pieces = [Piece(*values[i : i + 4]) for i in range(0, len(values), 4)]
-    return tuple(zip(pieces[::2], pieces[1::2], strict=True))
+    specs = [ModuleSpec(*fields) for fields in start.modules]
+    return tuple(map(ModuleShard, specs, pieces[::2], pieces[1::2]))
 
 
 def _give_memory(connection: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:

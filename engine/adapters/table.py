@@ -6,8 +6,7 @@ import torch
 
 from loraplex.backends.lora.contract import LoRABatch, LoRATable
 from loraplex.backends.lora.table_fields import make_fields
-from loraplex.engine.adapters.peft_files import AdapterTarget
-from loraplex.memory.adapter_layout import MODULES, num_pages
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.memory.host.store import PackedAdapter
 
 
@@ -22,13 +21,11 @@ class AdapterTable:
     """
 
     def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
-        all_modules = {module: target.max_rank for module in range(len(MODULES))}
-        max_pages = num_pages([all_modules], target.shapes, target.page_elems)
         # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
         # device.
-        self._fields = make_fields(target.num_layers, len(MODULES), num_slots, device)
+        self._fields = make_fields(target.num_layers, len(target.modules), num_slots, device)
         self._host_fields = torch.zeros(self._fields.shape, dtype=torch.int32)
-        page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32)
+        page_table = torch.zeros(num_slots, target.max_pages, dtype=torch.int32)
         self.table = LoRATable(
             page_table=page_table.clone().to(device),
             host_page_table=page_table,

@@ -16,21 +16,16 @@ from loraplex.engine.model.layers.lora_linear import LoRALinear, make_group
 from loraplex.engine.model.layers.mlp import MLP
 from loraplex.engine.model.layers.norm import RMSNorm
 from loraplex.engine.model.layers.rope import RotaryEmbedding
-from loraplex.engine.model.shard import Shard, whole
+from loraplex.engine.model.shard import ModuleShard, Shard, whole
 from loraplex.engine.model.spec import ModelSpec
 from loraplex.engine.model.weight_slot import TensorSlot, WeightSlot
 from loraplex.memory.adapter_layout import ModuleShape
 
 
-def projection_groups(shapes: tuple[ModuleShape, ...]) -> tuple[LoRAGroup, ...]:
-    """Returns the groups of every layer: q|k|v, o, gate|up, down."""
-    groups = (
-        ("q_proj", "k_proj", "v_proj"),
-        ("o_proj",),
-        ("gate_proj", "up_proj"),
-        ("down_proj",),
-    )
-    return tuple(make_group(modules, shapes) for modules in groups)
+def projection_groups(modules: tuple[ModuleShard, ...]) -> tuple[LoRAGroup, ...]:
+    """Returns the groups of every layer, q|k|v, o, gate|up and down in the Llama family."""
+    numbers = dict.fromkeys(module.spec.group for module in modules)
+    return tuple(make_group(modules, number) for number in numbers)
 
 
 class DecoderLayer:
@@ -106,11 +101,10 @@ class Decoder:
         self.dtype = dtype
         self.device = torch.device(device)
         self._linear = linear or TorchLinear(LinearSpec(dtype, self.device, PLAIN))
-        self._shapes = self.shard.shapes
         self.embedding = self._make_embedding()
         self.head = self.embedding if spec.tie_embeddings else self._make_embedding()
         self.rope = RotaryEmbedding(spec, self.device)
-        self.groups = projection_groups(self._shapes)
+        self.groups = projection_groups(self.shard.modules)
         self.layers = [self._make_layer(index, self.groups) for index in range(spec.num_layers)]
         self.norm = self._make_residual_norm()
 
@@ -120,8 +114,8 @@ class Decoder:
         return self._linear.takes_fp8
 
     def module_shapes(self) -> tuple[ModuleShape, ...]:
-        """Returns the sizes of this worker's projections, in the order of MODULES."""
-        return self._shapes
+        """Returns the sizes of this worker's projections, in the order of their ids."""
+        return self.shard.shapes
 
     def forward(self, token_ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Run T tokens of any number of sequences, and write their K and V to the pool.
@@ -146,7 +140,7 @@ class Decoder:
     def make_activations(self, num_tokens: int) -> Activations:
         """Returns uninitialised activations for `start`."""
         head_dim = self.spec.head_dim
-        heads = (num_tokens, self._shapes[0].out_features // head_dim, head_dim)
+        heads = (num_tokens, self.shard.num_heads, head_dim)
         return Activations(
             residual=self._empty(num_tokens, self.spec.hidden_size, dtype=self.dtype),
             cos_sin=self._empty(num_tokens, head_dim, dtype=torch.float32),
@@ -210,21 +204,20 @@ class Decoder:
         return named
 
     def _make_layer(self, index: int, groups: tuple[LoRAGroup, ...]) -> DecoderLayer:
-        spec = self.spec
-        biases = (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.mlp_bias)
+        spec, modules = self.spec, self.spec.modules
         roles = (None, ATTENTION, None, MLP_ROLE)  # of the row-parallel ones
         qkv, output, gate_up, down = (
             LoRALinear(
                 group,
                 index,
-                bias,
+                tuple(modules[module] for module in group.modules),
                 linear=self._linear,
                 dtype=self.dtype,
                 device=self.device,
                 collective=None if role is None else self._collective,
                 role=role or 0,
             )
-            for group, bias, role in zip(groups, biases, roles, strict=True)
+            for group, role in zip(groups, roles, strict=True)
         )
         attention = Attention(
             qkv,

@@ -9,11 +9,10 @@ with zeros where the ranks do not divide them; zeros add nothing to any sum.
 from dataclasses import dataclass
 
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.model.modules import Axis, ModuleSpec, llama_modules
 from loraplex.engine.model.spec import ModelSpec
-from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.memory.adapter_layout import ModuleShape
 
-COLUMN_PARALLEL = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
-ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 _VOCABULARY = frozenset({"embed_tokens", "lm_head"})
 
 
@@ -32,9 +31,34 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleShard:
+    """One rank's part of a module that adapters may change."""
+
+    spec: ModuleSpec
+    inputs: Piece
+    outputs: Piece
+
+    @property
+    def shape(self) -> ModuleShape:
+        """The sizes of this rank's part."""
+        return ModuleShape(self.inputs.size, self.outputs.size)
+
+    @property
+    def full_shape(self) -> ModuleShape:
+        """The sizes of the whole module."""
+        return ModuleShape(self.inputs.total, self.outputs.total)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether this rank adds biases: of the partial sums, only the first rank's has them."""
+        return not self.spec.is_row_parallel or self.inputs.start == 0
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One worker rank's part of a model."""
 
+    spec: ModelSpec
     worker_rank: int
     world_size: int
     num_heads: int
@@ -46,30 +70,22 @@ class Shard:
     hidden: Piece  # all of it
 
     @property
-    def shapes(self) -> tuple[ModuleShape, ...]:
-        """Sizes of this rank's projections, in the order of MODULES."""
-        return tuple(ModuleShape(ins.size, outs.size) for ins, outs in self.all_sides)
+    def modules(self) -> tuple[ModuleShard, ...]:
+        """This rank's parts of the modules that adapters may change, in the order of their ids."""
+        return tuple(
+            ModuleShard(module, self.piece(module.inputs), self.piece(module.outputs))
+            for module in self.spec.modules
+        )
 
     @property
-    def all_sides(self) -> tuple[tuple[Piece, Piece], ...]:
-        """The pieces of each module's inputs and outputs, in the order of MODULES."""
-        return tuple(map(self.sides, MODULES))
+    def shapes(self) -> tuple[ModuleShape, ...]:
+        """Sizes of this rank's modules, in the order of their ids."""
+        return tuple(module.shape for module in self.modules)
 
-    def sides(self, module: str) -> tuple[Piece, Piece]:
-        """Returns the pieces of a module's inputs and outputs."""
-        hidden, inner = self.hidden, self.inner
-        match module:
-            case "q_proj":
-                return hidden, self.query
-            case "k_proj" | "v_proj":
-                return hidden, self.key
-            case "o_proj":
-                return self.query, hidden
-            case "gate_proj" | "up_proj":
-                return hidden, inner
-            case "down_proj":
-                return inner, hidden
-        raise ValueError(f"no module {module!r}")
+    def piece(self, axis: Axis) -> Piece:
+        """Returns this rank's piece of an axis."""
+        pieces = {"hidden": self.hidden, "query": self.query, "key": self.key, "inner": self.inner}
+        return pieces[axis]
 
     def pieces(self, name: str) -> tuple[Piece, ...] | None:
         """Returns the piece of each axis of a parameter, by its Hugging Face name.
@@ -80,20 +96,19 @@ class Shard:
         *_, module, kind = name.split(".")
         if module in _VOCABULARY:
             return self.vocabulary, self.hidden
-        if module in COLUMN_PARALLEL or module in ROW_PARALLEL:
-            inputs, outputs = self.sides(module)
-            if kind == "weight":
-                return outputs, inputs
-            if module in ROW_PARALLEL and self.worker_rank:
-                return None
-            return (outputs,)
+        for part in self.modules:
+            if part.spec.name == module:
+                if kind == "weight":
+                    return part.outputs, part.inputs
+                return (part.outputs,) if part.adds_bias else None
         return ()
 
 
-def whole_sides(shapes: tuple[ModuleShape, ...]) -> tuple[tuple[Piece, Piece], ...]:
-    """Returns the pieces of modules that one worker holds whole."""
+def whole_modules(shapes: tuple[ModuleShape, ...]) -> tuple[ModuleShard, ...]:
+    """Returns the modules of the Llama family, in these sizes, that one worker holds whole."""
     return tuple(
-        (_padded(shape.in_features, 0, 1), _padded(shape.out_features, 0, 1)) for shape in shapes
+        ModuleShard(module, _padded(shape.in_features, 0, 1), _padded(shape.out_features, 0, 1))
+        for module, shape in zip(llama_modules(), shapes, strict=True)
     )
 
 
@@ -120,6 +135,7 @@ def shard_of(spec: ModelSpec, *, worker_rank: int, world_size: int) -> Shard:
     first_kv = worker_rank * kv_heads // world_size
     hidden = spec.hidden_size
     return Shard(
+        spec=spec,
         worker_rank=worker_rank,
         world_size=world_size,
         num_heads=own_heads,

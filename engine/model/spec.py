@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from loraplex.engine.model.modules import ModuleSpec, llama_modules
+
 SIZE_LIMITS = {
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
@@ -42,6 +44,13 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     fingerprint: str = ""  # identifies the base in prefix-cache keys
+
+    @property
+    def modules(self) -> tuple[ModuleSpec, ...]:
+        """The projections that adapters may change, in the order of their ids."""
+        return llama_modules(
+            qkv_bias=self.qkv_bias, output_bias=self.output_bias, mlp_bias=self.mlp_bias
+        )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a size that no model has, before anything is allocated by it."""

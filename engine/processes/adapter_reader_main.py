@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from loraplex.engine.adapters.packing import AdapterTarget
-from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send, sides_of
+from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, modules_of, receive, send
 from loraplex.engine.adapters.reader_error import ReaderError
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.child import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
@@ -104,7 +104,7 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
 def _target(start: ReaderStart) -> AdapterTarget:
     return AdapterTarget(
         num_layers=start.num_layers,
-        sides=sides_of(start),
+        modules=modules_of(start),
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,

@@ -57,7 +57,7 @@ def make_backends(
         ConfigError: a configured backend is unknown or cannot run here.
     """
     scheduler, backend = config.scheduler, config.backend
-    groups = projection_groups(shard.shapes)
+    groups = projection_groups(shard.modules)
     lora_spec = LoRASpec(
         max_num_tokens=scheduler.max_num_batched_tokens,
         max_rank=config.memory.max_lora_rank,

@@ -11,9 +11,9 @@ import torch
 from loraplex.backends.fp8 import E4M3
 from loraplex.backends.linear.contract import FP8, PLAIN
 from loraplex.engine.adapters.paths import real_root
-from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.checkpoint.quantization import quantization_of
 from loraplex.engine.checkpoint.spec_loading import load_spec
@@ -28,8 +28,6 @@ from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.pool_sizing import size_pool
 from loraplex.engine.worker.ranks import join_ranks
 from loraplex.engine.worker.request_states import RequestStates
-from loraplex.memory.adapter_layout import MODULES
-from loraplex.memory.adapter_layout import num_pages as num_adapter_pages
 from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
 
 logger = logging.getLogger("loraplex")
@@ -132,7 +130,7 @@ def set_up(
     )
     target = AdapterTarget(
         num_layers=spec.num_layers,
-        sides=shard.all_sides,
+        modules=shard.modules,
         page_elems=shape.page_elems,
         dtype=dtype,
         max_rank=config.memory.max_lora_rank,
@@ -171,9 +169,7 @@ def set_up(
                 f"GPU memory ran out while CUDA graphs were captured ({error}); lower "
                 "gpu_memory_utilization, raise graph_bytes, or set enforce_eager"
             ) from error
-    adapter_pages = num_adapter_pages(
-        [dict.fromkeys(range(len(MODULES)), adapter_rank)], target.shapes, shape.page_elems
-    )
+    adapter_pages = target.pages_of(adapter_rank)
     progress(
         f"pool of {num_pages} pages ({num_pages * shape.bytes_over_layers / 2**30:.2f} GiB): "
         f"{(num_pages - 1) * shape.block_tokens} tokens, or "

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from loraplex.engine.adapters.loader import AdapterLoader, Load
-from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.reader import make_reader
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.model.shard import whole_sides
-from loraplex.memory.adapter_layout import MODULES
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.device.page_copier import StreamPageCopier, chunks
 from loraplex.memory.device.pool import PagePool, PageShape
 from loraplex.memory.host.slab import PIECE_BYTES, live_slabs, shared_slab
@@ -128,7 +127,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.target = AdapterTarget(
-            3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
+            3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
         )
         self.pool = PagePool(PAGE_SHAPE, 40, CUDA)
         self.table = AdapterTable(self.target, 4, CUDA)
@@ -178,7 +177,7 @@ def test_reported_when_the_copy_has_ended(bench: Bench) -> None:
         assert torch.equal(getattr(table, name)[..., 1].cpu(), getattr(packed, name))
         assert torch.equal(getattr(table, f"host_{name}")[..., 1], getattr(packed, name))
     assert torch.equal(table.page_table[1, : len(ids)].cpu(), ids.int())
-    assert len(MODULES) == table.rank.shape[1]
+    assert len(bench.target.modules) == table.rank.shape[1]
 
 
 def test_pages_long_free_do_not_wait_for_the_steps_in_flight(bench: Bench) -> None:

@@ -7,6 +7,7 @@ class ReaderStart(Message):
     """First message to the reader: the worker's AdapterTarget."""
 
     num_layers: int
+    modules: list[tuple[str, str, str, str, int, bool]]  # the fields of each ModuleSpec
     sides: Int32Array  # of each module, inputs then outputs: a Piece's four numbers
     page_elems: int
     dtype: str

@@ -8,21 +8,23 @@ from loraplex.backends.collective.contract import CollectiveOp
 from loraplex.backends.linear.contract import LinearInput, LinearOp
 from loraplex.backends.lora.contract import LoRAGroup
 from loraplex.engine.model.forward_context import ForwardContext
+from loraplex.engine.model.modules import ModuleSpec
+from loraplex.engine.model.shard import ModuleShard
 from loraplex.engine.model.weight_slot import RowsSlot, TensorSlot, WeightSlot
-from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape
+from loraplex.memory.adapter_layout import ROW_ALIGN
 
 
-def make_group(modules: tuple[str, ...], shapes: tuple[ModuleShape, ...]) -> LoRAGroup:
-    """Returns the group of the named MODULES. Their outputs lie side by side in this order.
+def make_group(modules: tuple[ModuleShard, ...], number: int) -> LoRAGroup:
+    """Returns the group of this number. Its modules' outputs lie side by side.
 
     Args:
-        shapes: of all MODULES, in that order.
+        modules: all of the layer's, in the order of their ids.
     """
-    ids = tuple(MODULES.index(name) for name in modules)
-    widths = tuple(shapes[i].out_features for i in ids)
+    ids = tuple(i for i, module in enumerate(modules) if module.spec.group == number)
+    widths = tuple(modules[i].outputs.size for i in ids)
     return LoRAGroup(
         modules=ids,
-        in_features=shapes[ids[0]].in_features,
+        in_features=modules[ids[0]].inputs.size,
         out_starts=tuple(sum(widths[:i]) for i in range(len(widths))),
         out_features=widths,
         row_align=ROW_ALIGN,
@@ -40,7 +42,7 @@ class LoRALinear:
         self,
         group: LoRAGroup,
         layer: int,
-        bias: bool,
+        modules: tuple[ModuleSpec, ...],
         *,
         linear: LinearOp,
         dtype: torch.dtype,
@@ -51,18 +53,20 @@ class LoRALinear:
         """Takes the memory.
 
         Args:
+            modules: the group's.
             linear: owns the weight.
             dtype, device: of the bias.
             collective: y is then this rank's partial sum, of this role; see CollectiveOp.
         """
         self.group = group
+        self._modules = modules
         self._collective = collective
         self._role = role
         self.layer = layer
         width = sum(group.out_features)
         self._linear = linear
         self._weight = linear.make_weight(width, group.in_features)
-        self.bias = torch.empty(width, dtype=dtype, device=device) if bias else None
+        self.bias = torch.empty(width, dtype=dtype, device=device) if modules[0].has_bias else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -83,11 +87,9 @@ class LoRALinear:
 
     def slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         """Yields each module's rows under its own name."""
-        places = zip(
-            self.group.modules, self.group.out_starts, self.group.out_features, strict=True
-        )
+        places = zip(self._modules, self.group.out_starts, self.group.out_features, strict=True)
         for module, start, width in places:
-            name = f"{prefix}.{MODULES[module]}"
+            name = f"{prefix}.{module.name}"
             rows = slice(start, start + width)
             yield f"{name}.weight", RowsSlot(self._weight, rows)
             if self.bias is not None:

@@ -12,7 +12,14 @@ from loraplex.backends.lora.contract import (
     LoRATable,
 )
 from loraplex.backends.lora.table_fields import make_fields
-from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN, ModuleShape, num_pages, place_layer
+from loraplex.memory.adapter_layout import (
+    ROW_ALIGN,
+    ModuleParts,
+    ModuleShape,
+    Segments,
+    num_pages,
+    place_layer,
+)
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
 
@@ -71,15 +78,16 @@ def make_case(
     """Put adapter i into slot 2 i + 1, on shuffled pages. All that is no weight is NaN."""
     assert page_elems % ROW_ALIGN == 0
     generator = torch.Generator(device).manual_seed(seed)
-    counts = [num_pages(ranks, shapes, page_elems) for ranks in adapters]
+    layouts = [[_place(ranks, shapes, dtype) for ranks in layers] for layers in adapters]
+    counts = [num_pages(max(used for _, used in of), page_elems) for of in layouts]
     total, num_layers = sum(counts) + 3, len(adapters[0]) if adapters else 1
     slots, most = 2 * len(adapters) + 2, max(counts, default=1)
     fields = {
         "page_table": torch.zeros(slots, most, dtype=torch.int32),
-        "rank": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
-        "a_start": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
-        "b_start": torch.zeros(num_layers, len(MODULES), slots, dtype=torch.int32),
-        "scale": torch.zeros(num_layers, len(MODULES), slots),
+        "rank": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
+        "a_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
+        "b_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
+        "scale": torch.zeros(num_layers, len(shapes), slots),
     }
     pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype, device=device)
     order = torch.randperm(total - 1, generator=torch.Generator().manual_seed(seed)) + 1
@@ -89,23 +97,25 @@ def make_case(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    for index, (layers, count) in enumerate(zip(adapters, counts, strict=True)):
+    for index, (layers, count) in enumerate(zip(layouts, counts, strict=True)):
         slot, pages = 2 * index + 1, torch.tensor([free.pop() for _ in range(count)][::-1])
         fields["page_table"][slot, :count] = pages
-        for layer, ranks in enumerate(layers):
-            for module, place in place_layer(ranks, shapes)[0].items():
+        for layer, (segments, _) in enumerate(layers):
+            for module in sorted({module for module, _ in segments}):
                 shape = shapes[module]
-                a = (random(place.rank, shape.in_features) * shape.in_features**-0.5).to(dtype)
-                b = (random(shape.out_features, place.rank) * place.rank**-0.5).to(dtype)
+                a_rows, b_rows = segments[module, "A"], segments[module, "B"]
+                rank = a_rows.num_rows
+                a = (random(rank, shape.in_features) * shape.in_features**-0.5).to(dtype)
+                b = (random(shape.out_features, rank) * rank**-0.5).to(dtype)
                 scale = 0.5 + slot % 3 + 0.25 * module
                 weights[layer, slot, module] = (a, b, scale)
-                _write_rows(pool[layer], pages.to(device), place.a_start, a)
-                _write_rows(pool[layer], pages.to(device), place.b_start, b.T)
-                fields["rank"][layer, module, slot] = place.rank
-                fields["a_start"][layer, module, slot] = place.a_start
-                fields["b_start"][layer, module, slot] = place.b_start
+                _write_rows(pool[layer], pages.to(device), a_rows.start, a)
+                _write_rows(pool[layer], pages.to(device), b_rows.start, b.T)
+                fields["rank"][layer, module, slot] = rank
+                fields["a_start"][layer, module, slot] = a_rows.start
+                fields["b_start"][layer, module, slot] = b_rows.start
                 fields["scale"][layer, module, slot] = scale
-    there = make_fields(num_layers, len(MODULES), slots, device)  # a worker's layout
+    there = make_fields(num_layers, len(shapes), slots, device)  # a worker's layout
     names = ("rank", "a_start", "b_start", "scale")
     for view, name in zip(there, names, strict=True):
         view.copy_(fields[name].view(torch.int32))
@@ -117,6 +127,13 @@ def make_case(
     case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
     case.weights = weights
     return case
+
+
+def _place(
+    ranks: dict[int, int], shapes: tuple[ModuleShape, ...], dtype: torch.dtype
+) -> tuple[Segments, int]:
+    parts = {module: ModuleParts(rank) for module, rank in ranks.items()}
+    return place_layer(parts, shapes, elem_bytes=dtype.itemsize)
 
 
 def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:

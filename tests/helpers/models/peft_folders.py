@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, AdapterTarget
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.peft_files import WEIGHTS_FILE
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.adapter_layout import ModuleShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,7 +28,7 @@ def make_target(**overrides: Any) -> AdapterTarget:
     """Returns the target for the tiny Llama of hf_models."""
     values = {
         "num_layers": 3,
-        "sides": whole_sides(SHAPES),
+        "modules": whole_modules(SHAPES),
         "page_elems": PAGE_ELEMS,
         "dtype": torch.float32,
         "max_rank": 64,

@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from loraplex.engine.adapters.loader import AdapterLoader, Load
-from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
+from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.device.page_copier import StreamPageCopier
 from loraplex.memory.device.pool import PagePool, PageShape
@@ -86,7 +87,7 @@ class LoadWorld:
         self.rng = random.Random(self.seed)
         is_gpu = self.device.type == "cuda"
         self.target = AdapterTarget(
-            3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=is_gpu
+            3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=is_gpu
         )
         self.pool = PagePool(PAGE_SHAPE, self.num_pages, self.device)
         self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)  # pages, rows, KV

@@ -11,7 +11,7 @@ import torch
 
 from loraplex.engine.adapters import reader
 from loraplex.engine.adapters.loader import AdapterLoader, Load
-from loraplex.engine.adapters.peft_files import AdapterTarget, read_adapter
+from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader import (
     AdapterReader,
     ProcessReader,
@@ -19,7 +19,8 @@ from loraplex.engine.adapters.reader import (
     make_reader,
 )
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.device.page_copier import HostPageCopier
 from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import (
@@ -68,7 +69,7 @@ class Recorder:
 
     def __init__(self, root: Path, **options: object) -> None:
         self.target = AdapterTarget(
-            3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8
+            3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8
         )
         self.pool = PagePool(PAGE_SHAPE, 20, CPU)
         self.table = AdapterTable(self.target, 4, CPU)
@@ -218,7 +219,7 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
     cudart = FakeCudart()
     cudart.install(monkeypatch)
     target = AdapterTarget(
-        3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
+        3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8, pin_memory=True
     )
     paths = [write_adapter(tmp_path / f"a{n}", TINY, rank=8, seed=n) for n in range(9)]
     expected = [read_adapter(path.name, path, target) for path in paths]

@@ -18,12 +18,13 @@ from loraplex.engine.adapters import content_hash
 from loraplex.engine.adapters import packing as adapter_packing
 from loraplex.engine.adapters import peft_files as adapters
 from loraplex.engine.adapters.content_hash import ContentHashCache
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_config import CONFIG_FILE
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
-from loraplex.engine.model.shard import whole_sides
-from loraplex.memory.adapter_layout import MODULES, ModuleShape
+from loraplex.engine.model.modules import llama_modules
+from loraplex.engine.model.shard import whole_modules
+from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host.store import PackedAdapter
 
 from helpers.models.dummy_models import write_adapter
@@ -37,7 +38,9 @@ SHAPES = tuple(
 
 
 def make_target() -> AdapterTarget:
-    return AdapterTarget(3, whole_sides(SHAPES), page_elems=1024, dtype=torch.bfloat16, max_rank=8)
+    return AdapterTarget(
+        3, whole_modules(SHAPES), page_elems=1024, dtype=torch.bfloat16, max_rank=8
+    )
 
 
 @pytest.fixture
@@ -195,7 +198,7 @@ def test_blocks_are_of_layers_that_are_alike(
         for pair in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 100), (64, 100), (100, 64))
     )
     target = AdapterTarget(
-        7, whole_sides(shapes), page_elems=1024, dtype=torch.bfloat16, max_rank=8
+        7, whole_modules(shapes), page_elems=1024, dtype=torch.bfloat16, max_rank=8
     )
     check_layout(read_adapter("a", folder, target, allocate=dirty), folder)
 
@@ -208,7 +211,7 @@ def check_layout(packed: PackedAdapter, folder: Path) -> None:
     want = torch.zeros_like(packed.data)
     for key, tensor in load_file(folder / WEIGHTS_FILE).items():
         layer, name = int(key.split(".")[4]), key.split(".")[6]
-        module = MODULES.index(name)
+        module = [spec.name for spec in llama_modules()].index(name)
         rows = tensor if "lora_A" in key else tensor.T
         starts = packed.a_start if "lora_A" in key else packed.b_start
         stride = -(-rows.shape[1] // 64) * 64

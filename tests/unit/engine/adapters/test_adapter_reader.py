@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader import (
     ProcessReader,
@@ -20,10 +19,11 @@ from loraplex.engine.adapters.reader import (
     receive,
     send,
 )
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.messages.reader import NoMemory
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.model.shard import whole_modules
 from loraplex.engine.processes.adapter_reader_main import Slabs, serve
 from loraplex.memory.host.slab import plain_slab, shared_slab
 from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
@@ -31,7 +31,7 @@ from loraplex.memory.host.store import Allocate, HostStore, PackedAdapter
 from helpers.models.dummy_models import write_adapter
 from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY
 
-TARGET = AdapterTarget(3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+TARGET = AdapterTarget(3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraplex.backends.launch.upload import Uploader
-from loraplex.engine.adapters.peft_files import AdapterTarget
 from loraplex.engine.adapters.table import AdapterTable, group_rows
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host.store import PackedAdapter
@@ -17,7 +17,7 @@ from loraplex.scheduler.worker_protocol import NewRequest, SamplingSpec, StepPla
 
 from helpers.running.step_driver import GREEDY
 
-TARGET = AdapterTarget(2, whole_sides((ModuleShape(64, 64),) * 7), 128, torch.float32, max_rank=4)
+TARGET = AdapterTarget(2, whole_modules((ModuleShape(64, 64),) * 7), 128, torch.float32, max_rank=4)
 
 
 @pytest.mark.parametrize("seed", range(6))

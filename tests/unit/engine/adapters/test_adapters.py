@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from loraplex.backends.lora.contract import LoRAGroup, LoRASpec, apply_lora
 from loraplex.backends.lora.torch_bmm import TorchLoRA
-from loraplex.engine.adapters.peft_files import module_name, read_adapter
+from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.table import AdapterTable, group_rows
-from loraplex.memory.adapter_layout import MODULES, ROW_ALIGN
+from loraplex.engine.model.modules import llama_modules
+from loraplex.memory.adapter_layout import ROW_ALIGN
 from loraplex.memory.device.pool import PagePool, PageShape
 
 from helpers.models.peft_adapters import make_adapter
@@ -81,7 +82,7 @@ def test_every_linear_equals_peft(case: str, hf_model: PreTrainedModel, tmp_path
         modules = dict(peft_model.base_model.model.named_modules())
         for layer in range(3):
             for module, sizes in enumerate(SHAPES):
-                linear = modules[module_name(layer, module)]
+                linear = modules[target.full_name((layer, module))]
                 x = torch.randn(5, sizes.in_features)
                 with torch.no_grad():
                     want = linear(x)
@@ -110,7 +111,7 @@ def test_all_linear_in_the_config(hf_model: PreTrainedModel, tmp_path: Path) -> 
     """PEFT writes the list it found; configs written by hand say all-linear."""
     folder = make_adapter(hf_model, tmp_path / "adapter", r=2, alpha=4, targets="all-linear")
     before = read_adapter("a", folder, make_target())
-    for spelling in ("all-linear", "ALL-linear", list(MODULES)):
+    for spelling in ("all-linear", "ALL-linear", [module.name for module in llama_modules()]):
         edit_config(folder, target_modules=spelling)
         assert read_adapter("a", folder, make_target()).content_hash == before.content_hash
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, AdapterTarget, read_adapter
+from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
+from loraplex.engine.adapters.target import AdapterTarget
 
 from helpers.models.peft_adapters import make_adapter
 from helpers.models.peft_folders import (

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from loraplex.engine.adapters.loader import AdapterLoader
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.read_queue import RETRY_DELAYS_S, ReadQueue
 from loraplex.engine.adapters.reader import ProcessReader, ThreadReader
 from loraplex.engine.adapters.reader_error import ReaderError, is_transient
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.device.page_copier import HostPageCopier
 from loraplex.memory.device.pool import PagePool
 from loraplex.memory.host.slab import shared_slab
@@ -36,7 +36,7 @@ from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES, TINY
 from helpers.running.processes import GUARD_S, is_alive, wait_until
 
 CPU = torch.device("cpu")
-TARGET = AdapterTarget(3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+TARGET = AdapterTarget(3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
 
 
 class FailingReader(ThreadReader):
@@ -261,9 +261,9 @@ from pathlib import Path
 from loraplex.engine.adapters.reader import ProcessReader
 from loraplex.memory.host.slab import shared_slab
 from helpers.running.adapter_loads import PAGE_SHAPE, SHAPES
-from loraplex.engine.adapters.packing import AdapterTarget
-from loraplex.engine.model.shard import whole_sides
-target = AdapterTarget(3, whole_sides(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
+target = AdapterTarget(3, whole_modules(SHAPES), PAGE_SHAPE.page_elems, torch.bfloat16, 8)
 reader = ProcessReader(target)
 reader.read("a", Path(sys.argv[1]), lambda n: shared_slab(n, page_locked=False)[:n])
 print(reader.pid, flush=True)

@@ -12,7 +12,7 @@ import torch
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
 from loraplex.engine.errors import AdapterError
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.model.shard import whole_modules
 from loraplex.memory.adapter_layout import ModuleShape
 
 from helpers.models.peft_folders import (
@@ -211,7 +211,10 @@ def test_other_base_and_limits_refused(folder: Path) -> None:
     wider = (ModuleShape(96, 64), *SHAPES[1:])
     edit_config(folder, base_model_name_or_path="meta/other")
     for changes, reason in (
-        ({"sides": whole_sides(wider)}, "q_proj is 64 -> 64 .*96 -> 64 .*another base.*meta/other"),
+        (
+            {"modules": whole_modules(wider)},
+            "q_proj is 64 -> 64 .*96 -> 64 .*another base.*meta/other",
+        ),
         ({"num_layers": 2}, "no such module"),
         ({"num_layers": 4}, r"layers\.3.*no weights"),
         ({"max_rank": 3}, "rank 4, above max_lora_rank 3"),

@@ -16,7 +16,6 @@ from loraplex.engine.model.layers.norm import RMSNorm
 from loraplex.engine.model.layers.rope import RotaryEmbedding, inverse_frequencies
 from loraplex.engine.model.shard import shard_of
 from loraplex.engine.model.spec import ModelSpec
-from loraplex.memory.adapter_layout import MODULES
 
 from helpers.kernels.naive_attention import PagedSequences
 
@@ -90,6 +89,9 @@ def test_unknown_rope_scaling_is_an_error() -> None:
         inverse_frequencies(replace(SPEC, rope_scaling={"rope_type": "yarn"}))
 
 
+NAMES = [module.name for module in SPEC.modules]
+
+
 def _decoder(spec: ModelSpec = SPEC) -> Decoder:
     model = Decoder(spec, dtype=torch.float32, device="cpu")
     fill_random(model, progress=False)
@@ -97,7 +99,7 @@ def _decoder(spec: ModelSpec = SPEC) -> Decoder:
 
 
 def test_module_shapes_follow_the_modules() -> None:
-    shapes = dict(zip(MODULES, _decoder().module_shapes(), strict=True))
+    shapes = dict(zip(NAMES, _decoder().module_shapes(), strict=True))
     sizes = {name: (s.in_features, s.out_features) for name, s in shapes.items()}
     assert sizes == {
         "q_proj": (48, 96), "k_proj": (48, 32), "v_proj": (48, 32), "o_proj": (96, 48),
@@ -106,7 +108,7 @@ def test_module_shapes_follow_the_modules() -> None:
 
 
 def test_shapes_of_a_shard() -> None:
-    shapes = dict(zip(MODULES, shard_of(SPEC, worker_rank=1, world_size=2).shapes, strict=True))
+    shapes = dict(zip(NAMES, shard_of(SPEC, worker_rank=1, world_size=2).shapes, strict=True))
     assert (shapes["q_proj"].in_features, shapes["q_proj"].out_features) == (48, 48)
     assert (shapes["down_proj"].in_features, shapes["down_proj"].out_features) == (40, 48)
 
@@ -117,7 +119,7 @@ def test_each_layer_asks_for_its_adapters_once_a_group() -> None:
     sequences = PagedSequences(SPEC, 1, 8)
     model.forward(torch.arange(5), sequences.context([0], [5], with_lora=True))
     seen = [
-        (layer, tuple(MODULES[m] for m in group.modules), group.out_starts, x, y)
+        (layer, tuple(NAMES[m] for m in group.modules), group.out_starts, x, y)
         for layer, group, x, y in sequences.lora.calls
     ]
     want = []

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.engine.adapters.packing import AdapterTarget
 from loraplex.engine.adapters.peft_files import read_adapter
-from loraplex.engine.model.shard import whole_sides
+from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.model.shard import whole_modules
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.names import MODULES
 from loraplex.memory.adapter_layout import ModuleShape
@@ -18,7 +18,7 @@ def tiny_target() -> AdapterTarget:
     shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64))
     return AdapterTarget(
         num_layers=2,
-        sides=whole_sides(tuple(ModuleShape(*shape) for shape in shapes)),
+        modules=whole_modules(tuple(ModuleShape(*shape) for shape in shapes)),
         page_elems=16 * 2 * 32,
         dtype=torch.bfloat16,
         max_rank=16,
