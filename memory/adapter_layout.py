@@ -2,8 +2,11 @@
 
 In every layer an adapter is one virtual array of elements, which is a list of named segments. For
 each of its modules come r rows of A, each `in_features` long, then r rows of B transposed, each
-`out_features` long. Behind all modules come their vectors: float32, one number for each output
-feature. The array is cut into the adapter's pages in order, so element e lies in page
+`out_features` long. Behind all modules come their vectors, one number for each output feature. A
+vector is the sum of two rows in the pool's dtype: so it is precise to 16 bits or more, and every
+element of a page stays finite for the KV cache that uses the page next.
+
+The array is cut into the adapter's pages in order, so element e lies in page
 `page_ids[e // page_elems]` at `e % page_elems`. Ranks may differ from layer to layer; the pages
 must hold the largest layer.
 """
@@ -21,7 +24,9 @@ SegmentName = Literal["A", "B"] | VectorName
 
 VECTORS: tuple[VectorName, ...] = ("gain", "shift")
 """The module's output y becomes gain * y + shift. In host memory gain holds the magnitude of DoRA
-and shift the trained bias, as they are in the file; the loader computes the rest in the pages."""
+and shift the trained bias; engine/worker/adapter_vectors.py computes the rest in the pages."""
+VECTOR_ROWS = 2
+SEGMENTS: tuple[SegmentName, ...] = ("A", "B", *VECTORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +64,10 @@ def align(num_elems: int) -> int:
 
 
 def place_layer(
-    parts: Mapping[int, ModuleParts], shapes: tuple[ModuleShape, ...], *, elem_bytes: int
+    parts: Mapping[int, ModuleParts], shapes: tuple[ModuleShape, ...]
 ) -> tuple[Segments, int]:
-    """Lay out one layer. Returns its segments and the elements used.
-
-    Args:
-        parts: by module id.
-        elem_bytes: size of the pool's elements, which divides float32's.
-    """
+    """Lay out one layer, whose parts are given by module id. Returns its segments and the elements
+    used."""
     segments: Segments = {}
     used = 0
 
@@ -80,7 +81,7 @@ def place_layer(
         add(module, "B", parts[module].rank, shapes[module].out_features)
     for module in sorted(parts):
         for name in parts[module].vectors:
-            add(module, name, 1, shapes[module].out_features * (4 // elem_bytes))
+            add(module, name, VECTOR_ROWS, shapes[module].out_features)
     return segments, used
 
 

@@ -8,6 +8,12 @@ rank[layer, m, s] > 0::
 with A[s] of shape [rank, in_features] and B[s] of shape [out_features, rank], read in place
 from the pool. The product x A is accumulated in fp32 and y is rounded once. All other rows
 of y keep every bit.
+
+Adapters may have a gain and a shift for a module besides: one number for each output feature. Then
+
+    y[t, out_m] = gain[s] * y[t, out_m] + shift[s]
+
+follows, rounded once more. The backends leave it to vectors/op.py, which wraps each of them.
 """
 
 from dataclasses import dataclass
@@ -54,9 +60,10 @@ class LoRATable:
     An adapter's weights of one layer are one virtual array over its pages (see
     memory/adapter_layout.py): element e is pool[layer, page_table[s, e // page_elems],
     e % page_elems]. Row i of A starts at a_start + i * stride(in_features). Row i of B
-    transposed starts at b_start + i * stride(out_features). See LoRAGroup.row_stride.
+    transposed starts at b_start + i * stride(out_features). See LoRAGroup.row_stride. A gain or a
+    shift is the sum of two rows, each of out_features, like those of B.
 
-    The fields [L, M, S] on the device have equal strides, and any strides are allowed. The fastest
+    The LoRA fields on the device have equal strides, and any strides are allowed. The fastest
     layout is that of table_fields.py.
     """
 
@@ -65,11 +72,16 @@ class LoRATable:
     a_start: torch.Tensor  # int32 [L, M, S]
     b_start: torch.Tensor  # int32 [L, M, S]
     scale: torch.Tensor  # float32 [L, M, S]
-    host_page_table: torch.Tensor  # the same five on the CPU
+    gain_start: torch.Tensor  # int32 [L, M, S]; 0: the module has no gain. Other strides than rank
+    shift_start: torch.Tensor  # int32 [L, M, S]; 0: the module has no shift. Strides of gain_start
+    host_page_table: torch.Tensor  # the same seven on the CPU
     host_rank: torch.Tensor
     host_a_start: torch.Tensor
     host_b_start: torch.Tensor
     host_scale: torch.Tensor
+    host_gain_start: torch.Tensor
+    host_shift_start: torch.Tensor
+    host_has_vectors: torch.Tensor  # bool [S]: some module has a gain or a shift
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Setup:
         self.copier = StreamPageCopier(pool)
         self.last_uses = [self.copier.record_event()] * NUM_SLOTS
         self.loader = AdapterLoader(
-            target=target, reader=make_reader(target), table=self.table, copier=self.copier,
+            reader=make_reader(target), table=self.table, copier=self.copier,
             host_bytes=host_bytes, report=self._take,
             enter_thread=lambda: torch.cuda.set_device(device),
         )  # fmt: skip

@@ -167,11 +167,7 @@ class Setup:
             )
             for rank in set(ranks)
             for segments, num_elems in [
-                place_layer(
-                    dict.fromkeys(case.modules, ModuleParts(rank)),
-                    shapes,
-                    elem_bytes=self.pool.element_size(),
-                )
+                place_layer(dict.fromkeys(case.modules, ModuleParts(rank)), shapes)
             ]
         }
         total = sum(layouts[rank][1] for rank in ranks)

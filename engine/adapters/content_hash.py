@@ -5,10 +5,11 @@ of files, the order of tensors in the file, metadata, and fields of the configur
 change the forward pass do not enter it either.
 
 For each adapted layer, a leaf is the SHA-256 of a line of text for each module (layer, name, scale,
-dtype and shape of A and of B), then of the bytes of each module's A and B. Modules go in the order
-of their names. The content hash is the SHA-256 of the version tag and of the leaves, in the order
-of the layers. The shape of A gives the rank. Leaves let several threads hash one adapter. A thread
-lets go of the interpreter for each call of the hash, so the bytes of a layer are one call.
+dtype and shape of A and of B), then of the bytes of each module's A and B. A magnitude and a bias
+follow A and B in both, behind their labels in the line. Modules go in the order of their names. The
+content hash is the SHA-256 of the version tag and of the leaves, in the order of the layers. The
+shape of A gives the rank. Leaves let several threads hash one adapter. A thread lets go of the
+interpreter for each call of the hash, so the bytes of a layer are one call.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ Stamp = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HashedModule:
-    """One adapted module: its name within the layer, and its two tensors.
+    """One adapted module: its name within the layer, and its labelled tensors: A and B without a
+    label, then a magnitude and a bias, if it has them.
 
     `scale` multiplies B A x. It is the float32 value that the kernels use.
     """
 
     name: str
     scale: float
-    a: TensorPlace
-    b: TensorPlace
+    tensors: tuple[tuple[str, TensorPlace], ...]
 
 
 def hash_layer(layer: int, modules: Sequence[HashedModule], data: ByteArray) -> bytes:
@@ -48,16 +49,21 @@ def hash_layer(layer: int, modules: Sequence[HashedModule], data: ByteArray) -> 
 
     Args:
         modules: in the order of their names.
-        data: contiguous; A and B of each module, one after another.
+        data: contiguous; the tensors of each module, one after another.
     """
     lines = [
-        f"{layer} {module.name} {float(module.scale).hex()} "
-        f"{module.a.dtype} {list(module.a.shape)} {module.b.dtype} {list(module.b.shape)}\n"
+        f"{layer} {module.name} {float(module.scale).hex()} {_describe(module)}\n"
         for module in modules
     ]
     digest = hashlib.sha256("".join(lines).encode())
     digest.update(data.data)
     return digest.digest()
+
+
+def _describe(module: HashedModule) -> str:
+    return " ".join(
+        f"{label} {place.dtype} {list(place.shape)}".lstrip() for label, place in module.tensors
+    )
 
 
 def hash_adapter(leaves: Sequence[bytes]) -> str:

@@ -13,17 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from loraplex.engine.adapters.loads.load import Load
+from loraplex.engine.adapters.loads.page_finisher import NoFinisher, PageFinisher
+from loraplex.engine.adapters.loads.turns import Turns
 from loraplex.engine.adapters.read_queue import ReadQueue
 from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
 from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
 from loraplex.memory.device.page_copier import Event, PageCopier
 from loraplex.memory.host.slab import plain_slab, shared_slab
@@ -42,20 +43,6 @@ MAX_COPIES = 2
 """Loads whose copies are enqueued at one time: enough to keep the copy stream busy."""
 
 
-@dataclass(slots=True, eq=False)
-class Load:
-    """A LoadAdapter that has not been answered; only the loader's threads change it until then."""
-
-    command: LoadAdapter
-    wait_for: Event  # the last step that used the pages or the slot for what they held before
-    started_at: float = field(default_factory=time.perf_counter)
-    adapter: PackedAdapter | None = None  # in use in the host store until the copy has ended
-    from_host: bool = False
-    copied: Event | None = None  # the end of the copy; None: not enqueued
-    error: str = ""
-    is_transient: bool = False  # of the error: reading it later may work
-
-
 class AdapterLoader:
     """Executes the adapter commands of one worker beside its steps.
 
@@ -63,13 +50,14 @@ class AdapterLoader:
     them waits. Other threads pass the results of `inspect` and `load` to `report`.
 
     Args:
-        reader: reads adapters for `target`; closed with the loader.
+        reader: reads adapters for the table's target; closed with the loader.
         host_bytes: capacity of the host store.
         report: takes an AdapterInspected, a Load that `finish` must take, an AdapterEvicted in the
             order in which the store changed, or an error that no adapter caused. The thread that
             launches steps must raise such an error.
         enter_thread: called first in each thread.
         find_warnings: names the parts of an adapter's folder that are not used.
+        finisher: computes what is left in the pages of an adapter.
 
     Attributes:
         store: the host store. Callers only read it.
@@ -78,7 +66,6 @@ class AdapterLoader:
     def __init__(
         self,
         *,
-        target: AdapterTarget,
         reader: AdapterReader,
         table: AdapterTable,
         copier: PageCopier,
@@ -86,7 +73,9 @@ class AdapterLoader:
         report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
         find_warnings: Callable[[Path], list[str]] = lambda folder: [],
+        finisher: PageFinisher | None = None,
     ) -> None:
+        target = table.target
         self._module_names = [module.spec.name for module in target.modules]
         self._table = table
         self._copier = copier
@@ -94,6 +83,9 @@ class AdapterLoader:
         self._enter_thread = enter_thread
         self._reader = reader
         self._find_warnings = find_warnings
+        self._finisher = finisher or NoFinisher()
+        self._shared: set[str] = set()  # content hashes of adapters that all ranks finish together
+        self._num_turns = 0
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
@@ -128,6 +120,9 @@ class AdapterLoader:
         when the last step that used them before has ended.
         """
         load = Load(command, wait_for)
+        if command.content_hash in self._shared:  # all ranks are given loads in the same order
+            load.turn = self._num_turns
+            self._num_turns += 1
         load.adapter = self.store.acquire(command.content_hash)
         if load.adapter is not None:
             load.from_host = True
@@ -175,6 +170,8 @@ class AdapterLoader:
         adapter = self.store.add(
             lambda allocate: self._reader.read(command.name, folder, allocate), acquire=True
         )
+        if self._finisher.is_shared(adapter):
+            self._shared.add(adapter.content_hash)
         try:
             warnings = finding.result()
         except BaseException:
@@ -188,7 +185,7 @@ class AdapterLoader:
         def fail(error: Exception, is_transient: bool) -> None:
             load.error = _explain(Path(load.command.path).name, error)
             load.is_transient = is_transient
-            self._report_in_order(load)
+            self._queue.put(load)
             self._prepare()
 
         self._reads.submit(lambda: self._read_again(load), fail)
@@ -218,6 +215,7 @@ class AdapterLoader:
         """Run the loader thread: enqueue copies and report loads in the order they came in."""
         self._enter_thread()
         copying: deque[Load] = deque()
+        turns = Turns()
         try:
             while True:
                 if copying and (len(copying) == MAX_COPIES or self._queue.empty()):
@@ -226,27 +224,34 @@ class AdapterLoader:
                 load = self._queue.get()
                 if load is None:
                     break
-                if self._begin(load):
-                    copying.append(load)
-                else:
-                    self._end(load)
+                for ready in turns.add(load):
+                    if self._begin(ready):
+                        copying.append(ready)
+                    else:
+                        self._end(ready)
             for load in copying:
                 self._end(load)
         except BaseException as error:  # a GPU fault: pages may hold anything
             self._report(error)
 
     def _begin(self, load: Load) -> bool:
-        """Enqueue the copy; false if the adapter does not fit the pages."""
+        """Enqueue the copy; false if the load has failed, or the adapter does not fit the pages."""
         command, adapter = load.command, load.adapter
-        assert adapter is not None
-        if adapter.num_pages != len(command.page_ids):
+        if adapter is not None and adapter.num_pages != len(command.page_ids):
             load.error = f"it needs {adapter.num_pages} pages, not {len(command.page_ids)}"
+        if load.turn >= 0 and not self._finisher.agree(not load.error):
+            load.is_transient = load.is_transient or not load.error
+            load.error = load.error or "another worker rank could not read it"
+        if load.error:
             return False
+        assert adapter is not None
+
+        def then(ids: torch.Tensor) -> None:
+            self._finisher.finish(adapter, ids)
+            self._table.write_device(command.adapter_slot, adapter, ids)
+
         load.copied = self._copier.copy(
-            adapter.data,
-            command.page_ids,
-            wait_for=load.wait_for,
-            then=lambda ids: self._table.write_device(command.adapter_slot, adapter, ids),
+            adapter.data, command.page_ids, wait_for=load.wait_for, then=then
         )
         return True
 
@@ -284,6 +289,7 @@ def _describe(
         content_hash=adapter.content_hash,
         num_pages=adapter.num_pages,
         num_bytes=adapter.num_bytes,
+        kind=adapter.kind,
         max_rank=max(used),
         modules=[name for name, rank in zip(names, used, strict=True) if rank],
         warnings=warnings,

@@ -25,11 +25,10 @@ _HARMLESS = frozenset((
 ))  # fmt: skip
 _READ = frozenset((
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora",
+    "layers_to_transform", "lora_alpha", "lora_bias", "r", "rank_pattern", "target_modules",
+    "use_dora", "use_rslora",
 ))  # fmt: skip
 _REASONS = {
-    "use_dora": "DoRA is not supported",
-    "lora_bias": "a bias on lora_B is not supported",
     "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces embeddings of the base model",
     "layer_replication": "it repeats layers of the base model",
@@ -50,7 +49,7 @@ class PeftConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The fields that determine the rank, the scale and the modules of an adapter."""
+    """The fields that determine the kind, the rank, the scale and the modules of an adapter."""
 
     rank: int
     alpha: float
@@ -62,6 +61,9 @@ class PeftConfig:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[Pattern, ...]
     base_model: str  # informational
+    use_dora: bool = False  # a magnitude for each output feature
+    lora_bias: bool = False  # lora_B has a bias
+    replaces_bias: bool = False  # bias="lora_only": biases of adapted modules are trained, too
     unknown: tuple[str, ...] = ()  # options that are set and not known; PEFT ignores them too
 
     def rank_of(self, module: str) -> int:
@@ -164,6 +166,9 @@ def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
             layers_to_transform=_layers(values.get("layers_to_transform")),
             layers_pattern=_layers_pattern(values.get("layers_pattern"), patterns),
             base_model=str(values.get("base_model_name_or_path") or ""),
+            use_dora=bool(values.get("use_dora")),
+            lora_bias=bool(values.get("lora_bias")),
+            replaces_bias=values.get("bias") == "lora_only",
             unknown=_unknown(values),
         )
     except PatternError as error:
@@ -174,8 +179,13 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise PeftConfigError(f"peft_type is {kind!r}; only LORA is supported")
-    if values.get("bias", "none") not in ("none", None):
-        raise PeftConfigError(f"bias={values['bias']!r}: trained biases are not supported")
+    if values.get("bias", "none") not in ("none", None, "lora_only"):
+        raise PeftConfigError(
+            f"bias={values['bias']!r}: biases of modules without LoRA are not supported; train "
+            "with bias='lora_only'"
+        )
+    if values.get("use_dora") and values.get("lora_bias"):
+        raise PeftConfigError("use_dora beside lora_bias is not supported; train with one of them")
     init = values.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or init in _PLAIN_INITS):
         raise PeftConfigError(

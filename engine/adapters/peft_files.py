@@ -17,7 +17,8 @@ import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
-from loraplex.engine.adapters.packing import Sides, UnusableWeightsError, pack
+from loraplex.engine.adapters.packing.block import Sides
+from loraplex.engine.adapters.packing.pack import UnusableWeightsError, pack
 from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.adapters.peft_config import (
     ALL_LINEAR,
@@ -37,23 +38,36 @@ from loraplex.engine.adapters.safetensors_file import (
 )
 from loraplex.engine.adapters.target import AdapterTarget, ModuleKey
 from loraplex.engine.errors import AdapterError
+from loraplex.memory.adapter_layout import ModuleShape, SegmentName
 from loraplex.memory.host.store import Allocate, PackedAdapter
 
 logger = logging.getLogger("loraplex")
 
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.(?:(?P<A>lora_A(?:\.default)?\.weight)"
+    r"|(?P<B>lora_B(?:\.default)?\.weight)|(?P<lora_bias>lora_B(?:\.default)?\.bias)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?)|(?P<bias>base_layer\.bias))"
+)
+_SEGMENTS: dict[str, SegmentName] = {
+    "A": "A", "B": "B", "magnitude": "gain", "lora_bias": "shift", "bias": "shift",
+}  # fmt: skip
+_OPTIONS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "bias": "bias='lora_only'"}
+_TEXTS = {
+    "A": "no lora_A", "B": "no lora_B", "magnitude": "no magnitude, which DoRA needs",
+    "lora_bias": "no bias on lora_B", "bias": "no trained bias",
+}  # fmt: skip
 _SPECIAL_KEYS = {
-    "lora_magnitude_vector": "DoRA is not supported",
     "lora_embedding_": "LoRA on embeddings is not supported",
     "lora_A.bias": "a bias on lora_A is not supported",
-    "lora_B.bias": "a bias on lora_B is not supported",
     "modules_to_save": "it replaces whole modules of the base model",
 }
 _TRAINING_KEY = ".lora_velora_embed"  # only the backward pass reads it
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 _MAX_LISTED = 4
+
+Parts = dict[str, TensorPlace]  # the tensors of a module, by the names in _SEGMENTS
 MAX_KEPT_HEADER_BYTES = 1 << 20
 
 
@@ -100,6 +114,7 @@ def read_adapter(
                 allocate=allocate,
                 packers=packers,
                 content_hash=hash_cache.get(folder, files) if hash_cache else None,
+                replaces_bias=config.replaces_bias,
             )
             if (file.stamp(), _stamp_config(folder, target.adapter_root)) != files:
                 raise PeftConfigError("its files changed while they were read; load it again")
@@ -165,11 +180,14 @@ def check_header(
         for module in range(len(target.modules))
     }
     expected = _expected_modules(config, names)
-    found = _group_sides(parse_header(header, file_bytes), names)
+    found = _group_parts(parse_header(header, file_bytes), names)
     _check_modules(expected, found, target)
-    for key, sides in found.items():
-        _check_sides(key, sides, config, target)
-    return found
+    for key, parts in found.items():
+        _check_parts(key, parts, config, target)
+    return {
+        key: {_SEGMENTS[part]: place for part, place in parts.items()}
+        for key, parts in found.items()
+    }
 
 
 def _explain(error: OSError, folder: Path) -> str:
@@ -195,10 +213,10 @@ def _expected_modules(config: PeftConfig, names: dict[str, ModuleKey]) -> set[Mo
     return expected
 
 
-def _group_sides(
+def _group_parts(
     tensors: dict[str, TensorPlace], names: dict[str, ModuleKey]
-) -> dict[ModuleKey, Sides]:
-    found: dict[ModuleKey, Sides] = {}
+) -> dict[ModuleKey, Parts]:
+    found: dict[ModuleKey, Parts] = {}
     for key, place in tensors.items():
         if _TRAINING_KEY in key:
             continue
@@ -212,15 +230,17 @@ def _group_sides(
                 f"tensor {key}: this base model has no such module to adapt; was the adapter "
                 "trained on another one? base_model_name_or_path in adapter_config.json names it"
             )
-        sides = found.setdefault(module, {})
-        if match["side"] in sides:
+        part = match.lastgroup
+        assert part is not None
+        parts = found.setdefault(module, {})
+        if part in parts:
             raise PeftConfigError(f"tensor {key} is there twice")
-        sides[match["side"]] = place
+        parts[part] = place
     return found
 
 
 def _check_modules(
-    expected: set[ModuleKey], found: dict[ModuleKey, Sides], target: AdapterTarget
+    expected: set[ModuleKey], found: dict[ModuleKey, Parts], target: AdapterTarget
 ) -> None:
     missing, extra = expected - set(found), set(found) - expected
     if missing:
@@ -239,14 +259,31 @@ def _list(keys: Iterable[ModuleKey], target: AdapterTarget) -> str:
     return ", ".join(texts[:_MAX_LISTED]) + more
 
 
-def _check_sides(key: ModuleKey, sides: Sides, config: PeftConfig, target: AdapterTarget) -> None:
-    name, shape = target.full_name(key), target.full_shapes[key[1]]
-    for side in "AB":
-        if side not in sides:
-            raise PeftConfigError(f"{name} has no lora_{side}")
-        if len(sides[side].shape) != 2 or not sides[side].dtype.is_floating_point:
-            raise PeftConfigError(f"{name}.lora_{side} is no matrix of floating-point numbers")
-    a, b, rank = sides["A"], sides["B"], config.rank_of(name)
+def _check_parts(key: ModuleKey, parts: Parts, config: PeftConfig, target: AdapterTarget) -> None:
+    name, module = target.full_name(key), target.modules[key[1]]
+    wanted = {"A", "B"}
+    wanted |= {"magnitude"} if config.use_dora else set()
+    wanted |= {"lora_bias"} if config.lora_bias else set()
+    wanted |= {"bias"} if config.replaces_bias and module.spec.has_bias else set()
+    for part in sorted(parts.keys() | wanted):
+        if part not in parts:
+            raise PeftConfigError(f"{name} has {_TEXTS[part]}")
+        if part not in wanted:
+            raise PeftConfigError(
+                f"{name} has {_TEXTS[part].replace('no ', 'a ', 1)}, but the config does not say "
+                f"{_OPTIONS[part]}"
+            )
+        num_axes = 2 if part in "AB" else 1
+        if len(parts[part].shape) != num_axes or not parts[part].dtype.is_floating_point:
+            kind = "matrix" if num_axes == 2 else "vector"
+            raise PeftConfigError(f"{name}: {part} is no {kind} of floating-point numbers")
+    _check_sizes(name, parts, config, target, module.full_shape)
+
+
+def _check_sizes(
+    name: str, parts: Parts, config: PeftConfig, target: AdapterTarget, shape: ModuleShape
+) -> None:
+    a, b, rank = parts["A"], parts["B"], config.rank_of(name)
     if a.shape[1] != shape.in_features or b.shape[0] != shape.out_features:
         trained_on = f" ({config.base_model})" if config.base_model else ""
         raise PeftConfigError(
@@ -258,5 +295,10 @@ def _check_sides(key: ModuleKey, sides: Sides, config: PeftConfig, target: Adapt
             f"{name} has rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B, "
             f"but {rank} in the config"
         )
+    for part in parts.keys() - {"A", "B"}:
+        if parts[part].shape[0] != shape.out_features:
+            raise PeftConfigError(
+                f"{name}: {part} has {parts[part].shape[0]} numbers, not {shape.out_features}"
+            )
     if rank > target.max_rank:
         raise PeftConfigError(f"{name} has rank {rank}, above max_lora_rank {target.max_rank}")

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ import torch
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader_error import ReaderError
-from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.adapters.target import AdapterTarget, names_of, numbers_of
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.child import child_environment, how_it_ended
@@ -39,8 +38,6 @@ from loraplex.engine.ipc.messages.reader import (
     ReadFailed,
 )
 from loraplex.engine.ipc.process_state import process_state
-from loraplex.engine.model.modules import ModuleSpec
-from loraplex.engine.model.shard import ModuleShard, Piece
 from loraplex.memory.host.slab import live_slabs, place_of
 from loraplex.memory.host.store import Allocate, MemoryInUseError, PackedAdapter
 from loraplex.scheduler.worker_protocol import int_array
@@ -252,8 +249,8 @@ class _Process:
                 socket_.close()
         start = ReaderStart(
             num_layers=target.num_layers,
-            modules=[astuple(module.spec) for module in target.modules],
-            sides=int_array([value for m in target.modules for value in _numbers(m)]),
+            module_names=names_of(target.modules),
+            module_numbers=int_array(numbers_of(target.modules)),
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
@@ -276,18 +273,6 @@ class _Process:
             except subprocess.TimeoutExpired:
                 self.popen.kill()
         return "does not end: the kernel waits for a disk or a network"
-
-
-def _numbers(module: ModuleShard) -> tuple[int, ...]:
-    return *astuple(module.inputs), *astuple(module.outputs)
-
-
-def modules_of(start: ReaderStart) -> tuple[ModuleShard, ...]:
-    """Returns AdapterTarget.modules from the message."""
-    values = list(start.sides)
-    pieces = [Piece(*values[i : i + 4]) for i in range(0, len(values), 4)]
-    specs = [ModuleSpec(*fields) for fields in start.modules]
-    return tuple(map(ModuleShard, specs, pieces[::2], pieces[1::2]))
 
 
 def _give_memory(connection: socket.socket, num_bytes: int, allocate: Allocate) -> torch.Tensor:
@@ -318,7 +303,10 @@ def _unpack(packed: AdapterPacked, data: torch.Tensor, target: AdapterTarget) ->
         rank=table(packed.rank, torch.int32),
         a_start=table(packed.a_start, torch.int32),
         b_start=table(packed.b_start, torch.int32),
+        gain_start=table(packed.gain_start, torch.int32),
+        shift_start=table(packed.shift_start, torch.int32),
         scale=table(packed.scale, torch.float32),
+        replaces_bias=packed.replaces_bias,
     )
 
 

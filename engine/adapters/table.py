@@ -17,20 +17,31 @@ class AdapterTable:
     plans steps writes the copy on the host.
 
     Attributes:
+        target: the sizes that adapters must fit.
         table: its tensors keep their addresses, so that CUDA graphs may hold them.
     """
 
     def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
+        self.target = target
         # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
         # device.
         self._fields = make_fields(target.num_layers, len(target.modules), num_slots, device)
+        self._vectors = make_fields(
+            target.num_layers, len(target.modules), num_slots, device, num_fields=2
+        )
         self._host_fields = torch.zeros(self._fields.shape, dtype=torch.int32)
+        self._host_vectors = torch.zeros(self._vectors.shape, dtype=torch.int32)
         page_table = torch.zeros(num_slots, target.max_pages, dtype=torch.int32)
         self.table = LoRATable(
             page_table=page_table.clone().to(device),
             host_page_table=page_table,
             **_by_name(self._fields, ""),
             **_by_name(self._host_fields, "host_"),
+            gain_start=self._vectors[0],
+            shift_start=self._vectors[1],
+            host_gain_start=self._host_vectors[0],
+            host_shift_start=self._host_vectors[1],
+            host_has_vectors=torch.zeros(num_slots, dtype=torch.bool),
         )
 
     @property
@@ -43,16 +54,20 @@ class AdapterTable:
         Args:
             page_ids: int32 [n] on the device: the pages with the adapter's weights.
         """
-        row = _pack_row(adapter)
-        if self._fields.is_cuda:
-            row = row.pin_memory()
-        self._fields[..., slot].copy_(row, non_blocking=True)
+        for fields, row in (
+            (self._fields, _pack_row(adapter)),
+            (self._vectors, _pack_vectors(adapter)),
+        ):
+            source = row.pin_memory() if fields.is_cuda else row
+            fields[..., slot].copy_(source, non_blocking=True)
         # Entries beyond the adapter's pages are never read.
         self.table.page_table[slot, : len(page_ids)].copy_(page_ids)
 
     def write_host(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
         """Write the row of `slot` in the host's copy; `page_ids` is int32 [n] on the CPU."""
         self._host_fields[..., slot] = _pack_row(adapter)
+        self._host_vectors[..., slot] = _pack_vectors(adapter)
+        self.table.host_has_vectors[slot] = adapter.has_vectors
         self.table.host_page_table[slot].zero_()
         self.table.host_page_table[slot, : len(page_ids)] = page_ids
 
@@ -62,6 +77,8 @@ class AdapterTable:
         The row on the device stays, because steps in flight may read it.
         """
         self._host_fields[..., slot].zero_()
+        self._host_vectors[..., slot].zero_()
+        self.table.host_has_vectors[slot] = False
         self.table.host_page_table[slot].zero_()
 
     @staticmethod
@@ -89,6 +106,11 @@ def _pack_row(adapter: PackedAdapter) -> torch.Tensor:
     """Returns the row of an adapter, int32 [4, layers, modules]."""
     scale = adapter.scale.view(torch.int32)
     return torch.stack((adapter.rank, adapter.a_start, adapter.b_start, scale))
+
+
+def _pack_vectors(adapter: PackedAdapter) -> torch.Tensor:
+    """Returns the places of an adapter's vectors, int32 [2, layers, modules]."""
+    return torch.stack((adapter.gain_start, adapter.shift_start))
 
 
 def group_rows(

@@ -1,16 +1,20 @@
 """The sizes of the base model that adapters must fit, on one worker rank."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import cast
 
 import torch
 
 from loraplex.engine.adapters.safetensors_file import MAX_HEADER_BYTES
-from loraplex.engine.model.shard import ModuleShard
+from loraplex.engine.model.modules import Axis, ModuleSpec
+from loraplex.engine.model.shard import ModuleShard, Piece
 from loraplex.memory.adapter_layout import (
+    VECTORS,
     ModuleParts,
     ModuleShape,
     Segments,
+    VectorName,
     full_layer,
     num_pages,
     place_layer,
@@ -50,18 +54,45 @@ class AdapterTarget:
     @property
     def max_pages(self) -> int:
         """Pages of the largest adapter that may be loaded."""
-        return self.pages_of(self.max_rank)
+        return self.pages_of(self.max_rank, VECTORS)
 
-    def pages_of(self, rank: int) -> int:
-        """Returns the pages of an adapter with this rank on every module."""
-        return num_pages(self.place(full_layer(self.shapes, rank))[1], self.page_elems)
+    def pages_of(self, rank: int, vectors: tuple[VectorName, ...] = ()) -> int:
+        """Returns the pages of an adapter with this rank, and these vectors, on every module."""
+        return num_pages(self.place(full_layer(self.shapes, rank, vectors))[1], self.page_elems)
 
     def place(self, parts: Mapping[int, ModuleParts]) -> tuple[Segments, int]:
         """Lay out one layer; see place_layer."""
-        return place_layer(parts, self.shapes, elem_bytes=self.dtype.itemsize)
+        return place_layer(parts, self.shapes)
 
     @property
     def max_file_bytes(self) -> int:
         """Size of a file with every module at the largest rank in float64, and its header."""
         per_rank = sum(shape.in_features + shape.out_features for shape in self.full_shapes)
         return 8 * self.num_layers * self.max_rank * per_rank + MAX_HEADER_BYTES
+
+
+def names_of(modules: tuple[ModuleShard, ...]) -> list[str]:
+    """Returns ReaderStart.module_names."""
+    specs = [module.spec for module in modules]
+    return [name for s in specs for name in (s.name, s.parent, s.inputs, s.outputs)]
+
+
+def numbers_of(modules: tuple[ModuleShard, ...]) -> list[int]:
+    """Returns ReaderStart.module_numbers."""
+    numbers: list[int] = []
+    for module in modules:
+        pieces = (*astuple(module.inputs), *astuple(module.outputs))
+        numbers += (module.spec.group, int(module.spec.has_bias), *pieces)
+    return numbers
+
+
+def modules_of(names: Sequence[str], numbers: Sequence[int]) -> tuple[ModuleShard, ...]:
+    """Returns the modules from names_of and numbers_of."""
+    modules = []
+    for index in range(len(names) // 4):
+        name, parent, inputs, outputs = names[4 * index : 4 * index + 4]
+        group, has_bias, *pieces = numbers[10 * index : 10 * index + 10]
+        axes = cast(Axis, inputs), cast(Axis, outputs)
+        spec = ModuleSpec(name, parent, *axes, group, bool(has_bias))
+        modules.append(ModuleShard(spec, Piece(*pieces[:4]), Piece(*pieces[4:])))
+    return tuple(modules)

@@ -42,6 +42,11 @@ class DecoderLayer:
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
+    def linear_of(self, module: int) -> LoRALinear:
+        """Returns the linears that hold a module, by its id."""
+        linears = (self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down)
+        return next(linear for linear in linears if module in linear.group.modules)
+
     def start(
         self, delta: torch.Tensor | None, activations: Activations, ctx: ForwardContext
     ) -> None:

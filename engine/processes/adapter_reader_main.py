@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, modules_of, receive, send
+from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send
 from loraplex.engine.adapters.reader_error import ReaderError
-from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.adapters.target import AdapterTarget, modules_of
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.child import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
@@ -97,14 +97,17 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
         rank=array("i", flat(adapter.rank)),
         a_start=array("i", flat(adapter.a_start)),
         b_start=array("i", flat(adapter.b_start)),
+        gain_start=array("i", flat(adapter.gain_start)),
+        shift_start=array("i", flat(adapter.shift_start)),
         scale=array("f", flat(adapter.scale)),
+        replaces_bias=adapter.replaces_bias,
     )
 
 
 def _target(start: ReaderStart) -> AdapterTarget:
     return AdapterTarget(
         num_layers=start.num_layers,
-        modules=modules_of(start),
+        modules=modules_of(start.module_names, start.module_numbers),
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,

@@ -10,7 +10,8 @@ from loraplex.backends.collective.contract import CollectiveOp, CollectiveSpec
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
 from loraplex.backends.linear.contract import FP8, LinearOp, LinearSpec
 from loraplex.backends.lora.contract import LoRAOp, LoRASpec
-from loraplex.backends.lora.touched import TouchedGroups, TouchedPlan
+from loraplex.backends.lora.touched import TouchedGroups
+from loraplex.backends.lora.vectors.op import VectorLoRA, make_vector_lora
 from loraplex.backends.registry import BackendError, list_backends, resolve
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
@@ -97,10 +98,11 @@ def make_backends(
         raise ConfigError(str(error)) from None
 
 
-def _make_lora(name: str, spec: LoRASpec) -> LoRAOp[TouchedPlan]:
+def _make_lora(name: str, spec: LoRASpec) -> VectorLoRA:
     op = resolve("lora", name, spec).make(spec)
     qkv, output = spec.groups[:2]  # see projection_groups
-    return TouchedGroups(op, groups=spec.groups, attention=(qkv, output))
+    touched = TouchedGroups(op, groups=spec.groups, attention=(qkv, output))
+    return make_vector_lora(touched, spec)
 
 
 def _make_linear(name: str, spec: LinearSpec) -> LinearOp:

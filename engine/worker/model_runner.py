@@ -106,6 +106,7 @@ class ModelRunner:
         recorder = GraphRecorder(self._device, config)
         decode = self._decode_graphs.capture(recorder)
         mixed = self._mixed_graphs.capture(recorder)
+        self._decode_graphs.capture_rare(recorder)
         return f"captured {decode} and {mixed} {recorder.finish()}"
 
     @torch.inference_mode()

@@ -19,11 +19,13 @@ class Ranks:
 
     Attributes:
         group: torch.distributed's group of all ranks; None if there is one rank.
+        loader_group: the same ranks, for their loader threads, on the CPU.
     """
 
     worker_rank: int = 0
     world_size: int = 1
     group: Any = None
+    loader_group: Any = None
 
     def least(self, value: int) -> int:
         """Returns the least value of all ranks, which all call this."""
@@ -32,6 +34,21 @@ class Ranks:
         tensor = torch.tensor(value, dtype=torch.int64)  # on the CPU, through gloo
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
+
+    def sum_of_loaders(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over all ranks, equal bit for bit on each of them.
+
+        The loader threads of all ranks call this, in the same order.
+
+        Args:
+            values: float32 [n], on any device.
+        """
+        if self.loader_group is None:
+            return values
+        own = values.cpu()
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own, group=self.loader_group)
+        return torch.stack(gathered).sum(dim=0).to(values.device)
 
 
 def join_ranks(worker_rank: int, world_size: int, device: torch.device, store: str) -> Ranks:
@@ -57,4 +74,6 @@ def join_ranks(worker_rank: int, world_size: int, device: torch.device, store: s
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"worker {worker_rank} could not join the other ranks: {error}") from None
-    return Ranks(worker_rank, world_size, dist.group.WORLD)
+    timeout = timedelta(seconds=JOIN_TIMEOUT_S)
+    loader_group = dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(worker_rank, world_size, dist.group.WORLD, loader_group)

@@ -26,7 +26,7 @@ from loraplex.engine.model.spec import ModelSpec
 from loraplex.engine.worker.backends import WorkerBackends, make_backends
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.pool_sizing import size_pool
-from loraplex.engine.worker.ranks import join_ranks
+from loraplex.engine.worker.ranks import Ranks, join_ranks
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
 
@@ -52,6 +52,8 @@ class WorkerParts:
 
     spec: ModelSpec
     form: str
+    model: Decoder
+    ranks: Ranks
     device: torch.device
     max_model_len: int
     pool: PagePool
@@ -179,6 +181,8 @@ def set_up(
     return WorkerParts(
         spec=spec,
         form=form,
+        model=model,
+        ranks=ranks,
         device=device,
         max_model_len=max_model_len,
         pool=runner.pool,

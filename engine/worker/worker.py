@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex.engine.adapters.loader import AdapterLoader, Load
+from loraplex.engine.adapters.loader import AdapterLoader
+from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.worker.adapter_vectors import AdapterVectors
 from loraplex.engine.worker.adapter_warnings import AdapterWarnings
 from loraplex.engine.worker.pending_step import PendingStep
 from loraplex.engine.worker.setup import set_up
@@ -72,7 +74,6 @@ class Worker:
         self._copier = make_page_copier(parts.pool)
         self._step_ends: deque[tuple[int, Event]] = deque(maxlen=NUM_STEP_ENDS)
         self._loader = AdapterLoader(
-            target=parts.target,
             reader=parts.reader,
             table=parts.table,
             copier=self._copier,
@@ -80,6 +81,7 @@ class Worker:
             report=self._report,
             enter_thread=lambda: _enter_thread(parts.device),
             find_warnings=AdapterWarnings(config.model, resolve_model(config.model.model)),
+            finisher=AdapterVectors(parts.model, parts.pool, parts.ranks),
         )
         self._steps: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
         if parts.device.type == "cuda":

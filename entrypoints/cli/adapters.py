@@ -20,7 +20,19 @@ ACTIONS = {
     "unpin": "allow pinned adapters to be evicted again",
 }
 PROBE_TIMEOUT_S = 3.0
-HEADER = ("name", "state", "tier", "pinned", "rank", "pages", "MB", "running", "waiting", "used")
+HEADER = (
+    "name",
+    "state",
+    "tier",
+    "pinned",
+    "kind",
+    "rank",
+    "pages",
+    "MB",
+    "running",
+    "waiting",
+    "used",
+)
 
 
 def add_adapters(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
@@ -142,7 +154,7 @@ def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
         used = adapter["seconds_since_use"]
         rows.append((
             adapter["name"], adapter["state"], adapter["tier"], "yes" if adapter["pinned"] else "",
-            str(adapter["max_rank"]), str(adapter["num_pages"]),
+            adapter["kind"], str(adapter["max_rank"]), str(adapter["num_pages"]),
             f"{adapter['num_bytes'] / 1e6:.1f}", str(adapter["num_running"]),
             str(adapter["num_waiting"]), "never" if used is None else f"{used:.0f} s ago",
         ))  # fmt: skip

@@ -46,11 +46,26 @@ class PackedAdapter:
     rank: torch.Tensor  # int32 [L, M]
     a_start: torch.Tensor  # int32 [L, M]
     b_start: torch.Tensor  # int32 [L, M]
+    gain_start: torch.Tensor  # int32 [L, M]; 0: the module has no gain
+    shift_start: torch.Tensor  # int32 [L, M]; 0: the module has no shift
     scale: torch.Tensor  # float32 [L, M]
+    replaces_bias: bool = False  # its shifts come in place of the base model's biases
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
+
+    @property
+    def kind(self) -> str:
+        """ "lora" or "dora", with "+bias" for one that has trained biases."""
+        is_dora = bool(self.gain_start.any())
+        # Of DoRA without trained biases, a shift keeps the base's bias unscaled.
+        has_bias = bool(self.shift_start.any()) and (self.replaces_bias or not is_dora)
+        return ("dora" if is_dora else "lora") + "+bias" * has_bias
+
+    @property
+    def has_vectors(self) -> bool:
+        return bool(self.gain_start.any() or self.shift_start.any())
 
 
 class MemoryInUseError(RuntimeError):

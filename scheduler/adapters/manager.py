@@ -236,6 +236,7 @@ class AdapterManager:
             "content_hash": version.content_hash,
             "num_pages": version.num_pages,
             "num_bytes": version.num_bytes,
+            "kind": version.kind,
             "max_rank": version.max_rank,
             "modules": list(version.modules),
             "warnings": list(version.warnings),

@@ -227,6 +227,7 @@ class AdapterRegistry:
         version.content_hash = event.content_hash
         version.num_pages = event.num_pages
         version.num_bytes = event.num_bytes
+        version.kind = event.kind
         version.max_rank = event.max_rank
         version.modules = list(event.modules)
         version.warnings = list(event.warnings)

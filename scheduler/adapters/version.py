@@ -29,6 +29,7 @@ class AdapterVersion:
     content_hash: str = ""
     num_pages: int = 0
     num_bytes: int = 0
+    kind: str = ""  # see AdapterInspected
     max_rank: int = 0
     modules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # parts of its folder that are not used

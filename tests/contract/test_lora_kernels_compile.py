@@ -15,10 +15,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from loraplex.backends.lora.sgmv.blocks import expand_blocks, shrink_blocks, tuned_for  # noqa: E402
 from loraplex.backends.lora.sgmv.kernels import expand_kernel, shrink_kernel  # noqa: E402
+from loraplex.backends.lora.vectors.kernels import vectors_kernel  # noqa: E402
 
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "pool": "*bf16", "v": "*fp32", "scale": "*fp32", "meta": "*i32",
     "page_table": "*i32", "rank": "*i32", "a_start": "*i32", "b_start": "*i32",
+    "gain_start": "*i32", "shift_start": "*i32",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "x_stride", "y_stride", "layer_stride"}
 COMMON = {
@@ -68,6 +70,19 @@ def test_shrink(regime: str, ranks: int, k: int):
     assert max(int(n, 0) for n in depth) >= 2 * (blocks.stages - 2), (
         "the loop over K is not pipelined"
     )
+
+
+@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (14336, 14336, 0), (576, 0, 0)])
+def test_vectors(outs: tuple[int, int, int]):
+    sizes = {
+        "OUT_0": outs[0], "OUT_1": outs[1], "OUT_2": outs[2], "START_1": outs[0],
+        "START_2": outs[0] + outs[1], "FIRST_MODULE": 0, "NUM_MODULES": 3 - outs.count(0),
+        "PAGE": 32768, "BLOCK": 1024,
+    }  # fmt: skip
+    ptx = compile_ptx(vectors_kernel, sizes, num_warps=4)
+    loads = [re.sub(r".*(v\d\.b32|v\d\.b16|b64).*", r"\1", line) for line in ptx.splitlines()
+             if re.search(r"ld\.global.*(v\d|b64)", line)]  # fmt: skip
+    assert loads, "rows of y and of vectors come several bytes at a time"
 
 
 @pytest.mark.parametrize(("regime", "ranks"), REGIMES)

@@ -134,7 +134,7 @@ class Bench:
         self.reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.copier = StreamPageCopier(self.pool)
         self.loader = AdapterLoader(
-            target=self.target, reader=make_reader(self.target), table=self.table,
+            reader=make_reader(self.target), table=self.table,
             copier=self.copier, host_bytes=1 << 20, report=self.reports.put,
         )  # fmt: skip
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
@@ -198,7 +198,7 @@ def test_store_is_pinned_and_copies_demand_it() -> None:
 
     def read(allocate: Allocate) -> PackedAdapter:
         data = allocate(2 * PAGE_SHAPE.bytes_over_layers).view(torch.bfloat16).view(3, -1)
-        return PackedAdapter("hash", 2, data.fill_(2), empty, empty, empty, empty.float())
+        return PackedAdapter("hash", 2, data.fill_(2), *[empty] * 5, empty.float())
 
     packed = store.add(read)
     assert packed.data.is_pinned()

@@ -7,8 +7,10 @@ class ReaderStart(Message):
     """First message to the reader: the worker's AdapterTarget."""
 
     num_layers: int
-    modules: list[tuple[str, str, str, str, int, bool]]  # the fields of each ModuleSpec
-    sides: Int32Array  # of each module, inputs then outputs: a Piece's four numbers
+    module_names: list[str]  # of each module: name, parent, axis of the inputs, of the outputs
+    module_numbers: Int32Array
+    """Of each module: group, 1 if it has a bias, and the four numbers of a Piece for its inputs and
+    for its outputs."""
     page_elems: int
     dtype: str
     max_rank: int
@@ -49,7 +51,10 @@ class AdapterPacked(Message):
     rank: Int32Array
     a_start: Int32Array
     b_start: Int32Array
+    gain_start: Int32Array
+    shift_start: Int32Array
     scale: Float32Array
+    replaces_bias: bool
 
 
 class ReadFailed(Message):

@@ -85,6 +85,19 @@ class LoRALinear:
         ctx.expand(y, self.layer, self.group)
         return y
 
+    def weight_of(self, module: int) -> torch.Tensor:
+        """Returns this rank's weight of a module (its id), [out_features, in_features]."""
+        return self._weight.values(self._rows(module))
+
+    def bias_of(self, module: int) -> torch.Tensor | None:
+        """Returns this rank's bias of a module (its id), [out_features]."""
+        return None if self.bias is None else self.bias[self._rows(module)]
+
+    def _rows(self, module: int) -> slice:
+        index = self.group.modules.index(module)
+        start = self.group.out_starts[index]
+        return slice(start, start + self.group.out_features[index])
+
     def slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         """Yields each module's rows under its own name."""
         places = zip(self._modules, self.group.out_starts, self.group.out_features, strict=True)

@@ -3,7 +3,7 @@
 import gc
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -154,12 +154,13 @@ class GraphLadder(Generic[Captured]):
 
     def __init__(self, lora: LoRAOp) -> None:
         self._lora = lora
-        self._sizes: list[int] = []
+        self._sizes: dict[Kind, list[int]] = {}
         self._graphs: dict[tuple[int, Kind], Captured] = {}
 
     def describe(self, unit: str) -> str:
         """Returns the range of sizes, to be appended to a sentence."""
-        return f" of {self._sizes[0]} to {self._sizes[-1]} {unit}" if self._sizes else ""
+        sizes = self._sizes.get(BASE)
+        return f" of {sizes[0]} to {sizes[-1]} {unit}" if sizes else ""
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -172,20 +173,26 @@ class GraphLadder(Generic[Captured]):
         sizes: Iterable[int],
         recorder: GraphRecorder,
         capture_one: Callable[[int, Kind], Captured],
+        kinds: Sequence[Kind] | None = None,
     ) -> None:
-        """Capture each size with all its kinds, in this order, until the recorder is full."""
-        kinds = (*self._lora.graph_kinds, BASE)
+        """Capture each size with all kinds, in this order, until the recorder is full.
+
+        Args:
+            kinds: None: all of the op but its rare ones, and BASE.
+        """
+        kinds = (*self._lora.graph_kinds, BASE) if kinds is None else kinds
         for size in sizes:
             if recorder.is_full:
                 return
-            for kind in kinds if size <= self._lora.max_graph_rows else (BASE,):
+            is_large = size > self._lora.max_graph_rows
+            for kind in kinds:
+                if is_large and kind is not BASE:
+                    continue
                 self._graphs[size, kind] = capture_one(size, kind)
-            insort(self._sizes, size)
+                insort(self._sizes.setdefault(kind, []), size)
 
     def fit(self, num_rows: int, kind: Kind) -> int:
         """Returns the smallest size that takes `num_rows`; 0 if there is none of this kind."""
-        index = bisect_left(self._sizes, num_rows)
-        if index == len(self._sizes):
-            return 0
-        size = self._sizes[index]
-        return size if (size, kind) in self._graphs else 0
+        sizes = self._sizes.get(kind, [])
+        index = bisect_left(sizes, num_rows)
+        return sizes[index] if index < len(sizes) else 0

@@ -7,6 +7,7 @@ import torch
 
 from loraplex.backends.attention.contract import AttentionBatch, AttentionOp, AttentionPlan
 from loraplex.backends.lora.contract import LoRABatch, LoRAOp, LoRAPlan, LoRATable
+from loraplex.backends.lora.vectors.op import rare_kinds
 from loraplex.engine.worker.graphs.capture import (
     DeviceInputs,
     GraphLadder,
@@ -21,6 +22,9 @@ from loraplex.engine.worker.step_rows import TokenInputs
 
 MAX_GRAPH_ROWS = 512
 """The GPU takes longer for larger steps than the CPU takes to launch them operator by operator."""
+
+RARE_ROWS = (8, 32, 64, 128, 256)
+"""Numbers of rows, besides the largest, for which graphs of rare kinds are captured."""
 
 Forward = Callable[[DeviceInputs, AttentionPlan, LoRAPlan | None, torch.Tensor], None]
 """(inputs, attention plan, LoRA plan, logits): runs a decode step and writes its logits to `logits`
@@ -71,6 +75,19 @@ class DecodeGraphs:
             reversed(ladder), recorder, lambda rows, kind: self._capture_one(rows, kind, recorder)
         )
         return f"{len(self._graphs)} CUDA graphs of decode steps{self._graphs.describe('rows')}"
+
+    def capture_rare(self, recorder: GraphRecorder) -> None:
+        """Capture the kinds that few steps need, after everything else and for few sizes.
+
+        A step in between is padded to the next size. One that finds none runs eagerly.
+        """
+        largest = len(self.logits)
+        self._graphs.capture(
+            [largest, *(rows for rows in reversed(RARE_ROWS) if rows < largest)],
+            recorder,
+            lambda rows, kind: self._capture_one(rows, kind, recorder),
+            kinds=rare_kinds(self._lora),
+        )
 
     def fit(self, num_rows: int, kind: Kind) -> int:
         """Returns the rows of the smallest graph that takes a step of `num_rows`, or 0."""

@@ -1,5 +1,6 @@
 """Cases for op ``lora``: adapters written to shuffled pages of a poisoned pool, and batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from loraplex.memory.adapter_layout import (
     ModuleParts,
     ModuleShape,
     Segments,
+    VectorName,
     num_pages,
     place_layer,
 )
@@ -24,6 +26,7 @@ from loraplex.memory.adapter_layout import (
 POPULARITIES = ("distinct", "uniform", "skewed", "identical", "base", "half-base")
 
 LayerRanks = list[dict[int, int]]
+Vectors = dict[tuple[int, int, int], tuple[torch.Tensor | float, torch.Tensor | float]]
 Weights = dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, float]]
 
 
@@ -52,7 +55,8 @@ def make_groups(shapes: tuple[ModuleShape, ...]) -> list[LoRAGroup]:
 
 @dataclass
 class LoRACase:
-    """A pool with resident adapters. `weights` maps (layer, slot, module) to A, B and scale."""
+    """A pool with resident adapters. `weights` maps (layer, slot, module) to A, B and scale,
+    `vectors` to gain and shift, 1 or 0 where there is none."""
 
     pool: torch.Tensor
     table: LoRATable
@@ -60,6 +64,7 @@ class LoRACase:
     groups: list[LoRAGroup]
     num_adapters: int
     weights: Weights = field(default_factory=dict)
+    vectors: Vectors = field(default_factory=dict)
 
     def of_layer(self, layer: int) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
         return {(s, m): w for (at, s, m), w in self.weights.items() if at == layer}
@@ -74,11 +79,19 @@ def make_case(
     page_elems: int = 512,
     shuffle: bool = True,
     seed: int = 0,
+    vectors: Sequence[tuple[VectorName, ...]] = (),
 ) -> LoRACase:
-    """Put adapter i into slot 2 i + 1, on shuffled pages. All that is no weight is NaN."""
+    """Put adapter i into slot 2 i + 1, on shuffled pages. All that is no weight is NaN.
+
+    `vectors` are those of each adapter, on all its modules; () for none.
+    """
     assert page_elems % ROW_ALIGN == 0
     generator = torch.Generator(device).manual_seed(seed)
-    layouts = [[_place(ranks, shapes, dtype) for ranks in layers] for layers in adapters]
+    kinds = [*vectors, *[()] * (len(adapters) - len(vectors))]
+    layouts = [
+        [_place(ranks, shapes, kind) for ranks in layers]
+        for layers, kind in zip(adapters, kinds, strict=True)
+    ]
     counts = [num_pages(max(used for _, used in of), page_elems) for of in layouts]
     total, num_layers = sum(counts) + 3, len(adapters[0]) if adapters else 1
     slots, most = 2 * len(adapters) + 2, max(counts, default=1)
@@ -88,11 +101,15 @@ def make_case(
         "a_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
         "b_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
         "scale": torch.zeros(num_layers, len(shapes), slots),
+        "gain_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
+        "shift_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
+        "has_vectors": torch.zeros(slots, dtype=torch.bool),
     }
     pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype, device=device)
     order = torch.randperm(total - 1, generator=torch.Generator().manual_seed(seed)) + 1
     free = (order if shuffle else order.sort().values).tolist()
     weights: Weights = {}
+    of_vectors: Vectors = {}
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -115,6 +132,18 @@ def make_case(
                 fields["a_start"][layer, module, slot] = a_rows.start
                 fields["b_start"][layer, module, slot] = b_rows.start
                 fields["scale"][layer, module, slot] = scale
+                pair: dict[str, torch.Tensor | float] = {"gain": 1.0, "shift": 0.0}
+                for name in kinds[index]:
+                    rows = random(2, shape.out_features) * torch.tensor(
+                        [[1.0], [0.01]], device=device
+                    )
+                    rows = rows.to(dtype)
+                    _write_rows(pool[layer], pages.to(device), segments[module, name].start, rows)
+                    pair[name] = rows.float().sum(0)
+                    fields[f"{name}_start"][layer, module, slot] = segments[module, name].start
+                    fields["has_vectors"][slot] = True
+                if kinds[index]:
+                    of_vectors[layer, slot, module] = (pair["gain"], pair["shift"])
     there = make_fields(num_layers, len(shapes), slots, device)  # a worker's layout
     names = ("rank", "a_start", "b_start", "scale")
     for view, name in zip(there, names, strict=True):
@@ -122,18 +151,20 @@ def make_case(
     table = LoRATable(
         page_table=fields["page_table"].to(device),
         **dict(zip(names, (*there[:3], there[3].view(torch.float32)), strict=True)),
+        gain_start=fields["gain_start"].to(device),
+        shift_start=fields["shift_start"].to(device),
         **{f"host_{name}": value for name, value in fields.items()},
     )
     case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
-    case.weights = weights
+    case.weights, case.vectors = weights, of_vectors
     return case
 
 
 def _place(
-    ranks: dict[int, int], shapes: tuple[ModuleShape, ...], dtype: torch.dtype
+    ranks: dict[int, int], shapes: tuple[ModuleShape, ...], vectors: tuple[VectorName, ...]
 ) -> tuple[Segments, int]:
-    parts = {module: ModuleParts(rank) for module, rank in ranks.items()}
-    return place_layer(parts, shapes, elem_bytes=dtype.itemsize)
+    parts = {module: ModuleParts(rank, vectors) for module, rank in ranks.items()}
+    return place_layer(parts, shapes)
 
 
 def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:

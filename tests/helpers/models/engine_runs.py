@@ -2,7 +2,7 @@
 
 from loraplex import LLM, LoRARequest, SamplingParams
 
-from helpers.models.peft_oracle import Case, PeftOracle, adapter_names
+from helpers.models.peft_oracle import Case, PeftOracle
 
 NUM_NEW_TOKENS = 10
 
@@ -10,7 +10,7 @@ NUM_NEW_TOKENS = 10
 def run(oracle: PeftOracle, cases: list[Case], *, repeat: int = 1, **options) -> list:
     """Returns the results of the last repetition and the stats; all cases are submitted at once."""
     options = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "num_pages": 2048} | options
-    adapters = {name: str(oracle.adapters / name) for name in adapter_names()}
+    adapters = {name: str(oracle.adapters / name) for name in oracle.names}
     options = {
         "device": "cpu",
         "dtype": "float32",

@@ -28,8 +28,8 @@ def make_adapter(
     """Save an adapter of `hf_model` to `path`; the model itself comes back unchanged.
 
     A and B are both random, and scaled so that each update B A is `strength` times as large as
-    the weight it is added to: outputs differ plainly from the base's. `options` are further
-    fields of LoraConfig.
+    the weight it is added to: outputs differ plainly from the base's. Magnitudes and biases differ
+    as plainly from those at the start of training. `options` are further fields of LoraConfig.
     """
     config = LoraConfig(
         r=r,
@@ -41,6 +41,7 @@ def make_adapter(
         task_type="CAUSAL_LM",
         **options,
     )
+    biases = {n: p.clone() for n, p in hf_model.named_parameters() if n.endswith("bias")}
     peft_model = get_peft_model(hf_model, config)
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -52,6 +53,9 @@ def make_adapter(
         peft_model.unload()
         if hasattr(hf_model, "peft_config"):
             del hf_model.peft_config
+        with torch.no_grad():
+            for name, bias in biases.items():
+                hf_model.get_parameter(name).copy_(bias).requires_grad_(False)
     return Path(path)
 
 
@@ -63,3 +67,13 @@ def _randomise(layer: LoraLayer, strength: float, generator: torch.Generator) ->
     with torch.no_grad():
         a.copy_(torch.randn(a.shape, generator=generator))
         b.copy_(torch.randn(b.shape, generator=generator) * b_std)
+        if NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[NAME].weight
+            magnitude.mul_(1 + 0.3 * torch.randn(magnitude.shape, generator=generator))
+        bias = layer.get_base_layer().bias
+        for trained in (
+            layer.lora_B[NAME].bias,
+            bias if bias is None or bias.requires_grad else None,
+        ):
+            if trained is not None:
+                trained.copy_(0.3 * torch.randn(trained.shape, generator=generator))

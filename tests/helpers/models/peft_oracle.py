@@ -78,7 +78,7 @@ class PeftOracle:
         device: str = "cpu",
     ) -> None:
         self.base, self.adapters = base, adapters
-        self._names = adapter_names() if names is None else names
+        self.names = adapter_names() if names is None else names
         self._device = device
         self._given_model = model
         self._choices: dict[tuple[Case, tuple[int, ...]], list[int]] = {}
@@ -89,7 +89,7 @@ class PeftOracle:
         if base is None:
             base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         base = base.to(self._device)
-        first, *rest = self._names
+        first, *rest = self.names
         model = PeftModel.from_pretrained(base, self.adapters / first, adapter_name=first)
         for name in rest:
             model.load_adapter(self.adapters / name, adapter_name=name)

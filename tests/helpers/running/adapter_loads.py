@@ -100,7 +100,7 @@ class LoadWorld:
         self.table = AdapterTable(self.target, self.num_slots, self.device)
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.loader = AdapterLoader(
-            target=self.target, reader=self.make_reader(self.target), table=self.table,
+            reader=self.make_reader(self.target), table=self.table,
             copier=copier, host_bytes=self.host_bytes, report=self.reports.put,
         )  # fmt: skip
         self.record_event = copier.record_event
@@ -271,5 +271,6 @@ class LoadWorld:
         return PackedAdapter(
             packed.content_hash, packed.num_pages,
             *(getattr(packed, name).to(self.device)
-              for name in ("data", "rank", "a_start", "b_start", "scale")),
+              for name in ("data", "rank", "a_start", "b_start", "gain_start", "shift_start",
+                           "scale")),
         )  # fmt: skip

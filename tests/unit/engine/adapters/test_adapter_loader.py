@@ -78,7 +78,6 @@ class Recorder:
         self.path = write_adapter(root / "one", TINY, rank=4, seed=1)
         settings = {"copier": HostPageCopier(self.pool), "host_bytes": 1 << 20, **options}
         self.loader = AdapterLoader(
-            target=self.target,
             reader=ThreadReader(self.target),
             table=self.table,
             report=self._report,
@@ -229,7 +228,6 @@ def test_for_a_gpu_another_process_reads_into_slabs_that_are_taken_ahead(
     reports: queue.SimpleQueue[object] = queue.SimpleQueue()
     table = AdapterTable(target, 4, CPU)
     loader = AdapterLoader(
-        target=target,
         reader=reader,
         table=table,
         copier=HostPageCopier(PagePool(PAGE_SHAPE, 20, CPU)),

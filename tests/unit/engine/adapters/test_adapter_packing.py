@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.engine.adapters import content_hash
-from loraplex.engine.adapters import packing as adapter_packing
 from loraplex.engine.adapters import peft_files as adapters
 from loraplex.engine.adapters.content_hash import ContentHashCache
+from loraplex.engine.adapters.packing import pack as adapter_packing
 from loraplex.engine.adapters.peft_config import CONFIG_FILE
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
 from loraplex.engine.adapters.target import AdapterTarget

@@ -42,14 +42,15 @@ def test_group_rows(seed: int) -> None:
 
 def make_packed(value: int) -> PackedAdapter:
     whole = torch.full((2, 7), value, dtype=torch.int32)
-    return PackedAdapter("hash", 2, torch.zeros(2, 256), whole, whole + 1, whole + 2, whole / 2)
+    starts = (whole + n for n in range(5))
+    return PackedAdapter("hash", 2, torch.zeros(2, 256), *starts, whole / 2)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_table_rows_come_and_go(device: str) -> None:
     table = AdapterTable(TARGET, 4, torch.device(device))
-    # rank 4 on all seven modules of 64 -> 64: 7 * 4 * 128 elements
-    assert table.num_slots == 4 and table.table.page_table.shape == (4, 28)
+    # rank 4, gain and shift on all seven modules of 64 -> 64: 7 * (4 * 128 + 2 * 2 * 64) elements
+    assert table.num_slots == 4 and table.table.page_table.shape == (4, 42)
     addresses = [getattr(table.table, name).data_ptr() for name in ("rank", "page_table")]
     for slot, value, page_ids in ((1, 3, [9, 5]), (2, 7, [4]), (1, 2, [8])):
         before = table.table.host_rank.clone()
@@ -62,12 +63,15 @@ def test_table_rows_come_and_go(device: str) -> None:
         ("rank", 2, 7),
         ("a_start", 3, 8),
         ("b_start", 4, 9),
+        ("gain_start", 5, 10),
+        ("shift_start", 6, 11),
         ("scale", 1, 3.5),
     ):
         got, host = getattr(table.table, name).cpu(), getattr(table.table, f"host_{name}")
         assert (got[..., 1] == want).all() and (host[..., 1] == want).all()
         assert (got[..., 2] == old).all(), "steps in flight may read it"
         assert not got[..., [0, 3]].any() and not host[..., [0, 2, 3]].any()
+    assert table.table.host_has_vectors.tolist() == [False, True, False, False]
     with pytest.raises(ValueError, match=r"\[2, 3\], which are not loaded"):
         table.check(table.table, np.array([1, 2, 3], dtype=np.int32))
     assert table.table.page_table[1, 0] == 8 and table.table.host_page_table[1].sum() == 8

@@ -63,7 +63,6 @@ class Answers:
         pool = PagePool(PAGE_SHAPE, 20, CPU)
         self.copier = HostPageCopier(pool)
         self.loader = AdapterLoader(
-            target=TARGET,
             reader=reader,
             table=AdapterTable(TARGET, 4, CPU),
             copier=self.copier,

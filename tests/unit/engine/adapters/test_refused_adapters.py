@@ -30,10 +30,11 @@ from helpers.models.peft_folders import (
     [
         ({"peft_type": "IA3"}, "only LORA"),
         ({"peft_type": None}, "only LORA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "no magnitude, which DoRA needs"),
+        ({"lora_bias": True}, "no bias on lora_B"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora beside lora_bias"),
         ({"bias": "all"}, "biases"),
-        ({"bias": "lora_only"}, "biases"),
-        ({"lora_bias": True}, "bias on lora_B"),
+        ({"bias": "lora"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save.*whole modules"),
         ({"trainable_token_indices": [1]}, "embeddings"),
         ({"layer_replication": [[0, 2]]}, "repeats layers"),
@@ -146,7 +147,11 @@ WEIGHT_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "dora": (
         _set(PREFIX + "model.layers.0.self_attn.q_proj.lora_magnitude_vector", lambda a: a),
-        "DoRA",
+        "a magnitude, which DoRA needs, but the config does not say use_dora",
+    ),
+    "base bias": (
+        _set(PREFIX + "model.layers.0.self_attn.q_proj.base_layer.bias", lambda a: a),
+        "a trained bias, but the config does not say bias='lora_only'",
     ),
     "lora bias": (
         _set(PREFIX + "model.layers.0.self_attn.q_proj.lora_B.bias", lambda a: a), "bias on lora_B",

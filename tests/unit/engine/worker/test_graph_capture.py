@@ -92,6 +92,22 @@ def test_capture_stops_after_a_whole_size() -> None:
                 assert ladder.fit(num_rows, kind) == (fitting[0] if is_there else 0)
 
 
+def test_rare_kinds_have_few_sizes() -> None:
+    ladder, recorder = make_ladder(TwoKinds()), FakeRecorder()
+
+    def capture_one(size: int, kind: str | None) -> tuple[int, str | None]:
+        recorder.record(lambda: None, warm_up=False)
+        return size, kind
+
+    ladder.capture([8, 4, 2], recorder, capture_one, kinds=("few+vectors",))
+    assert recorder.num_recorded == 2  # 8 rows are more than the op's graphs take
+    for num_rows, size in ((1, 2), (2, 2), (3, 4), (4, 4), (5, 0)):
+        assert ladder.fit(num_rows, "few+vectors") == size
+    assert ladder.fit(1, "few") == 1 and ladder.fit(1, "many+vectors") == 0
+    assert ladder[4, "few+vectors"] == (4, "few+vectors")
+    assert ladder.describe("rows") == " of 1 to 8 rows"
+
+
 def test_ladder_of_mixed_steps() -> None:
     assert sorted(mixed_ladder(8192)) == [8, 16, *range(32, 513, 32)]
     assert mixed_ladder(512)[:8] == [512, 256, 384, 128, 448, 320, 192, 64]

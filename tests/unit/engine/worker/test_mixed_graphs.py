@@ -150,8 +150,9 @@ def test_what_is_captured_and_said(root: Path, monkeypatch: pytest.MonkeyPatch) 
         f"captured {num_decode} CUDA graphs of decode steps of 1 to 8 rows and "
         f"{num_mixed * each} pieces of mixed steps of 8 to 96 tokens for nothing"
     )
-    assert recorder.num_recorded == num_decode + num_mixed * each
-    assert recorder.num_warmed_up == num_decode + num_mixed * 3
+    num_rare = 4  # 8 rows
+    assert recorder.num_recorded == num_decode + num_mixed * each + num_rare
+    assert recorder.num_warmed_up == num_decode + num_mixed * 3 + num_rare
     fit = runner.mixed.fit
     assert [fit(n, "one") for n in (1, 8, 9, 33, 65, 96, 97)] == [8, 8, 16, 64, 96, 96, 0]
 

@@ -30,7 +30,7 @@ def reading(name: str, units: int = 1) -> Callable[[Allocate], PackedAdapter]:
         data = allocate(units * UNIT)
         assert data.shape == (units * UNIT,) and data.dtype == torch.uint8
         data.fill_(ord(name[0]))
-        return PackedAdapter(name, 1, data.view(1, -1), EMPTY, EMPTY, EMPTY, EMPTY.float())
+        return PackedAdapter(name, 1, data.view(1, -1), *[EMPTY] * 5, EMPTY.float())
 
     return read
 
