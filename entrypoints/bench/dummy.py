@@ -1,6 +1,7 @@
 """Configurations of known models, and adapters with random weights of their true shapes."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,8 +66,10 @@ class AdapterWriter:
         ranks: Sequence[int],
         modules: Sequence[str],
         num_weight_files: int = 64,
+        use_dora: bool = False,
     ) -> None:
         """Prepare the buffer. `ranks` are dealt to the adapters in turn; see names.MODULES."""
+        self._use_dora = use_dora
         self._ranks = tuple(ranks)
         self._modules = tuple(modules)
         # A file has one rank, so the number of files is rounded up to a multiple of len(ranks).
@@ -100,6 +103,7 @@ class AdapterWriter:
         settings = {
             "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
             "target_modules": [f"{module}_proj" for module in self._modules],
+            "use_dora": self._use_dora,
         }  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(settings))
         return folder
@@ -118,7 +122,9 @@ class AdapterWriter:
         return self._ranks[index % len(self._ranks)]
 
     def _num_values(self, rank: int) -> int:
-        return self._num_layers * rank * sum(sum(self._shapes[m]) for m in self._modules)
+        shapes = [self._shapes[module] for module in self._modules]
+        magnitudes = sum(outputs for _, outputs in shapes) if self._use_dora else 0
+        return self._num_layers * (rank * sum(map(sum, shapes)) + magnitudes)
 
     def _header(self, rank: int) -> bytes:
         """Header of a safetensors file: JSON, padded with spaces to a multiple of 8 bytes."""
@@ -129,9 +135,14 @@ class AdapterWriter:
                 in_features, out_features = self._shapes[module]
                 block = "self_attn" if module in ("q", "k", "v", "o") else "mlp"
                 prefix = f"base_model.model.model.layers.{layer}.{block}.{module}_proj"
-                for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-                    start, end = end, end + 2 * shape[0] * shape[1]
-                    tensors[f"{prefix}.lora_{part}.weight"] = {
+                parts: dict[str, tuple[int, ...]] = {
+                    "lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank),
+                }  # fmt: skip
+                if self._use_dora:
+                    parts["lora_magnitude_vector"] = (out_features,)
+                for part, shape in parts.items():
+                    start, end = end, end + 2 * math.prod(shape)
+                    tensors[f"{prefix}.{part}"] = {
                         "dtype": "BF16", "shape": shape, "data_offsets": (start, end),
                     }  # fmt: skip
         text = json.dumps(tensors).encode()
