@@ -1,7 +1,8 @@
 """Admission: which waiting requests start, in the policy's order.
 
-A request starts when its adapter is resident and the pages for all its known tokens are there, with
-one page to spare for each running request. Pages come from the free list, then from idle prefix
+A request starts when its adapters are resident and the pages for all its known tokens are there,
+with one page to spare for each running request. A request of several adapters reserves and loads
+all of them at once, or none. Pages come from the free list, then from idle prefix
 blocks and adapters, then from adapters reserved for waiting requests of a higher rank.
 
 Bounds of the wait:
@@ -11,7 +12,8 @@ Bounds of the wait:
   reserved for the request that caused the load. Only requests of a lower rank can take it away, and
   those are finitely many. An adapter that was loaded ahead (prefetch.py) is reserved for the first
   request that comes to it with room for its KV.
-- For an adapter slot: only base-model requests start meanwhile, as they take no slot.
+- For adapter slots: only base-model requests start meanwhile, as they take no slot. A request never
+  holds some of its slots while it waits for others, so two cannot wait for each other.
 - For a prefix: a request whose next block is written by the step being planned waits for the next
   step. Others start meanwhile. Each wait makes its cached prefix longer by a block at least.
 - For its turn in the order: each policy states its bound.
@@ -24,9 +26,10 @@ itself, and the answer to the load makes the adapter idle or frees it.
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
-from loraplex.memory.accounting.adapter_cache import CachedAdapter
 from loraplex.memory.accounting.kv_cache import NO_PREFIX, BlockChain, Prefix, prefix_root
 from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.binding import weight_changes
+from loraplex.scheduler.adapters.needs import AdapterNeeds
 from loraplex.scheduler.adapters.prefetch import Prefetcher
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.policies.policy import Context, Policy
@@ -41,7 +44,7 @@ _MAX_SKIPPED = 256  # requests that one walk passes over for want of a slot or o
 
 class _Verdict(Enum):
     STARTED = auto()
-    PARKED = auto()  # until its adapter is loaded
+    PARKED = auto()  # until an adapter is loaded
     NO_SLOT = auto()
     NEXT_STEP = auto()  # it shares blocks that the step being planned writes
     NO_ROOM = auto()
@@ -66,7 +69,7 @@ class Admission:
         self._stats = stats
         self._base_fingerprint = base_fingerprint
         self._send = send
-        self._reserving: dict[Hashable, Request] = {}  # waiting requests that reserve an adapter
+        self._reserving: dict[Hashable, Request] = {}  # waiting requests that reserve adapters
         self._loading: dict[str, AdapterVersion] = {}  # content hash -> version whose path is read
         self._loading_ahead: set[str] = set()  # content hashes in _loading without a reservation
         self._prefetcher = Prefetcher(
@@ -79,7 +82,7 @@ class Admission:
         return len(self._loading)
 
     def context(self, now: float, *, num_free_slots: int) -> Context:
-        """Return the policy's context; a waiting request that reserves an adapter has a slot."""
+        """Return the policy's context; a waiting request that reserves adapters has a slot."""
         return Context(
             now=now,
             num_free=num_free_slots - len(self._reserving),
@@ -107,7 +110,7 @@ class Admission:
         self.lacked_room = False
         for request in self._policy.order(self._waiting, context):
             request.rank = self._policy.rank(request, now)
-            if lacks_slot and request.adapter_version is not None:
+            if lacks_slot and request.bindings:
                 verdict = _Verdict.NO_SLOT
             else:
                 verdict = self._try_start(request, num_running, context)
@@ -146,28 +149,24 @@ class Admission:
         # Preempted: its last ids come with a step's result, and then its mask.
         if request.has_tokens_in_flight or request.awaits_mask:
             return _Verdict.NO_ROOM
-        version = request.adapter_version
-        adapter = self._memory.adapters.get(version.content_hash) if version else None
-        is_loading = adapter is not None and adapter.is_loading
-        if adapter and is_loading and adapter.content_hash not in self._loading_ahead:
-            self._waiting.park(request, adapter.content_hash)
+        needs = AdapterNeeds(request, self._memory.adapters)
+        if needs.loading and not needs.missing and not self._are_ahead(needs.loading):
+            self._waiting.park(request, needs.loading[0])
             return _Verdict.PARKED
         prefix, is_growing = self._find_prefix(request)
         if is_growing:
             return _Verdict.NEXT_STEP
         num_pages = self._memory.kv.num_pages_for(len(request.token_ids)) - len(prefix)
-        if version and not adapter:
-            if not self._find_slot(request, now):
+        while needs.missing and not needs.have_slots(self._memory.adapters):
+            if not self.unreserve_newest(request.rank, now):
                 return _Verdict.NO_SLOT
-            num_pages += version.num_pages
-        while self._num_available(prefix, adapter) < num_pages + num_running:
+        num_pages += needs.num_missing_pages
+        while self._num_available(prefix, needs) < num_pages + num_running:
             if not self.unreserve_newest(request.rank, now):
                 return _Verdict.NO_ROOM
-        if version and (is_loading or not adapter):
+        if needs.loading or needs.missing:
             self._note_admitted(request, context)
-            if not adapter:
-                self.begin_load(version, now)
-            self._wait_for_load(request, version)
+            self._load(request, needs, now)
             return _Verdict.PARKED
         if request.uid not in self._reserving:  # else its slot is counted already
             self._note_admitted(request, context)
@@ -176,30 +175,23 @@ class Admission:
 
     def _find_prefix(self, request: Request) -> Prefix:
         if request.chain is None:
-            content_hash = request.adapter_version.content_hash if request.adapter_version else ""
             root = prefix_root(
-                tenant=request.tenant,
-                salt=request.salt,
-                base_fingerprint=self._base_fingerprint,
-                adapter_hash=content_hash,
+                tenant=request.tenant, salt=request.salt, base_fingerprint=self._base_fingerprint
             )
-            request.chain = BlockChain(root, self._memory.kv.block_tokens)
+            changes = weight_changes(request.bindings)
+            request.chain = BlockChain(root, self._memory.kv.block_tokens, changes)
         if not request.reads_prefix_cache:
             return NO_PREFIX
         return self._memory.kv.find_prefix(request.chain, request.token_ids)
 
-    def _num_available(self, prefix: list[int], adapter: CachedAdapter | None) -> int:
+    def _num_available(self, prefix: list[int], needs: AdapterNeeds) -> int:
         """Count available pages, less the idle ones that the request itself will use."""
         num_available = self._memory.num_available - self._memory.kv.num_idle_among(prefix)
-        if adapter is not None and adapter.is_idle:
-            num_available -= len(adapter.page_ids)
-        return num_available
+        return num_available - needs.num_idle_pages
 
-    def _find_slot(self, request: Request, now: float) -> bool:
-        while not self._memory.has_adapter_slot:
-            if not self.unreserve_newest(request.rank, now):
-                return False
-        return True
+    def _are_ahead(self, content_hashes: list[str]) -> bool:
+        """Tell whether any of these loads was begun ahead, and is reserved for nobody."""
+        return any(content_hash in self._loading_ahead for content_hash in content_hashes)
 
     def begin_load(self, version: AdapterVersion, now: float) -> None:
         """Allocate a slot and pages, which must be available, and have the adapter copied there."""
@@ -225,17 +217,25 @@ class Admission:
         self._loading_ahead.add(version.content_hash)
         self._stats.num_adapter_prefetches += 1
 
-    def _wait_for_load(self, request: Request, version: AdapterVersion) -> None:
-        """Park a request until its adapter is loaded, and reserve the adapter for it."""
-        self._loading_ahead.discard(version.content_hash)
-        self._reserve_adapter(request)
+    def _load(self, request: Request, needs: AdapterNeeds, now: float) -> None:
+        """Reserve all adapters of a request, load those that are missing, and park the request."""
+        adapters = self._memory.adapters
+        for content_hash in (*needs.resident, *needs.loading):
+            adapters.reserve(content_hash)  # first, so that no load evicts them
+        for content_hash, version in needs.missing.items():
+            self.begin_load(version, now)
+            adapters.reserve(content_hash)
+        request.reserves_adapters = True
+        self._loading_ahead.difference_update(needs.loading)
         self._reserving[request.uid] = request
-        self._waiting.park(request, version.content_hash)
+        self._waiting.park(request, [*needs.loading, *needs.missing][0])
 
     def _allocate(self, request: Request, prefix: list[int]) -> None:
-        """Give a request that starts its adapter and the pages for all its known tokens."""
-        if request.adapter_version is not None and not request.reserves_adapter:
-            self._reserve_adapter(request)
+        """Give a request that starts its adapters and the pages for all its known tokens."""
+        if request.bindings and not request.reserves_adapters:
+            for content_hash in request.versions:
+                self._memory.adapters.reserve(content_hash)
+            request.reserves_adapters = True
         self._reserving.pop(request.uid, None)
         kv, num_tokens = self._memory.kv, len(request.token_ids)
         assert request.chain is not None
@@ -251,33 +251,31 @@ class Admission:
             self._stats.prefix_query_tokens += num_tokens
             self._stats.prefix_hit_tokens += num_cached
 
-    def _reserve_adapter(self, request: Request) -> None:
-        assert request.adapter_version is not None
-        self._memory.adapters.reserve(request.adapter_version.content_hash)
-        request.reserves_adapter = True
-
-    def unreserve_adapter(self, request: Request, now: float) -> None:
-        """End the reservation of a request that ends, is preempted, or loses it while it waits."""
+    def unreserve_adapters(self, request: Request, now: float) -> None:
+        """End the reservations of a request that ends, is preempted, or loses them while it
+        waits."""
         self._prefetcher.is_stale = True
         self._reserving.pop(request.uid, None)
-        if request.reserves_adapter and request.adapter_version is not None:
-            request.reserves_adapter = False
-            self._memory.adapters.unreserve(request.adapter_version.content_hash, now)
+        if request.reserves_adapters:
+            request.reserves_adapters = False
+            for content_hash in request.versions:
+                self._memory.adapters.unreserve(content_hash, now)
 
     def unreserve_newest(self, rank: Rank, now: float) -> bool:
-        """End the reservation of the last waiting request by rank, if it comes after `rank`.
+        """End the reservations of the last waiting request by rank, if it comes after `rank`.
 
-        Adapters that are loading stay reserved. Returns whether a reservation was ended.
+        A request keeps them while any of its adapters is loading. Returns whether a request lost
+        its own.
         """
         reserving = [
             request
             for request in self._reserving.values()
-            if request.adapter_version and request.adapter_version.content_hash not in self._loading
+            if self._loading.keys().isdisjoint(request.versions)
         ]
         newest = max(reserving, key=lambda request: request.rank, default=None)
         if newest is None or newest.rank <= rank:
             return False
-        self.unreserve_adapter(newest, now)
+        self.unreserve_adapters(newest, now)
         return True
 
     def on_loaded(self, event: AdapterLoaded, now: float) -> tuple[list[Request], AdapterVersion]:
@@ -299,8 +297,9 @@ class Admission:
         requests = self._waiting.unpark(event.content_hash)
         if event.error:
             self._stats.num_adapter_load_failures += 1
-            for request in requests:
-                self.unreserve_adapter(request, now)
+            reserving = [r for r in self._reserving.values() if event.content_hash in r.versions]
+            for request in reserving:
+                self.unreserve_adapters(request, now)
             self._memory.adapters.fail_load(event.content_hash)
         else:
             self._stats.adapter_load_us += event.load_us

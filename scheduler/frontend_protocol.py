@@ -32,6 +32,15 @@ class AdapterSource(Record):
         return cls(path, path)
 
 
+class MixPart(Record):
+    """One adapter of a weighted mix."""
+
+    adapter: str  # name
+    weight: float = 1.0
+    source: AdapterSource | None = None  # what `adapter` must be; None: what it is
+    load_inplace: bool = False  # `source` may replace another folder under this name
+
+
 class GrammarSpec(Record):
     """The form that the answer of one sequence must have."""
 
@@ -55,7 +64,7 @@ class AddRequest(Message):
     request_id: int
     prompt_token_ids: Int32Array
     sampling: SamplingSpec
-    adapter: str = ""  # name; empty: the base model
+    adapter: str = ""  # name of the adapter or of `mix`; empty: the base model
     adapter_source: AdapterSource | None = None  # what `adapter` must be; None: what it is
     load_inplace: bool = False  # `adapter_source` may replace another folder under this name
     salt: str = ""  # no prefix is shared between different salts
@@ -65,6 +74,14 @@ class AddRequest(Message):
     client: bytes = b""  # the connection within the frontend; empty: it may fill the queue alone
     grammar: GrammarSpec | None = None
     generated_token_ids: Int32Array = msgspec.field(default_factory=int_array)
+    mix: list[MixPart] = []  # up to MAX_BINDINGS; replaces adapter_source and load_inplace
+
+    @property
+    def parts(self) -> list[MixPart]:
+        """The adapters that it asks for; empty: the base model."""
+        if self.mix or not self.adapter:
+            return self.mix
+        return [MixPart(self.adapter, source=self.adapter_source, load_inplace=self.load_inplace)]
 
 
 class SequenceOutput(Record):

@@ -38,8 +38,8 @@ def check_integrity(
     expected: Counter[str] = Counter(pinned)
     for request in requests:
         _check_request(request, memory)
-        if request.reserves_adapter and request.adapter_version is not None:
-            expected[request.adapter_version.content_hash] += 1
+        if request.reserves_adapters:
+            expected.update(request.versions.keys())
     reserved = Counter({a.content_hash: a.num_reservations for a in memory.adapters})
     if +reserved != expected:
         raise IntegrityError(
@@ -60,5 +60,5 @@ def _check_request(request: Request, memory: PageManager) -> None:
         raise IntegrityError(f"{name} counts its pages wrongly")
     if request.num_scheduled > request.capacity:
         raise IntegrityError(f"{name} was planned past its pages")
-    if (request.adapter_version is not None) != request.reserves_adapter:
-        raise IntegrityError(f"{name} runs without a reservation of its adapter")
+    if bool(request.bindings) != request.reserves_adapters:
+        raise IntegrityError(f"{name} runs without a reservation of its adapters")

@@ -14,7 +14,7 @@ from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder, new_request
 from loraplex.scheduler.waiting_queue import WaitingQueue
-from loraplex.scheduler.worker_protocol import StepPlan, StepResult
+from loraplex.scheduler.worker_protocol import AdapterBinding, StepPlan, StepResult
 
 FIRST_RANK: Rank = (-math.inf, -1)
 """Comes before the rank of every request."""
@@ -143,7 +143,7 @@ class StepPlanner:
         self._admission.lacked_room = False
         self._running.release(request)
         self._memory.kv.release(request.uid)
-        self._admission.unreserve_adapter(request, now)
+        self._admission.unreserve_adapters(request, now)
 
     def _plan_running(self, step: StepBuilder, now: float) -> list[Request]:
         """Add the decode rows. Returns the running requests with prompts to compute, in order.
@@ -229,12 +229,13 @@ class StepPlanner:
     def _plan_waiting(self, step: StepBuilder, now: float) -> None:
         def start(request: Request) -> bool:
             self._running.add(request)
-            version = request.adapter_version
-            adapter = self._memory.adapters.get(version.content_hash) if version else None
+            adapters = self._memory.adapters
+            bindings = [
+                AdapterBinding(adapters.slot_of(b.version.content_hash), b.weight, b.first_position)
+                for b in request.bindings
+            ]
             page_ids = self._memory.kv.page_ids(request.uid)
-            step.new_requests.append(
-                new_request(request, page_ids, adapter.slot if adapter else -1)
-            )
+            step.new_requests.append(new_request(request, page_ids, bindings))
             self._add_chunk(request, step, step.budget)
             return step.budget > 0 and self._running.has_free_slot
 

@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from loraplex.memory.accounting.kv_cache import BlockChain
+from loraplex.scheduler.adapters.binding import Binding, distinct_versions
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
 from loraplex.scheduler.worker_protocol import int_array
@@ -71,10 +72,10 @@ class Request(AddRequest, eq=False, tag=None):
     rank: Rank = (0.0, 0)  # place among the admitted ones
     flow: Hashable = None  # the flow that it waits in
     admitted_at: float = -1.0  # seconds; negative: not yet
-    adapter_version: AdapterVersion | None = None
-    reserves_adapter: bool = False
+    bindings: list[Binding] = msgspec.field(default_factory=list)  # empty: the base model
+    reserves_adapters: bool = False  # all of `bindings`
     parked_on: Hashable = None  # see WaitingQueue
-    was_prefetched: bool = False  # its adapter was loaded ahead, once
+    was_prefetched: bool = False  # its adapters were loaded ahead, once
     chain: BlockChain | None = None
     constraint: Constraint | None = None  # of `grammar`
 
@@ -92,7 +93,7 @@ class Request(AddRequest, eq=False, tag=None):
     num_cached_tokens: int = -1  # tokens of the prompt found cached at first admission
     num_prompt_logprobs: int = 1  # next position to report
     first_token_at: float = -1.0  # seconds; negative: not yet
-    tier: str = ""  # one of TIERS: where its adapter was when it was needed
+    tier: str = ""  # one of TIERS: where its slowest adapter was when it was needed
 
     def __post_init__(self) -> None:
         self.uid = (self.frontend, self.request_id)
@@ -115,6 +116,21 @@ class Request(AddRequest, eq=False, tag=None):
     def is_resumed(self) -> bool:
         """Tells whether another engine has begun it."""
         return bool(self.generated_token_ids)
+
+    @property
+    def versions(self) -> dict[str, AdapterVersion]:
+        """Its distinct adapters by content hash; those not inspected are not in it."""
+        return distinct_versions(self.bindings)
+
+    def version_of(self, event: Hashable) -> AdapterVersion | None:
+        """Returns its adapter whose inspection or load is this event, see WaitingQueue.park."""
+        for binding in self.bindings:
+            if event in (binding.version, binding.version.content_hash):
+                return binding.version
+        return None
+
+    def uses(self, version: AdapterVersion) -> bool:
+        return any(binding.version is version for binding in self.bindings)
 
     @property
     def reads_prefix_cache(self) -> bool:

@@ -1,9 +1,17 @@
 """Checks of a new request. A request that passes can be served to its end."""
 
+from typing import NamedTuple
+
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.waiting_queue import WaitingQueue
+
+
+class Pinned(NamedTuple):
+    """What pinned adapters take."""
+
+    num_pages: int
+    num_slots: int
 
 
 def check_queue(request: Request, waiting: WaitingQueue, max_queue_len: int) -> None:
@@ -57,23 +65,29 @@ def check_lengths(request: Request, max_model_len: int) -> None:
         )
 
 
-def capacity_problem(
-    request: Request, version: AdapterVersion | None, memory: PageManager, num_pinned: int
-) -> str:
+def capacity_problem(request: Request, memory: PageManager, pinned_besides: Pinned) -> str:
     """Return the reason if the request would not fit even an empty pool, else "".
 
     The KV of the last token is never computed. An adapter that was not inspected counts as 0 pages;
     the check is repeated when it was.
 
     Args:
-        num_pinned: pages of pinned adapters other than the request's own.
+        pinned_besides: what pinned adapters other than the request's own take.
     """
+    num_pinned, versions = pinned_besides.num_pages, request.versions
+    num_slots = memory.adapters.max_slots - pinned_besides.num_slots
+    if len(versions) > num_slots:
+        return (
+            f"it mixes {len(versions)} adapters, but {num_slots} adapter slots are not taken by "
+            "pinned ones; raise max_adapter_slots or unpin some"
+        )
     num_kv = memory.kv.num_pages_for(request.max_total - 1)
-    num_weights = version.num_pages if version else 0
+    num_weights = sum(version.num_pages for version in versions.values())
     num_usable = memory.blocks.num_usable - num_pinned
     if num_kv + num_weights <= num_usable:
         return ""
-    weights = f" and its adapter {num_weights}" if num_weights else ""
+    whose = "its adapters" if len(versions) > 1 else "its adapter"
+    weights = f" and {whose} {num_weights}" if num_weights else ""
     pinned = f" beside {num_pinned} of pinned adapters" if num_pinned else ""
     return (
         f"prompt and max_tokens need {num_kv} pages of KV cache{weights}, but the pool has "

@@ -12,7 +12,9 @@ from typing import Any
 
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.memory.config import MemoryConfig
+from loraplex.scheduler.adapters.binding import not_ready
 from loraplex.scheduler.adapters.manager import AdapterManager
+from loraplex.scheduler.adapters.request_bindings import bind_positions, bind_versions
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.admission import Admission
 from loraplex.scheduler.config import SchedulerConfig
@@ -120,57 +122,49 @@ class Scheduler:
                 is invalid or could never run; the code says which.
         """
         try:
-            version = self._check(request)
+            self._check(request)
         except RequestRefused:
             self._stats.num_refused += 1
             raise
         self._stats.num_requests += 1
         request.order = self._stats.num_requests
         request.arrival = self.clock()
-        request.adapter_version = version
         request.key = request.rank = self._policy.key(request)
         self._policy.on_arrival(request, request.arrival)
         request.outputs = self.outputs.of(request.frontend)
         self._requests[request.uid] = request
         self.adapters.usage_stats.on_accepted(request)
-        if version is not None:
-            self.adapters.registry.bind(version, request.arrival)
-            if version.state is not AdapterState.READY:
-                self.waiting.park(request, version)
-                return
-        self._resume([request])
+        for binding in request.bindings:
+            self.adapters.registry.bind(binding.version, request.arrival)
+        if version := not_ready(request.bindings):
+            self.waiting.park(request, version)
+            return
+        self._prepare(request, request.arrival)
         self.waiting.push(request)
 
-    def _resume(self, requests: list[Request]) -> None:
-        """Give the requests that another engine has begun the state of preempted ones."""
-        now = self.clock()
-        for request in requests:
-            if request.is_resumed:
-                request.rank = self._policy.rank(request, now)
-                request.admitted_at = now
-                self._policy.on_admitted(request, now)
+    def _prepare(self, request: Request, now: float) -> None:
+        """Complete a request whose adapters are all READY, before it is queued.
 
-    def _check(self, request: Request) -> AdapterVersion | None:
-        """Refuse what cannot be served; returns the version of its adapter."""
+        One that another engine has begun gets the state of a preempted one.
+        """
+        bind_positions(request)
+        if request.is_resumed:
+            request.rank = self._policy.rank(request, now)
+            request.admitted_at = now
+            self._policy.on_admitted(request, now)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what cannot be served, and bind the request to the versions of its adapters."""
         if request.uid in self._requests:
             raise RequestRefused("bad_request", f"request id {request.request_id!r} is in use")
         check_queue(request, self.waiting, self._config.max_queue_len)
         check_lengths(request, self._max_model_len)
-        version = None
-        if request.adapter:
-            version = self.adapters.registry.resolve(
-                request.adapter, request.adapter_source, request.tenant,
-                load_inplace=request.load_inplace,
-            )  # fmt: skip
-        if refusal := self._capacity_problem(request, version):
+        bind_versions(request, self.adapters.registry)
+        if refusal := self._capacity_problem(request):
             raise RequestRefused("bad_request", refusal)
-        return version
 
-    def _capacity_problem(self, request: Request, version: AdapterVersion | None) -> str:
-        own = version.content_hash if version else ""
-        return capacity_problem(
-            request, version, self.memory, self.adapters.pins.num_pages_besides(own)
-        )
+    def _capacity_problem(self, request: Request) -> str:
+        return capacity_problem(request, self.memory, self.adapters.pins.besides(request.versions))
 
     def abort_all(self, frontend: Hashable) -> None:
         """End every request of a frontend, without output."""
@@ -191,12 +185,12 @@ class Scheduler:
             self._planner.vacate(request, now)
         else:
             self.waiting.remove(request)
-            self._admission.unreserve_adapter(request, now)
+            self._admission.unreserve_adapters(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
         self.adapters.usage_stats.on_end(request)
-        if request.adapter_version is not None:
-            self.adapters.registry.unbind(request.adapter_version, now)
+        for binding in request.bindings:
+            self.adapters.registry.unbind(binding.version, now)
         self._stats.finished[reason] += 1
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
@@ -272,14 +266,26 @@ class Scheduler:
         now = self.clock()
         version = self.adapters.on_inspected(event)
         requests = self.waiting.unpark(version)
-        if version.state is AdapterState.READY:
-            self._resume(requests)
-        self.waiting.push_all(requests)
+        if version.state is not AdapterState.READY:
+            self.waiting.push_all(requests)
+            self._fail_users(version, now)
+            return
+        complete: list[Request] = []
         for request in requests:
-            if version.state is not AdapterState.READY:
-                self._fail(request, "adapter", failure(version, tenant=request.tenant), now)
-            elif refusal := self._capacity_problem(request, version):
+            if other := not_ready(request.bindings):
+                self.waiting.park(request, other)
+            else:
+                self._prepare(request, now)
+                complete.append(request)
+        self.waiting.push_all(complete)
+        for request in complete:
+            if refusal := self._capacity_problem(request):
                 self._fail(request, "bad_request", refusal, now)
+
+    def _fail_users(self, version: AdapterVersion, now: float) -> None:
+        """Fail all waiting requests of an adapter that cannot be served."""
+        for request in [r for r in self.waiting if r.uses(version)]:
+            self._fail(request, "adapter", failure(version, tenant=request.tenant), now)
 
     def on_adapter_loaded(self, event: AdapterLoaded) -> None:
         """Let the requests that waited for the pages go on, or fail those of the file read."""
@@ -288,8 +294,7 @@ class Scheduler:
         self.waiting.push_all(requests)
         self.adapters.on_loaded(event, version, requests)
         if event.error:
-            for request in [r for r in self.waiting.by_age if r.adapter_version is version]:
-                self._fail(request, "adapter", failure(version, tenant=request.tenant), now)
+            self._fail_users(version, now)
 
     def fail_waiting(self, command: InspectAdapter | LoadAdapter, why: str) -> None:
         """Fail the requests, loads and pins that wait for the answer to a command.
@@ -297,11 +302,11 @@ class Scheduler:
         The command stays open. A load keeps its slot and pages, which a worker may still write, and
         an answer that comes late counts.
         """
-        events: list[Hashable] = [*self.adapters.fail_waiting(command, why)]
-        for request in [r for event in events for r in self.waiting.parked_on(event)]:
-            assert request.adapter_version is not None
-            text = failure(request.adapter_version, why=why, tenant=request.tenant)
-            self._fail(request, "adapter", text, self.clock())
+        for event in self.adapters.fail_waiting(command, why):
+            for request in [r for r in self.waiting if r.parked_on is not None]:
+                if (version := request.version_of(event)) is not None:
+                    text = failure(version, why=why, tenant=request.tenant)
+                    self._fail(request, "adapter", text, self.clock())
 
     # Commands and state
 

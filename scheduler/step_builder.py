@@ -3,7 +3,13 @@
 from array import array
 
 from loraplex.scheduler.request import Request
-from loraplex.scheduler.worker_protocol import NewRequest, StepPlan, StepResult, int_array
+from loraplex.scheduler.worker_protocol import (
+    AdapterBinding,
+    NewRequest,
+    StepPlan,
+    StepResult,
+    int_array,
+)
 
 
 class StepBuilder:
@@ -116,7 +122,9 @@ class StepBuilder:
             )
 
 
-def new_request(request: Request, page_ids: list[int], adapter_slot: int) -> NewRequest:
+def new_request(
+    request: Request, page_ids: list[int], bindings: list[AdapterBinding]
+) -> NewRequest:
     """Returns everything a worker must know of a request that starts or resumes."""
     token_ids: array[int] = request.token_ids[:]
     return NewRequest(
@@ -124,6 +132,6 @@ def new_request(request: Request, page_ids: list[int], adapter_slot: int) -> New
         token_ids=token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         page_ids=int_array(page_ids),
-        adapter_slot=adapter_slot,
+        bindings=bindings,
         sampling=request.sampling,
     )

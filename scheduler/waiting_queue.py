@@ -106,10 +106,6 @@ class WaitingQueue:
         self._num_parked -= len(requests)
         return requests
 
-    def parked_on(self, event: Hashable) -> list[Request]:
-        """Return all requests parked on `event`. They stay parked."""
-        return list(self._parked.get(event, ()))
-
     def check_integrity(self) -> None:
         """Raise IntegrityError unless both views hold the same requests, in order, and the counts
         are theirs and those of the parked ones."""

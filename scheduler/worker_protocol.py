@@ -1,7 +1,7 @@
 """Messages between the scheduler and the workers. Plain data, no torch.
 
 A *slot* is a row of the worker's persistent per-request state, ``0 <= slot < max_num_seqs``.
-An *adapter slot* is a row of its table of resident adapters; -1 is the base model.
+An *adapter slot* is a row of its table of resident adapters.
 """
 
 from array import array
@@ -78,6 +78,14 @@ class SamplingSpec(Record):
     bad_word_lengths: Int32Array = msgspec.field(default_factory=int_array)
 
 
+class AdapterBinding(Record):
+    """An adapter of a request. It applies with `weight` to all tokens from `first_position` on."""
+
+    adapter_slot: int
+    weight: float = 1.0
+    first_position: int = 0
+
+
 class NewRequest(Record):
     """A request whose state the worker does not hold: new, or back after a preemption."""
 
@@ -85,7 +93,7 @@ class NewRequest(Record):
     token_ids: Int32Array  # the prompt, then what it generated before a preemption
     num_prompt_tokens: int
     page_ids: Int32Array
-    adapter_slot: int
+    bindings: list[AdapterBinding]  # empty: the base model
     sampling: SamplingSpec
 
 

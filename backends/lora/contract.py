@@ -120,7 +120,41 @@ class LoRAPlan(Protocol):
 Plan = TypeVar("Plan", bound=LoRAPlan)
 
 
-class LoRAOp(Protocol[Plan]):
+PlanIn = TypeVar("PlanIn", bound=LoRAPlan, contravariant=True)
+
+
+class LoRAKernels(Protocol[PlanIn]):
+    """The part of an op that every layer calls, see LoRAOp."""
+
+    def shrink(
+        self, plan: PlanIn, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
+    ) -> None:
+        """Compute x A for the planned batch.
+
+        It needs x alone, so it may run before the base model's product, or beside it on a second
+        stream that expand then waits for.
+
+        Args:
+            x: [T, in_features], of the spec's dtype, rows contiguous. T is at least the batch's
+                num_tokens. Must not change until expand of the same group has run.
+            pool: [L, num_pages, page_elems], the whole page pool, x's dtype.
+            layer: index into the first axis of pool and table.
+            group: one of the spec's.
+        """
+        ...
+
+    def expand(
+        self, plan: PlanIn, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
+    ) -> None:
+        """Add the adapters' part to y, in place, after shrink of the same plan, layer and group.
+
+        Args:
+            y: [T, sum of out_features], the base model's output, rows contiguous; mutated.
+        """
+        ...
+
+
+class LoRAOp(LoRAKernels[Plan], Protocol[Plan]):
     """One backend, made once a worker with a LoRASpec.
 
     The op keeps nothing of a batch: a plan holds it. Plans, shrink, expand and replays of graphs
@@ -175,36 +209,9 @@ class LoRAOp(Protocol[Plan]):
         """
         ...
 
-    def shrink(
-        self, plan: Plan, *, x: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
-    ) -> None:
-        """Compute x A for the planned batch.
-
-        It needs x alone, so it may run before the base model's product, or beside it on a second
-        stream that expand then waits for.
-
-        Args:
-            x: [T, in_features], of the spec's dtype, rows contiguous. T is at least the batch's
-                num_tokens. Must not change until expand of the same group has run.
-            pool: [L, num_pages, page_elems], the whole page pool, x's dtype.
-            layer: index into the first axis of pool and table.
-            group: one of the spec's.
-        """
-        ...
-
-    def expand(
-        self, plan: Plan, *, y: torch.Tensor, pool: torch.Tensor, layer: int, group: LoRAGroup
-    ) -> None:
-        """Add the adapters' part to y, in place, after shrink of the same plan, layer and group.
-
-        Args:
-            y: [T, sum of out_features], the base model's output, rows contiguous; mutated.
-        """
-        ...
-
 
 def apply_lora(
-    op: LoRAOp[Any],
+    op: LoRAKernels[Any],
     plan: LoRAPlan,
     *,
     y: torch.Tensor,

@@ -45,7 +45,7 @@ class ModelledWorker:
         for slot in plan.freed_slots:
             self._adapter_of.pop(slot, None)
         for new in plan.new_requests:
-            self._adapter_of[new.slot] = new.adapter_slot
+            self._adapter_of[new.slot] = new.bindings[0].adapter_slot if new.bindings else -1
         adapters = {self._adapter_of[slot] for slot in plan.slots} - {-1}
         num_decodes = num_context = num_prompt = 0
         for position, num_tokens in zip(plan.positions, plan.num_tokens, strict=True):

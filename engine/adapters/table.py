@@ -21,17 +21,20 @@ class AdapterTable:
         table: its tensors keep their addresses, so that CUDA graphs may hold them.
     """
 
-    def __init__(self, target: AdapterTarget, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, target: AdapterTarget, num_slots: int, device: torch.device, num_weighted: int = 0
+    ) -> None:
+        """`num_weighted` rows follow those of the slots, for WeightedRows."""
         self.target = target
+        self.num_slots = num_slots
+        num_rows, sizes = num_slots + num_weighted, (target.num_layers, len(target.modules))
         # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
         # device.
-        self._fields = make_fields(target.num_layers, len(target.modules), num_slots, device)
-        self._vectors = make_fields(
-            target.num_layers, len(target.modules), num_slots, device, num_fields=2
-        )
+        self._fields = make_fields(*sizes, num_rows, device)
+        self._vectors = make_fields(*sizes, num_rows, device, num_fields=2)
         self._host_fields = torch.zeros(self._fields.shape, dtype=torch.int32)
         self._host_vectors = torch.zeros(self._vectors.shape, dtype=torch.int32)
-        page_table = torch.zeros(num_slots, target.max_pages, dtype=torch.int32)
+        page_table = torch.zeros(num_rows, target.max_pages, dtype=torch.int32)
         self.table = LoRATable(
             page_table=page_table.clone().to(device),
             host_page_table=page_table,
@@ -41,12 +44,8 @@ class AdapterTable:
             shift_start=self._vectors[1],
             host_gain_start=self._host_vectors[0],
             host_shift_start=self._host_vectors[1],
-            host_has_vectors=torch.zeros(num_slots, dtype=torch.bool),
+            host_has_vectors=torch.zeros(num_rows, dtype=torch.bool),
         )
-
-    @property
-    def num_slots(self) -> int:
-        return self.table.page_table.shape[0]
 
     def write_device(self, slot: int, adapter: PackedAdapter, page_ids: torch.Tensor) -> None:
         """Write the row of `slot` on the device; on a GPU the copy is only enqueued.
@@ -114,15 +113,22 @@ def _pack_vectors(adapter: PackedAdapter) -> torch.Tensor:
 
 
 def group_rows(
-    adapter_slots: npt.NDArray[np.int32], num_tokens: npt.NDArray[np.int32]
+    adapter_slots: npt.NDArray[np.int32],
+    num_tokens: npt.NDArray[np.int32],
+    num_base: npt.NDArray[np.int32] | None = None,
 ) -> LoRABatch:
     """Group the tokens of a step by adapter.
 
     Args:
         adapter_slots: int32 [rows]; -1 is the base model.
         num_tokens: int32 [rows].
+        num_base: int32 [rows], leading tokens of each row that are the base model's; None: none.
     """
     token_slots = np.repeat(adapter_slots, num_tokens)
+    if num_base is not None:
+        starts = np.cumsum(num_tokens) - num_tokens
+        offsets = np.arange(len(token_slots)) - np.repeat(starts, num_tokens)
+        token_slots[offsets < np.repeat(num_base, num_tokens)] = -1
     order = np.argsort(token_slots, kind="stable")
     token_order = order[np.searchsorted(token_slots[order], 0) :].astype(np.int32)
     sorted_slots = token_slots[token_order]

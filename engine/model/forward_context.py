@@ -1,12 +1,13 @@
 """The context of one forward step, which every layer gets."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from loraplex.backends.attention.contract import AttentionOp, AttentionPlan
 from loraplex.backends.fused.contract import FusedOps
-from loraplex.backends.lora.contract import LoRAGroup, LoRAOp, LoRAPlan
+from loraplex.backends.lora.contract import LoRAGroup, LoRAKernels, LoRAPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class ForwardContext:
     attention: AttentionOp
     attention_plan: AttentionPlan | None  # None: the step's attention runs elsewhere
     fused: FusedOps
-    lora: LoRAOp
+    lora: LoRAKernels[Any]
     lora_plan: LoRAPlan | None  # None: no row has an adapter, and nothing is launched
 
     def attend(self, q: torch.Tensor, layer: int, out: torch.Tensor) -> None:

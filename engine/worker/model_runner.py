@@ -9,7 +9,8 @@ import torch
 from loraplex.backends.attention.contract import AttentionBatch, AttentionPlan
 from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRAPlan, LoRATable, apply_lora
-from loraplex.engine.adapters.table import AdapterTable, group_rows
+from loraplex.backends.lora.passes import LoRAPasses, LoRAPassesPlan
+from loraplex.engine.adapters.table import AdapterTable
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.forward_context import ForwardContext
@@ -38,7 +39,8 @@ class ModelRunner:
     """Runs steps on one device.
 
     After `capture_graphs`, a step of decode rows alone replays a CUDA graph, and another small step
-    replays the pieces of one. Other steps, and all steps on a CPU, launch operator by operator.
+    replays the pieces of one. Other steps, steps where a row has several adapters, and all steps on
+    a CPU launch operator by operator.
 
     Attributes:
         pool: the page pool.
@@ -62,6 +64,7 @@ class ModelRunner:
         self._model = model
         self._lora_table = lora_table
         self._lora = backends.lora
+        self._lora_passes = LoRAPasses(backends.lora)
         self._attention = backends.attention
         self._fused = backends.fused
         self._device = model.device
@@ -174,28 +177,32 @@ class ModelRunner:
             num_decodes=rows.num_decodes,
             page_table=self.states.page_table[rows.slots, :num_pages],
         )
-        lora_batch = group_rows(self.states.adapter_slots[rows.slots], rows.num_tokens)
-        AdapterTable.check(self._lora_table, lora_batch.segment_slots)
+        batches = self.states.adapter_batches(rows)
+        for batch in batches:
+            AdapterTable.check(self._lora_table, batch.segment_slots)
         inputs = token_inputs(
             rows,
             self.states.page_table,
             block_tokens=block,
             max_tokens=self.states.token_ids.shape[1],
         )
-        kind, decode = kind_of(self._lora, self._lora_table, lora_batch), self._decode_graphs
+        lora_batch, decode, mixed = batches[0], self._decode_graphs, self._mixed_graphs
+        if len(batches) > 1:
+            decode = mixed = None
+        kind = kind_of(self._lora, self._lora_table, lora_batch)
         if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
             planned = decode.plan(size, kind, inputs, attention_batch, lora_batch)
             step.start(_describe("graph", planned.lora_plan))
             logits = decode.replay(planned)[: len(rows.slots)]
             self._sample(rows, logits, sampling, output)
             return
-        num_tokens, mixed = len(inputs.places), self._mixed_graphs
+        num_tokens = len(inputs.places)
         if mixed and (size := mixed.fit(num_tokens, kind)):
             planned = mixed.plan(size, kind, inputs, attention_batch, lora_batch)
             step.start(_describe("pieces", planned.lora_plan))
             hidden = mixed.replay(planned, num_tokens)
         else:
-            hidden = self._run_eagerly(step, inputs, attention_batch, lora_batch)
+            hidden = self._run_eagerly(step, inputs, attention_batch, batches)
         if len(rows.sampling):
             logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
             self._sample(rows, logits, sampling, output)
@@ -206,16 +213,18 @@ class ModelRunner:
         step: PendingStep,
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
-        lora_batch: LoRABatch,
+        lora_batches: list[LoRABatch],
     ) -> torch.Tensor:
         """Launch operator by operator. Returns hidden states [T, hidden_size]."""
         tensors = self._uploader.upload(
             {"places": inputs.places, "positions": inputs.positions, "kv_rows": inputs.kv_rows}
         )
         attention_plan = self._attention.plan(attention_batch)
-        lora_plan = None
-        if not lora_batch.is_empty:
-            lora_plan = self._lora.plan(table=self._lora_table, batch=lora_batch)
+        lora_plan: LoRAPlan | None = None
+        if len(lora_batches) > 1:
+            lora_plan = self._lora_passes.plan(table=self._lora_table, batches=lora_batches)
+        elif not lora_batches[0].is_empty:
+            lora_plan = self._lora.plan(table=self._lora_table, batch=lora_batches[0])
         step.start(_describe("eager", lora_plan))
         return self._forward(DeviceInputs(**tensors), attention_plan, lora_plan)
 
@@ -233,7 +242,7 @@ class ModelRunner:
             attention=self._attention,
             attention_plan=attention_plan,
             fused=self._fused,
-            lora=self._lora,
+            lora=self._lora_passes if isinstance(lora_plan, LoRAPassesPlan) else self._lora,
             lora_plan=lora_plan,
         )
 

@@ -113,7 +113,7 @@ def _largest_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan
             token_ids=int_array([0] * num_tokens),
             num_prompt_tokens=num_tokens,
             page_ids=int_array(list(range(1 + slot * pages_each, 1 + (slot + 1) * pages_each))),
-            adapter_slot=-1,
+            bindings=[],
             sampling=SamplingSpec(**sampling),
         )
         for slot in range(num_seqs)

@@ -28,7 +28,9 @@ from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.pool_sizing import size_pool
 from loraplex.engine.worker.ranks import Ranks, join_ranks
 from loraplex.engine.worker.request_states import RequestStates
+from loraplex.engine.worker.weighted_rows import WeightedRows
 from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
+from loraplex.scheduler.adapters.binding import MAX_BINDINGS
 
 logger = logging.getLogger("loraplex")
 
@@ -141,18 +143,20 @@ def set_up(
     )
     reader = make_reader(target)  # its process starts while the weights are loaded
     load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())
-    table = AdapterTable(target, config.memory.max_adapter_slots, device)
+    max_num_seqs, num_slots = config.scheduler.max_num_seqs, config.memory.max_adapter_slots
+    table = AdapterTable(target, num_slots, device, num_weighted=max_num_seqs * MAX_BINDINGS)
 
     def make_runner(num_pages: int, max_model_len: int) -> ModelRunner:
         return ModelRunner(
             model=model,
             pool=PagePool(shape, num_pages, device),
             states=RequestStates(
-                max_num_seqs=config.scheduler.max_num_seqs,
+                max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 block_tokens=shape.block_tokens,
                 vocab_size=spec.vocab_size,
                 device=device,
+                weighted_rows=WeightedRows(table.table, num_slots),
             ),
             lora_table=table.table,
             backends=backends,

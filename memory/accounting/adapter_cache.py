@@ -78,8 +78,16 @@ class AdapterCache:
     def num_on_host(self) -> int:
         return len(self._on_host)
 
+    @property
+    def max_slots(self) -> int:
+        return self._max_slots
+
     def get(self, content_hash: str) -> CachedAdapter | None:
         return self._adapters.get(content_hash)
+
+    def slot_of(self, content_hash: str) -> int:
+        """Return the slot of an adapter that is in pages."""
+        return self._adapters[content_hash].slot
 
     def is_on_host(self, content_hash: str) -> bool:
         """Whether the workers' host store has the adapter, be it in pages or not."""

@@ -1,9 +1,10 @@
 """Page tables of the running requests, and the cache of prefix blocks that requests share.
 
 A block is one page of `block_tokens` tokens. A full block is known by a chained hash of everything
-its KV depends on: base model, adapter content, and all tokens up to its end; and of tenant and
-salt. Equal hashes mean equal KV, so requests may share the page. Different tenants, salts, bases or
-adapters share nothing.
+its KV depends on: base model, all tokens up to its end, and the adapters that have begun to apply
+by its end, with their weights and first positions; and of tenant and salt. Equal hashes mean equal
+KV, so requests may share the page. Different tenants, salts or bases share nothing. Requests with
+different adapters share the blocks before the first position of either.
 
 Invariant: a block is in the cache as soon as the step that writes it is planned. Workers run steps
 in order, so every later step may read it. The rows of one step run in no order, so no row may read
@@ -13,7 +14,7 @@ what another row of its own step writes; find_prefix() stops before such a block
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
@@ -22,10 +23,10 @@ from loraplex.memory.accounting.eviction import EvictionClock, Priority, recompu
 _DIGEST_BYTES = 32
 
 
-def prefix_root(*, tenant: str, salt: str, base_fingerprint: str, adapter_hash: str) -> bytes:
-    """Return the start of a hash chain; `adapter_hash` is empty for the base model."""
+def prefix_root(*, tenant: str, salt: str, base_fingerprint: str) -> bytes:
+    """Return the start of a hash chain."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for text in (tenant, salt, base_fingerprint, adapter_hash):
+    for text in (tenant, salt, base_fingerprint):
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
@@ -39,11 +40,16 @@ class BlockChain:
     stays valid through preemptions.
     """
 
-    __slots__ = ("_block_tokens", "_root", "hashes")
+    __slots__ = ("_block_tokens", "_changes", "_num_changing", "_root", "hashes")
 
-    def __init__(self, root: bytes, block_tokens: int) -> None:
+    def __init__(
+        self, root: bytes, block_tokens: int, changes: Sequence[tuple[int, str]] = ()
+    ) -> None:
+        """`changes` are the adapters: (first position, key) in order; none: the base model."""
         self._root = root
         self._block_tokens = block_tokens
+        self._changes = changes
+        self._num_changing = changes[-1][0] // block_tokens + 1 if changes else 0
         self.hashes: list[bytes] = []
 
     def extend(self, token_ids: "array[int]", num_blocks: int) -> None:
@@ -52,8 +58,20 @@ class BlockChain:
         previous = hashes[-1] if hashes else self._root
         for block in range(len(hashes), num_blocks):
             raw = token_ids[block * size : (block + 1) * size].tobytes()
+            if block < self._num_changing:
+                raw += self._changes_in(block)
             previous = hashlib.blake2b(previous + raw, digest_size=_DIGEST_BYTES).digest()
             hashes.append(previous)
+
+    def _changes_in(self, block: int) -> bytes:
+        """Return the adapters that begin to apply in a block, and at which of its tokens."""
+        parts: list[bytes] = []
+        for position, key in self._changes:
+            if position // self._block_tokens == block:
+                raw = key.encode("utf-8", "surrogatepass")
+                offset = position % self._block_tokens
+                parts += (offset.to_bytes(8, "little"), len(raw).to_bytes(8, "little"), raw)
+        return b"".join(parts)
 
 
 class Prefix(NamedTuple):

@@ -210,17 +210,17 @@ class AdapterManager:
         """
         names = self.registry.names()
         for first in range(0, len(names), ROWS_PER_SLICE):
-            num_running = Counter(request.adapter_version for request in self._running)
+            num_running = _count_running(self._running)
             versions = map(self.registry.current, names[first : first + ROWS_PER_SLICE])
             yield [self.describe(version, num_running) for version in versions if version]
 
     def describe_one(self, name: str) -> dict[str, Any]:
         """The adapter of this name as plain values; RequestRefused if the name is unknown."""
-        num_running = Counter(request.adapter_version for request in self._running)
+        num_running = _count_running(self._running)
         return self.describe(self.registry.find(name), num_running)
 
     def describe(
-        self, version: AdapterVersion, num_running: Mapping[AdapterVersion | None, int]
+        self, version: AdapterVersion, num_running: Mapping[AdapterVersion, int]
     ) -> dict[str, Any]:
         """Describe a named adapter; `num_running` counts running requests by version."""
         adapter = self._memory.adapters.get(version.content_hash) if version.content_hash else None
@@ -286,6 +286,10 @@ class AdapterManager:
 
     def _idle_seconds(self, adapter: CachedAdapter) -> float:
         return 0.0 if self._num_users(adapter) else self._clock() - adapter.last_use
+
+
+def _count_running(running: Iterable[Request]) -> Counter[AdapterVersion]:
+    return Counter(binding.version for request in running for binding in request.bindings)
 
 
 def _residency(adapter: CachedAdapter | None) -> str:

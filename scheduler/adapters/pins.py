@@ -1,12 +1,12 @@
 """Pins: adapters that the user wants in pages whether they are used or not."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 
 from loraplex.memory.accounting.block_manager import IntegrityError
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request
-from loraplex.scheduler.request_checks import capacity_problem
+from loraplex.scheduler.request_checks import Pinned, capacity_problem
 
 MAX_SHARE = 0.5
 """Share of the pages, and of the adapter slots, that pinned adapters may take."""
@@ -51,10 +51,11 @@ class AdapterPins:
         """Whether a pin reserves the adapter in the adapter cache."""
         return content_hash in self._pinned and content_hash not in self._missing
 
-    def num_pages_besides(self, content_hash: str) -> int:
-        """Count pinned pages that a request of this adapter (empty: the base model) cannot use."""
-        own = self._pinned.get(content_hash)
-        return self.num_pages - (next(iter(own)).num_pages if own else 0)
+    def besides(self, content_hashes: Collection[str]) -> Pinned:
+        """Count what is pinned and cannot be used by a request of these adapters."""
+        own = [next(iter(self._pinned[h])) for h in content_hashes if h in self._pinned]
+        num_pages = self.num_pages - sum(version.num_pages for version in own)
+        return Pinned(num_pages, len(self._pinned) - len(own))
 
     def pin(self, version: AdapterVersion) -> str:
         """Pin a READY version; returns the reason if it cannot be pinned."""
@@ -111,12 +112,10 @@ class AdapterPins:
                 "unpin others or raise max_adapter_slots"
             )
         for request in self._requests.values():
-            own = request.adapter_version.content_hash if request.adapter_version else ""
-            if own == version.content_hash:
-                besides = self.num_pages
-            else:
-                besides = self.num_pages_besides(own) + version.num_pages
-            if capacity_problem(request, request.adapter_version, self._memory, besides):
+            besides = self.besides(request.versions)
+            if version.content_hash not in request.versions:
+                besides = Pinned(besides.num_pages + version.num_pages, besides.num_slots + 1)
+            if capacity_problem(request, self._memory, besides):
                 return (
                     "an unfinished request needs so much of the pool that it would find no room; "
                     "pin it when that one has ended"

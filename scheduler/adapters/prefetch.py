@@ -11,7 +11,7 @@ begins ahead only if
   the adapter of another request within the look-ahead.
 
 An adapter that was loaded ahead is idle like any other once its load is answered. Each request has
-its adapter loaded ahead at most once, so two requests cannot evict each other's adapter in turns.
+its adapters loaded ahead at most once, so two requests cannot evict each other's in turns.
 """
 
 from collections.abc import Callable
@@ -73,26 +73,37 @@ class Prefetcher:
         num_growth: int | None = None
         num_needed = 0  # by the requests before
         for request in window:
-            version = request.adapter_version
-            if version is not None and version.content_hash not in counted:
-                counted.add(version.content_hash)
-                adapter = memory.adapters.get(version.content_hash)
-                if adapter is None:
-                    if num_growth is None:
-                        num_growth = self._growth(running)
-                    room = memory.num_available - num_growth - num_needed
-                    if num_loading >= MAX_LOADS or room < version.num_pages:
-                        return
-                    if not self._load(request, version, window, context.now):
-                        return
-                    num_loading += 1
-                elif adapter.is_idle:
-                    num_needed += len(adapter.page_ids)
+            missing, num_idle_pages = self._look_at(request, counted)
+            num_needed += num_idle_pages
+            if missing:
+                if num_growth is None:
+                    num_growth = self._growth(running)
+                room = memory.num_available - num_growth - num_needed
+                if num_loading >= MAX_LOADS or room < sum(v.num_pages for v in missing):
+                    return
+                if not self._load(request, missing, window, context.now):
+                    return
+                num_loading += len(missing)
             num_needed += memory.kv.num_pages_for(len(request.token_ids)) + 1
             if request is window[0]:
                 num_needed += len(running)  # that admission keeps free
             if num_needed > memory.num_available:
                 return
+
+    def _look_at(self, request: Request, counted: set[str]) -> tuple[list[AdapterVersion], int]:
+        """Return the request's missing adapters and the pages of its idle ones, if not in `counted`
+        already; add them to it."""
+        missing: list[AdapterVersion] = []
+        num_idle_pages = 0
+        for content_hash, version in request.versions.items():
+            if content_hash not in counted:
+                counted.add(content_hash)
+                adapter = self._memory.adapters.get(content_hash)
+                if adapter is None:
+                    missing.append(version)
+                elif adapter.is_idle:
+                    num_idle_pages += len(adapter.page_ids)
+        return missing, num_idle_pages
 
     def _growth(self, running: RunningRequests) -> int:
         """Count the pages that running requests may take during a load."""
@@ -105,12 +116,15 @@ class Prefetcher:
         )
 
     def _load(
-        self, request: Request, version: AdapterVersion, window: list[Request], now: float
+        self, request: Request, missing: list[AdapterVersion], window: list[Request], now: float
     ) -> bool:
-        if request.was_prefetched or not self._make_room(version, window):
+        if request.was_prefetched:
             return False
-        request.was_prefetched = True
-        self._begin(version, now)
+        for version in missing:
+            if not self._make_room(version, window):
+                return False
+            request.was_prefetched = True
+            self._begin(version, now)
         return True
 
     def _make_room(self, version: AdapterVersion, window: list[Request]) -> bool:
@@ -120,9 +134,7 @@ class Prefetcher:
         below = memory.clock.stamp(cost_ns, num_pages)
         if memory.adapters.num_free_slots and num_pages <= memory.num_free:
             return True
-        soon_used = {
-            other.adapter_version.content_hash for other in window if other.adapter_version
-        }
+        soon_used = {content_hash for other in window for content_hash in other.versions}
         kept = [a for h in sorted(soon_used) if (a := memory.adapters.get(h)) and a.is_idle]
         for adapter in kept:
             memory.adapters.reserve(adapter.content_hash)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from loraplex.scheduler.adapters.binding import not_ready
 from loraplex.scheduler.adapters.usage import TIERS, Usage
-from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion
+from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.worker_protocol import AdapterLoaded
@@ -12,36 +13,35 @@ from loraplex.scheduler.worker_protocol import AdapterLoaded
 class UsageStats:
     """Keeps Usage of the base model, of each adapter, and of all adapters together.
 
-    A request's tier says where its adapter was when the request needed it: "disk" if files had to
-    be read, "host" if the host store had it, "pages" if it was resident.
+    A request's tier says where its adapters were when the request needed them: "disk" if files had
+    to be read, "host" if the host store had what was missing, "pages" if all were resident. A
+    request of several adapters counts for each of them, and once among all.
     """
 
     def __init__(self) -> None:
         self.base = Usage()
         self.adapters = Usage()
 
-    def _of(self, version: AdapterVersion | None) -> list[Usage]:
-        if version is None:
+    def _of(self, request: Request) -> list[Usage]:
+        if not request.bindings:
             return [self.base]
-        if version.usage is None:
-            version.usage = Usage()
-        return [version.usage, self.adapters]
+        return [*(_usage(binding.version) for binding in request.bindings), self.adapters]
 
     def on_accepted(self, request: Request) -> None:
-        version = request.adapter_version
-        if version is not None and version.state is not AdapterState.READY:
+        if not_ready(request.bindings):
             request.tier = "disk"
-        for usage in self._of(version):
+        for usage in self._of(request):
             usage.num_requests += 1
 
     def on_loaded(
         self, event: AdapterLoaded, version: AdapterVersion, waited: Iterable[Request]
     ) -> None:
         """Count a load; `version` gave its path, `waited` are the requests that were parked."""
-        for usage in self._of(version):
+        for usage in (_usage(version), self.adapters):
             usage.add_load(event)
+        tier = "host" if event.from_host else "disk"
         for request in waited:
-            request.tier = request.tier or ("host" if event.from_host else "disk")
+            request.tier = "disk" if request.tier == "disk" else tier
 
     def on_result(self, step: StepBuilder, now: float) -> None:
         """Count first tokens; call it before the step's tokens are appended."""
@@ -51,12 +51,18 @@ class UsageStats:
                 request.first_token_at = now
                 ttft_us = int((now - request.arrival) * 1e6)
                 tier = TIERS.index(request.tier or "pages")
-                for usage in self._of(request.adapter_version):
+                for usage in self._of(request):
                     usage.add_first_token(request.num_prompt_tokens, ttft_us, tier)
 
     def on_end(self, request: Request) -> None:
         num_known = request.num_prompt_tokens + len(request.generated_token_ids)
         num_generated = len(request.token_ids) - num_known
-        for usage in self._of(request.adapter_version):
+        for usage in self._of(request):
             usage.num_ended += 1
             usage.num_generated_tokens += num_generated
+
+
+def _usage(version: AdapterVersion) -> Usage:
+    if version.usage is None:
+        version.usage = Usage()
+    return version.usage

@@ -1,7 +1,7 @@
 """Adapter clustering (S-LoRA, arXiv 2311.03285, section 4.2): run few adapters at a time."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from heapq import heappop, heappush
 
 from loraplex.memory.accounting.block_manager import IntegrityError
@@ -10,25 +10,37 @@ from loraplex.scheduler.request import Request
 
 BASE = ""  # the flow of the base model, which costs a step no adapter
 
+Mix = tuple[str, ...]
+"""The flow of requests that mix these adapters. The flow of one adapter is its content hash."""
+
 
 class AdapterClustering(Policy):
     """Serves first come, first served until `max_adapters` adapters are active. Then requests for
     active adapters go first, then those for adapters in pages, then others while slots are free.
 
-    An adapter is active while an admitted request uses it. Bound: once a request has waited
+    An adapter is active while an admitted request uses it. A request of several adapters counts as
+    active, or as in pages, if all of them are. Bound: once a request has waited
     `max_wait_s`, nothing that arrived later is admitted before it.
     """
 
     def __init__(self, *, max_adapters: int, max_wait_s: float) -> None:
         self._max_adapters = max_adapters
         self._max_wait_s = max_wait_s
-        self._active: Counter[Hashable] = Counter()  # content hash -> admitted requests
+        self._active: Counter[str] = Counter()  # content hash -> admitted requests
+        self._mixes: set[Mix] = set()  # that wait, and some that did
 
     def flow(self, request: Request) -> Hashable:
-        return _adapter(request)
+        content_hashes = request.versions
+        if len(content_hashes) > 1:
+            return tuple(sorted(content_hashes))
+        return next(iter(content_hashes), BASE)
+
+    def on_flow(self, request: Request) -> None:
+        if isinstance(request.flow, tuple) and request.flow is not ADMITTED:
+            self._mixes.add(request.flow)
 
     def order(self, view: WaitingView, context: Context) -> Iterator[Request]:
-        """Take O(active adapters) a walk and O(log n) a request.
+        """Take O(active adapters and waiting mixes) a walk and O(log n) a request.
 
         A walk that gets to adapters in pages takes O(adapters in pages) more.
         """
@@ -38,7 +50,8 @@ class AdapterClustering(Policy):
             if aged.flow is not ADMITTED:
                 cursor.tried.add(aged)
                 yield aged
-        active = _Heads(cursor, [BASE, *self._active])
+        self._mixes.intersection_update(view.flows)
+        active = _Heads(cursor, [BASE, *self._with_mixes(self._active)])
         resident: _Heads | None = None
         request: Request | None
         while True:
@@ -46,7 +59,9 @@ class AdapterClustering(Policy):
             if len(self._active) < self._max_adapters:
                 request = cursor.oldest()
             elif (request := active.pop()) is None:
-                source = resident = resident or _Heads(cursor, context.resident())
+                if resident is None:
+                    resident = _Heads(cursor, self._with_mixes(set(context.resident())))
+                source = resident
                 request = resident.pop()
                 if request is None and context.num_free > 0:
                     request = cursor.oldest()
@@ -54,30 +69,34 @@ class AdapterClustering(Policy):
                 return
             cursor.tried.add(request)
             yield request
-            if request.flow == BASE or request.flow in self._active:
+            if self._is_active(request.flow):
                 active.push(request.flow)
             elif source is not None:
                 source.push(request.flow)
 
+    def _with_mixes(self, content_hashes: Collection[str]) -> list[Hashable]:
+        """Return the flows whose adapters are all among these."""
+        return [*content_hashes, *(m for m in self._mixes if all(h in content_hashes for h in m))]
+
+    def _is_active(self, flow: Hashable) -> bool:
+        if isinstance(flow, tuple):
+            return all(content_hash in self._active for content_hash in flow)
+        return flow == BASE or flow in self._active
+
     def on_admitted(self, request: Request, now: float) -> None:
-        if request.adapter_version is not None:
-            self._active[_adapter(request)] += 1
+        self._active.update(request.versions.keys())
 
     def on_end(self, request: Request) -> None:
-        if request.adapter_version is not None and request.admitted_at >= 0:
-            adapter = _adapter(request)
-            self._active[adapter] -= 1
-            if not self._active[adapter]:
-                del self._active[adapter]
+        if request.admitted_at >= 0:
+            for content_hash in request.versions:
+                self._active[content_hash] -= 1
+                if not self._active[content_hash]:
+                    del self._active[content_hash]
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        admitted = (r for r in requests if r.adapter_version is not None and r.admitted_at >= 0)
-        if Counter(map(_adapter, admitted)) != self._active:
+        admitted = (request for request in requests if request.admitted_at >= 0)
+        if Counter(h for request in admitted for h in request.versions) != self._active:
             raise IntegrityError("active adapters are counted wrongly")
-
-
-def _adapter(request: Request) -> str:
-    return request.adapter_version.content_hash if request.adapter_version else BASE
 
 
 class _Cursor:

@@ -32,12 +32,17 @@ def mix(state: int, token_id: int) -> int:
     return state ^ (state >> 29)
 
 
-def root_hash(content: str) -> int:
-    """Returns the history before the first token; `content` is empty for the base model."""
-    state = 0
-    for byte in content.encode():
-        state = mix(state, byte)
-    return state
+Weights = list[tuple[int, str]]
+"""Adapters of a request: (first position, content, then " * weight" unless that is 1), in order."""
+
+
+def extend(state: int, token_id: int, position: int, weights: Weights) -> int:
+    """Returns the history with the token at `position`, which the weights compute."""
+    for first, content in weights:
+        if first == position:
+            for byte in content.encode():
+                state = mix(state, byte)
+    return mix(state, token_id)
 
 
 def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
@@ -48,19 +53,27 @@ def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
 
 
 def oracle(
-    prompt: list[int], content: str, sampling: SamplingSpec, max_model_len: int, vocab_size: int
+    prompt: list[int],
+    content: str | Weights,
+    sampling: SamplingSpec,
+    max_model_len: int,
+    vocab_size: int,
 ) -> tuple[list[int], str, int]:
-    """Returns tokens, finish reason and stop token of a request served alone, token by token."""
-    state = root_hash(content)
-    for token_id in prompt:
-        state = mix(state, token_id)
+    """Returns tokens, finish reason and stop token of a request served alone, token by token.
+
+    A `content` that is text applies to all tokens.
+    """
+    weights = [(0, content)] if isinstance(content, str) else content
+    state = 0
+    for position, token_id in enumerate(prompt):
+        state = extend(state, token_id, position, weights)
     stop_ids = frozenset(sampling.stop_token_ids)
     tokens: list[int] = []
     while True:
         banned = stop_ids if len(tokens) < sampling.min_tokens else frozenset()
         token_id = next_token(state, vocab_size, banned)
+        state = extend(state, token_id, len(prompt) + len(tokens), weights)
         tokens.append(token_id)
-        state = mix(state, token_id)
         if token_id in stop_ids:
             return tokens, "stop", token_id
         if len(tokens) == sampling.max_tokens or len(prompt) + len(tokens) == max_model_len:

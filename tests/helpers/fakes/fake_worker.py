@@ -28,7 +28,7 @@ from loraplex.scheduler.worker_protocol import (
     UnloadAdapter,
 )
 
-from helpers.fakes.fake_model import fake_logprobs, mix, next_token, root_hash
+from helpers.fakes.fake_model import Weights, extend, fake_logprobs, next_token
 
 
 @dataclass
@@ -47,8 +47,8 @@ class _Slot:
     num_sent: int
     num_prompt_tokens: int
     page_ids: list[int]
-    adapter_slot: int
-    content: str
+    contents: dict[int, str]  # by adapter slot
+    weights: Weights
     sampling: SamplingSpec
     stop_ids: frozenset[int]
     num_fed: int = -1  # set by the first row
@@ -202,17 +202,22 @@ class FakeWorker:
         assert 0 <= new.slot < self.max_num_seqs
         assert new.slot not in self._slots, f"slot {new.slot} is taken"
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
-        content = ""
-        if new.adapter_slot >= 0:
-            assert new.adapter_slot in self.adapters, "the adapter is not resident"
-            content = self.adapters[new.adapter_slot][0]
+        assert all(b.adapter_slot in self.adapters for b in new.bindings), "not resident"
+        contents = {b.adapter_slot: self.adapters[b.adapter_slot][0] for b in new.bindings}
+        weights = [
+            (
+                b.first_position,
+                contents[b.adapter_slot] + (f" * {b.weight}" if b.weight != 1 else ""),
+            )
+            for b in new.bindings
+        ]
         slot = _Slot(
             token_ids=[],
             num_sent=len(new.token_ids),
             num_prompt_tokens=new.num_prompt_tokens,
             page_ids=list(new.page_ids),
-            adapter_slot=new.adapter_slot,
-            content=content,
+            contents=contents,
+            weights=sorted(weights),
             sampling=new.sampling,
             stop_ids=frozenset(new.sampling.stop_token_ids),
         )
@@ -221,9 +226,9 @@ class FakeWorker:
         self._slots[new.slot] = slot
 
     def _push(self, slot: _Slot, token_id: int) -> None:
-        previous = slot.states[-1] if slot.states else root_hash(slot.content)
+        previous, position = slot.states[-1] if slot.states else 0, len(slot.token_ids)
         slot.token_ids.append(token_id)
-        slot.states.append(mix(previous, token_id))
+        slot.states.append(extend(previous, token_id, position, slot.weights))
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert 0 < len(plan.slots) == len(plan.positions) == len(plan.num_tokens)
@@ -238,8 +243,8 @@ class FakeWorker:
         assert end <= len(slot.token_ids), "a token is fed before it is known"
         assert end <= len(slot.page_ids) * self.block_tokens, "no page for a token"
         self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in slot.page_ids)
-        if slot.adapter_slot >= 0:
-            self._check_weights(slot)
+        for adapter_slot, content in slot.contents.items():
+            self._check_weights(adapter_slot, content)
         for past in range(position):
             page, row = divmod(past, self.block_tokens)
             kv = self._rows[slot.page_ids[page]][row]
@@ -252,11 +257,11 @@ class FakeWorker:
             self._rows[page_id][row] = slot.states[now]
         slot.num_fed = end
 
-    def _check_weights(self, slot: _Slot) -> None:
-        content, page_ids = self.adapters[slot.adapter_slot]
-        self._last_use["slot", slot.adapter_slot] = self.num_steps - 1
+    def _check_weights(self, adapter_slot: int, expected_content: str) -> None:
+        content, page_ids = self.adapters[adapter_slot]
+        self._last_use["slot", adapter_slot] = self.num_steps - 1
         self._last_use.update((("page", page_id), self.num_steps - 1) for page_id in page_ids)
-        assert content == slot.content, "the adapter slot holds another adapter now"
+        assert content == expected_content, "the adapter slot holds another adapter now"
         for index, page_id in enumerate(page_ids):
             expected = [("adapter", content, index)] * self.block_tokens
             assert self._rows[page_id] == expected, "an adapter's page was overwritten"
@@ -287,4 +292,5 @@ class FakeWorker:
         result.prompt_logprobs.append(PromptLogprobs(slot_id, position + 1, entries))
 
     def _is_broken(self, slot: _Slot, position: int) -> bool:
-        return position >= self.broken.get(slot.content, position + 1)
+        contents = list(slot.contents.values()) or [""]
+        return any(position >= self.broken.get(c, position + 1) for c in contents)

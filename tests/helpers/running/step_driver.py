@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.scheduler.worker_protocol import (
+    AdapterBinding,
     AdapterInspected,
     AdapterLoaded,
     InspectAdapter,
@@ -30,7 +31,7 @@ GREEDY: dict[str, Any] = {
 @dataclass
 class Sequence:
     prompt: list[int]
-    adapter_slot: int = -1
+    adapter_slot: int = -1  # of its only adapter, if it has one
     sampling: dict[str, Any] = field(default_factory=dict)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -38,6 +39,13 @@ class Sequence:
     slot: int = -1
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    bindings: list[AdapterBinding] = field(default_factory=list)  # in place of `adapter_slot`
+
+    @property
+    def all_bindings(self) -> list[AdapterBinding]:
+        if self.adapter_slot < 0:
+            return self.bindings
+        return [AdapterBinding(self.adapter_slot)]
 
     @property
     def spec(self) -> SamplingSpec:
@@ -120,7 +128,7 @@ class StepDriver:
                         token_ids=int_array(seq.prompt + seq.output),
                         num_prompt_tokens=len(seq.prompt),
                         page_ids=int_array(pages),
-                        adapter_slot=seq.adapter_slot,
+                        bindings=seq.all_bindings,
                         sampling=seq.spec,
                     )
                 )

@@ -78,7 +78,7 @@ class DayHarness(Harness):
             self.scheduler.add(request)
         finally:
             self.verify()
-        version = request.adapter_version
+        version = request.bindings[0].version if request.bindings else None
         path = version.path if version else ""
         if version and version.state is not AdapterState.READY:
             self.contents[adapter] = self.files[path].content  # it is read anew

@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+from loraplex.scheduler.adapters.binding import Binding
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.policies.policy import Context, Policy
@@ -49,9 +50,10 @@ class PolicyQueue:
         request.order = self.num_added
         request.arrival = at
         if adapter:
-            request.adapter_version = AdapterVersion(
-                adapter, f"/{adapter}", 1, content_hash=adapter
-            )
+            request.bindings = [
+                Binding(AdapterVersion(name, f"/{name}", 1, content_hash=name))
+                for name in adapter.split("+")
+            ]
         request.key = request.rank = self.policy.key(request)
         self.requests[name] = request
         self.policy.on_arrival(request, at)

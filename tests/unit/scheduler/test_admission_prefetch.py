@@ -210,13 +210,12 @@ def pages_in_the_way(harness: Harness, head: Request, waited: dict[str, set[Requ
     """
     scheduler = harness.scheduler
     memory = scheduler.memory
-    own = head.adapter_version.content_hash if head.adapter_version else ""
     ahead = {key for key in waited if head in waited[key]} & loading_ahead(scheduler)
-    ahead.discard(own)
+    ahead -= head.versions.keys()
     in_the_way = sum(len(a.page_ids) for a in memory.adapters if a.content_hash in ahead)
     needed = memory.kv.num_pages_for(len(head.token_ids)) + len(scheduler.running)
-    if head.adapter_version and not memory.adapters.get(own):
-        needed += head.adapter_version.num_pages
+    missing = [v for h, v in head.versions.items() if not memory.adapters.get(h)]
+    needed += sum(version.num_pages for version in missing)
     return in_the_way if needed <= memory.num_available + in_the_way else 0
 
 

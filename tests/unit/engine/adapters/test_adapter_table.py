@@ -13,7 +13,13 @@ from loraplex.engine.model.shard import whole_modules
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.memory.adapter_layout import ModuleShape
 from loraplex.memory.host.store import PackedAdapter
-from loraplex.scheduler.worker_protocol import NewRequest, SamplingSpec, StepPlan, int_array
+from loraplex.scheduler.worker_protocol import (
+    AdapterBinding,
+    NewRequest,
+    SamplingSpec,
+    StepPlan,
+    int_array,
+)
 
 from helpers.running.step_driver import GREEDY
 
@@ -84,7 +90,7 @@ def make_request(slot: int, num_tokens: int, pages: list[int], **changes: Any) -
         token_ids=int_array(range(100 * slot, 100 * slot + num_tokens)),
         num_prompt_tokens=num_tokens,
         page_ids=int_array(pages),
-        adapter_slot=slot - 1,
+        bindings=[AdapterBinding(slot - 1)] if slot else [],
         sampling=SamplingSpec(**{**GREEDY, **changes}),
     )
 
@@ -113,12 +119,13 @@ def test_states_follow_the_plans(device: str) -> None:
     assert states.page_table[2, :4].tolist() == [7, 3, 11, 12]
     assert states.page_table[0, :3].tolist() == [9, 4, 5]
     assert states.token_ids.tolist()[2][:6] == [200, 201, 202, 203, 204, 0]
-    assert states.adapter_slots.tolist() == [-1, -1, 1, -1]
+    assert states.adapter_rows[:, 0].tolist() == [-1, -1, 1, -1]
+    assert states.num_bindings.tolist() == [0, 0, 1, 0]
     apply([make_request(2, 3, [6]), make_request(3, 1, [])], [2], [(3, 1), (2, 2)])
     assert states.page_table[2, :2].tolist() == [6, 2]
     assert states.page_table[3, :1].tolist() == [1]
     apply([], [0, 2, 3], [])
-    assert states.adapter_slots.tolist() == [-1] * 4
+    assert not states.num_bindings.any() and (states.adapter_rows == -1).all()
     apply([make_request(1, 20, [1, 2, 3, 4, 5])], [], [])
     assert states.token_ids.tolist()[1] == [*range(100, 120), 0]
     assert states.token_ids.tolist()[2][:3] == [200, 201, 202]

@@ -29,11 +29,17 @@ def check(kv: Cache) -> None:
 
 
 def start(
-    kv: Cache, request_id: str, tokens: list[int], *, root: bytes = b"root", computed: int = -1
+    kv: Cache,
+    request_id: str,
+    tokens: list[int],
+    *,
+    root: bytes = b"root",
+    changes: list[tuple[int, str]] | None = None,
+    computed: int = -1,
 ) -> int:
     """Open a request, register its first `computed` tokens (all by default); returns the hits."""
     token_ids = array("i", tokens)
-    chain = BlockChain(root, BLOCK)
+    chain = BlockChain(root, BLOCK, changes or [])
     prefix = kv.find_prefix(chain, token_ids).page_ids
     kv.open(request_id, chain, prefix)
     kv.grow(request_id, len(tokens))
@@ -129,8 +135,8 @@ def test_deepest_block_goes_first_whatever_shares_the_root() -> None:
     assert order[-1] == pages[0]
 
 
-def root_of(tenant: str, salt: str, base: str, adapter: str) -> bytes:
-    return prefix_root(tenant=tenant, salt=salt, base_fingerprint=base, adapter_hash=adapter)
+def root_of(tenant: str, salt: str, base: str) -> bytes:
+    return prefix_root(tenant=tenant, salt=salt, base_fingerprint=base)
 
 
 def test_another_history_or_root_is_no_hit() -> None:
@@ -152,8 +158,12 @@ def test_another_history_or_root_is_no_hit() -> None:
             ("a", "", "base", "h1"),
         ]
     ):
-        assert start(kv, f"root {index}", list(range(12)), root=root_of(*parts)) == 0
-    assert start(kv, "z", list(range(12)), root=root_of("", "salt", "base", "h1")) == 2
+        *names, adapter = parts
+        changes = [(0, adapter)] if adapter else []
+        root = root_of(*names)
+        assert start(kv, f"root {index}", list(range(12)), root=root, changes=changes) == 0
+    root = root_of("", "salt", "base")
+    assert start(kv, "z", list(range(12)), root=root, changes=[(0, "h1")]) == 2
 
 
 def test_disabled_cache_shares_nothing() -> None:

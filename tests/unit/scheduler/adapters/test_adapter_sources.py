@@ -44,8 +44,7 @@ def serve(harness: Harness, request: Request) -> str:
             harness.scheduler.commit(harness.results.popleft())
     harness.scheduler.outputs.take()
     del harness.expected[request.request_id]
-    assert request.adapter_version is not None
-    return request.adapter_version.content_hash
+    return request.bindings[0].version.content_hash
 
 
 def test_an_evicted_adapter_whose_files_were_overwritten() -> None:
@@ -102,7 +101,7 @@ def test_unread_files_that_change_are_read_once() -> None:
     commands = [c for c in harness.scheduler.take_commands() if isinstance(c, InspectAdapter)]
     assert commands == [InspectAdapter("x", "/p")]
     harness.scheduler.on_adapter_inspected(harness.worker.inspect(commands[0]))
-    assert first.adapter_version is ask(harness, 2, "stamp 2").adapter_version
+    assert first.bindings[0].version is ask(harness, 2, "stamp 2").bindings[0].version
 
 
 def test_two_reads_of_one_folder_are_never_under_way_at_a_time() -> None:
@@ -116,8 +115,7 @@ def test_two_reads_of_one_folder_are_never_under_way_at_a_time() -> None:
         harness.scheduler.on_adapter_inspected(event)
     assert harness.scheduler.take_commands() == []
     for request, content in ((old, "old"), (new, "new")):
-        assert request.adapter_version is not None
-        assert request.adapter_version.content_hash == content
+        assert request.bindings[0].version.content_hash == content
     assert harness.listed()["x"]["content_hash"] == "new"
 
 

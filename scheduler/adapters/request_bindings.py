@@ -1,0 +1,36 @@
+"""Binds a request to its adapters: first to their versions, then to positions of its prompt."""
+
+from loraplex.scheduler.adapters.binding import MAX_BINDINGS, Binding
+from loraplex.scheduler.adapters.registry import AdapterRegistry
+from loraplex.scheduler.request import Request, RequestRefused
+
+
+def bind_versions(request: Request, registry: AdapterRegistry) -> None:
+    """Bind a new request to what the names of its adapters mean now.
+
+    Raises:
+        RequestRefused: it names too many adapters, or as by AdapterRegistry.resolve.
+    """
+    if len(request.mix) > MAX_BINDINGS:
+        raise RequestRefused(
+            "bad_request",
+            f"a request may mix {MAX_BINDINGS} adapters, this one names {len(request.mix)}",
+        )
+    request.bindings = [
+        Binding(
+            registry.resolve(
+                part.adapter, part.source, request.tenant, load_inplace=part.load_inplace
+            ),
+            part.weight,
+        )
+        for part in request.parts
+    ]
+
+
+def bind_positions(request: Request) -> None:
+    """Complete the bindings of a request whose adapters are all READY.
+
+    Afterwards the order of the bindings depends on the adapters' contents alone, so that the sum of
+    a mix is rounded in the same way whatever the order in which the client named it.
+    """
+    request.bindings.sort(key=lambda binding: (binding.version.content_hash, binding.weight))
