@@ -185,6 +185,8 @@ class AdapterInspected(Message):
     modules: list[str] = []
     warnings: list[str] = []  # parts of its folder that are not used
     is_transient: bool = False
+    invocation_tokens: Int32Array = msgspec.field(default_factory=int_array)
+    """An activated LoRA applies from where these begin last in a prompt. Empty: it always does."""
 
 
 class LoadAdapter(Message):

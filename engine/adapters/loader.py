@@ -10,8 +10,9 @@ import logging
 import queue
 import threading
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.adapters.loads.page_finisher import NoFinisher, PageFinisher
 from loraplex.engine.adapters.loads.turns import Turns
+from loraplex.engine.adapters.peft_config import read_peft_config
 from loraplex.engine.adapters.read_queue import ReadQueue
 from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
 from loraplex.engine.adapters.reader_error import ReaderError
@@ -86,6 +88,7 @@ class AdapterLoader:
         self._finisher = finisher or NoFinisher()
         self._shared: set[str] = set()  # content hashes of adapters that all ranks finish together
         self._num_turns = 0
+        self._adapter_root = target.adapter_root
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
@@ -174,10 +177,11 @@ class AdapterLoader:
             self._shared.add(adapter.content_hash)
         try:
             warnings = finding.result()
+            config = read_peft_config(folder, self._adapter_root)
         except BaseException:
             self.store.release(adapter.content_hash)
             raise
-        answer = _describe(command, adapter, self._module_names, warnings)
+        answer = _describe(command, adapter, self._module_names, warnings, config.invocation_tokens)
         self._report_in_order(answer, release=adapter.content_hash)
         self._prepare()
 
@@ -280,7 +284,11 @@ class AdapterLoader:
 
 
 def _describe(
-    command: InspectAdapter, adapter: PackedAdapter, names: list[str], warnings: list[str]
+    command: InspectAdapter,
+    adapter: PackedAdapter,
+    names: list[str],
+    warnings: list[str],
+    invocation_tokens: Sequence[int],
 ) -> AdapterInspected:
     used = adapter.rank.amax(dim=0).tolist()
     return AdapterInspected(
@@ -293,6 +301,7 @@ def _describe(
         max_rank=max(used),
         modules=[name for name, rank in zip(names, used, strict=True) if rank],
         warnings=warnings,
+        invocation_tokens=array("i", invocation_tokens),
     )
 
 

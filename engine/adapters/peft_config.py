@@ -13,6 +13,7 @@ from loraplex.engine.adapters.reader_error import is_transient
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
+MAX_INVOCATION_TOKENS = 1024
 ALL_LINEAR = "all-linear"
 MIN_SCALE, MAX_SCALE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal float32 numbers
 
@@ -24,9 +25,9 @@ _HARMLESS = frozenset((
     "revision", "runtime_config", "task_type", "velora_config",
 ))  # fmt: skip
 _READ = frozenset((
-    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_bias", "r", "rank_pattern", "target_modules",
-    "use_dora", "use_rslora",
+    "alora_invocation_tokens", "alpha_pattern", "bias", "exclude_modules", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "r", "rank_pattern",
+    "target_modules", "use_dora", "use_rslora",
 ))  # fmt: skip
 _REASONS = {
     "modules_to_save": "it replaces whole modules of the base model",
@@ -34,7 +35,6 @@ _REASONS = {
     "layer_replication": "it repeats layers of the base model",
     "target_parameters": "LoRA on bare parameters is not supported",
     "use_qalora": "QALoRA is not supported",
-    "alora_invocation_tokens": "activated LoRA is not supported",
     "arrow_config": "Arrow routing is not supported",
     "kasa_config": "KaSA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -64,6 +64,7 @@ class PeftConfig:
     use_dora: bool = False  # a magnitude for each output feature
     lora_bias: bool = False  # lora_B has a bias
     replaces_bias: bool = False  # bias="lora_only": biases of adapted modules are trained, too
+    invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA, which applies from there on
     unknown: tuple[str, ...] = ()  # options that are set and not known; PEFT ignores them too
 
     def rank_of(self, module: str) -> int:
@@ -169,6 +170,7 @@ def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
             use_dora=bool(values.get("use_dora")),
             lora_bias=bool(values.get("lora_bias")),
             replaces_bias=values.get("bias") == "lora_only",
+            invocation_tokens=_invocation_tokens(values.get("alora_invocation_tokens")),
             unknown=_unknown(values),
         )
     except PatternError as error:
@@ -255,6 +257,19 @@ def _module_names(name: str, value: object, patterns: PatternCompiler) -> tuple[
     raise PeftConfigError(
         f"{name} must be a list of module names or a regular expression, got {value!r:.80}"
     )
+
+
+def _invocation_tokens(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    tokens = value if isinstance(value, list) else []
+    are_ids = all(type(token) is int and 0 <= token < 1 << 31 for token in tokens)
+    if not (1 <= len(tokens) <= MAX_INVOCATION_TOKENS and are_ids):
+        raise PeftConfigError(
+            f"alora_invocation_tokens must be 1 to {MAX_INVOCATION_TOKENS} token ids, "
+            f"got {value!r:.80}"
+        )
+    return tuple(tokens)
 
 
 def _layers(value: object) -> frozenset[int] | None:

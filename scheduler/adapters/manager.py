@@ -240,6 +240,7 @@ class AdapterManager:
             "max_rank": version.max_rank,
             "modules": list(version.modules),
             "warnings": list(version.warnings),
+            "invocation_tokens": list(version.invocation_tokens),
             "tier": "pages" if is_resident else "host" if on_host else "disk",
             "residency": _residency(adapter),
             "pinned": version.is_pinned or version.wants_pin,

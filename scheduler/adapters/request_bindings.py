@@ -1,7 +1,8 @@
 """Binds a request to its adapters: first to their versions, then to positions of its prompt."""
 
-from loraplex.scheduler.adapters.binding import MAX_BINDINGS, Binding
+from loraplex.scheduler.adapters.binding import MAX_BINDINGS, Binding, last_occurrence
 from loraplex.scheduler.adapters.registry import AdapterRegistry
+from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request, RequestRefused
 
 
@@ -30,7 +31,19 @@ def bind_versions(request: Request, registry: AdapterRegistry) -> None:
 def bind_positions(request: Request) -> None:
     """Complete the bindings of a request whose adapters are all READY.
 
+    An activated LoRA (Greenewald et al., arXiv 2504.12397) applies from where its invocation tokens
+    begin for the last time in the prompt, as in PEFT. Without them the base model answers.
+
     Afterwards the order of the bindings depends on the adapters' contents alone, so that the sum of
     a mix is rounded in the same way whatever the order in which the client named it.
     """
+    for binding in request.bindings:
+        binding.first_position = _first_position(request, binding.version)
     request.bindings.sort(key=lambda binding: (binding.version.content_hash, binding.weight))
+
+
+def _first_position(request: Request, version: AdapterVersion) -> int:
+    if not version.invocation_tokens:
+        return 0
+    at = last_occurrence(request.prompt_token_ids, version.invocation_tokens)
+    return at if at >= 0 else request.max_total  # which no token reaches

@@ -1,5 +1,6 @@
 """One version of a named adapter: its folder, what its files hold, and who waits for it."""
 
+from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,6 +34,8 @@ class AdapterVersion:
     max_rank: int = 0
     modules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # parts of its folder that are not used
+    invocation_tokens: "array[int]" = field(default_factory=lambda: array("i"))
+    """It applies from where they begin last in a prompt; empty: to all tokens."""
     num_requests: int = 0  # unfinished ones
     reply_keys: list[Hashable] = field(default_factory=list)  # of those who wait for the inspection
     pin_keys: list[Hashable] = field(default_factory=list)  # of those who wait for it to be pinned

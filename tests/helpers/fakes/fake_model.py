@@ -45,6 +45,12 @@ def extend(state: int, token_id: int, position: int, weights: Weights) -> int:
     return mix(state, token_id)
 
 
+def last_place(prompt: list[int], sought: tuple[int, ...]) -> int:
+    """Returns where `sought` begins last in the prompt; a large number if it does not occur."""
+    places = (at for at in range(len(prompt)) if tuple(prompt[at : at + len(sought)]) == sought)
+    return max(places, default=1 << 20) if sought else 0
+
+
 def next_token(state: int, vocab_size: int, banned: frozenset[int]) -> int:
     token_id = (state >> 11) % vocab_size
     while token_id in banned:

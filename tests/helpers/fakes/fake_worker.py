@@ -39,6 +39,7 @@ class FakeAdapter:
     num_pages: int = 1
     error: str = ""
     is_transient: bool = False  # the error
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass
@@ -109,6 +110,7 @@ class FakeWorker:
             num_bytes=file.num_pages * 1000,
             max_rank=8,
             modules=["q_proj"],
+            invocation_tokens=array("i", file.invocation),
         )
 
     def load(self, command: LoadAdapter) -> AdapterLoaded:

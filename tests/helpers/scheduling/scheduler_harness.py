@@ -7,7 +7,7 @@ from typing import Any
 
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, SequenceOutput
+from loraplex.scheduler.frontend_protocol import AdapterSource, MixPart, Outputs, SequenceOutput
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
@@ -21,7 +21,7 @@ from loraplex.scheduler.worker_protocol import (
     UnloadAdapter,
 )
 
-from helpers.fakes.fake_model import oracle, sampling_spec
+from helpers.fakes.fake_model import Weights, oracle, sampling_spec
 from helpers.fakes.fake_worker import FakeAdapter, FakeWorker
 from helpers.scheduling.expectation import Expectation
 
@@ -94,6 +94,7 @@ class Harness:
         prompt: list[int],
         *,
         adapter: str = "",
+        mix: dict[str, float] | None = None,
         salt: str = "",
         priority: int = 0,
         use_prefix_cache: bool = True,
@@ -102,10 +103,15 @@ class Harness:
         num_resumed: int = 0,
         **sampling: Any,
     ) -> None:
-        """`num_resumed`: tokens that another engine has generated, if the answer is longer."""
+        """Args:
+        mix: weights by adapter, in place of `adapter`.
+        num_resumed: tokens that another engine has generated, if the answer is longer.
+        """
         spec = sampling_spec(**sampling)
         paths = {info["name"]: info["path"] for info in self.listed().values()}
+        parts = [MixPart(name, weight) for name, weight in (mix or {}).items()]
         expectation = Expectation(prompt, spec, paths.get(adapter, ""))
+        expectation.mix = [(paths.get(part.adapter, ""), part.weight) for part in parts]
         if num_resumed:
             token_ids, _, _ = self.oracle(expectation)
             expectation.token_ids = token_ids[: min(num_resumed, len(token_ids) - 1)]
@@ -116,7 +122,8 @@ class Harness:
             request_id=self.number_of(request_id),
             prompt_token_ids=array("i", prompt),
             sampling=spec,
-            adapter=adapter,
+            adapter=adapter or "+".join(mix or {}),
+            mix=parts,
             salt=salt,
             priority=priority,
             use_prefix_cache=use_prefix_cache,
@@ -158,17 +165,18 @@ class Harness:
         self.verify()
         return alive
 
-    def file(self, path: str, content: str, num_pages: int = 1, error: str = "") -> None:
-        self.files[path] = FakeAdapter(content, num_pages, error)
+    def file(self, path: str, content: str, *values: Any, **named: Any) -> None:
+        """Further arguments are those of FakeAdapter."""
+        self.files[path] = FakeAdapter(content, *values, **named)
 
     def fail_for_now(self, path: str, error: str) -> None:
         """Let reads of a path fail for a passing reason; file() ends it."""
         self.files[path] = FakeAdapter("", 1, error, is_transient=True)
 
-    def register(self, name: str, content: str = "", num_pages: int = 1, error: str = "") -> None:
-        """A new path with this content, registered as `name`."""
+    def register(self, name: str, content: str = "", *values: Any, **named: Any) -> None:
+        """A new path with this content, registered as `name`; as by file()."""
         path = f"/{name}/{len(self.files)}"
-        self.file(path, content or name, num_pages, error)
+        self.file(path, content or name, *values, **named)
         self.scheduler.register_adapter(name, AdapterSource.at(path))
         self.verify()
 
@@ -299,8 +307,8 @@ class Harness:
             expectation.num_prompt_logprobs += 1
             assert entry.token_ids[0] == expectation.prompt[expectation.num_prompt_logprobs]
 
-    def content_of(self, expectation: Expectation) -> str:
-        return self.files[expectation.path].content if expectation.path else ""
+    def content_of(self, expectation: Expectation) -> str | Weights:
+        return expectation.weights(self.files)
 
     def oracle(self, expectation: Expectation) -> tuple[list[int], str, int]:
         """Returns tokens, finish reason and stop token of the whole answer."""

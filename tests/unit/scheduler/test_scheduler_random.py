@@ -66,7 +66,8 @@ class Traffic:
         path = f"/{len(self.harness.files)}"
         content = self.rng.choice(list(CONTENTS))
         error = "broken file" if self.rng.random() < 0.15 else ""
-        self.harness.file(path, content, CONTENTS[content], error)
+        invocation = self.rng.choice([(), (), (1,), (0, 1)])
+        self.harness.file(path, content, CONTENTS[content], error, invocation=invocation)
         return path
 
     def register(self, name: str, tenant: str = "") -> None:
@@ -114,7 +115,6 @@ class Traffic:
         rng = self.rng
         prompt = [rng.randrange(2) for _ in range(rng.randint(1, 16))]  # so that prefixes meet
         options: dict[str, Any] = {
-            "adapter": rng.choice(["", *NAMES]),
             "salt": rng.choice(["", "", "tenant"]),
             "tenant": rng.choice(TENANTS),
             "client": rng.choice([b"", b"1", b"2"]),
@@ -127,6 +127,11 @@ class Traffic:
             "num_prompt_logprobs": rng.choice([-1, -1, 0]),
             "num_resumed": rng.choice([0, 0, 0, 1, 5]),
         }
+        if rng.random() < 0.3:
+            names = rng.sample(NAMES, rng.randint(1, 3))
+            options["mix"] = {name: rng.choice([1.0, 1.0, 0.5, -2.0]) for name in names}
+        else:
+            options["adapter"] = rng.choice(["", *NAMES])
         code = self.harness.try_add(len(self.harness.expected), prompt, **options)
         assert code in ("", "queue_full", "unknown_adapter", "adapter", "bad_request")
 
