@@ -169,6 +169,15 @@ class AdapterConfig:
         default=(), metadata={"help": "adapter to register: NAME=PATH of a PEFT folder; repeatable",
                               "flag": "--adapter"}
     )  # fmt: skip
+    adapter_mixes: tuple[tuple[str, str], ...] = field(
+        default=(),
+        metadata={
+            "help": "mix to serve under a name: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT; the weight is "
+            "1 unless given; repeatable",
+            "flag": "--adapter-mix",
+            "metavar": "NAME=ADAPTER:WEIGHT,...",
+        },
+    )
     adapter_dir: str = field(
         default="",
         metadata={"help": "folder whose PEFT directories are registered under their own names"},

@@ -77,6 +77,11 @@ class AddRequest(Message):
     mix: list[MixPart] = []  # up to MAX_BINDINGS; replaces adapter_source and load_inplace
 
     @property
+    def home_adapter(self) -> str:
+        """The adapter by which a router places it: of a mix the first."""
+        return self.mix[0].adapter if self.mix else self.adapter
+
+    @property
     def parts(self) -> list[MixPart]:
         """The adapters that it asks for; empty: the base model."""
         if self.mix or not self.adapter:

@@ -18,6 +18,8 @@ from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.clients import ClientsOf
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
+from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
+from loraplex.engine.frontend.mixing.named_mixes import named_mixes
 from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
@@ -67,12 +69,13 @@ class Frontend:
         self._info = info
         self._codec = codec
         self._scheduler = SchedulerLink(scheduler)
+        self._mixes = named_mixes(config.adapter)
         self._folders = FolderLookup(config.adapter.adapter_root, wakeup)
         self.inputs = InputProcessor(config, info, codec, seed_salt=name)
         self._requests = RequestTable(
             inputs=self.inputs,
             codec=codec,
-            folders=self._folders,
+            adapters=AdapterLookup(self._mixes, self._folders),
             scheduler=self._scheduler,
             reply=self._reply,
             max_requests_per_client=config.server.max_requests_per_client,
@@ -145,6 +148,8 @@ class Frontend:
 
     def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
         match message:
+            case protocol.LoadAdapterRequest() if message.name in self._mixes:
+                raise ClientError(f"{message.name!r} is a mix: load the adapter under another name")
             case protocol.LoadAdapterRequest():
                 query_id = self._queries.add(client, message.tenant, message.request_id, "adapters")
                 op = "register" if message.lazy else "load"

@@ -14,6 +14,7 @@ from loraplex.engine.errors import ClientError, LoraplexError, client_error
 from loraplex.engine.frontend import field_checks
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElementsError, unpack
 from loraplex.engine.frontend.field_checks import short
+from loraplex.engine.frontend.mixing.adapter_use import AdapterUse, adapter_uses
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 
 PROTOCOL_VERSION = 1
@@ -55,12 +56,18 @@ class GenerateRequest:
     adapter: str = field(default="", metadata={"check": field_checks.optional_adapter_name})
     adapter_path: str = field(default="", metadata={"check": field_checks.text(4096)})
     load_inplace: bool = field(default=False, metadata=_FLAG)
+    adapters: tuple[AdapterUse, ...] = field(default=(), metadata={"check": adapter_uses})
     salt: str = field(default="", metadata={"check": field_checks.text(MAX_ID_CHARS)})
     tenant: str = field(default="", metadata=_TENANT)
     priority: int = field(default=0, metadata={"check": field_checks.int32})
     stream: bool = field(default=True, metadata=_FLAG)
     use_prefix_cache: bool = field(default=True, metadata=_FLAG)
     return_prompt_token_ids: bool = field(default=False, metadata=_FLAG)
+
+    @property
+    def adapter_label(self) -> str:
+        """Returns what logs and errors call its adapters; empty: the base model."""
+        return self.adapter or "+".join(sorted(use.name for use in self.adapters))
 
     @property
     def final_only(self) -> bool:
@@ -81,6 +88,8 @@ class GenerateRequest:
             )
         if self.adapter_path and not self.adapter:
             raise ValueError("adapter_path needs adapter: give the folder a name")
+        if self.adapters and self.adapter:
+            raise ValueError("give adapter or adapters, not both")
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError(
                 "continue_final_message needs add_generation_prompt=false: "

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from loraplex.engine.adapters.folder_lookup import FolderLookup
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
+from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
 from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Wakeup
-from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest, StepOutputs
+from loraplex.scheduler.frontend_protocol import AddRequest, MixPart, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
@@ -53,7 +53,7 @@ class RequestTable:
         *,
         inputs: InputProcessor,
         codec: TextCodec | None,
-        folders: FolderLookup,
+        adapters: AdapterLookup,
         scheduler: SchedulerLink,
         reply: Reply,
         max_requests_per_client: int,
@@ -68,7 +68,7 @@ class RequestTable:
         """
         self._inputs = inputs
         self._new_outputs = OutputFactory(codec).make
-        self._folders = folders
+        self._adapters = adapters
         self._scheduler = scheduler
         self._reply = reply
         self._max_requests_per_client = max_requests_per_client
@@ -144,28 +144,24 @@ class RequestTable:
                 self._look_up(request, token_ids)
 
     def _look_up(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
-        """Starts a request, once the folder that it may bring was found."""
-        if request.message.adapter_path and not isinstance(token_ids, ClientError):
-            self._folders.find(
-                request.message.adapter_path, partial(self._start, request, token_ids)
-            )
+        """Starts a request, once the folders that it may bring were found."""
+        if isinstance(token_ids, ClientError):
+            self._fail(request, token_ids.code, str(token_ids))
         else:
-            self._start(request, token_ids, None)
+            self._adapters.find(request.message, partial(self._start, request, token_ids))
 
     def _start(
         self,
         request: _Request,
-        token_ids: "array[int] | ClientError",
-        source: AdapterSource | ClientError | None,
+        token_ids: "array[int]",
+        parts: list[MixPart] | ClientError,
     ) -> None:
         if not self._is_current(request):
             return
         message, params = request.message, request.message.sampling_params
         try:
-            if isinstance(token_ids, ClientError):
-                raise token_ids
-            if isinstance(source, ClientError):
-                raise client_error(source.code, f"adapter {message.adapter!r}: {source}")
+            if isinstance(parts, ClientError):
+                raise parts
             specs = self._inputs.sampling_specs(params, len(token_ids), request.seed)
             grammar = self._inputs.grammar(params)
             self._charge(request, len(token_ids))
@@ -176,6 +172,7 @@ class RequestTable:
         ids = [next(self._sequence_ids) for _ in specs]
         request.first_id = ids[0]
         self._by_sequence.update(dict.fromkeys(ids, request))
+        only = parts[0] if len(parts) == 1 and parts[0].weight == 1 else None
         try:
             for sequence_id, spec in zip(ids, specs, strict=True):
                 self._scheduler.send(
@@ -183,9 +180,10 @@ class RequestTable:
                         request_id=sequence_id,
                         prompt_token_ids=token_ids,
                         sampling=spec,
-                        adapter=message.adapter,
-                        adapter_source=source,
-                        load_inplace=message.load_inplace,
+                        adapter=only.adapter if only else message.adapter_label,
+                        adapter_source=only.source if only else None,
+                        load_inplace=only.load_inplace if only else False,
+                        mix=[] if only else parts,
                         salt=message.salt,
                         priority=message.priority,
                         use_prefix_cache=message.use_prefix_cache,
@@ -330,7 +328,8 @@ class RequestTable:
     def _drop(self, request: _Request, reason: str) -> list[int]:
         """Removes a request and logs why it ended. Returns the ids of its unfinished sequences."""
         message, outputs = request.message, request.outputs
-        log_end(message.request_id, message.adapter, outputs, reason=reason, times=request.times)
+        label = message.adapter_label
+        log_end(message.request_id, label, outputs, reason=reason, times=request.times)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         self._num_sequences[request.client] -= message.sampling_params.n

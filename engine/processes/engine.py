@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from types import FrameType
 
-from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
+from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.process import Environment
@@ -88,7 +88,7 @@ class Engine:
         """
         check_server_config(self._config.server)
         check_http_config(self._config.server)
-        adapters_at_start(self._config.adapter)
+        check_adapter_config(self._config.adapter)
         if self._has_model:
             resolve_model(self._config.model.model)  # before any process loads its libraries
         try:

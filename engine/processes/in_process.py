@@ -12,12 +12,12 @@ from typing import Any
 import msgpack
 import zmq
 
-from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
+from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import (
     RECEIVE_LIMIT,
@@ -52,7 +52,7 @@ class InProcessEngine:
         worker: Callable[..., WorkerLike] | None = None,
     ) -> None:
         """Load the model; ConfigError as from Engine.start(). `worker` replaces Worker."""
-        adapters_at_start(config.adapter)
+        check_adapter_config(config.adapter)
         if config.parallel.tensor_parallel_size > 1:
             raise ConfigError("tensor_parallel_size must be 1 for an engine in this process")
         self._wakeup = Wakeup()

@@ -173,9 +173,9 @@ class ClusterChannel:
             self._fail(message.request_id, "queue_full", text)
             return
         now = self._clock()
-        request = self.book.add(message, now, self._adapters.source(message.adapter))
+        request = self.book.add(message, now, self._adapters.source)
         num_tokens = request.num_tokens + message.sampling.max_tokens
-        self._demand.observe(message.adapter, num_tokens, now)
+        self._demand.observe(message.home_adapter, num_tokens, now)
         self._dispatch()
 
     def _abort(self, request_ids: "array[int]") -> None:
@@ -269,10 +269,10 @@ class ClusterChannel:
             if engine_id is None:
                 return
             self._tell(engine_id, self.book.start(request, engine_id))
-            self._ask_for_hash(engine_id, request.message.adapter)
+            self._ask_for_hash(engine_id, request.message.home_adapter)
 
     def _place(self, request: RoutedRequest) -> str | None:
-        name = request.message.adapter
+        name = request.message.home_adapter
         needs = PlacementRequest(
             content_hash=self._adapters.content_hash(name),
             prompt_tokens=request.num_tokens,

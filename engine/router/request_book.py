@@ -7,6 +7,7 @@ attempts are dropped, so an engine that was given up and comes back answers nobo
 import heapq
 import itertools
 from array import array
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -39,15 +40,20 @@ class RequestBook:
         return len(self._requests)
 
     def add(
-        self, message: AddRequest, now: float, source: AdapterSource | None = None
+        self,
+        message: AddRequest,
+        now: float,
+        source_of: Callable[[str], AdapterSource | None] = lambda name: None,
     ) -> RoutedRequest:
         """Takes in a request, which then waits. Raises ValueError if its id is in use.
 
-        `source` is the folder that its adapter's name means now.
+        `source_of` returns the folder that an adapter's name means now, if it is known.
         """
         if message.request_id in self._requests:
             raise ValueError(f"request {message.request_id} is unfinished")
-        request = RoutedRequest(message, next(self._orders), now, source=source)
+        mix = [replace(p, source=p.source or source_of(p.adapter)) for p in message.mix]
+        source = None if mix else source_of(message.adapter)
+        request = RoutedRequest(message, next(self._orders), now, source=source, mix=mix)
         self._requests[message.request_id] = request
         self._wait(request)
         return request
@@ -69,9 +75,9 @@ class RequestBook:
         """
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
-        source = request.message.adapter_source
+        source, mix = request.message.adapter_source, request.message.mix
         if request.was_sent:
-            source = source or request.source
+            source, mix = source or request.source, request.mix
         request.was_sent = True
         request.engine_id, request.attempt = engine_id, next(self._attempt_ids)
         request.num_to_skip = request.num_scored
@@ -80,6 +86,7 @@ class RequestBook:
             request.message,
             request_id=request.attempt,
             adapter_source=source,
+            mix=mix,
             generated_token_ids=request.generated[:],
         )
 

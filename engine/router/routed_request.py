@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest, SequenceOutput
+from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest, MixPart, SequenceOutput
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +14,7 @@ class RoutedRequest:
         message: as the frontend sent it.
         order: of arrival.
         source: folder that the adapter's name meant when the request came, if it is known.
+        mix: the parts of its mix with such folders.
         engine_id: empty while it waits for an engine.
         attempt: id under which the engine knows it; another one each time it is sent.
         num_scored: prompt log-probabilities that were passed on.
@@ -25,6 +26,7 @@ class RoutedRequest:
     arrived_at: float
     generated: "array[int]" = field(default_factory=lambda: array("i"))
     source: AdapterSource | None = None
+    mix: list[MixPart] = field(default_factory=list)
     engine_id: str = ""
     was_sent: bool = False
     attempt: int = 0

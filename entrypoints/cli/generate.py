@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     params = flags.sampling_params_of(args, defaults)
     prompts = read_prompts(args.prompts, args.file)
     registered = [name for name, _ in adapters_at_start(config.adapter)]
+    registered += [name for name, _ in config.adapter.adapter_mixes]
     names = answering_models(args.use, args.compare, registered)
     with LLM.from_config(config, in_process=args.in_process) as llm:
         as_chat = _has_chat_template(llm) if args.chat is None else args.chat

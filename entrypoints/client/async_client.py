@@ -7,7 +7,7 @@ from typing import Any
 
 from loraplex.engine.errors import EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
-from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.client.session import ClientSession, Message, Prompt
 from loraplex.entrypoints.client.transport import SEND_TIMEOUT_MS, SocketTransport
@@ -47,7 +47,7 @@ class AsyncClient:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        adapter: str | LoRARequest | None = None,
+        adapter: str | LoRA | None = None,
         request_id: str | None = None,
         salt: str = "",
         priority: int = 0,

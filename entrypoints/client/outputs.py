@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loraplex.engine.errors import LoraplexError
-from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.lora_mix import LoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class CompletionOutput:
     logprobs: Sequence[PositionLogprobs] | None = None  # one entry per token id
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the stop string or stop token id; None for end of text
-    lora_request: LoRARequest | None = None
+    lora_request: LoRA | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -72,7 +72,7 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
-    lora_request: LoRARequest | None = None
+    lora_request: LoRA | None = None
     num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache
     metrics: RequestStateStats | None = field(default=None, compare=False)  # in the last output
 

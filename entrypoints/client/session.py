@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from loraplex.engine.errors import LoraplexError
 from loraplex.engine.frontend.protocol import error_from_reply
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
+from loraplex.entrypoints.client.lora_mix import LoRA, LoRAMix
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.output_assembler import Message, OutputAssembler
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
@@ -62,7 +63,7 @@ class ClientSession:
         prompt: Prompt,
         sampling_params: SamplingParams | None,
         *,
-        adapter: str | LoRARequest | None,
+        adapter: str | LoRA | None,
         request_id: str | None,
         salt: str,
         priority: int,
@@ -80,15 +81,13 @@ class ClientSession:
                 f"request {request_id!r} is not finished yet: choose another request_id"
             )
         fields = _prompt_fields(prompt)
-        lora_request = adapter if isinstance(adapter, LoRARequest) else None
-        name = lora_request.lora_name if lora_request is not None else adapter
+        lora_request = None if isinstance(adapter, str) else adapter
         message = {
             "type": "generate",
             "request_id": request_id,
             **fields,
             "sampling_params": params.to_wire(),
-            "adapter": name or "",
-            **_folder_fields(lora_request),
+            **_adapter_fields(adapter),
             "salt": salt,
             "priority": priority,
             "stream": stream,
@@ -152,10 +151,15 @@ class ClientSession:
                 return request_id
 
 
-def _folder_fields(adapter: LoRARequest | None) -> Message:
-    if adapter is None or not adapter.lora_path:
-        return {}
-    return {"adapter_path": adapter.lora_path, "load_inplace": adapter.load_inplace}
+def _adapter_fields(adapter: str | LoRA | None) -> Message:
+    if isinstance(adapter, LoRAMix):
+        return {"adapters": adapter.to_wire()}
+    if not isinstance(adapter, LoRARequest):
+        return {"adapter": adapter or ""}
+    fields: Message = {"adapter": adapter.lora_name}
+    if adapter.lora_path:
+        fields |= {"adapter_path": adapter.lora_path, "load_inplace": adapter.load_inplace}
+    return fields
 
 
 def _prompt_fields(prompt: Prompt) -> Message:

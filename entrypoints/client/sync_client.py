@@ -7,7 +7,7 @@ from typing import Any
 
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.connection import Connection
-from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.client.session import Prompt, Transport
 
@@ -56,7 +56,7 @@ class Client:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        adapter: str | LoRARequest | None = None,
+        adapter: str | LoRA | None = None,
         request_id: str | None = None,
         salt: str = "",
         priority: int = 0,
@@ -132,7 +132,7 @@ class Client:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        adapter: str | LoRARequest | None = None,
+        adapter: str | LoRA | None = None,
         request_id: str | None = None,
         salt: str = "",
         priority: int = 0,

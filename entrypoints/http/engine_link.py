@@ -102,7 +102,7 @@ class EngineLink:
         """
         frontend = self.frontend
         assert self._table is not None
-        exchange = Exchange(self._table, answer, len(messages))
+        exchange = Exchange(self._table, answer, len(messages), messages[0].get("adapter", ""))
         turn_end = time.monotonic() + TURN_S
         for message in messages:
             if exchange.ended:

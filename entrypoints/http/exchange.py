@@ -151,12 +151,16 @@ class Exchange:
         failure: the error that ended the answer, None if there is none.
     """
 
-    def __init__(self, table: ExchangeTable, answer: Answer, num_prompts: int) -> None:
+    def __init__(
+        self, table: ExchangeTable, answer: Answer, num_prompts: int, adapter: str = ""
+    ) -> None:
+        """`adapter` is what the model's name means; empty: the base model."""
         self.failure: HttpError | None = None
         self.streams = answer.streams
         self.client = table.add(self)
         self._table = table
         self._answer = answer
+        self._adapter = adapter
         self._num_unfinished = num_prompts
         self._chunks: list[bytes] = []
         self._num_bytes = 0
@@ -173,7 +177,9 @@ class Exchange:
         if self._ended:
             return
         if reply["type"] == "error":
-            unknown = reply["code"] == "unknown_adapter"
+            # The parts of a mix are known by their own names alone.
+            is_model = bool(self._adapter) and repr(self._adapter) in reply["message"]
+            unknown = reply["code"] == "unknown_adapter" and is_model
             error = http_error(reply["code"], reply["message"])
             self._fail(unknown_model(self._answer.model) if unknown else error)
             return

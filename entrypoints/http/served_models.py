@@ -13,11 +13,13 @@ class ServedModels:
     Attributes:
         base: the base model's name.
         root: the base model's path, or its name if it is the packaged one.
+        mixes: text of each mix that the configuration names.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.root = config.model.model or PACKAGED_MODEL
         self.base = config.server.served_model_name or self.root
+        self.mixes = dict(config.adapter.adapter_mixes)
 
     def adapter_of(self, model: str | None) -> str:
         """Returns the adapter that a model's name means, "" for the base model.

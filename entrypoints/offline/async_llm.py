@@ -8,6 +8,7 @@ from typing import Any
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.async_client import AsyncClient
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.offline.batch_request import make_batch
@@ -49,7 +50,7 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str,
         *,
-        lora_request: LoRARequest | None = None,
+        lora_request: LoRA | None = None,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs of the request's `output_kind` until it has finished.

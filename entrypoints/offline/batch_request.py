@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.lora_mix import LoRA, LoRAMix
 from loraplex.entrypoints.client.lora_request import LoRARequest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +15,7 @@ class BatchRequest:
 
     prompt: dict[str, Any]
     sampling_params: SamplingParams
-    adapter: LoRARequest | None
+    adapter: LoRA | None
     priority: int
     salt: str
 
@@ -24,7 +23,7 @@ class BatchRequest:
 def make_batch(
     prompts: Sequence[dict[str, Any]],
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+    lora_request: LoRA | Sequence[LoRA | None] | None,
     priority: int | Sequence[int] | None,
 ) -> list[BatchRequest]:
     """Pairs prompts with parameters; a single value goes to every prompt.
@@ -35,7 +34,7 @@ def make_batch(
     """
     num = len(prompts)
     params = _spread("sampling_params", sampling_params, SamplingParams, SamplingParams(), num)
-    adapters = _spread("lora_request", lora_request, LoRARequest, None, num)
+    adapters = _spread("lora_request", lora_request, LoRA, None, num)
     priorities = _spread("priority", priority, int, 0, num)
     batch = []
     for prompt, own_params, adapter, own_priority in zip(
@@ -50,7 +49,7 @@ def make_batch(
     return batch
 
 
-def _spread(name: str, value: Any, kind: type[T], default: Any, num: int) -> list[Any]:
+def _spread(name: str, value: Any, kind: Any, default: Any, num: int) -> list[Any]:
     """Returns a value for each of `num` prompts: a list as it is, or one value repeated.
 
     None stands for `default`.
@@ -58,24 +57,36 @@ def _spread(name: str, value: Any, kind: type[T], default: Any, num: int) -> lis
     if value is None or isinstance(value, kind):
         return [default if value is None else value] * num
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name} must be {kind.__name__} or a list of them, got {value!r:.80}")
+        raise TypeError(f"{name} must be {_name_of(kind)} or a list of them, got {value!r:.80}")
     if len(value) != num:
         raise ValueError(f"{num} prompts but {len(value)} entries in {name}")
     for entry in value:
         if entry is not None and not isinstance(entry, kind):
-            raise TypeError(f"{name} must hold only {kind.__name__}, got {entry!r:.80}")
+            raise TypeError(f"{name} must hold only {_name_of(kind)}, got {entry!r:.80}")
     return [default if entry is None else entry for entry in value]
 
 
-def _with_absolute_path(adapter: LoRARequest | None) -> LoRARequest | None:
+def _name_of(kind: Any) -> str:
+    """Returns the name of a class, or of the first in a union."""
+    return str((get_args(kind) or (kind,))[0].__name__)
+
+
+def _with_absolute_path(adapter: LoRA | None) -> LoRA | None:
+    if isinstance(adapter, LoRAMix):
+        return adapter.with_absolute_paths()
     return adapter and replace(adapter, lora_path=adapter.absolute_path)
+
+
+def _parts(adapter: LoRA | None) -> list[LoRARequest]:
+    if isinstance(adapter, LoRAMix):
+        return [part for part, _ in adapter.parts]
+    return [adapter] if adapter else []
 
 
 def _check_paths(batch: Sequence[BatchRequest]) -> None:
     paths: dict[str, str] = {}
-    for request in batch:
-        adapter = request.adapter
-        if adapter is None or not adapter.lora_path:
+    for adapter in (part for request in batch for part in _parts(request.adapter)):
+        if not adapter.lora_path:
             continue
         path = paths.setdefault(adapter.lora_name, adapter.lora_path)
         if path != adapter.lora_path:

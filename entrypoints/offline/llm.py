@@ -13,7 +13,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
-from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from loraplex.engine.tokenizer.tokenizer import Tokenizer
 
 SamplingParamsOrList = SamplingParams | Sequence[SamplingParams] | None
-LoRARequestOrList = LoRARequest | Sequence[LoRARequest | None] | None
+LoRARequestOrList = LoRA | Sequence[LoRA | None] | None
 
 
 class LLM:

@@ -7,6 +7,7 @@ from typing import Any
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.lora_request import LoRARequest
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.offline.batch_request import make_batch
@@ -55,7 +56,7 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams,
         arrival_time: float | None = None,
-        lora_request: LoRARequest | None = None,
+        lora_request: LoRA | None = None,
         *,
         priority: int = 0,
     ) -> str:

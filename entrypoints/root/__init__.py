@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         StructuredOutputsParams as StructuredOutputsParams,
     )
     from loraplex.entrypoints.client.async_client import AsyncClient as AsyncClient
+    from loraplex.entrypoints.client.lora_mix import LoRAMix as LoRAMix
     from loraplex.entrypoints.client.lora_request import LoRARequest as LoRARequest
     from loraplex.entrypoints.client.outputs import CompletionOutput as CompletionOutput
     from loraplex.entrypoints.client.outputs import RequestOutput as RequestOutput
@@ -44,6 +45,7 @@ _HOMES = {
     "StructuredOutputsParams": "loraplex.engine.frontend.structured.structured_outputs",
     "RequestOutputKind": "loraplex.engine.frontend.sampling_params",
     "LoRARequest": "loraplex.entrypoints.client.lora_request",
+    "LoRAMix": "loraplex.entrypoints.client.lora_mix",
     "RequestOutput": "loraplex.entrypoints.client.outputs",
     "CompletionOutput": "loraplex.entrypoints.client.outputs",
     "TextPrompt": "loraplex.entrypoints.offline.prompts",

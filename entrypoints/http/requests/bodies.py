@@ -45,6 +45,7 @@ class GenerationBody(BaseModel):
     priority: int | None = None
     cache_salt: str | None = None
     lora_path: str | None = None  # SGLang's: the name of an adapter
+    adapters: list[dict[str, Any]] | None = None  # a mix, as in the ZeroMQ protocol
     return_token_ids: bool | None = None
 
 

@@ -121,7 +121,9 @@ def _sampling_params(body: GenerationBody, defaults: Message) -> Message:
 
 
 def _common(body: GenerationBody, adapter: str, params: Message) -> Message:
+    mix = {} if body.adapters is None else {"adapters": body.adapters}
     return {
+        **mix,
         "type": "generate",
         "sampling_params": params,
         "adapter": adapter,

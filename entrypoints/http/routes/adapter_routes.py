@@ -30,12 +30,15 @@ class AdapterRoutes:
 
     async def list_models(self, request: Request) -> Response:
         adapters = await self._rows()
-        data = [self._base_card(), *map(self._card, adapters)]
+        mixes = [self._mix_card(name) for name in self._models.mixes]
+        data = [self._base_card(), *map(self._card, adapters), *mixes]
         return JsonResponse({"object": "list", "data": data})
 
     async def get_model(self, request: Request) -> Response:
         model = request.path_params["name"]
         name = self._models.adapter_of(model)
+        if name in self._models.mixes:
+            return JsonResponse(self._mix_card(name))
         return JsonResponse(self._card(await self._row(model)) if name else self._base_card())
 
     async def list_adapters(self, request: Request) -> Response:
@@ -158,6 +161,9 @@ class AdapterRoutes:
     def _card(self, row: dict[str, Any]) -> dict[str, Any]:
         root = row["path"] or row["name"]  # a tenant sees the paths of its own adapters alone
         return self._model(row["name"], root, self._models.base)
+
+    def _mix_card(self, name: str) -> dict[str, Any]:
+        return self._model(name, self._models.mixes[name], self._models.base)
 
     def _model(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from loraplex.engine.frontend.sampling_params import MAX_LOGPROBS, SamplingParams
-from loraplex.entrypoints.client.lora_request import LoRARequest
+from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import PositionLogprobs, RequestOutput
 from loraplex.entrypoints.offline.batch_request import BatchRequest
 
@@ -43,7 +43,7 @@ class BeamSearchSequence:
 
     tokens: list[int]
     logprobs: list[PositionLogprobs] = field(default_factory=list)  # one for each new token
-    lora_request: LoRARequest | None = None
+    lora_request: LoRA | None = None
     cum_logprob: float = 0.0
     text: str | None = None  # of all tokens, special ones too; set at the end
     finish_reason: str | None = None
