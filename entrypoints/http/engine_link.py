@@ -102,7 +102,9 @@ class EngineLink:
         """
         frontend = self.frontend
         assert self._table is not None
-        exchange = Exchange(self._table, answer, len(messages), messages[0].get("adapter", ""))
+        mixes = dict(self.config.adapter.adapter_mixes)
+        is_mix = "adapters" in messages[0] or messages[0].get("adapter") in mixes
+        exchange = Exchange(self._table, answer, len(messages), is_mix=is_mix)
         turn_end = time.monotonic() + TURN_S
         for message in messages:
             if exchange.ended:

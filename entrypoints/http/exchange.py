@@ -152,15 +152,15 @@ class Exchange:
     """
 
     def __init__(
-        self, table: ExchangeTable, answer: Answer, num_prompts: int, adapter: str = ""
+        self, table: ExchangeTable, answer: Answer, num_prompts: int, *, is_mix: bool = False
     ) -> None:
-        """`adapter` is what the model's name means; empty: the base model."""
+        """`is_mix`: the request names several adapters, by other names than its model's."""
         self.failure: HttpError | None = None
         self.streams = answer.streams
         self.client = table.add(self)
         self._table = table
         self._answer = answer
-        self._adapter = adapter
+        self._is_mix = is_mix
         self._num_unfinished = num_prompts
         self._chunks: list[bytes] = []
         self._num_bytes = 0
@@ -177,9 +177,7 @@ class Exchange:
         if self._ended:
             return
         if reply["type"] == "error":
-            # The parts of a mix are known by their own names alone.
-            is_model = bool(self._adapter) and repr(self._adapter) in reply["message"]
-            unknown = reply["code"] == "unknown_adapter" and is_model
+            unknown = reply["code"] == "unknown_adapter" and not self._is_mix
             error = http_error(reply["code"], reply["message"])
             self._fail(unknown_model(self._answer.model) if unknown else error)
             return

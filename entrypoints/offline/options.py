@@ -29,6 +29,7 @@ class LLMOptions(TypedDict, total=False):
     device: str
     seed: int
     adapters: Mapping[str, str | os.PathLike[str]]
+    adapter_mixes: tuple[tuple[str, str], ...]
     adapter_dir: str
     adapter_root: str
     block_tokens: int

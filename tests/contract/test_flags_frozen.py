@@ -15,7 +15,8 @@ MODEL = [
     "--no-skip-tokenizer-init", "--quantization", "--seed", "--skip-tokenizer-init", "--tokenizer",
 ]  # fmt: skip
 ENGINE = [
-    *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--attention-backend",
+    *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--adapter-mix",
+    "--attention-backend",
     "--block-tokens", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
     "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",
     "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--kv-cache-dtype",

@@ -24,6 +24,7 @@ LONG = (
     "test_popularities and uniform",
     "test_popularities and (skewed or half-base) and 7",
     "test_page_sizes and True",
+    "test_weighted_passes",
 )
 
 
@@ -33,7 +34,8 @@ LONG = (
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_lora_op.py"), "-k", f"triton and cpu and ({wanted})"]  # fmt: skip
+               str(HERE / "test_lora_op.py"), str(HERE / "test_lora_passes.py"),
+               "-k", f"triton and cpu and ({wanted})"]  # fmt: skip
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, cwd=HERE.parents[1],

@@ -69,7 +69,7 @@ def make_llm(oracle: PeftOracle, **options: Any) -> LLM:
 @pytest.fixture(scope="module")
 def llm(oracle: PeftOracle) -> Iterator[LLM]:
     mix = ",".join(f"{name}:{weight}" for name, weight in MIXES["two"].items())
-    with make_llm(oracle, adapter_mixes=[(NAMED, mix)]) as llm:
+    with make_llm(oracle, adapter_mixes=((NAMED, mix),)) as llm:
         yield llm
 
 
