@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from helpers.running.http_server import ADAPTERS, BASE, Served
+from helpers.running.http_server import ADAPTERS, BASE, MIX, Served
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +24,7 @@ def error_of(response: httpx.Response) -> tuple[int, str, str]:
 
 def test_models_are_the_base_and_its_adapters(served: Served, api: openai.OpenAI) -> None:
     models = {model.id: model.model_dump() for model in api.models.list()}
-    assert list(models) == [BASE, *ADAPTERS]
+    assert list(models) == [BASE, *ADAPTERS, MIX]
     assert models[BASE]["root"] == str(served.root / "base")
     assert models[BASE]["parent"] is None and models[BASE]["max_model_len"] == 512
     for name in ADAPTERS:

@@ -14,6 +14,7 @@ from helpers.models.peft_adapters import make_adapter
 
 ADAPTERS = {"a": {"r": 4, "targets": ["q_proj", "v_proj"]}, "b": {"r": 8, "targets": "all-linear"}}
 BASE = "tiny"
+MIX = "blend"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def http_config(root: Path, *, num_frontends: int = 1) -> EngineConfig:
         memory=MemoryConfig(num_pages=600, block_tokens=16),
         scheduler=SchedulerConfig(max_num_seqs=32),
         adapter=AdapterConfig(
-            adapters=tuple((name, str(root / name)) for name in ADAPTERS), adapter_root=str(root)
+            adapters=tuple((name, str(root / name)) for name in ADAPTERS),
+            adapter_mixes=((MIX, "a:0.5,b:-1.5"),),
+            adapter_root=str(root),
         ),
         server=ServerConfig(
             endpoint="" if num_frontends == 1 else "tcp://127.0.0.1:0",
