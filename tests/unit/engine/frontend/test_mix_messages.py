@@ -1,6 +1,7 @@
 """Several adapters in a client's message, and mixes that the configuration names."""
 
 from array import array
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loraplex.scheduler.frontend_protocol import AddRequest, MixPart
 
 from helpers.fakes.frontend_harness import A, FrontendHarness
 
+NUMBERS = count()
 GENERATE = {"type": "generate", "request_id": "r", "prompt_token_ids": [1, 2]}
 
 
@@ -49,7 +51,7 @@ def test_adapter_and_adapters_exclude_each_other() -> None:
 
 
 def ask(harness: FrontendHarness, **values: Any) -> AddRequest:
-    harness.ask(A, prompt_token_ids=[1, 2], sampling_params={"max_tokens": 1}, **values)
+    harness.ask(A, request_id=f"r{next(NUMBERS)}", prompt_token_ids=[1, 2], **values)
     sent = harness.take_sent(AddRequest)
     while not sent:  # a turn for each folder
         harness.run_pooled()
