@@ -75,4 +75,5 @@ def _part(given: Part | tuple[Part, float]) -> tuple[LoRARequest, float]:
         raise TypeError(f"a mix holds LoRARequests or names, got {adapter!r:.80}")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise TypeError(f"the weight of adapter {adapter.lora_name!r} must be a number")
-    return adapter, checked_weight(float(weight))
+    checked_weight(float(weight))
+    return adapter, float(weight)
