@@ -230,9 +230,7 @@ class Scheduler:
             self._end(request, reason, now)
         return self.outputs.take()
 
-    # Adapters
-
-    # RequestRefused says that `tenant`, unless it is the operator (""), may not do this.
+    # Adapters. RequestRefused says that `tenant`, unless it is the operator (""), may not do this.
 
     def register_adapter(
         self, name: str, source: AdapterSource, tenant: str = ""
