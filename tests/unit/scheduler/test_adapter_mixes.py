@@ -7,7 +7,7 @@ import pytest
 
 from loraplex.scheduler.frontend_protocol import MixPart
 from loraplex.scheduler.request import Request, RequestRefused
-from loraplex.scheduler.worker_protocol import LoadAdapter
+from loraplex.scheduler.worker_protocol import InspectAdapter, LoadAdapter
 
 from helpers.fakes.fake_model import sampling_spec
 from helpers.scheduling.policy_queue import PolicyQueue
@@ -122,6 +122,29 @@ def test_a_file_that_cannot_be_read_fails_the_mix_before_the_others_are_read() -
     harness.deliver_event()
     assert harness.error_of("mix")[0] == "adapter"
     assert "'bad'" in harness.error_of("mix")[1]
+    harness.run()
+
+
+def test_a_command_without_an_answer_fails_the_mixes_that_wait_for_it() -> None:
+    """Also one that waits for another adapter first."""
+    harness = make()
+    harness.add("mix", PROMPT, mix={"a": 1.0, "b": 1.0})
+    harness.add("alone", PROMPT, adapter="a")
+    read = InspectAdapter("b", harness.listed()["b"]["path"])
+    harness.scheduler.fail_waiting(read, "worker rank 1 hangs")
+    harness.take_updates()
+    code, text = harness.error_of("mix")
+    assert code == "adapter" and "'b'" in text and "worker rank 1 hangs" in text
+    harness.settle()
+    harness.add("again", PROMPT, mix={"c": 1.0, "d": 1.0})
+    harness.settle()
+    assert harness.scheduler.plan() is None
+    commands = harness.scheduler.take_commands()
+    load = next(c for c in commands if isinstance(c, LoadAdapter) and c.content_hash == "d")
+    harness.scheduler.fail_waiting(load, "worker rank 1 hangs")
+    harness.take_updates()
+    assert "'d'" in harness.error_of("again")[1]
+    harness.events.extend(harness.worker.load(command) for command in commands)
     harness.run()
 
 
