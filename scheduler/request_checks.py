@@ -6,6 +6,9 @@ from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
+PLAIN_LORA = "lora"
+"""The kind of an adapter that adds a product and nothing else; see AdapterInspected."""
+
 
 class Pinned(NamedTuple):
     """What pinned adapters take."""
@@ -65,15 +68,18 @@ def check_lengths(request: Request, max_model_len: int) -> None:
         )
 
 
-def capacity_problem(request: Request, memory: PageManager, pinned_besides: Pinned) -> str:
-    """Return the reason if the request would not fit even an empty pool, else "".
+def service_problem(request: Request, memory: PageManager, pinned_besides: Pinned) -> str:
+    """Return the reason if the request could not be served even by an empty pool, else "".
 
-    The KV of the last token is never computed. An adapter that was not inspected counts as 0 pages;
-    the check is repeated when it was.
+    An adapter of another kind than plain LoRA changes more than a sum, so no mix may have it. The
+    KV of the last token is never computed. An adapter that was not inspected counts as 0 pages; the
+    check is repeated when it was.
 
     Args:
         pinned_besides: what pinned adapters other than the request's own take.
     """
+    if problem := _mix_problem(request):
+        return problem
     num_pinned, versions = pinned_besides.num_pages, request.versions
     num_slots = memory.adapters.max_slots - pinned_besides.num_slots
     if len(versions) > num_slots:
@@ -93,3 +99,15 @@ def capacity_problem(request: Request, memory: PageManager, pinned_besides: Pinn
         f"prompt and max_tokens need {num_kv} pages of KV cache{weights}, but the pool has "
         f"{num_usable}{pinned}; lower max_tokens, shorten the prompt or enlarge the pool"
     )
+
+
+def _mix_problem(request: Request) -> str:
+    if len(request.bindings) == 1 and request.bindings[0].weight == 1:
+        return ""
+    for version in request.versions.values():
+        if version.kind not in ("", PLAIN_LORA):
+            return (
+                f"adapter {version.name!r} is of the kind {version.kind}: only plain LoRA may have "
+                "a weight or be mixed with other adapters; name it alone"
+            )
+    return ""

@@ -23,7 +23,7 @@ from loraplex.scheduler.integrity import check_integrity
 from loraplex.scheduler.planner import StepPlanner
 from loraplex.scheduler.policies.registry import make_policy
 from loraplex.scheduler.request import Request, RequestRefused, RequestState
-from loraplex.scheduler.request_checks import capacity_problem, check_lengths, check_queue
+from loraplex.scheduler.request_checks import check_lengths, check_queue, service_problem
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats, describe_load
 from loraplex.scheduler.step_results import apply_result
@@ -160,11 +160,11 @@ class Scheduler:
         check_queue(request, self.waiting, self._config.max_queue_len)
         check_lengths(request, self._max_model_len)
         bind_versions(request, self.adapters.registry)
-        if refusal := self._capacity_problem(request):
+        if refusal := self._service_problem(request):
             raise RequestRefused("bad_request", refusal)
 
-    def _capacity_problem(self, request: Request) -> str:
-        return capacity_problem(request, self.memory, self.adapters.pins.besides(request.versions))
+    def _service_problem(self, request: Request) -> str:
+        return service_problem(request, self.memory, self.adapters.pins.besides(request.versions))
 
     def abort_all(self, frontend: Hashable) -> None:
         """End every request of a frontend, without output."""
@@ -277,7 +277,7 @@ class Scheduler:
                 complete.append(request)
         self.waiting.push_all(complete)
         for request in complete:
-            if refusal := self._capacity_problem(request):
+            if refusal := self._service_problem(request):
                 self._fail(request, "bad_request", refusal, now)
 
     def _fail_users(self, version: AdapterVersion, now: float) -> None:

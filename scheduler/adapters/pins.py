@@ -6,7 +6,7 @@ from loraplex.memory.accounting.block_manager import IntegrityError
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request
-from loraplex.scheduler.request_checks import Pinned, capacity_problem
+from loraplex.scheduler.request_checks import Pinned, service_problem
 
 MAX_SHARE = 0.5
 """Share of the pages, and of the adapter slots, that pinned adapters may take."""
@@ -115,7 +115,7 @@ class AdapterPins:
             besides = self.besides(request.versions)
             if version.content_hash not in request.versions:
                 besides = Pinned(besides.num_pages + version.num_pages, besides.num_slots + 1)
-            if capacity_problem(request, self._memory, besides):
+            if service_problem(request, self._memory, besides):
                 return (
                     "an unfinished request needs so much of the pool that it would find no room; "
                     "pin it when that one has ended"

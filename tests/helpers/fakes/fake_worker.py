@@ -40,6 +40,7 @@ class FakeAdapter:
     error: str = ""
     is_transient: bool = False  # the error
     invocation: tuple[int, ...] = ()
+    kind: str = "lora"
 
 
 @dataclass
@@ -110,6 +111,7 @@ class FakeWorker:
             num_bytes=file.num_pages * 1000,
             max_rank=8,
             modules=["q_proj"],
+            kind=file.kind,
             invocation_tokens=array("i", file.invocation),
         )
 

@@ -201,3 +201,21 @@ def test_clustering_counts_the_union_of_the_adapters() -> None:
         queue.add(name, adapter=adapter, at=float(at))
     assert queue.admit(1, now=10.0) == "1"
     assert queue.admit(5, now=10.0) == "3 4 6 2 5"
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("mix", [{"a": 1.0, "d": 1.0}, {"d": 0.5}])
+def test_only_plain_lora_may_be_mixed(mix: dict[str, float], is_known: bool) -> None:
+    harness = make("a")
+    harness.register("d", num_pages=2, kind="dora")
+    if is_known:
+        harness.add("alone", PROMPT, adapter="d")
+        harness.run()
+        end = harness.expected["alone"].end
+        assert end is not None and end.finish_reason == "length"
+        assert harness.try_add("mix", PROMPT, mix=mix) == "bad_request"
+        return
+    harness.add("mix", PROMPT, mix=mix)
+    harness.settle()
+    code, text = harness.error_of("mix")
+    assert code == "bad_request" and "'d' is of the kind dora" in text
