@@ -1,7 +1,6 @@
-"""Starts engines on one machine and a router before them, and starts again what ends."""
+"""Starts engines and a router before them, and starts again what ends."""
 
-import logging
-import os
+import contextlib
 import sys
 import threading
 import time
@@ -10,36 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from loraplex.engine.cluster.engine_list import EngineList, ListedEngine
+from loraplex.engine.cluster.engine_list import EngineList
+from loraplex.engine.cluster.engine_slot import EngineSlot
+from loraplex.engine.cluster.launcher import EngineHandle, Launcher
+from loraplex.engine.cluster.launchers import make_launcher
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import ConfigError, EngineDeadError, LoraplexError
+from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
-from loraplex.engine.processes.engine import STOP_TIMEOUT_S, Engine
-from loraplex.engine.processes.process import Environment, ProcessSpec
+from loraplex.engine.processes.engine import STOP_TIMEOUT_S
+from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
-from loraplex.engine.processes.restart_policy import RestartPolicy
 from loraplex.scheduler.placement.placement import POLICIES
-
-DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
-
-logger = logging.getLogger("loraplex.cluster")
-
-
-def device_environment(index: int, num_devices: int) -> Environment:
-    """Returns the variables that give engine `index` its own `num_devices` GPUs.
-
-    Raises ConfigError if the caller sees fewer GPUs than that engine needs.
-    """
-    first = index * num_devices
-    visible = os.environ.get(DEVICES_VARIABLE)
-    names = [str(i) for i in range(first + num_devices)] if visible is None else visible.split(",")
-    mine = names[first : first + num_devices]
-    if visible and len(mine) < num_devices:
-        raise ConfigError(
-            f"engine {index} needs GPUs {first} to {first + num_devices - 1} of the "
-            f"{len(names)} in {DEVICES_VARIABLE}: ask for fewer engines"
-        )
-    return ((DEVICES_VARIABLE, ",".join(mine)),)
 
 
 class EngineCluster:
@@ -61,12 +41,18 @@ class EngineCluster:
         *,
         num_engines: int,
         placement: str = "affinity",
+        ray_address: str = "",
         on_progress: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
     ) -> None:
         """Makes a cluster that is not started.
 
-        Raises ConfigError: no engines are asked for, the placement is unknown, or HTTP is.
+        Args:
+            ray_address: where engines run; see make_launcher().
+
+        Raises:
+            ConfigError: no engines are asked for, the placement is unknown, HTTP is asked for, or
+                Ray is and cannot be used.
         """
         if num_engines < 1:
             raise ConfigError(f"a cluster needs at least 1 engine, got {num_engines}")
@@ -78,18 +64,22 @@ class EngineCluster:
             raise ConfigError("a cluster has one router: leave num_frontends out")
         self._config = config
         self._placement = placement
-        self._on_progress = on_progress
-        self._worker_command = worker_command
         self._router = ProcessGroup(on_progress)
-        self._slots = [_Slot(index) for index in range(num_engines)]
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._launcher = make_launcher(
+            replace(config, server=replace(config.server, endpoint="", http="")),
+            ray_address=ray_address,
+            on_progress=on_progress,
+            worker_command=worker_command,
+        )
+        self._slots = [
+            EngineSlot(index, self._launcher, self._write_list) for index in range(num_engines)
+        ]
+        self._lock = threading.Lock()  # guards the list's file
 
     @property
-    def engines(self) -> dict[str, Engine]:
+    def engines(self) -> dict[str, EngineHandle]:
         """The engines that are up, by name."""
-        with self._lock:
-            return {s.engine_id: s.engine for s in self._slots if s.engine is not None}
+        return {slot.engine_id: slot.engine for slot in self._slots if slot.engine is not None}
 
     @property
     def router_pid(self) -> int:
@@ -100,6 +90,10 @@ class EngineCluster:
         """How the router ended for good; None while it lives or was stopped."""
         return self._router.dead_reason or None
 
+    def describe_launcher(self) -> str:
+        """Returns where the engines run, in words."""
+        return self._launcher.describe()
+
     def start(self, timeout_s: float = 600.0) -> None:
         """Start all engines and the router and wait until all are ready.
 
@@ -109,17 +103,13 @@ class EngineCluster:
         """
         check_server_config(self._config.server)
         deadline = time.monotonic() + timeout_s
-        weakref.finalize(self, _stop, self._router, self._slots, self._stopping)
+        weakref.finalize(self, _stop, self._router, self._slots, self._launcher)
         try:
+            self._launcher.open(len(self._slots))
             for slot in self._slots:
-                name = f"engine {slot.index}"
-                threading.Thread(target=self._keep, args=(slot,), name=name, daemon=True).start()
+                slot.start()
             for slot in self._slots:
-                slot.started.wait(max(0.0, deadline - time.monotonic()))
-                if slot.failure is not None:
-                    raise slot.failure
-                if slot.engine is None:
-                    raise EngineDeadError(f"engine {slot.index} did not get ready in time")
+                slot.await_start(deadline)
             command = [sys.executable, "-P", "-m", "loraplex.engine.cluster.router_main"]
             self._router.start([ProcessSpec("router", 0, command)], self._config)
             self._write_list()
@@ -130,12 +120,11 @@ class EngineCluster:
 
     def stop(self) -> None:
         """End the router, then the engines. Idempotent; waits until all are gone."""
-        _stop(self._router, self._slots, self._stopping)
+        _stop(self._router, self._slots, self._launcher)
 
     def drain(self, engine_id: str) -> None:
         """Move an engine's requests to the others. It gets no more. Raises KeyError if unknown."""
-        with self._lock:
-            {slot.engine_id: slot for slot in self._slots}[engine_id].draining = True
+        {slot.engine_id: slot for slot in self._slots}[engine_id].is_draining = True
         self._write_list()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -158,65 +147,13 @@ class EngineCluster:
         self.endpoint = router.ready.endpoint
         group.allow_restarts()
 
-    def _keep(self, slot: "_Slot") -> None:
-        """Run one engine after the other in a slot until the cluster stops."""
-        restarts = RestartPolicy()
-        while not self._stopping.is_set():
-            engine = self._start_engine(slot)
-            if engine is not None:
-                engine.wait()
-                with self._lock:
-                    slot.engine = None
-                if self._stopping.is_set():
-                    return
-                logger.warning("%s has ended: %s", slot.engine_id, engine.dead_reason)
-                self._write_list()
-            elif slot.failure is not None:
-                return  # of the first start; start() raises it
-            delay_s = restarts.on_death(time.monotonic())
-            if delay_s is None:
-                logger.error("engine %d ends too often and is not started again", slot.index)
-                return
-            self._stopping.wait(delay_s)
-
-    def _start_engine(self, slot: "_Slot") -> Engine | None:
-        server = replace(self._config.server, endpoint="", http="")
-        try:
-            engine = Engine(
-                replace(self._config, server=server),
-                on_progress=self._on_progress,
-                worker_command=self._worker_command,
-                environment=device_environment(
-                    slot.index, self._config.parallel.tensor_parallel_size
-                ),
-            )
-            slot.latest = engine
-            engine.start()
-        except (LoraplexError, OSError) as error:
-            if not slot.started.is_set():
-                slot.failure = error
-                slot.started.set()
-            logger.warning("engine %d cannot start: %s", slot.index, error)
-            return None
-        with self._lock:
-            slot.num_starts += 1
-            slot.engine, slot.draining = engine, False
-        slot.started.set()
-        if self._stopping.is_set():
-            engine.stop()
-        self._write_list()
-        return engine
-
     def _write_list(self) -> None:
         with self._lock:
-            engines = [
-                ListedEngine(slot.engine_id, slot.engine.scheduler_endpoint, slot.draining)
-                for slot in self._slots
-                if slot.engine is not None
-            ]
-            folder = Path(self._router.run_dir) if self._router.run_dir else None
-            if folder is not None and folder.is_dir():
-                EngineList(self._placement, engines).write(folder)
+            engines = [listed for slot in self._slots if (listed := slot.listed) is not None]
+            folder = Path(self._router.run_dir)
+            if self._router.run_dir and folder.is_dir():
+                with contextlib.suppress(FileNotFoundError):  # the router was stopped meanwhile
+                    EngineList(self._placement, engines).write(folder)
 
     def __enter__(self) -> "EngineCluster":
         return self
@@ -225,27 +162,8 @@ class EngineCluster:
         self.stop()
 
 
-class _Slot:
-    """One engine's place: its devices, and the engine that runs there now."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.num_starts = 0
-        self.engine: Engine | None = None
-        self.draining = False
-        self.latest: Engine | None = None  # started last; it may not be up
-        self.failure: Exception | None = None  # of the first start
-        self.started = threading.Event()  # the first start has succeeded or failed
-
-    @property
-    def engine_id(self) -> str:
-        """Name of the present engine; each start gets another one."""
-        return f"engine-{self.index}.{self.num_starts}"
-
-
-def _stop(router: ProcessGroup, slots: list[_Slot], stopping: threading.Event) -> None:
-    stopping.set()
+def _stop(router: ProcessGroup, slots: list[EngineSlot], launcher: Launcher) -> None:
     router.stop(STOP_TIMEOUT_S)
     for slot in slots:
-        if slot.latest is not None:
-            slot.latest.stop()
+        slot.stop()
+    launcher.close()

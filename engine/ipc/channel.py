@@ -107,6 +107,11 @@ class RouterChannel:
         self.socket = open_socket(context, zmq.ROUTER, hwm=INTERNAL_HWM)
         self.socket.bind(endpoint)
 
+    def bind_port(self, host: str) -> str:
+        """Listens on a free TCP port of an address of this machine too; returns the endpoint."""
+        host = f"[{host}]" if ":" in host else host
+        return f"tcp://{host}:{self.socket.bind_to_random_port(f'tcp://{host}')}"
+
     def send(self, message: object, peer: bytes = b"") -> None:
         self.send_encoded(codec.encode(message), peer)
 

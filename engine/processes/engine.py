@@ -48,6 +48,7 @@ class Engine:
         on_status: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
         environment: Environment = (),
+        scheduler_host: str = "",
     ) -> None:
         """Makes an engine that is not started.
 
@@ -57,9 +58,13 @@ class Engine:
                 thread, which must not be held up.
             worker_command: replaces ``python -m loraplex.engine.processes.worker_main``.
             environment: variables of the workers besides this process's.
+            scheduler_host: address of this machine at which routers on other machines reach the
+                scheduler, without encryption; "": they are all on this one.
         """
         self._config = config
-        self._specs = partial(engine_processes, config, worker_command, environment)
+        self._specs = partial(
+            engine_processes, config, worker_command, environment, scheduler_host=scheduler_host
+        )
         self._has_model = worker_command is None
         self._interrupted = False
         self._group = ProcessGroup(on_progress, on_status)
@@ -76,8 +81,9 @@ class Engine:
 
     @property
     def scheduler_endpoint(self) -> str:
-        """The address that frontends and routers connect to."""
-        return f"ipc://{self._group.run_dir}/frontends"
+        """The address that routers connect to."""
+        (scheduler,) = self._group.of_kind("scheduler")
+        return scheduler.endpoint or f"ipc://{self._group.run_dir}/frontends"
 
     def start(self, timeout_s: float = 600.0) -> None:
         """Start every process and wait until all are ready.

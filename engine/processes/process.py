@@ -31,6 +31,7 @@ class ProcessSpec:
     index: int
     command: list[str]
     environment: Environment = ()  # besides the supervisor's
+    host: str = ""  # at which a scheduler listens for other machines
 
     @property
     def name(self) -> str:
@@ -108,7 +109,7 @@ class Process:
 
     @property
     def endpoint(self) -> str:
-        """The address that a frontend has bound, or its predecessor had; empty if there is none."""
+        """The address that it has bound for others, or its predecessor had; empty if there is none."""
         if self.ready is not None:
             return self.ready.endpoint
         if not self.start.incarnation:

@@ -51,10 +51,13 @@ def engine_processes(
     config: EngineConfig,
     worker_command: list[str] | None = None,
     environment: Environment = (),
+    *,
+    scheduler_host: str = "",
 ) -> list[ProcessSpec]:
     """Returns a scheduler, a worker for each rank, and frontends, for ZeroMQ and HTTP.
 
-    Workers get the variables of `environment` too.
+    Workers get the variables of `environment` too. The scheduler also listens on TCP at
+    `scheduler_host`, if that is given.
     """
     if not sys.executable:
         raise ConfigError("there is no Python executable to start the engine's processes with")
@@ -71,7 +74,7 @@ def engine_processes(
             ProcessSpec("worker", rank, worker, environment)
             for rank in range(config.parallel.tensor_parallel_size)
         ),
-        ProcessSpec("scheduler", 0, module("scheduler")),
+        ProcessSpec("scheduler", 0, module("scheduler"), host=scheduler_host),
         *(ProcessSpec("frontend", i, module("frontend")) for i in numbers),
         *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
     ]
@@ -118,7 +121,7 @@ class ProcessGroup:
         self._addresses = open_addresses(config.server, self.run_dir)
         try:
             for spec in specs:
-                start = ChildStart(spec.name, spec.index, self.run_dir, config)
+                start = ChildStart(spec.name, spec.index, self.run_dir, config, host=spec.host)
                 address = self._addresses.get(spec.kind)
                 self.processes.append(Process.spawn(spec, start, address))
         finally:  # only when all are there: the end of one stops all that are in the list

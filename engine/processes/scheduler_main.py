@@ -36,6 +36,7 @@ def run(child: Child) -> None:
     config, run_dir = child.start.config, child.start.run_dir
     context = zmq.Context()
     frontends = RouterChannel(context, f"ipc://{run_dir}/frontends")
+    endpoint = frontends.bind_port(child.start.host) if child.start.host else ""
     worker_channel = RouterChannel(context, f"ipc://{run_dir}/workers")
     size, timeout_s = config.parallel.tensor_parallel_size, config.process.watchdog_timeout
     deadlines = AdapterDeadlines(size, hang_s=ANSWER_S + timeout_s if timeout_s else math.inf)
@@ -64,7 +65,7 @@ def run(child: Child) -> None:
         gc.collect()
         gc.freeze()  # later collections skip the objects made at start
         child.activity.end()
-        child.ready(info=info)
+        child.ready(endpoint=endpoint, info=info)
         status = StatusLine(scheduler.stats)
         has_more = False
         while not child.stopping:

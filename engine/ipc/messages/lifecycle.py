@@ -14,6 +14,7 @@ class ChildStart(Message):
     config: EngineConfig
     incarnation: int = 0  # how often the supervisor has started it again
     listener_fd: int = -1  # socket bound to the address that it shares with others of its kind
+    host: str = ""  # at which a scheduler listens for routers of other machines
 
 
 class ChildProgress(Message):
@@ -46,7 +47,7 @@ class WorkerHangs(Message):
 
 
 class ChildReady(Message):
-    """The process can work. The scheduler adds `info`, a frontend its `endpoint`."""
+    """The process can work. `endpoint` is where other processes reach it; schedulers add `info`."""
 
     endpoint: str = ""
     info: EngineInfo | None = None

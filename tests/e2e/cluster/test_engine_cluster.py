@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.engine.cluster.engine_cluster import EngineCluster, device_environment
+from loraplex.engine.cluster.engine_cluster import EngineCluster
+from loraplex.engine.cluster.launchers import LOCAL_RAY, NO_RAY
+from loraplex.engine.cluster.process_launcher import device_environment
 from loraplex.engine.config import AdapterConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.sampling_params import SamplingParams
@@ -23,14 +25,19 @@ NUM_STREAMS = 50
 MAX_TOKENS = 120
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineCluster]:
+@pytest.fixture(scope="module", params=[NO_RAY, LOCAL_RAY])
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[EngineCluster]:
+    if request.param == LOCAL_RAY:
+        pytest.importorskip("ray")
     root: Path = tmp_path_factory.mktemp("adapters")
     for i in range(4):
         make_fake_adapter(root / f"a{i}", f"content {i}")
     config = fake_config(adapter=AdapterConfig(adapter_root=str(root)))
+    command = fake_worker_command("--delay", "0.02")
     cluster = EngineCluster(
-        config, num_engines=2, worker_command=fake_worker_command("--delay", "0.02")
+        config, num_engines=2, ray_address=request.param, worker_command=command
     )
     cluster.start(timeout_s=GUARD_S)
     with cluster, Client(cluster.endpoint) as client:
@@ -72,8 +79,8 @@ def stream_many(cluster: EngineCluster, strike: "threading.Thread | None" = None
 
 def test_streams_end_complete_when_an_engine_is_killed(cluster: EngineCluster) -> None:
     victim, engine = next(iter(cluster.engines.items()))
-    kill = threading.Thread(target=os.kill, args=(engine.pids["scheduler"], signal.SIGKILL))
-    stream_many(cluster, kill)
+    pid = engine.pids.get("actor", engine.pids["scheduler"])  # Ray restarts an actor that was killed
+    stream_many(cluster, threading.Thread(target=os.kill, args=(pid, signal.SIGKILL)))
     wait_until(lambda: len(cluster.engines) == 2 and victim not in cluster.engines)
     stream_many(cluster)  # the new engine knows the adapters
     with Client(cluster.endpoint) as client:

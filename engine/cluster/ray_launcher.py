@@ -1,0 +1,108 @@
+"""Starts engines as actors of Ray, on the nodes of its cluster."""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from loraplex.engine.cluster.ray_engine import RayEngine
+from loraplex.engine.cluster.ray_place import RayPlace, in_words
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ConfigError
+
+
+LOCAL = "local"
+OBJECT_STORE_BYTES = 80 << 20  # of a Ray that is started here; little more than Ray's least
+
+
+class RayLauncher:
+    """Joins a Ray cluster, or starts one on this machine.
+
+    A process that is connected with Ray already keeps its connection. Ray starts, restarts and
+    places engines; requests and tokens never pass through it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        address: str,
+        on_progress: Callable[[str], None] | None = None,
+        worker_command: list[str] | None = None,
+    ) -> None:
+        """`address` is HOST:PORT of a Ray cluster, or LOCAL to start one."""
+        self._config = config
+        self._address = address
+        self._on_progress = on_progress
+        self._worker_command = worker_command
+        self._lock = threading.Lock()
+        self._places: dict[int, RayPlace] = {}
+        self._is_own = False  # close() ends the connection
+
+    def open(self, num_engines: int) -> None:
+        """Connects. Raises ConfigError if that fails, or if a local Ray has too few GPUs."""
+        num_devices = self._config.parallel.tensor_parallel_size
+        if not ray.is_initialized():
+            self._connect(num_engines * num_devices)
+            self._is_own = True
+        kind = self._device_kind()
+        self._devices = {kind: float(num_devices)}
+        found = ray.cluster_resources().get(kind, 0)
+        if self._address == LOCAL and found < num_engines * num_devices:
+            raise ConfigError(
+                f"{num_engines} engines need {num_engines * num_devices} {kind}s, and this "
+                f"machine has {in_words(ray.cluster_resources())}: ask for fewer engines"
+            )
+
+    def _connect(self, num_cpus: int) -> None:
+        options: dict[str, Any] = {"address": self._address}
+        if self._address == LOCAL:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            options |= {
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                # The engines of one machine share its cores, and may be more than these.
+                "num_cpus": max(num_cpus, os.cpu_count() or 1),
+            }
+        try:
+            ray.init(logging_level="warning", **options)
+        except Exception as error:  # of many kinds: no such host, another version, a wrong token
+            where = "start Ray" if self._address == LOCAL else f"join Ray at {self._address}"
+            raise ConfigError(
+                f"cannot {where}: {error}. A cluster runs where `ray start` was called, and needs "
+                "the same version of Ray and of Python"
+            ) from None
+
+    def _device_kind(self) -> str:
+        """Returns Ray's name of what the workers run on."""
+        device = self._config.model.device
+        if device == "auto":
+            return "GPU" if ray.cluster_resources().get("GPU", 0) else "CPU"
+        return "CPU" if device == "cpu" else "GPU"
+
+    def make_engine(self, index: int) -> RayEngine:
+        with self._lock:
+            if index not in self._places:
+                self._places[index] = RayPlace(index, self._devices, self._on_progress)
+            place = self._places[index]
+        return RayEngine(place, self._config, self._worker_command)
+
+    def release(self, index: int) -> None:
+        """Gives the devices of place `index` back to Ray."""
+        with self._lock:
+            place = self._places.pop(index, None)
+        if place is not None:
+            place.release()
+
+    def close(self) -> None:
+        for index in list(self._places):
+            self.release(index)
+        if self._is_own:
+            ray.shutdown()
+            self._is_own = False
+
+    def describe(self) -> str:
+        address = ray.get_runtime_context().gcs_address
+        return f"actors of Ray at {address}, {len(ray.nodes())} nodes"
