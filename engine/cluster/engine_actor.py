@@ -58,7 +58,8 @@ class EngineActor:
             engine = Engine(config, worker_command=worker_command, scheduler_host=host)
             self._engine = engine
             engine.start()
-        return StartedEngine(engine.info, engine.scheduler_endpoint, engine.pids)
+        pids = {**engine.pids, "actor": os.getpid()}
+        return StartedEngine(engine.info, engine.scheduler_endpoint, pids)
 
     def wait(self) -> str:
         """Blocks until the engine ends; returns how it died, "" if it was stopped."""
@@ -70,7 +71,3 @@ class EngineActor:
         """Ends the engine, also one that is starting, and waits until it is gone."""
         if self._engine is not None:
             self._engine.stop()
-
-    def pid(self) -> int:
-        """Returns the id of the actor's process."""
-        return os.getpid()

@@ -6,7 +6,13 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayError,
+    RayTaskError,
+)
 
 from loraplex.engine.cluster.engine_actor import StartedEngine
 from loraplex.engine.cluster.ray_place import LOOK_S, RayPlace
@@ -52,31 +58,41 @@ class RayEngine:
             EngineDeadError: it ended or was not ready in time, or stop() was called.
         """
         deadline = time.monotonic() + timeout_s
-        self._actor = self._place.actor()
+        actor = self._actor = self._place.actor()
         node = ray.get_runtime_context().get_node_id()
-        # With a retry Ray keeps the call while it restarts the actor; without one the call fails.
-        start = self._actor.start.options(max_task_retries=1)
-        started = self._result(start.remote(self._config, self._worker_command, node), deadline)
-        pid = self._result(self._actor.pid.remote(), deadline)
+        started: StartedEngine | None = None
+        while started is None:
+            call = actor.start.remote(self._config, self._worker_command, node)
+            started = self._result(call, deadline)
         self.info = started.info
         self.scheduler_endpoint = started.scheduler_endpoint
-        self.pids = {**started.pids, "actor": pid}
-        self._end = self._actor.wait.remote()
+        self.pids = started.pids
+        self._end = actor.wait.remote()
 
-    def _result(self, call: Any, deadline: float) -> Any:
+    def _result(self, call: Any, deadline: float) -> StartedEngine | None:
+        """Returns a call's result; None if the actor is away and Ray may bring it back."""
         try:
             while not ray.wait([call], timeout=LOOK_S)[0]:
-                if self._stopping.is_set():
-                    raise EngineDeadError("the engine was stopped while it started")
-                if time.monotonic() >= deadline:
-                    raise EngineDeadError("the engine's actor did not get ready in time")
-            return ray.get(call)
+                self._check_start(deadline)
+            result: StartedEngine = ray.get(call)
+            return result
+        except ActorUnavailableError:  # it is started again, or its node's death is not noticed yet
+            self._check_start(deadline)
+            self._stopping.wait(LOOK_S)
+            return None
+        except ActorDiedError as error:
+            self._place.forget_actor()
+            raise EngineDeadError(f"the engine's actor has ended: {first_line(error)}") from None
         except RayTaskError as error:
             if isinstance(error.cause, LoraplexError):
                 raise error.cause from None
             raise EngineDeadError(f"the engine's actor failed: {error.cause!r}") from error
-        except RayError as error:
-            raise EngineDeadError(f"the engine's actor has ended: {first_line(error)}") from None
+
+    def _check_start(self, deadline: float) -> None:
+        if self._stopping.is_set():
+            raise EngineDeadError("the engine was stopped while it started")
+        if time.monotonic() >= deadline:
+            raise EngineDeadError("the engine's actor did not get ready in time")
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Blocks until the engine ends. Returns 0 after stop(), 1 after a death, None at timeout."""

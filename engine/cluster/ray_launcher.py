@@ -1,6 +1,7 @@
 """Starts engines as actors of Ray, on the nodes of its cluster."""
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +9,13 @@ from typing import Any
 import ray
 
 from loraplex.engine.cluster.ray_engine import RayEngine
-from loraplex.engine.cluster.ray_place import RayPlace, in_words
+from loraplex.engine.cluster.ray_place import PLACE_TIMEOUT_S, RayPlace, in_words
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 
-
 LOCAL = "local"
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray that is started here; little more than Ray's least
+REACH_TIMEOUT_S = 5.0
 
 
 class RayLauncher:
@@ -31,12 +32,19 @@ class RayLauncher:
         address: str,
         on_progress: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
+        place_timeout_s: float = PLACE_TIMEOUT_S,
     ) -> None:
-        """`address` is HOST:PORT of a Ray cluster, or LOCAL to start one."""
+        """Makes a launcher that is not open.
+
+        Args:
+            address: HOST:PORT of a Ray cluster, or LOCAL to start one.
+            place_timeout_s: for Ray, or its autoscaler, to find the devices of an engine.
+        """
         self._config = config
         self._address = address
         self._on_progress = on_progress
         self._worker_command = worker_command
+        self._place_timeout_s = place_timeout_s
         self._lock = threading.Lock()
         self._places: dict[int, RayPlace] = {}
         self._is_own = False  # close() ends the connection
@@ -66,14 +74,14 @@ class RayLauncher:
                 # The engines of one machine share its cores, and may be more than these.
                 "num_cpus": max(num_cpus, os.cpu_count() or 1),
             }
+        else:
+            _check_reachable(self._address)
         try:
-            ray.init(logging_level="warning", **options)
+            ray.init(logging_level="error", **options)
         except Exception as error:  # of many kinds: no such host, another version, a wrong token
             where = "start Ray" if self._address == LOCAL else f"join Ray at {self._address}"
-            raise ConfigError(
-                f"cannot {where}: {error}. A cluster runs where `ray start` was called, and needs "
-                "the same version of Ray and of Python"
-            ) from None
+            text = f"cannot {where}: {error}. All nodes need the same versions of Ray and of Python"
+            raise ConfigError(text) from None
 
     def _device_kind(self) -> str:
         """Returns Ray's name of what the workers run on."""
@@ -85,7 +93,9 @@ class RayLauncher:
     def make_engine(self, index: int) -> RayEngine:
         with self._lock:
             if index not in self._places:
-                self._places[index] = RayPlace(index, self._devices, self._on_progress)
+                self._places[index] = RayPlace(
+                    index, self._devices, self._on_progress, self._place_timeout_s
+                )
             place = self._places[index]
         return RayEngine(place, self._config, self._worker_command)
 
@@ -106,3 +116,15 @@ class RayLauncher:
     def describe(self) -> str:
         address = ray.get_runtime_context().gcs_address
         return f"actors of Ray at {address}, {len(ray.nodes())} nodes"
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError unless something listens at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot join Ray at {address}: {error}. Give HOST:PORT of a machine where "
+            "`ray start --head` has run (its port is 6379 unless told otherwise)"
+        ) from None

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from loraplex.engine.cluster.engine_actor import THREADS_VARIABLE, EngineActor
 from loraplex.engine.errors import ConfigError, EngineDeadError
 
-PLACE_TIMEOUT_S = 120.0  # for Ray, or its autoscaler, to find the devices
+PLACE_TIMEOUT_S = 120.0
 LOOK_S = 0.5
 CALLS_AT_ONCE = 4  # start, wait and stop of the actor may overlap
 
@@ -24,12 +24,22 @@ class RayPlace:
     """Reserves the devices of one engine, which are all on one node."""
 
     def __init__(
-        self, index: int, devices: dict[str, float], on_progress: Callable[[str], None] | None
+        self,
+        index: int,
+        devices: dict[str, float],
+        on_progress: Callable[[str], None] | None,
+        timeout_s: float = PLACE_TIMEOUT_S,
     ) -> None:
-        """`devices` are Ray's names and numbers of what one engine needs."""
+        """Makes a place that reserves nothing yet.
+
+        Args:
+            devices: Ray's names and numbers of what one engine needs.
+            timeout_s: for Ray, or its autoscaler, to find them.
+        """
         self._index = index
         self._devices = devices
         self._on_progress = on_progress
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._group: Any = None
         self._actor: Any = None
@@ -39,15 +49,20 @@ class RayPlace:
         """Returns the handle of the engine's actor; waits for a place the first time.
 
         Raises:
-            ConfigError: Ray has found no place within PLACE_TIMEOUT_S; the text says what it has.
+            ConfigError: Ray has found no place in time; the text says what it has.
             EngineDeadError: the place was released meanwhile.
         """
         with self._lock:
+            if self._group is None:
+                self._group = self._make_group(time.monotonic() + self._timeout_s)
             if self._actor is None:
-                self._group = placement_group([self._devices])
-                self._await_group(time.monotonic() + PLACE_TIMEOUT_S)
                 self._actor = self._make_actor()
             return self._actor
+
+    def forget_actor(self) -> None:
+        """Lets actor() make another one: Ray has given this one up."""
+        with self._lock:
+            self._actor = None
 
     def release(self) -> None:
         """Ends the actor and gives the devices back."""
@@ -61,15 +76,24 @@ class RayPlace:
                 remove_placement_group(self._group)
             self._actor = self._group = None
 
-    def _await_group(self, deadline: float) -> None:
+    def _make_group(self, deadline: float) -> Any:
+        group = placement_group([self._devices])
+        try:
+            self._await_group(group, deadline)
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return group
+
+    def _await_group(self, group: Any, deadline: float) -> None:
         is_told = False
-        while not self._group.wait(LOOK_S):
+        while not group.wait(LOOK_S):
             if self._is_released:
                 raise EngineDeadError("the cluster was stopped")
             if time.monotonic() >= deadline:
                 raise ConfigError(
                     f"engine {self._index} needs {in_words(self._devices)} of one node, and Ray "
-                    f"has not found them within {PLACE_TIMEOUT_S:g} s. The cluster has "
+                    f"has not found them within {self._timeout_s:g} s. The cluster has "
                     f"{in_words(ray.cluster_resources())}, of which "
                     f"{in_words(ray.available_resources())} are free: ask for fewer engines, or "
                     "add nodes"

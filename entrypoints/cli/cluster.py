@@ -1,4 +1,4 @@
-"""`loraplex cluster`: run several engines of one machine behind one endpoint."""
+"""`loraplex cluster`: run several engines behind one endpoint."""
 
 import argparse
 import signal
@@ -18,10 +18,10 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
     parser = commands.add_parser(
         "cluster",
         usage="loraplex cluster --engines N [FLAGS]",
-        help="serve clients by several engines of this machine",
-        description="Serve clients over ZeroMQ by several engines of this machine, behind one "
-        "endpoint, until Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its "
-        "own. If one dies, its requests go on elsewhere.",
+        help="serve clients by several engines, of this machine or of a Ray cluster",
+        description="Serve clients over ZeroMQ by several engines behind one endpoint, until "
+        "Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its own. If one dies, "
+        "its requests go on elsewhere.",
     )
     parser.add_argument("--engines", type=int, required=True, metavar="N", help="engines to start")
     parser.add_argument(
@@ -31,6 +31,13 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
         help="which engine gets a request: affinity (few engines for each adapter, then the "
         "soonest first token), consolidate (the fullest that keeps --ttft-slo-s), least_loaded, "
         "random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        default="",
+        help="a Ray cluster for the engines; local: start Ray on this machine; none: child "
+        "processes (default: local if Ray is installed, else none)",
     )
     add_log_level(parser)
     flags.add_engine_flags(parser, offline=False, hidden=HIDDEN)
@@ -53,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     num_adapters = len(adapters_at_start(config.adapter))
     progress = ProgressLine()
     cluster = EngineCluster(
-        config, num_engines=args.engines, placement=args.placement, on_progress=progress
+        config,
+        num_engines=args.engines,
+        placement=args.placement,
+        ray_address=args.ray_address,
+        on_progress=progress,
     )
     try:
         cluster.start()
@@ -63,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         engines = cluster.engines
         info = next(iter(engines.values())).info
         lines = describe(cluster.endpoint, config, info, num_adapters)
-        lines.insert(1, f"  {'engines':<9} {len(engines)}, placement {args.placement}; each has:")
+        where = f"{cluster.describe_launcher()}, placement {args.placement}"
+        lines.insert(1, f"  {'engines':<9} {len(engines)}: {where}; each has:")
         print("\n".join(lines), flush=True)
         while not interrupted.is_set() and cluster.wait(0.5) is None:
             pass

@@ -1,4 +1,4 @@
-"""`Cluster`: several engines of this machine behind one endpoint, from Python."""
+"""`Cluster`: several engines behind one endpoint, from Python."""
 
 import os
 import weakref
@@ -29,6 +29,7 @@ class Cluster:
         num_engines: int,
         placement: str = "affinity",
         endpoint: str = "",
+        ray_address: str = "",
         **options: Unpack[LLMOptions],
     ) -> None:
         """Starts the cluster and waits until it is ready.
@@ -37,6 +38,9 @@ class Cluster:
             num_engines: each has GPUs of its own, `tensor_parallel_size` of them.
             placement: "affinity", "consolidate", "least_loaded" or "random".
             endpoint: tcp://HOST:PORT or ipc://PATH; "" is private to this user.
+            ray_address: HOST:PORT of a Ray cluster for the engines; "local" starts Ray on this
+                machine; "none" starts child processes; "" is "local" if Ray is installed, else
+                "none".
             options: those of `LLM`, for each engine.
 
         Raises:
@@ -45,7 +49,9 @@ class Cluster:
         """
         config = engine_config_of(os.fspath(model), options)
         config = replace(config, server=replace(config.server, endpoint=endpoint, http=""))
-        self._cluster = EngineCluster(config, num_engines=num_engines, placement=placement)
+        self._cluster = EngineCluster(
+            config, num_engines=num_engines, placement=placement, ray_address=ray_address
+        )
         self._cluster.start()
         self._finalizer = weakref.finalize(self, self._cluster.stop)
         self.endpoint = self._cluster.endpoint

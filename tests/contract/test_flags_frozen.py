@@ -48,7 +48,7 @@ SERVED = [
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],
-    "cluster": [*SERVED, "--engines", "--placement"],
+    "cluster": [*SERVED, "--engines", "--placement", "--ray-address"],
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loraplex import LLM, Cluster, SamplingParams
+from loraplex.engine.cluster.launchers import NO_RAY
 from loraplex.entrypoints.client.outputs import RequestOutput
 
 from helpers.models.hf_models import make_hf_model
@@ -65,14 +66,16 @@ def answers(results: Iterator[RequestOutput]) -> dict[str, Any]:
     return found
 
 
-def test_two_engines_answer_as_one_also_when_one_is_killed(model: Path) -> None:
+@pytest.mark.parametrize("ray_address", ["", pytest.param(NO_RAY, marks=pytest.mark.long)])
+def test_two_engines_answer_as_one_also_when_one_is_killed(model: Path, ray_address: str) -> None:
     adapters = {name: str(model / "adapters" / name) for name in ADAPTERS[1:]}
     with LLM(str(model / "base"), adapters=adapters, **OPTIONS) as llm:
         for i in range(NUM_REQUESTS):
             submit(llm.client, i)
         whole = answers(collect(llm.client))
     assert len(whole) == NUM_REQUESTS
-    with Cluster(str(model / "base"), num_engines=2, adapters=adapters, **OPTIONS) as cluster:
+    options = OPTIONS | {"adapters": adapters, "ray_address": ray_address}
+    with Cluster(str(model / "base"), num_engines=2, **options) as cluster:
         for kills in (False, True):
             for i in range(NUM_REQUESTS):
                 submit(cluster.client, i)
