@@ -28,6 +28,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.router.adapter_book import AdapterBook
+from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.broadcasts import Answer, Broadcasts
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
@@ -49,7 +50,7 @@ class ClusterChannel:
 
     Attributes:
         book: the unfinished sequences. Callers only read it.
-        info: limits of the engines, as the first one told them; None before.
+        adapters: what clients have registered.
     """
 
     def __init__(
@@ -60,12 +61,19 @@ class ClusterChannel:
         block_tokens: int,
         max_queue_len: int,
         objective_s: float = 6.0,
+        adapter_log: AdapterLog | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
     ) -> None:
-        """`name` tells engines a router that has restarted from another router."""
+        """Makes a channel without engines. The first one's EngineInfo goes to the frontend.
+
+        Args:
+            name: tells engines a router that has restarted from another router.
+            adapter_log: what clients have told all routers of the cluster; None: there is one.
+        """
         self.book = RequestBook()
-        self.info: EngineInfo | None = None
+        self.adapters = AdapterBook(adapter_log)
+        self._has_told_info = False
         self._name = name
         self._placement = placement
         self._block_tokens = block_tokens
@@ -75,7 +83,6 @@ class ClusterChannel:
         self._random = random or Random()
         self._view = ClusterView()
         self._demand = AdapterDemand()
-        self._adapters = AdapterBook()
         self._broadcasts = Broadcasts()
         self._engines: dict[str, Channel] = {}
         self._num_lost_engines = 0
@@ -97,7 +104,7 @@ class ClusterChannel:
         self._engines[engine_id] = channel
         self._heard_at[engine_id] = self._clock()
         self._tell(engine_id, FrontendHello(self._name))
-        for command in self._adapters.replay(next(self._own_ids)):
+        for command in self.adapters.replay(next(self._own_ids)):
             self._tell(engine_id, command)
         self._tell(engine_id, ReportLoad())
 
@@ -173,7 +180,7 @@ class ClusterChannel:
             self._fail(message.request_id, "queue_full", text)
             return
         now = self._clock()
-        request = self.book.add(message, now, self._adapters.source)
+        request = self.book.add(message, now, self.adapters.source)
         num_tokens = request.num_tokens + message.sampling.max_tokens
         self._demand.observe(message.home_adapter, num_tokens, now)
         self._dispatch()
@@ -203,7 +210,9 @@ class ClusterChannel:
                 if outputs is not None:
                     self._answers.append(outputs)
             case EngineInfo():
-                self.info = self.info or message
+                if not self._has_told_info:
+                    self._has_told_info = True
+                    self._answers.append(message)
             case EngineReport():
                 self._view.apply(engine_id, message, self._clock())
             case ReplyRows() | StatsReply():
@@ -216,10 +225,10 @@ class ClusterChannel:
             self._asked_names.discard(self._asked.pop(reply.command_id)[1])
         command = self._broadcasts.command(reply.command_id)
         if command is not None and not reply.error:
-            self._adapters.on_done(command)
+            self.adapters.on_done(command)
         if command is None or command.op != "unload":
             for row in reply.adapters:
-                self._adapters.learn(row)
+                self.adapters.learn(row)
         self._answer(self._broadcasts.on_reply(engine_id, reply))
 
     def _answer(self, answer: Answer) -> None:
@@ -274,7 +283,7 @@ class ClusterChannel:
     def _place(self, request: RoutedRequest) -> str | None:
         name = request.message.home_adapter
         needs = PlacementRequest(
-            content_hash=self._adapters.content_hash(name),
+            content_hash=self.adapters.content_hash(name),
             prompt_tokens=request.num_tokens,
             pages=math.ceil(request.num_tokens / self._block_tokens),
             num_candidates=self._demand.num_candidates(name, len(self._view)),
@@ -290,7 +299,7 @@ class ClusterChannel:
 
     def _ask_for_hash(self, engine_id: str, name: str) -> None:
         """Asks for the content hash of a name once; residency is reported by hash."""
-        if not name or name in self._asked_names or self._adapters.content_hash(name):
+        if not name or name in self._asked_names or self.adapters.content_hash(name):
             return
         own_id = next(self._own_ids)
         self._asked[own_id] = (engine_id, name)

@@ -4,6 +4,7 @@ from array import array
 from random import Random
 from typing import Any
 
+from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.router.cluster_channel import ClusterChannel
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 
@@ -61,6 +62,8 @@ class RoutedEngines:
 
     def hear(self) -> None:
         for _, message in self.channel.receive():
+            if isinstance(message, EngineInfo):
+                continue
             if not isinstance(message, StepOutputs):
                 self.replies.append(message)
                 continue

@@ -1,0 +1,45 @@
+"""The adapter commands of clients that have succeeded, in a file that all routers share.
+
+Each router appends its own commands and reads those of the others. A router that starts again reads
+the file from its beginning.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from loraplex.engine.ipc.child import read_frame, write_frame
+from loraplex.engine.ipc.messages.frontend import AdapterCommand
+
+
+class AdapterLog:
+    """Appends commands, and tells which ones are new."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the file if it is missing."""
+        self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115, open until the end
+        self._num_read = 0
+
+    def append(self, command: AdapterCommand) -> None:
+        """Adds a command at the end, in the order of all routers."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            write_frame(self._file, command)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def read(self) -> list[AdapterCommand]:
+        """Returns the commands since the last call, own ones too."""
+        if os.fstat(self._file.fileno()).st_size == self._num_read:
+            return []
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        try:
+            self._file.seek(self._num_read)
+            commands = []
+            while (command := read_frame(self._file)) is not None:
+                commands.append(command)
+            self._num_read = self._file.tell()
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        return commands
