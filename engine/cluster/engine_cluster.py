@@ -1,4 +1,4 @@
-"""Starts engines and a router before them, and starts again what ends."""
+"""Starts engines and routers before them, and starts again what ends."""
 
 import contextlib
 import sys
@@ -16,10 +16,14 @@ from loraplex.engine.cluster.launchers import make_launcher
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
+from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
 from loraplex.scheduler.placement.placement import POLICIES
+
+ROUTER_MODULE = "loraplex.engine.cluster.router_main"
+HTTP_MODULE = "loraplex.entrypoints.http.cluster_main"
 
 
 class EngineCluster:
@@ -31,9 +35,11 @@ class EngineCluster:
 
     Attributes (once started):
         endpoint: the address for clients, as for one engine.
+        http_endpoint: HOST:PORT of the HTTP server, "" if there is none.
     """
 
     endpoint: str
+    http_endpoint: str = ""
 
     def __init__(
         self,
@@ -51,20 +57,18 @@ class EngineCluster:
             ray_address: where engines run; see make_launcher().
 
         Raises:
-            ConfigError: no engines are asked for, the placement is unknown, HTTP is asked for, or
-                Ray is and cannot be used.
+            ConfigError: no engines are asked for, the placement is unknown, or Ray is asked for and
+                cannot be used.
         """
         if num_engines < 1:
             raise ConfigError(f"a cluster needs at least 1 engine, got {num_engines}")
         if placement not in POLICIES:
             raise ConfigError(f"placement must be one of {', '.join(POLICIES)}, got {placement!r}")
-        if config.server.http:
-            raise ConfigError("a cluster has no HTTP server yet: leave --http out")
         if config.server.num_frontends > 1:
             raise ConfigError("a cluster has one router: leave num_frontends out")
         self._config = config
         self._placement = placement
-        self._router = ProcessGroup(on_progress)
+        self._routers = ProcessGroup(on_progress)
         self._launcher = make_launcher(
             replace(config, server=replace(config.server, endpoint="", http="")),
             ray_address=ray_address,
@@ -83,12 +87,12 @@ class EngineCluster:
 
     @property
     def router_pid(self) -> int:
-        return self._router.processes[0].popen.pid
+        return self._routers.of_kind("router")[0].popen.pid
 
     @property
     def dead_reason(self) -> str | None:
         """How the router ended for good; None while it lives or was stopped."""
-        return self._router.dead_reason or None
+        return self._routers.dead_reason or None
 
     def describe_launcher(self) -> str:
         """Returns where the engines run, in words."""
@@ -102,25 +106,25 @@ class EngineCluster:
             EngineDeadError: a process ended or was not ready in time. Nothing is left running.
         """
         check_server_config(self._config.server)
+        check_http_config(self._config.server)
         deadline = time.monotonic() + timeout_s
-        weakref.finalize(self, _stop, self._router, self._slots, self._launcher)
+        weakref.finalize(self, _stop, self._routers, self._slots, self._launcher)
         try:
             self._launcher.open(len(self._slots))
             for slot in self._slots:
                 slot.start()
             for slot in self._slots:
                 slot.await_start(deadline)
-            command = [sys.executable, "-P", "-m", "loraplex.engine.cluster.router_main"]
-            self._router.start([ProcessSpec("router", 0, command)], self._config)
+            self._routers.start(router_processes(self._config), self._config)
             self._write_list()
-            self._await_router(deadline)
+            self._await_routers(deadline)
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
         """End the router, then the engines. Idempotent; waits until all are gone."""
-        _stop(self._router, self._slots, self._launcher)
+        _stop(self._routers, self._slots, self._launcher)
 
     def drain(self, engine_id: str) -> None:
         """Move an engine's requests to the others. It gets no more. Raises KeyError if unknown."""
@@ -129,29 +133,30 @@ class EngineCluster:
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Block until the cluster ends. Returns 0 after stop(), 1 if the router died for good."""
-        if not self._router.ended.wait(timeout_s):
+        if not self._routers.ended.wait(timeout_s):
             return None
-        return 1 if self._router.dead_reason else 0
+        return 1 if self._routers.dead_reason else 0
 
-    def _await_router(self, deadline: float) -> None:
-        group = self._router
+    def _await_routers(self, deadline: float) -> None:
+        group = self._routers
         with group.changed:
             while not group.is_ready and not group.dead_reason:
                 if time.monotonic() >= deadline:
                     raise EngineDeadError("the router did not get ready in time")
                 group.changed.wait(1.0)
-        (router,) = group.processes
-        if group.dead_reason or router.ready is None:
-            text = router.failed.text if router.failed else group.dead_reason
-            raise EngineDeadError(text)
-        self.endpoint = router.ready.endpoint
+        if group.dead_process is not None:
+            failed = group.dead_process.failed
+            raise EngineDeadError(failed.text if failed else group.dead_reason)
+        self.endpoint = group.of_kind("router")[0].endpoint
+        for http in group.of_kind("http"):
+            self.http_endpoint = http.endpoint
         group.allow_restarts()
 
     def _write_list(self) -> None:
         with self._lock:
             engines = [listed for slot in self._slots if (listed := slot.listed) is not None]
-            folder = Path(self._router.run_dir)
-            if self._router.run_dir and folder.is_dir():
+            folder = Path(self._routers.run_dir)
+            if self._routers.run_dir and folder.is_dir():
                 with contextlib.suppress(FileNotFoundError):  # the router was stopped meanwhile
                     EngineList(self._placement, engines).write(folder)
 
@@ -162,8 +167,17 @@ class EngineCluster:
         self.stop()
 
 
-def _stop(router: ProcessGroup, slots: list[EngineSlot], launcher: Launcher) -> None:
-    router.stop(STOP_TIMEOUT_S)
+def router_processes(config: EngineConfig) -> list[ProcessSpec]:
+    """Returns the router for ZeroMQ, and the HTTP server, which is a router too."""
+    python = [sys.executable, "-P", "-m"]
+    specs = [ProcessSpec("router", 0, [*python, ROUTER_MODULE])]
+    if config.server.http:
+        specs.append(ProcessSpec("http", 0, [*python, HTTP_MODULE]))
+    return specs
+
+
+def _stop(routers: ProcessGroup, slots: list[EngineSlot], launcher: Launcher) -> None:
+    routers.stop(STOP_TIMEOUT_S)
     for slot in slots:
         slot.stop()
     launcher.close()

@@ -35,7 +35,7 @@ class EngineHandle(Protocol):
         """
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Blocks until the engine ends. Returns 0 after stop(), 1 after a death, None at timeout."""
+        """Blocks until the engine ends. Returns 0 after stop(), 1 after a death, None if late."""
 
     def stop(self) -> None:
         """Ends the engine and waits until it is gone. Idempotent, and allowed during start()."""

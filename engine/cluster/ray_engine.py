@@ -95,7 +95,7 @@ class RayEngine:
             raise EngineDeadError("the engine's actor did not get ready in time")
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Blocks until the engine ends. Returns 0 after stop(), 1 after a death, None at timeout."""
+        """Blocks until the engine ends. Returns 0 after stop(), 1 after a death, None if late."""
         if self._end is None:
             return None if not self._ended.wait(timeout_s) else 0
         try:

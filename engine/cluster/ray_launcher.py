@@ -1,5 +1,6 @@
 """Starts engines as actors of Ray, on the nodes of its cluster."""
 
+import logging
 import os
 import socket
 import threading
@@ -77,7 +78,7 @@ class RayLauncher:
         else:
             _check_reachable(self._address)
         try:
-            ray.init(logging_level="error", **options)
+            ray.init(logging_level=logging.ERROR, **options)
         except Exception as error:  # of many kinds: no such host, another version, a wrong token
             where = "start Ray" if self._address == LOCAL else f"join Ray at {self._address}"
             text = f"cannot {where}: {error}. All nodes need the same versions of Ray and of Python"

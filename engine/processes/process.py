@@ -109,7 +109,7 @@ class Process:
 
     @property
     def endpoint(self) -> str:
-        """The address that it has bound for others, or its predecessor had; empty if there is none."""
+        """The address that it has bound, or its predecessor had; empty if there is none."""
         if self.ready is not None:
             return self.ready.endpoint
         if not self.start.incarnation:

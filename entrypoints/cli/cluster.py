@@ -10,7 +10,7 @@ from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.scheduler.placement.placement import POLICIES
 
-HIDDEN = ("http", "num_frontends", "served_model_name")  # a cluster has one router, without HTTP
+HIDDEN = ("num_frontends",)  # a cluster has one router
 
 
 def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
@@ -19,9 +19,9 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
         "cluster",
         usage="loraplex cluster --engines N [FLAGS]",
         help="serve clients by several engines, of this machine or of a Ray cluster",
-        description="Serve clients over ZeroMQ by several engines behind one endpoint, until "
-        "Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its own. If one dies, "
-        "its requests go on elsewhere.",
+        description="Serve clients over ZeroMQ, and HTTP with --http, by several engines behind "
+        "one endpoint, until Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its "
+        "own. If one dies, its requests go on elsewhere.",
     )
     parser.add_argument("--engines", type=int, required=True, metavar="N", help="engines to start")
     parser.add_argument(
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         info = next(iter(engines.values())).info
         lines = describe(cluster.endpoint, config, info, num_adapters)
         where = f"{cluster.describe_launcher()}, placement {args.placement}"
+        if cluster.http_endpoint:
+            lines.insert(1, f"  {'http':<9} http://{cluster.http_endpoint}/v1")
         lines.insert(1, f"  {'engines':<9} {len(engines)}: {where}; each has:")
         print("\n".join(lines), flush=True)
         while not interrupted.is_set() and cluster.wait(0.5) is None:

@@ -2,15 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
-
-import zmq
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.clients import Requests
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec
-from loraplex.engine.ipc.channel import DealerChannel, Wakeup
+from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.entrypoints.http.errors import HttpError
@@ -39,7 +38,8 @@ class EngineLink:
         *,
         name: str,
         codec: TextCodec | None,
-        scheduler: DealerChannel,
+        scheduler: Channel,
+        has_answers: Callable[[], bool],
         wakeup: Wakeup,
         step_clock: str,
     ) -> None:
@@ -47,7 +47,9 @@ class EngineLink:
 
         Args:
             name: makes the seeds of this frontend differ from those of others.
-            step_clock: file of the scheduler's StepClock.
+            scheduler: its first message is EngineInfo.
+            has_answers: tells whether the scheduler has sent something.
+            step_clock: file of the scheduler's StepClock; "": there is none.
         """
         self._step_clock = step_clock
         self.config = config
@@ -57,6 +59,7 @@ class EngineLink:
         self.stop_reason = ""
         self._name = name
         self._scheduler = scheduler
+        self._has_answers = has_answers
         self._wakeup = wakeup
         self._frontend: Frontend | None = None
         self._table: ExchangeTable | None = None
@@ -64,8 +67,6 @@ class EngineLink:
         self._loop = asyncio.get_running_loop()
         self._info_came = asyncio.Event()
         self._failed: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(scheduler.socket.fileno(), self._receive)
-        self._check_socket()
 
     @property
     def frontend(self) -> Frontend:
@@ -152,11 +153,11 @@ class EngineLink:
             self._frontend.fail_all(reason)
 
     def close(self) -> None:
-        self._loop.remove_reader(self._scheduler.socket.fileno())
         if self._frontend is not None:
             self._frontend.close()
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Takes what the scheduler has sent. Call it when something may have come."""
         self._is_due = False
         try:
             for _, message in self._scheduler.receive():
@@ -172,13 +173,10 @@ class EngineLink:
                 self._failed.set_exception(error)
 
     def _check_socket(self) -> None:
-        """Schedules _receive() if messages wait.
-
-        ZeroMQ signals its descriptor once when messages arrive, and a send may take the signal.
-        """
-        if not self._is_due and int(self._scheduler.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        """Schedules receive() if messages wait: no socket may tell of them again."""
+        if not self._is_due and self._has_answers():
             self._is_due = True
-            self._loop.call_soon(self._receive)
+            self._loop.call_soon(self.receive)
 
     def _on_info(self, info: EngineInfo) -> None:
         self.info = info

@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 import uvloop
 import zmq
 
 from loraplex.engine.frontend.inputs import load_text_codec
-from loraplex.engine.ipc.channel import DealerChannel
+from loraplex.engine.ipc.channel import Channel, DealerChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import FrontendHello
 from loraplex.engine.processes.addresses.http_address import http_endpoint
@@ -17,9 +19,11 @@ from loraplex.engine.processes.addresses.shared_address import inherited_http_li
 from loraplex.engine.processes.frontend_main import (
     give_large_buffers_back,
     raise_descriptor_limit,
+    seed_salt,
 )
 from loraplex.entrypoints.http.app import make_app
 from loraplex.entrypoints.http.engine_link import TICK_S, EngineLink
+from loraplex.entrypoints.http.socket_watch import SocketWatch
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close first
 GRACE_S = 1  # for the last errors to reach the clients
@@ -33,31 +37,63 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(child: Child) -> None:
+@dataclass(frozen=True, slots=True)
+class EngineSide:
+    """The part below the HTTP server's frontend: one engine's scheduler, or a cluster's router.
+
+    Attributes:
+        has_answers: tells whether the channel has something to receive.
+        follow: is called now and then; returns the seconds until the next call.
+        step_clock: file of the scheduler's StepClock, "" if there are many.
+    """
+
+    channel: Channel
+    has_answers: Callable[[], bool]
+    follow: Callable[[], float] = lambda: TICK_S
+    step_clock: str = ""
+
+
+Connect = Callable[[Child, "zmq.Context[Any]", SocketWatch], EngineSide]
+
+
+def connect_scheduler(
+    child: Child, context: "zmq.Context[Any]", sockets: SocketWatch
+) -> EngineSide:
+    """Connects this process with the scheduler of its engine."""
+    run_dir = child.start.run_dir
+    channel = DealerChannel(context, f"ipc://{run_dir}/frontends", seed_salt(child.start).encode())
+    channel.send(FrontendHello(child.start.name))
+    sockets.register(channel.socket)
+    return EngineSide(channel, lambda: sockets.has_messages, step_clock=f"{run_dir}/steps")
+
+
+def run(child: Child, *, connect: Connect = connect_scheduler) -> None:
     """Serves HTTP until the supervisor stops the process or the engine ends."""
     raise_descriptor_limit()
     give_large_buffers_back()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(child))
+        runner.run(_run(child, connect))
 
 
-async def _run(child: Child) -> None:
+async def _run(child: Child, connect: Connect) -> None:
     start = child.start
     config = start.config
     context = zmq.Context()
-    name = f"{start.name} restart {start.incarnation}" if start.incarnation else start.name
-    scheduler = DealerChannel(context, f"ipc://{start.run_dir}/frontends", name.encode())
-    scheduler.send(FrontendHello(start.name))
+    sockets = SocketWatch()
+    side = connect(child, context, sockets)
     codec = load_text_codec(config.model)
     listener = inherited_http_listener(start.listener_fd)
     link = EngineLink(
         config,
-        name=name,
+        name=seed_salt(start),
         codec=codec,
-        scheduler=scheduler,
+        scheduler=side.channel,
+        has_answers=side.has_answers,
         wakeup=child.wakeup,
-        step_clock=f"{start.run_dir}/steps",
+        step_clock=side.step_clock,
     )
+    sockets.on_ready = link.receive
+    link.receive()
     server = _Server(
         uvicorn.Config(
             make_app(link),
@@ -77,6 +113,7 @@ async def _run(child: Child) -> None:
             tasks.create_task(link.wait_for_failure()),
             tasks.create_task(_report_ready(child, link, http_endpoint(listener))),
             tasks.create_task(_tick(child, link)),
+            tasks.create_task(_follow(side, link)),
         ]
         await _run_until_stopped(child, link)
         for task in others:
@@ -85,6 +122,7 @@ async def _run(child: Child) -> None:
         server.should_exit = True
         await serving
     link.close()
+    sockets.close()
     context.destroy(linger=0)
 
 
@@ -109,6 +147,12 @@ async def _tick(child: Child, link: EngineLink) -> None:
         await asyncio.sleep(TICK_S)
         child.activity.mark()
         link.tick()
+
+
+async def _follow(side: EngineSide, link: EngineLink) -> None:
+    while True:
+        await asyncio.sleep(side.follow())
+        link.receive()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class Cluster:
 
     Attributes:
         endpoint: the address that any client of this machine may connect to.
+        http_endpoint: HOST:PORT of the HTTP server, "" if there is none.
         client: a client of the cluster.
     """
 
@@ -29,6 +30,7 @@ class Cluster:
         num_engines: int,
         placement: str = "affinity",
         endpoint: str = "",
+        http: str = "",
         ray_address: str = "",
         **options: Unpack[LLMOptions],
     ) -> None:
@@ -38,6 +40,7 @@ class Cluster:
             num_engines: each has GPUs of its own, `tensor_parallel_size` of them.
             placement: "affinity", "consolidate", "least_loaded" or "random".
             endpoint: tcp://HOST:PORT or ipc://PATH; "" is private to this user.
+            http: HOST:PORT of the OpenAI-compatible HTTP server; "" is none.
             ray_address: HOST:PORT of a Ray cluster for the engines; "local" starts Ray on this
                 machine; "none" starts child processes; "" is "local" if Ray is installed, else
                 "none".
@@ -48,13 +51,14 @@ class Cluster:
             EngineDeadError: a process ended while it started.
         """
         config = engine_config_of(os.fspath(model), options)
-        config = replace(config, server=replace(config.server, endpoint=endpoint, http=""))
+        config = replace(config, server=replace(config.server, endpoint=endpoint, http=http))
         self._cluster = EngineCluster(
             config, num_engines=num_engines, placement=placement, ray_address=ray_address
         )
         self._cluster.start()
         self._finalizer = weakref.finalize(self, self._cluster.stop)
         self.endpoint = self._cluster.endpoint
+        self.http_endpoint = self._cluster.http_endpoint
         self.client = Client(self.endpoint)
 
     @property

@@ -48,7 +48,9 @@ SERVED = [
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],
-    "cluster": [*SERVED, "--engines", "--placement", "--ray-address"],
+    "cluster": [
+        *SERVED, "--engines", "--http", "--placement", "--ray-address", "--served-model-name",
+    ],
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",
