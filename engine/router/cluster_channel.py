@@ -32,6 +32,7 @@ from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.broadcasts import Answer, Broadcasts
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
+from loraplex.engine.router.router_status import describe_book, describe_engines
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.placement.cluster_view import ClusterView
 from loraplex.scheduler.placement.demand import AdapterDemand
@@ -237,13 +238,12 @@ class ClusterChannel:
                 message.stats["router"] = self._stats()
         self._answers.extend(answer)
 
-    def _stats(self) -> dict[str, int]:
+    def _stats(self) -> dict[str, Any]:
         return {
-            "unfinished": len(self.book),
-            "waiting": self.book.num_waiting,
-            "moves": self.book.num_moves,
-            "recomputed_tokens": self.book.num_recomputed_tokens,
+            "placement": self._placement,
+            **describe_book(self.book),
             "lost_engines": self._num_lost_engines,
+            "engines": describe_engines(self._engines, self._view.summaries(self._clock())),
         }
 
     def _give_up_silent(self) -> None:

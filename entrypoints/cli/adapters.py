@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraplex.engine.config import ServerConfig
-from loraplex.engine.errors import EngineDeadError
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.command import add_log_level
+from loraplex.entrypoints.cli.connection import add_connection, connect
 from loraplex.entrypoints.cli.flag_types import parse_pair
 
 ACTIONS = {
@@ -19,7 +17,6 @@ ACTIONS = {
     "pin": "keep adapters in GPU pages",
     "unpin": "allow pinned adapters to be evicted again",
 }
-PROBE_TIMEOUT_S = 3.0
 HEADER = (
     "name",
     "state",
@@ -61,7 +58,7 @@ def add_adapters(commands: "argparse._SubParsersAction[flags.FlagParser]") -> No
             action.add_argument(
                 "--lazy", action="store_true", help="read the files when a request first needs them"
             )
-        _add_connection(action)
+        add_connection(action, json_help="print one JSON object per adapter")
         add_log_level(action)
         action.set_defaults(command=run, action=name)
 
@@ -70,42 +67,12 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object per adapter")
-    parser.add_argument(
-        "--endpoint", default=ServerConfig().endpoint, help="the server's address (%(default)s)"
-    )
-    parser.add_argument(
-        "--server-public-key", metavar="KEY",
-        help="the server's CurveZMQ key, 40 characters or a certificate file; turns encryption on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--client-secret-key-file", metavar="PATH",
-        help="this client's certificate, for a server that admits known clients only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--timeout-s",
-        type=float,
-        default=30.0,
-        metavar="X",
-        help="longest wait for an answer (%(default)s)",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Run one action on the server.
 
     The names are handled in order. An error ends the command; earlier names keep their effect.
     """
-    from loraplex.entrypoints.client.sync_client import Client
-
-    check_listening(args.endpoint)
-    with Client(
-        args.endpoint,
-        server_public_key=args.server_public_key,
-        client_secret_key_file=args.client_secret_key_file,
-        timeout_s=args.timeout_s,
-    ) as client:
+    with connect(args) as client:
         if args.action == "unload":
             for name in args.names:
                 client.unload_adapter(name)
@@ -122,28 +89,6 @@ def run(args: argparse.Namespace) -> int:
     for line in map(json.dumps, found) if args.json else table(found):
         print(line)
     return 0
-
-
-def check_listening(endpoint: str) -> None:
-    """Raises EngineDeadError if nothing listens at a tcp or ipc address; does nothing for others.
-
-    ZeroMQ itself would wait for a server to come.
-    """
-    kind, _, rest = endpoint.partition("://")
-    host, _, port = rest.rpartition(":")
-    try:
-        if kind == "ipc" and not rest.startswith("@"):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(PROBE_TIMEOUT_S)
-                probe.connect(rest)
-        elif kind == "tcp" and port.isdigit():
-            address = (host.strip("[]"), int(port))
-            socket.create_connection(address, PROBE_TIMEOUT_S).close()
-    except OSError as error:
-        raise EngineDeadError(
-            f"no server answers at {endpoint} ({error}): start one with `loraplex serve`, or give "
-            "its address with --endpoint"
-        ) from None
 
 
 def table(adapters: Iterable[dict[str, Any]]) -> list[str]:

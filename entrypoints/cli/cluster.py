@@ -6,7 +6,9 @@ import sys
 import threading
 from types import FrameType
 
+from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.cli import flags
+from loraplex.entrypoints.cli.cluster_status import add_status
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.scheduler.placement.placement import POLICIES
 
@@ -17,13 +19,18 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
     """Adds the command."""
     parser = commands.add_parser(
         "cluster",
-        usage="loraplex cluster --engines N [FLAGS]",
+        usage="loraplex cluster (--engines N [FLAGS] | status [FLAGS])",
         help="serve clients by several engines, of this machine or of a Ray cluster",
         description="Serve clients over ZeroMQ, and HTTP with --http, by several engines behind "
         "one endpoint, until Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its "
         "own. If one dies, its requests go on elsewhere.",
     )
-    parser.add_argument("--engines", type=int, required=True, metavar="N", help="engines to start")
+    actions = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=False, parser_class=flags.FlagParser,
+        help="without one, start a cluster",
+    )  # fmt: skip
+    add_status(actions)
+    parser.add_argument("--engines", type=int, metavar="N", help="engines to start")
     parser.add_argument(
         "--placement",
         choices=POLICIES,
@@ -45,7 +52,11 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if the router died for good."""
+    """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if the router died for good.
+
+    Raises:
+        ConfigError: --engines is missing, or the cluster cannot start as configured.
+    """
     from loraplex.engine.adapters.paths import adapters_at_start
     from loraplex.engine.cluster.engine_cluster import EngineCluster
     from loraplex.entrypoints.cli.serve import describe
@@ -56,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     def on_signal(number: int, frame: FrameType | None) -> None:
         interrupted.set()
 
+    if args.engines is None:
+        raise ConfigError("give --engines N, the engines to start")
     config = flags.engine_config_of(args)
     num_adapters = len(adapters_at_start(config.adapter))
     progress = ProgressLine()

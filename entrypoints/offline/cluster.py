@@ -3,7 +3,7 @@
 import os
 import weakref
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.entrypoints.client.sync_client import Client
@@ -70,6 +70,14 @@ class Cluster:
     def pids(self) -> list[dict[str, int]]:
         """The process ids of each engine that is up, by the process's name."""
         return [engine.pids for engine in self._cluster.engines.values()]
+
+    def status(self) -> dict[str, Any]:
+        """Returns the engines with their load, and what the router has placed and moved.
+
+        The keys are those of `loraplex cluster status --json`; docs/design/cluster.md lists them.
+        """
+        status: dict[str, Any] = self.client.stats()["router"]
+        return status
 
     def drain(self, engine_id: str) -> None:
         """Moves an engine's requests to the others; it gets no more. KeyError if it is unknown."""

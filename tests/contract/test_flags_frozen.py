@@ -51,6 +51,7 @@ FROZEN = {
     "cluster": [
         *SERVED, "--engines", "--http", "--placement", "--ray-address", "--served-model-name",
     ],
+    "cluster status": CLIENT,
     "generate": [
         *ENGINE, *SAMPLING, "--chat", "--compare", "--file", "--in-process", "--json",
         "--log-level", "--no-chat", "--system", "--use",

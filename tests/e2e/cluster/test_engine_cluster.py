@@ -1,5 +1,6 @@
 """Several engines behind one endpoint: streams go on when an engine or the router dies."""
 
+import json
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import pytest
 from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.engine.cluster.launchers import LOCAL_RAY, NO_RAY
 from loraplex.engine.errors import ConfigError
+from loraplex.entrypoints.cli import main as cli
 from loraplex.entrypoints.client.sync_client import Client
 
 from helpers.fakes.fake_engine import fake_config
@@ -55,6 +57,24 @@ def test_streams_end_complete_when_an_engine_is_drained(cluster: EngineCluster) 
         stats = client.stats()
         assert stats["engines"][engine_id]["running"] == 0
         assert stats["router"]["unfinished"] == 0
+
+
+def test_status_shows_engines_load_and_moves(
+    cluster: EngineCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream(cluster.endpoint, 1)
+    assert cli.main(["cluster", "status", "--endpoint", cluster.endpoint, "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert set(status["engines"]) == set(cluster.engines)
+    states = sorted(engine["state"] for engine in status["engines"].values())
+    assert states == ["draining", "up"]  # the test before has drained one
+    assert sum(engine["adapters"] for engine in status["engines"].values()) >= 1
+    assert status["moves"] > 0 and status["lost_engines"] == 1
+    assert cli.main(["cluster", "status", "--endpoint", cluster.endpoint]) == 0
+    header, *rows, router = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["engine", "state", "running"]
+    assert [row.split()[0] for row in rows] == sorted(cluster.engines)
+    assert f"{status['moves']} moved" in router
 
 
 def test_a_router_that_dies_comes_back_and_finds_its_engines(cluster: EngineCluster) -> None:
