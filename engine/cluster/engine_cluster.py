@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from loraplex.engine.cluster.autoscaler import Autoscaler
 from loraplex.engine.cluster.engine_list import EngineList
-from loraplex.engine.cluster.engine_slot import EngineSlot
-from loraplex.engine.cluster.launcher import EngineHandle, Launcher
-from loraplex.engine.cluster.launchers import make_launcher
+from loraplex.engine.cluster.engine_slots import EngineSlots
+from loraplex.engine.cluster.launch.launcher import EngineHandle
+from loraplex.engine.cluster.launch.launchers import make_launcher
+from loraplex.engine.cluster.scale_signals import read_signals
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
@@ -21,9 +23,11 @@ from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
 from loraplex.scheduler.placement.placement import POLICIES
+from loraplex.scheduler.placement.scaling import ScalePolicy
 
 ROUTER_MODULE = "loraplex.engine.cluster.router_main"
 HTTP_MODULE = "loraplex.entrypoints.http.cluster_main"
+SCALE_HOLD_S = 60.0
 
 
 class EngineCluster:
@@ -46,15 +50,20 @@ class EngineCluster:
         config: EngineConfig,
         *,
         num_engines: int,
+        max_engines: int | None = None,
         placement: str = "affinity",
         ray_address: str = "",
+        scale_hold_s: float = SCALE_HOLD_S,
         on_progress: Callable[[str], None] | None = None,
         worker_command: list[str] | None = None,
     ) -> None:
         """Makes a cluster that is not started.
 
         Args:
+            num_engines: that start, and the fewest.
+            max_engines: that run under load; None: always `num_engines`.
             ray_address: where engines run; see make_launcher().
+            scale_hold_s: for which there must be room before an engine is released.
 
         Raises:
             ConfigError: no engines are asked for, the placement is unknown, or Ray is asked for and
@@ -62,6 +71,11 @@ class EngineCluster:
         """
         if num_engines < 1:
             raise ConfigError(f"a cluster needs at least 1 engine, got {num_engines}")
+        max_engines = num_engines if max_engines is None else max_engines
+        if max_engines < num_engines:
+            raise ConfigError(
+                f"the most engines ({max_engines}) are fewer than the fewest ({num_engines})"
+            )
         if placement not in POLICIES:
             raise ConfigError(f"placement must be one of {', '.join(POLICIES)}, got {placement!r}")
         if config.server.num_frontends > 1:
@@ -75,15 +89,26 @@ class EngineCluster:
             on_progress=on_progress,
             worker_command=worker_command,
         )
-        self._slots = [
-            EngineSlot(index, self._launcher, self._write_list) for index in range(num_engines)
-        ]
+        self._num_engines = num_engines
+        self._max_engines = max_engines
+        self._slots = EngineSlots(self._launcher, self._write_list)
+        self._scaler: Autoscaler | None = None
+        if max_engines > num_engines:
+            policy = ScalePolicy(
+                min_engines=num_engines, max_engines=max_engines, hold_s=scale_hold_s
+            )
+            self._scaler = Autoscaler(
+                self._slots,
+                policy,
+                read_signals=lambda: read_signals(Path(self._routers.run_dir)),
+                on_change=self._write_list,
+            )
         self._lock = threading.Lock()  # guards the list's file
 
     @property
     def engines(self) -> dict[str, EngineHandle]:
         """The engines that are up, by name."""
-        return {slot.engine_id: slot.engine for slot in self._slots if slot.engine is not None}
+        return self._slots.engines
 
     @property
     def router_pid(self) -> int:
@@ -108,28 +133,29 @@ class EngineCluster:
         check_server_config(self._config.server)
         check_http_config(self._config.server)
         deadline = time.monotonic() + timeout_s
-        weakref.finalize(self, _stop, self._routers, self._slots, self._launcher)
+        weakref.finalize(self, _stop, self._routers, self._slots, self._scaler)
         try:
-            self._launcher.open(len(self._slots))
-            for slot in self._slots:
-                slot.start()
+            self._launcher.open(self._max_engines)
+            for _ in range(self._num_engines):
+                self._slots.add()
             for slot in self._slots:
                 slot.await_start(deadline)
             self._routers.start(router_processes(self._config), self._config)
             self._write_list()
             self._await_routers(deadline)
+            if self._scaler is not None:
+                self._scaler.start()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
         """End the router, then the engines. Idempotent; waits until all are gone."""
-        _stop(self._routers, self._slots, self._launcher)
+        _stop(self._routers, self._slots, self._scaler)
 
     def drain(self, engine_id: str) -> None:
         """Move an engine's requests to the others. It gets no more. Raises KeyError if unknown."""
-        {slot.engine_id: slot for slot in self._slots}[engine_id].is_draining = True
-        self._write_list()
+        self._slots.drain(engine_id)
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Block until the cluster ends. Returns 0 after stop(), 1 if the router died for good."""
@@ -154,11 +180,11 @@ class EngineCluster:
 
     def _write_list(self) -> None:
         with self._lock:
-            engines = [listed for slot in self._slots if (listed := slot.listed) is not None]
+            scale = self._scaler.counts if self._scaler is not None else None
             folder = Path(self._routers.run_dir)
             if self._routers.run_dir and folder.is_dir():
                 with contextlib.suppress(FileNotFoundError):  # the router was stopped meanwhile
-                    EngineList(self._placement, engines).write(folder)
+                    EngineList(self._placement, self._slots.listed, scale).write(folder)
 
     def __enter__(self) -> "EngineCluster":
         return self
@@ -176,8 +202,8 @@ def router_processes(config: EngineConfig) -> list[ProcessSpec]:
     return specs
 
 
-def _stop(routers: ProcessGroup, slots: list[EngineSlot], launcher: Launcher) -> None:
+def _stop(routers: ProcessGroup, slots: EngineSlots, scaler: Autoscaler | None) -> None:
+    if scaler is not None:
+        scaler.stop()
     routers.stop(STOP_TIMEOUT_S)
-    for slot in slots:
-        slot.stop()
-    launcher.close()
+    slots.stop()

@@ -1,12 +1,15 @@
 """Connects a router with the engines of the list."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 
 from loraplex.engine.cluster.engine_list import EngineList, EngineListReader
+from loraplex.engine.cluster.scale_signals import SIGNALS_S, ScaleSignals
 from loraplex.engine.ipc.channel import DealerChannel
 from loraplex.engine.ipc.child import Child
 from loraplex.engine.router.adapter_log import AdapterLog
@@ -35,11 +38,12 @@ class EngineLinks:
         self._channel = channel
         self._identity = identity
         self._context = context
+        self._folder = folder
         self._reader = EngineListReader(folder)
         self._listed = EngineList("")
         self._links: dict[str, DealerChannel] = {}
         self._num_links = 0
-        self._look_at = self._retry_at = 0.0
+        self._look_at = self._retry_at = self._signal_at = 0.0
 
     def follow(self, sockets: SocketRegistry) -> float:
         """Reads the list if it is time; returns the seconds until the next call."""
@@ -53,9 +57,14 @@ class EngineLinks:
                 self._take(self._listed, sockets)
             self._forget_lost(sockets)
             self._channel.adapters.sync()
+            if self._listed.scale is not None and now >= self._signal_at:
+                self._signal_at = now + SIGNALS_S
+                self._tell_load(now)
         return max(0.0, self._look_at - now)
 
     def _take(self, listed: EngineList, sockets: SocketRegistry) -> None:
+        if listed.scale is not None:
+            self._channel.scale = msgspec.structs.asdict(listed.scale)
         engines = {engine.engine_id: engine for engine in listed.engines}
         for engine_id in self._links.keys() - engines.keys():
             self._channel.lose_engine(engine_id, "it has ended")
@@ -69,6 +78,17 @@ class EngineLinks:
                 self._channel.add_engine(engine_id, link)
             if engine.draining and engine_id in self._channel.engine_ids:
                 self._channel.drain_engine(engine_id)
+
+    def _tell_load(self, now: float) -> None:
+        channel = self._channel
+        channel.attainment.forget(now)
+        signals = ScaleSignals(
+            engines=[replace(engine, load_seconds={}) for engine in channel.summaries()],
+            num_queued=channel.book.num_waiting,
+            num_first_tokens=len(channel.attainment),
+            num_in_time=channel.attainment.num_in_time,
+        )
+        signals.write(self._folder, self._identity)
 
     def _forget_lost(self, sockets: SocketRegistry) -> None:
         for engine_id in self._links.keys() - set(self._channel.engine_ids):

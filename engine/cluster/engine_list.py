@@ -1,13 +1,13 @@
 """The list of a cluster's engines, a file that the supervisor writes and routers read.
 
-A router that restarts finds its engines there again. The file is replaced as a whole, so a reader
-never sees half of it.
+A router that restarts finds its engines there again.
 """
 
-import os
 from pathlib import Path
 
 import msgspec
+
+from loraplex.engine.cluster.run_files import write_json
 
 FILE_NAME = "engines.json"
 
@@ -20,18 +20,34 @@ class ListedEngine(msgspec.Struct, frozen=True):
     draining: bool = False
 
 
+class ScaleCounts(msgspec.Struct, frozen=True):
+    """The bounds of the number of engines, and the decisions to change it so far."""
+
+    min_engines: int
+    max_engines: int
+    started: int = 0
+    released: int = 0
+    failed: int = 0  # starts that came to nothing
+    last: str = ""  # decision, with its numbers
+
+    def count(self, kind: str, text: str) -> "ScaleCounts":
+        """Returns the counts after one more decision, "started", "released" or "failed"."""
+        return msgspec.structs.replace(self, **{kind: getattr(self, kind) + 1, "last": text})
+
+
 class EngineList(msgspec.Struct, frozen=True):
-    """All engines that are up, and how requests are placed on them."""
+    """All engines that are up, and how requests are placed on them.
+
+    With `scale`, routers tell their load.
+    """
 
     placement: str
     engines: list[ListedEngine] = []
+    scale: ScaleCounts | None = None
 
     def write(self, folder: Path) -> None:
         """Replaces the list in `folder`."""
-        path = folder / FILE_NAME
-        draft = path.with_suffix(".new")
-        draft.write_bytes(msgspec.json.encode(self))
-        os.replace(draft, path)
+        write_json(folder / FILE_NAME, self)
 
 
 class EngineListReader:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from loraplex.engine.cluster.engine_list import ListedEngine
-from loraplex.engine.cluster.launcher import EngineHandle, Launcher
+from loraplex.engine.cluster.launch.launcher import EngineHandle, Launcher
 from loraplex.engine.errors import EngineDeadError, LoraplexError
 from loraplex.engine.processes.restart_policy import RestartPolicy
 
@@ -19,7 +19,8 @@ class EngineSlot:
     Attributes:
         engine: the engine that is up, None while there is none.
         is_draining: that engine gets no more requests.
-        num_starts: engines of this slot that came up.
+        num_starts: engines of this place that came up.
+        failure: why no engine runs here any more.
     """
 
     def __init__(self, index: int, launcher: Launcher, on_change: Callable[[], None]) -> None:
@@ -28,10 +29,10 @@ class EngineSlot:
         self.engine: EngineHandle | None = None
         self.is_draining = False
         self.num_starts = 0
+        self.failure: Exception | None = None
         self._launcher = launcher
         self._on_change = on_change
         self._latest: EngineHandle | None = None  # started last; it may not be up
-        self._failure: Exception | None = None  # of the first start
         self._started = threading.Event()  # the first start has succeeded or failed
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"engine {index}", daemon=True)
@@ -49,11 +50,6 @@ class EngineSlot:
             return None
         return ListedEngine(self.engine_id, engine.scheduler_endpoint, self.is_draining)
 
-    @property
-    def is_starting(self) -> bool:
-        """Tells whether the first engine may still come up."""
-        return not self._started.is_set()
-
     def start(self) -> None:
         """Begins to start the first engine."""
         self._thread.start()
@@ -66,10 +62,16 @@ class EngineSlot:
             EngineDeadError: it ended or was not ready in time.
         """
         self._started.wait(max(0.0, deadline - time.monotonic()))
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if self.engine is None:
             raise EngineDeadError(f"engine {self.index} did not get ready in time")
+
+    def retire(self) -> None:
+        """Lets routers empty the engine; no other is started when it ends."""
+        self._stopping.set()
+        self.is_draining = True
+        self._on_change()
 
     def stop(self) -> None:
         """Ends the engine and starts no other. Idempotent; waits until it is gone."""
@@ -86,14 +88,16 @@ class EngineSlot:
                 engine.wait()
                 self.engine = None
                 if self._stopping.is_set():
+                    self._on_change()
                     return
                 logger.warning("%s has ended: %s", self.engine_id, engine.dead_reason)
                 self._on_change()
-            elif self._failure is not None:
+            elif self.failure is not None:
                 return  # await_start() raises it
             delay_s = restarts.on_death(time.monotonic())
             if delay_s is None:
-                logger.error("engine %d ends too often and is not started again", self.index)
+                self.failure = EngineDeadError("it ends too often and is not started again")
+                logger.error("engine %d: %s", self.index, self.failure)
                 return
             self._stopping.wait(delay_s)
 
@@ -105,7 +109,7 @@ class EngineSlot:
             engine.start()
         except (LoraplexError, OSError) as error:
             if not self._started.is_set():
-                self._failure = error
+                self.failure = error
                 self._started.set()
             if not self._stopping.is_set():
                 logger.warning("engine %d cannot start: %s", self.index, error)

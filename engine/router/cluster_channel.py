@@ -34,9 +34,11 @@ from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
 from loraplex.engine.router.router_status import describe_book, describe_engines
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
+from loraplex.scheduler.placement.attainment import Attainment
 from loraplex.scheduler.placement.cluster_view import ClusterView
 from loraplex.scheduler.placement.demand import AdapterDemand
 from loraplex.scheduler.placement.engine_report import EngineReport
+from loraplex.scheduler.placement.engine_summary import EngineSummary
 from loraplex.scheduler.placement.placement import place
 from loraplex.scheduler.placement.placement_request import PlacementRequest
 
@@ -52,6 +54,8 @@ class ClusterChannel:
     Attributes:
         book: the unfinished sequences. Callers only read it.
         adapters: what clients have registered.
+        attainment: of the objective, by the first tokens lately.
+        scale: what the autoscaler has done, for the statistics.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class ClusterChannel:
         """
         self.book = RequestBook()
         self.adapters = AdapterBook(adapter_log)
+        self.attainment = Attainment(objective_s)
+        self.scale: dict[str, Any] = {}
         self._has_told_info = False
         self._name = name
         self._placement = placement
@@ -113,15 +119,17 @@ class ClusterChannel:
         """Sends the requests of an engine that is gone elsewhere. Unknown ids do no harm."""
         if self._engines.pop(engine_id, None) is None:
             return
-        self._num_lost_engines += 1
+        is_released = self._view.is_draining(engine_id)
+        self._num_lost_engines += not is_released
         del self._heard_at[engine_id]
         self._view.remove(engine_id)
         for own_id in [key for key, (asked, _) in self._asked.items() if asked == engine_id]:
             self._asked_names.discard(self._asked.pop(own_id)[1])
         attempts = self.book.recall(engine_id)
-        logger.warning(
-            "%s is lost (%s): %d requests go on elsewhere", engine_id, reason, len(attempts)
-        )
+        text, level = f"{len(attempts)} requests go on elsewhere", logging.WARNING
+        if is_released and not attempts:
+            level = logging.INFO
+        logger.log(level, "%s is gone (%s): %s", engine_id, reason, text)
         self._answer(self._broadcasts.lose_engine(engine_id))
 
     def drain_engine(self, engine_id: str) -> None:
@@ -131,6 +139,10 @@ class ClusterChannel:
         attempts = self.book.recall(engine_id)
         if attempts:
             self._send_to(engine_id, channel, AbortRequests(attempts))
+
+    def summaries(self) -> list[EngineSummary]:
+        """Returns the load of the engines that have reported."""
+        return self._view.summaries(self._clock())
 
     @property
     def has_answers(self) -> bool:
@@ -208,6 +220,9 @@ class ClusterChannel:
         match message:
             case StepOutputs():
                 outputs = self.book.on_outputs(message)
+                now = self._clock()
+                for request in self.book.take_begun():
+                    self.attainment.observe(now - request.arrived_at, now)
                 if outputs is not None:
                     self._answers.append(outputs)
             case EngineInfo():
@@ -243,7 +258,8 @@ class ClusterChannel:
             "placement": self._placement,
             **describe_book(self.book),
             "lost_engines": self._num_lost_engines,
-            "engines": describe_engines(self._engines, self._view.summaries(self._clock())),
+            "scale": self.scale,
+            "engines": describe_engines(self._engines, self.summaries()),
         }
 
     def _give_up_silent(self) -> None:
@@ -290,8 +306,7 @@ class ClusterChannel:
             objective_s=self._objective_s,
             home=name,
         )
-        summaries = self._view.summaries(self._clock())
-        decision = place(needs, summaries, self._placement, self._random)
+        decision = place(needs, self.summaries(), self._placement, self._random)
         if decision is None:
             return None
         self._view.on_sent(decision.engine_id, needs)

@@ -35,6 +35,7 @@ class RequestBook:
         self.num_waiting = 0
         self.num_moves = 0  # requests that were sent again
         self.num_recomputed_tokens = 0
+        self._begun: list[RoutedRequest] = []  # whose first token has come
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -100,6 +101,8 @@ class RequestBook:
         for attempt, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             request = attempts.get(attempt)
             if request is not None:
+                if not request.generated:
+                    self._begun.append(request)
                 request.generated.append(token_id)
                 request_ids.append(request.message.request_id)
                 token_ids.append(token_id)
@@ -115,10 +118,17 @@ class RequestBook:
         if output.error_code in RETRIED_CODES:
             self._recall(request)
             return None
+        if output.token_ids and not request.generated:
+            self._begun.append(request)
         taken = request.take(output)
         if taken.finish_reason:
             self._forget(request)
         return taken
+
+    def take_begun(self) -> list[RoutedRequest]:
+        """Returns the requests whose first token has come since the last call."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def end(self, request_id: int) -> tuple[str, int] | None:
         """Forgets a request; returns the engine and the attempt to abort, if it was sent."""

@@ -19,7 +19,8 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
     """Adds the command."""
     parser = commands.add_parser(
         "cluster",
-        usage="loraplex cluster (--engines N [FLAGS] | status [FLAGS])",
+        usage="loraplex cluster (--engines N | --min-engines A --max-engines B) [FLAGS]\n"
+        "       loraplex cluster status [FLAGS]",
         help="serve clients by several engines, of this machine or of a Ray cluster",
         description="Serve clients over ZeroMQ, and HTTP with --http, by several engines behind "
         "one endpoint, until Ctrl-C or SIGTERM. Each engine has --tensor-parallel-size GPUs of its "
@@ -30,7 +31,16 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
         help="without one, start a cluster",
     )  # fmt: skip
     add_status(actions)
-    parser.add_argument("--engines", type=int, metavar="N", help="engines to start")
+    parser.add_argument("--engines", type=int, metavar="N", help="engines, always as many")
+    parser.add_argument(
+        "--min-engines", type=int, metavar="A", help="engines to start, and the fewest"
+    )
+    parser.add_argument(
+        "--max-engines",
+        type=int,
+        metavar="B",
+        help="the most engines: more start under load, and idle ones are released",
+    )
     parser.add_argument(
         "--placement",
         choices=POLICIES,
@@ -55,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if the router died for good.
 
     Raises:
-        ConfigError: --engines is missing, or the cluster cannot start as configured.
+        ConfigError: the number of engines is missing, or the cluster cannot start as configured.
     """
     from loraplex.engine.adapters.paths import adapters_at_start
     from loraplex.engine.cluster.engine_cluster import EngineCluster
@@ -67,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
     def on_signal(number: int, frame: FrameType | None) -> None:
         interrupted.set()
 
-    if args.engines is None:
-        raise ConfigError("give --engines N, the engines to start")
+    num_engines, max_engines = engines_of(args)
     config = flags.engine_config_of(args)
     num_adapters = len(adapters_at_start(config.adapter))
     progress = ProgressLine()
     cluster = EngineCluster(
         config,
-        num_engines=args.engines,
+        num_engines=num_engines,
+        max_engines=max_engines,
         placement=args.placement,
         ray_address=args.ray_address,
         on_progress=progress,
@@ -87,10 +97,11 @@ def run(args: argparse.Namespace) -> int:
         engines = cluster.engines
         info = next(iter(engines.values())).info
         lines = describe(cluster.endpoint, config, info, num_adapters)
+        most = f" to {max_engines}" if max_engines > num_engines else ""
         where = f"{cluster.describe_launcher()}, placement {args.placement}"
         if cluster.http_endpoint:
             lines.insert(1, f"  {'http':<9} http://{cluster.http_endpoint}/v1")
-        lines.insert(1, f"  {'engines':<9} {len(engines)}: {where}; each has:")
+        lines.insert(1, f"  {'engines':<9} {len(engines)}{most}: {where}; each has:")
         print("\n".join(lines), flush=True)
         while not interrupted.is_set() and cluster.wait(0.5) is None:
             pass
@@ -101,3 +112,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"loraplex: error: {cluster.dead_reason}", file=sys.stderr)
         return 1
     return 0
+
+
+def engines_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Returns the fewest and the most engines.
+
+    Raises ConfigError unless there is --engines, or both --min-engines and --max-engines.
+    """
+    bounds = (args.min_engines, args.max_engines)
+    if args.engines is not None and bounds == (None, None):
+        return args.engines, args.engines
+    if args.engines is not None or None in bounds:
+        raise ConfigError("give --engines N, or --min-engines A and --max-engines B")
+    return args.min_engines, args.max_engines

@@ -61,4 +61,11 @@ def lines(status: dict[str, Any]) -> list[str]:
         f"{status['recomputed_tokens']:,} tokens computed again; "
         f"{status['lost_engines']} engines lost"
     )
-    return [*table, router]
+    scale = status["scale"]
+    if not scale:
+        return [*table, router]
+    decisions = (
+        f"{scale['min_engines']} to {scale['max_engines']} engines: {scale['started']} started, "
+        f"{scale['released']} released, {scale['failed']} given up"
+    )
+    return [*table, router, decisions + (f"; last: {scale['last']}" if scale["last"] else "")]

@@ -28,6 +28,7 @@ class Cluster:
         model: str = "",
         *,
         num_engines: int,
+        max_engines: int | None = None,
         placement: str = "affinity",
         endpoint: str = "",
         http: str = "",
@@ -37,7 +38,9 @@ class Cluster:
         """Starts the cluster and waits until it is ready.
 
         Args:
-            num_engines: each has GPUs of its own, `tensor_parallel_size` of them.
+            num_engines: that start, and the fewest. Each has GPUs of its own,
+                `tensor_parallel_size` of them.
+            max_engines: the most, which start under load; None: always `num_engines`.
             placement: "affinity", "consolidate", "least_loaded" or "random".
             endpoint: tcp://HOST:PORT or ipc://PATH; "" is private to this user.
             http: HOST:PORT of the OpenAI-compatible HTTP server; "" is none.
@@ -53,7 +56,11 @@ class Cluster:
         config = engine_config_of(os.fspath(model), options)
         config = replace(config, server=replace(config.server, endpoint=endpoint, http=http))
         self._cluster = EngineCluster(
-            config, num_engines=num_engines, placement=placement, ray_address=ray_address
+            config,
+            num_engines=num_engines,
+            max_engines=max_engines,
+            placement=placement,
+            ray_address=ray_address,
         )
         self._cluster.start()
         self._finalizer = weakref.finalize(self, self._cluster.stop)

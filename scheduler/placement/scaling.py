@@ -38,8 +38,8 @@ class ScalePolicy:
                 f"min_engines ({min_engines}) must be at least 1 and at most max_engines "
                 f"({max_engines})"
             )
-        self._min_engines = min_engines
-        self._max_engines = max_engines
+        self.min_engines = min_engines
+        self.max_engines = max_engines
         self._hold_s = hold_s
         self._min_attainment = min_attainment
         self._room_since: float | None = None
@@ -71,8 +71,8 @@ class ScalePolicy:
         is_short = spare < MIN_SPARE or num_queued > 0 and not num_starting
         if is_short or (attainment < self._min_attainment and not num_starting):
             self._room_since = None
-            return ScaleDecision(numbers) if num_engines < self._max_engines else None
-        if num_engines <= self._min_engines or spare - 1 < MIN_SPARE + RELEASE_MARGIN:
+            return ScaleDecision(numbers) if num_engines < self.max_engines else None
+        if num_engines <= self.min_engines or spare - 1 < MIN_SPARE + RELEASE_MARGIN:
             self._room_since = None
             return None
         if self._room_since is None:

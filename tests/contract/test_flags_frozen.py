@@ -49,7 +49,8 @@ SERVED = [
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],
     "cluster": [
-        *SERVED, "--engines", "--http", "--placement", "--ray-address", "--served-model-name",
+        *SERVED, "--engines", "--http", "--max-engines", "--min-engines", "--placement",
+        "--ray-address", "--served-model-name",
     ],
     "cluster status": CLIENT,
     "generate": [

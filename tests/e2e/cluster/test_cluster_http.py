@@ -13,7 +13,7 @@ import pytest
 
 from loraplex import Client, SamplingParams
 from loraplex.engine.cluster.engine_cluster import EngineCluster
-from loraplex.engine.cluster.launchers import NO_RAY
+from loraplex.engine.cluster.launch.launchers import NO_RAY
 
 from helpers.running.http_answers import text_streamed
 from helpers.running.http_server import BASE, http_config, make_models

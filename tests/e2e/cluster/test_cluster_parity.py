@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loraplex import LLM, Cluster, SamplingParams
-from loraplex.engine.cluster.launchers import NO_RAY
+from loraplex.engine.cluster.launch.launchers import NO_RAY
 from loraplex.entrypoints.client.outputs import RequestOutput
 
 from helpers.models.hf_models import make_hf_model

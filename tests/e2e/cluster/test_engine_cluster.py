@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from loraplex.engine.cluster.engine_cluster import EngineCluster
-from loraplex.engine.cluster.launchers import LOCAL_RAY, NO_RAY
+from loraplex.engine.cluster.launch.launchers import LOCAL_RAY, NO_RAY
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.cli import main as cli
 from loraplex.entrypoints.client.sync_client import Client

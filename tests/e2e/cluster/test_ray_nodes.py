@@ -14,7 +14,7 @@ from helpers.running.cluster_streams import fake_cluster, stream_many
 from helpers.running.processes import wait_until
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
-ray_launcher = pytest.importorskip("loraplex.engine.cluster.ray_launcher")
+ray_launcher = pytest.importorskip("loraplex.engine.cluster.launch.ray_launcher")
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 

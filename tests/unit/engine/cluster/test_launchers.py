@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from loraplex.engine.cluster.launchers import LOCAL_RAY, NO_RAY, make_launcher
-from loraplex.engine.cluster.process_launcher import ProcessLauncher, device_environment
+from loraplex.engine.cluster.launch.launchers import LOCAL_RAY, NO_RAY, make_launcher
+from loraplex.engine.cluster.launch.process_launcher import ProcessLauncher, device_environment
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 

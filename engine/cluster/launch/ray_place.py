@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from loraplex.engine.cluster.engine_actor import THREADS_VARIABLE, EngineActor
+from loraplex.engine.cluster.launch.engine_actor import THREADS_VARIABLE, EngineActor
 from loraplex.engine.errors import ConfigError, EngineDeadError
 
 PLACE_TIMEOUT_S = 120.0

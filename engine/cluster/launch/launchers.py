@@ -3,8 +3,8 @@
 import importlib.util
 from collections.abc import Callable
 
-from loraplex.engine.cluster.launcher import Launcher
-from loraplex.engine.cluster.process_launcher import ProcessLauncher
+from loraplex.engine.cluster.launch.launcher import Launcher
+from loraplex.engine.cluster.launch.process_launcher import ProcessLauncher
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 
@@ -41,7 +41,7 @@ def make_launcher(
             f"ray_address {ray_address} must be HOST:PORT: the router's machine has to be a node "
             "of the cluster"
         )
-    from loraplex.engine.cluster.ray_launcher import RayLauncher
+    from loraplex.engine.cluster.launch.ray_launcher import RayLauncher
 
     return RayLauncher(
         config,

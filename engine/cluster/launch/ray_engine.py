@@ -14,8 +14,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from loraplex.engine.cluster.engine_actor import StartedEngine
-from loraplex.engine.cluster.ray_place import LOOK_S, RayPlace
+from loraplex.engine.cluster.launch.engine_actor import StartedEngine
+from loraplex.engine.cluster.launch.ray_place import LOOK_S, RayPlace
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDeadError, LoraplexError
 from loraplex.engine.ipc.messages.frontend import EngineInfo

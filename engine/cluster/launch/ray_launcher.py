@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from loraplex.engine.cluster.ray_engine import RayEngine
-from loraplex.engine.cluster.ray_place import PLACE_TIMEOUT_S, RayPlace, in_words
+from loraplex.engine.cluster.launch.ray_engine import RayEngine
+from loraplex.engine.cluster.launch.ray_place import PLACE_TIMEOUT_S, RayPlace, in_words
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 
