@@ -78,13 +78,11 @@ class EngineCluster:
             )
         if placement not in POLICIES:
             raise ConfigError(f"placement must be one of {', '.join(POLICIES)}, got {placement!r}")
-        if config.server.num_frontends > 1:
-            raise ConfigError("a cluster has one router: leave num_frontends out")
         self._config = config
         self._placement = placement
         self._routers = ProcessGroup(on_progress)
         self._launcher = make_launcher(
-            replace(config, server=replace(config.server, endpoint="", http="")),
+            replace(config, server=replace(config.server, endpoint="", http="", num_frontends=1)),
             ray_address=ray_address,
             on_progress=on_progress,
             worker_command=worker_command,
@@ -112,6 +110,7 @@ class EngineCluster:
 
     @property
     def router_pid(self) -> int:
+        """The process id of the first router."""
         return self._routers.of_kind("router")[0].popen.pid
 
     @property
@@ -194,12 +193,13 @@ class EngineCluster:
 
 
 def router_processes(config: EngineConfig) -> list[ProcessSpec]:
-    """Returns the router for ZeroMQ, and the HTTP server, which is a router too."""
+    """Returns the routers for ZeroMQ, and the HTTP servers, which are routers too."""
     python = [sys.executable, "-P", "-m"]
-    specs = [ProcessSpec("router", 0, [*python, ROUTER_MODULE])]
-    if config.server.http:
-        specs.append(ProcessSpec("http", 0, [*python, HTTP_MODULE]))
-    return specs
+    numbers = range(config.server.num_frontends)
+    return [
+        *(ProcessSpec("router", i, [*python, ROUTER_MODULE]) for i in numbers),
+        *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
+    ]
 
 
 def _stop(routers: ProcessGroup, slots: EngineSlots, scaler: Autoscaler | None) -> None:

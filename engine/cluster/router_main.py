@@ -11,6 +11,7 @@ from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.processes.addresses.shared_address import inherited_zmq_listener
 from loraplex.engine.processes.frontend_main import (
     give_large_buffers_back,
     raise_descriptor_limit,
@@ -26,8 +27,14 @@ def run(child: Child) -> None:
     config = child.start.config
     context = zmq.Context()
     channel, links = connect_engines(child, context)
-    clients = ClientSocket(context, config.server, f"ipc://{child.start.run_dir}/clients")
-    codec = load_text_codec(config.model)
+    codec = load_text_codec(config.model)  # a shared address must not listen before: others serve
+    fd = child.start.listener_fd
+    clients = ClientSocket(
+        context,
+        config.server,
+        f"ipc://{child.start.run_dir}/clients",
+        listener_fd=inherited_zmq_listener(fd) if fd >= 0 else fd,
+    )
     poller = zmq.Poller()
     poller.register(child.wakeup.fileno(), zmq.POLLIN)
     info: EngineInfo | None = None

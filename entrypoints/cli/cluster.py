@@ -12,8 +12,6 @@ from loraplex.entrypoints.cli.cluster_status import add_status
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.scheduler.placement.placement import POLICIES
 
-HIDDEN = ("num_frontends",)  # a cluster has one router
-
 
 def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
     """Adds the command."""
@@ -57,7 +55,7 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
         "processes (default: local if Ray is installed, else none)",
     )
     add_log_level(parser)
-    flags.add_engine_flags(parser, offline=False, hidden=HIDDEN)
+    flags.add_engine_flags(parser, offline=False)
     parser.set_defaults(command=run)
 
 

@@ -49,8 +49,8 @@ SERVED = [
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],
     "cluster": [
-        *SERVED, "--engines", "--http", "--max-engines", "--min-engines", "--placement",
-        "--ray-address", "--served-model-name",
+        *SERVED, "--engines", "--http", "--max-engines", "--min-engines",
+        "--num-frontends", "--placement", "--ray-address", "--served-model-name",
     ],
     "cluster status": CLIENT,
     "generate": [

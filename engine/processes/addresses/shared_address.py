@@ -72,7 +72,8 @@ def open_addresses(config: ServerConfig, run_dir: str) -> dict[str, SharedAddres
             addresses["http"] = SharedAddress(("" if host == "*" else host, port))
         if config.num_frontends > 1:
             where = config.endpoint or f"ipc://{run_dir}/clients"
-            addresses["frontend"] = SharedAddress(_parse_endpoint(where))
+            shared = SharedAddress(_parse_endpoint(where))
+            addresses |= {"frontend": shared, "router": shared}  # an engine's, a cluster's
     except OSError as error:
         for address in addresses.values():
             address.close()

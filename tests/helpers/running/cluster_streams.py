@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.engine.cluster.engine_cluster import EngineCluster
-from loraplex.engine.config import AdapterConfig
+from loraplex.engine.config import AdapterConfig, ServerConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.sync_client import Client
 
@@ -20,11 +20,14 @@ MAX_TOKENS = 120
 
 
 @contextmanager
-def fake_cluster(root: Path, **options: Any) -> Iterator[EngineCluster]:
+def fake_cluster(root: Path, *, num_routers: int = 1, **options: Any) -> Iterator[EngineCluster]:
     """Yields a started cluster; a client has loaded the adapters."""
     for i in range(4):
         make_fake_adapter(root / f"a{i}", f"content {i}")
-    config = fake_config(adapter=AdapterConfig(adapter_root=str(root)))
+    config = fake_config(
+        adapter=AdapterConfig(adapter_root=str(root)),
+        server=ServerConfig(endpoint="tcp://127.0.0.1:0", num_frontends=num_routers),
+    )
     command = fake_worker_command("--delay", "0.02")
     cluster = EngineCluster(config, worker_command=command, **options)
     cluster.start(timeout_s=GUARD_S)
