@@ -109,8 +109,7 @@ def connect_engines(
         child.start.name,
         placement=listed.placement,
         block_tokens=config.memory.block_tokens,
-        max_queue_len=config.scheduler.max_queue_len,
-        objective_s=config.scheduler.ttft_slo_s,
+        scheduler=config.scheduler,
         adapter_log=AdapterLog(folder / ADAPTER_LOG),
     )
     identity = f"{child.start.name}.{child.start.incarnation}"

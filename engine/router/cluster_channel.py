@@ -33,6 +33,8 @@ from loraplex.engine.router.broadcasts import Answer, Broadcasts
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
 from loraplex.engine.router.router_status import describe_book, describe_engines
+from loraplex.engine.router.waiting_queue import make_waiting_queue
+from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.placement.attainment import Attainment
 from loraplex.scheduler.placement.cluster_view import ClusterView
@@ -64,8 +66,7 @@ class ClusterChannel:
         *,
         placement: str,
         block_tokens: int,
-        max_queue_len: int,
-        objective_s: float = 6.0,
+        scheduler: SchedulerConfig,
         adapter_log: AdapterLog | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
@@ -74,18 +75,19 @@ class ClusterChannel:
 
         Args:
             name: tells engines a router that has restarted from another router.
+            scheduler: of the engines: objective and policy, and the length of the router's queue.
             adapter_log: what clients have told all routers of the cluster; None: there is one.
         """
-        self.book = RequestBook()
+        self.book = RequestBook(make_waiting_queue(scheduler))
         self.adapters = AdapterBook(adapter_log)
-        self.attainment = Attainment(objective_s)
+        self.attainment = Attainment(scheduler.ttft_slo_s)
         self.scale: dict[str, Any] = {}
         self._has_told_info = False
         self._name = name
         self._placement = placement
         self._block_tokens = block_tokens
-        self._max_queue_len = max_queue_len
-        self._objective_s = objective_s
+        self._max_queue_len = scheduler.max_queue_len
+        self._objective_s = scheduler.ttft_slo_s
         self._clock = clock
         self._random = random or Random()
         self._view = ClusterView()

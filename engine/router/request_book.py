@@ -4,7 +4,6 @@ Invariant: each sequence either waits or is at one engine under one attempt. Out
 attempts are dropped, so an engine that was given up and comes back answers nobody.
 """
 
-import heapq
 import itertools
 from array import array
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from loraplex.engine.router.routed_request import RoutedRequest
+from loraplex.engine.router.waiting_queue import PriorityQueue, WaitingQueue
 from loraplex.scheduler.frontend_protocol import (
     AdapterSource,
     AddRequest,
@@ -24,12 +24,13 @@ RETRIED_CODES = frozenset({"queue_full"})
 
 
 class RequestBook:
-    """Holds the sequences in order of priority, then of arrival."""
+    """Holds the sequences; those that wait are in the order of a queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: WaitingQueue | None = None) -> None:
+        """`queue` is empty; default: by priority, then by arrival."""
         self._requests: dict[int, RoutedRequest] = {}  # by the frontend's id
         self._attempts: dict[int, RoutedRequest] = {}
-        self._waiting: list[tuple[int, int, RoutedRequest]] = []  # a heap; stale entries stay
+        self._queue: WaitingQueue = PriorityQueue() if queue is None else queue
         self._orders = itertools.count()
         self._attempt_ids = itertools.count(1)
         self.num_waiting = 0
@@ -61,11 +62,10 @@ class RequestBook:
 
     def first_waiting(self) -> RoutedRequest | None:
         """Returns the request to place next."""
-        while self._waiting:
-            request = self._waiting[0][2]
+        while (request := self._queue.first()) is not None:
             if not request.engine_id and request.message.request_id in self._requests:
                 return request
-            heapq.heappop(self._waiting)
+            self._queue.pop()
         return None
 
     def start(self, request: RoutedRequest, engine_id: str) -> AddRequest:
@@ -74,11 +74,13 @@ class RequestBook:
         A request that is sent again names the folder that its adapter meant when it came: the name
         may mean another one by now.
         """
-        heapq.heappop(self._waiting)
+        self._queue.pop()
         self.num_waiting -= 1
         source, mix = request.message.adapter_source, request.message.mix
         if request.was_sent:
             source, mix = source or request.source, request.mix
+        else:
+            self._queue.on_sent(request)
         request.was_sent = True
         request.engine_id, request.attempt = engine_id, next(self._attempt_ids)
         request.num_to_skip = request.num_scored
@@ -104,6 +106,7 @@ class RequestBook:
                 if not request.generated:
                     self._begun.append(request)
                 request.generated.append(token_id)
+                self._queue.on_tokens(request, 1)
                 request_ids.append(request.message.request_id)
                 token_ids.append(token_id)
         details = [kept for output in outputs.details if (kept := self._take(output)) is not None]
@@ -120,6 +123,7 @@ class RequestBook:
             return None
         if output.token_ids and not request.generated:
             self._begun.append(request)
+        self._queue.on_tokens(request, len(output.token_ids))
         taken = request.take(output)
         if taken.finish_reason:
             self._forget(request)
@@ -156,7 +160,7 @@ class RequestBook:
 
     def _wait(self, request: RoutedRequest) -> None:
         self.num_waiting += 1
-        heapq.heappush(self._waiting, (request.message.priority, request.order, request))
+        self._queue.push(request)
 
     def _recall(self, request: RoutedRequest) -> None:
         del self._attempts[request.attempt]
@@ -176,5 +180,5 @@ class RequestBook:
         placed = [r for r in self._requests.values() if r.engine_id]
         assert len(waiting) == self.num_waiting, "waiting requests are counted wrongly"
         assert {r.attempt: r for r in placed} == self._attempts, "attempts and requests differ"
-        queued = {id(entry[2]) for entry in self._waiting}
+        queued = {id(request) for request in self._queue}
         assert all(id(r) in queued for r in waiting), "a waiting request is in no queue"

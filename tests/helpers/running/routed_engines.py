@@ -6,6 +6,7 @@ from typing import Any
 
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.router.cluster_channel import ClusterChannel
+from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 
 from helpers.fakes.fake_engine import BLOCK_TOKENS, FakeEngineWorker, fake_config
@@ -21,7 +22,7 @@ class RoutedEngines:
             "router 0",
             placement=placement,
             block_tokens=BLOCK_TOKENS,
-            max_queue_len=1000,
+            scheduler=SchedulerConfig(max_queue_len=1000),
             clock=lambda: self.now,
             random=Random(seed),
         )
