@@ -241,6 +241,7 @@ class WorkerReady(Message):
     device: str
     lora_backend: str
     attention_backend: str
+    linear_backend: str = ""
     weight_bytes: int = 0  # that this rank holds of the model
     adapter_rank: int = 0
     adapter_bytes: int = 0  # pages of an adapter of this LoRA rank on all projections, all layers

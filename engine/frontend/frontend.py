@@ -274,6 +274,7 @@ class Frontend:
                     "device": worker.device,
                     "lora_backend": worker.lora_backend,
                     "attention_backend": worker.attention_backend,
+                    "linear_backend": worker.linear_backend,
                     "weight_bytes": worker.weight_bytes,
                     "pool_bytes": worker.num_pages * worker.page_bytes * worker.num_layers,
                     "adapter_rank": worker.adapter_rank,

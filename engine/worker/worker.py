@@ -96,6 +96,7 @@ class Worker:
             device=_device_name(parts.device),
             lora_backend=parts.backends.lora.name,
             attention_backend=parts.backends.attention.name,
+            linear_backend=parts.backends.linear.name,
             weight_bytes=parts.weight_bytes,
             adapter_rank=parts.adapter_rank,
             adapter_bytes=parts.adapter_pages * parts.pool.shape.bytes_over_layers,

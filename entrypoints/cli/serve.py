@@ -59,7 +59,8 @@ def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters
         "pool": pool,
         **{f"worker {worker.rank}": _describe_worker(worker) for worker in info.workers},
         "adapters": adapters,
-        "backends": f"lora {worker.lora_backend}, attention {worker.attention_backend}",
+        "backends": f"lora {worker.lora_backend}, attention {worker.attention_backend}, "
+        f"linear {worker.linear_backend}",
     }
     title = f"loraplex {loraplex.__version__} is ready on {endpoint}"
     return [title, *(f"  {name:<9} {text}" for name, text in rows.items()), "Ctrl-C stops it."]

@@ -80,6 +80,7 @@ def test_ready(root: Path, tmp_path: Path) -> None:
     assert ready.page_bytes == 16 * 2 * 2 * 16 * 4
     assert ready.max_model_len == 63 * 16
     assert (ready.device, ready.lora_backend, ready.attention_backend) == ("cpu", "torch", "torch")
+    assert ready.linear_backend == "torch"
     assert ready.base_fingerprint.endswith(":torch.float32:plain:torch.float32")
     assert len(ready.base_fingerprint) > 40
     assert list(ready.eos_token_ids) == [2]
