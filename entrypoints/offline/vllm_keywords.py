@@ -61,7 +61,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "pipeline_parallel_size": (1, None),
     "revision": (None,),
     "runner": ("auto", "generate", None),
-    "scheduling_policy": ("fcfs", None),
+    "scheduling_policy": ("fcfs", "priority", None),  # fcfs obeys priorities
     "speculative_config": (None,),
     "tokenizer_mode": ("auto", None),
     "tokenizer_revision": (None,),

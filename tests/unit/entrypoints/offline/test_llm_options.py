@@ -109,6 +109,7 @@ def test_vllms_keywords_are_renamed_or_ignored() -> None:
         "swap_space": 4, "enable_chunked_prefill": True, "trust_remote_code": True,
         "quantization": None, "pipeline_parallel_size": 1, "tokenizer_mode": "auto",
         "enable_lora": False, "seed": None, "tokenizer": None, "hf_overrides": {},
+        "scheduling_policy": "priority",
     }  # fmt: skip
     own = {"block_tokens": 32, "num_pages": 99, "max_adapter_slots": 7}
     assert engine_config_of("m", vllms) == engine_config_of("m", own)
