@@ -66,9 +66,11 @@ class AdapterTarget:
 
     @property
     def max_file_bytes(self) -> int:
-        """Size of a file with every module at the largest rank in float64, and its header."""
+        """Size of a file with every module at the largest rank, and every vector, in float64, and
+        its header."""
         per_rank = sum(shape.in_features + shape.out_features for shape in self.full_shapes)
-        return 8 * self.num_layers * self.max_rank * per_rank + MAX_HEADER_BYTES
+        vectors = len(VECTORS) * sum(shape.out_features for shape in self.full_shapes)
+        return 8 * self.num_layers * (self.max_rank * per_rank + vectors) + MAX_HEADER_BYTES
 
 
 def names_of(modules: tuple[ModuleShard, ...]) -> list[str]:

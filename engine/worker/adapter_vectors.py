@@ -26,7 +26,7 @@ from loraplex.memory.device.pool import PagePool
 from loraplex.memory.host.store import PackedAdapter
 from loraplex.memory.vector_rows import join_vector, split_vector
 
-MAX_ELEMS = 8 << 20
+MAX_ELEMS = 4 << 20
 """Elements of an adapter that are in work at one time, but for one layer. A float32 temporary has
 at most as many."""
 

@@ -1,5 +1,6 @@
 """Magnitudes and biases in the layout of pages, and in the content hash."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
+from loraplex.engine.adapters.reader import ProcessReader
 from loraplex.engine.model.shard import ModuleShard, Piece, whole_modules
+from loraplex.memory.host.slab import shared_slab
 from loraplex.memory.host.store import PackedAdapter
 
 from helpers.models.peft_adapters import make_adapter
@@ -92,6 +95,28 @@ def test_the_hash_knows_magnitudes_and_kinds_of_biases(
 
     edit_weights(folder, change)
     assert read_adapter("a", folder, make_target()).content_hash != before
+
+
+def test_the_process_that_reads_knows_the_modules(
+    hf_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """A base with biases gets room for shifts beside the gains of DoRA."""
+    folder = make(hf_model, tmp_path / "dora", use_dora=True)
+    biased = tuple(
+        replace(module, spec=replace(module.spec, has_bias=True))
+        for module in whole_modules(SHAPES)
+    )
+    target = make_target(modules=biased)
+    want = read_adapter("a", folder, target)
+    reader = ProcessReader(target)
+    try:
+        got = reader.read("a", folder, lambda n: shared_slab(n, page_locked=False)[:n])
+    finally:
+        reader.close()
+    assert want.kind == got.kind == "dora" and want.shift_start.any()
+    for name in ("data", "rank", "a_start", "b_start", "gain_start", "shift_start", "scale"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert (got.content_hash, got.replaces_bias) == (want.content_hash, want.replaces_bias)
 
 
 def test_fp8_files_are_read(hf_model: PreTrainedModel, tmp_path: Path) -> None:
