@@ -24,7 +24,8 @@ SegmentName = Literal["A", "B"] | VectorName
 
 VECTORS: tuple[VectorName, ...] = ("gain", "shift")
 """The module's output y becomes gain * y + shift. In host memory gain holds the magnitude of DoRA
-and shift the trained bias; engine/worker/adapter_vectors.py computes the rest in the pages."""
+and shift the trained bias. The rest is computed in the pages, by
+engine/worker/adapters/adapter_vectors.py."""
 VECTOR_ROWS = 2
 SEGMENTS: tuple[SegmentName, ...] = ("A", "B", *VECTORS)
 

@@ -11,7 +11,7 @@ PLAIN_LORA = "lora"
 
 
 class Pinned(NamedTuple):
-    """What pinned adapters take."""
+    """Pages and slots that pinned adapters take."""
 
     num_pages: int
     num_slots: int

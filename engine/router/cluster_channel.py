@@ -32,8 +32,8 @@ from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.broadcasts import Answer, Broadcasts
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
+from loraplex.engine.router.router_queue import make_waiting_queue
 from loraplex.engine.router.router_status import describe_book, describe_engines
-from loraplex.engine.router.waiting_queue import make_waiting_queue
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.placement.attainment import Attainment

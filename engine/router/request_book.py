@@ -11,7 +11,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from loraplex.engine.router.routed_request import RoutedRequest
-from loraplex.engine.router.waiting_queue import PriorityQueue, WaitingQueue
+from loraplex.engine.router.router_queue import PriorityQueue, RouterQueue
 from loraplex.scheduler.frontend_protocol import (
     AdapterSource,
     AddRequest,
@@ -26,11 +26,11 @@ RETRIED_CODES = frozenset({"queue_full"})
 class RequestBook:
     """Holds the sequences; those that wait are in the order of a queue."""
 
-    def __init__(self, queue: WaitingQueue | None = None) -> None:
+    def __init__(self, queue: RouterQueue | None = None) -> None:
         """`queue` is empty; default: by priority, then by arrival."""
         self._requests: dict[int, RoutedRequest] = {}  # by the frontend's id
         self._attempts: dict[int, RoutedRequest] = {}
-        self._queue: WaitingQueue = PriorityQueue() if queue is None else queue
+        self._queue: RouterQueue = PriorityQueue() if queue is None else queue
         self._orders = itertools.count()
         self._attempt_ids = itertools.count(1)
         self.num_waiting = 0

@@ -8,9 +8,9 @@ import torch
 
 from loraplex.backends.lora.contract import LoRABatch
 from loraplex.engine.adapters.table import group_rows
+from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.sampling_states import SamplingStates
 from loraplex.engine.worker.step_rows import StepRows
-from loraplex.engine.worker.weighted_rows import WeightedRows
 from loraplex.scheduler.adapters.binding import MAX_BINDINGS
 from loraplex.scheduler.worker_protocol import AdapterBinding, NewRequest, StepPlan
 

@@ -23,12 +23,12 @@ from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.shard import shard_of
 from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.backends import WorkerBackends, make_backends
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.engine.worker.pool_sizing import size_pool
 from loraplex.engine.worker.ranks import Ranks, join_ranks
 from loraplex.engine.worker.request_states import RequestStates
-from loraplex.engine.worker.weighted_rows import WeightedRows
 from loraplex.memory.device.pool import PagePool, PageShape, PoolSizeError
 from loraplex.scheduler.adapters.binding import MAX_BINDINGS
 

@@ -12,8 +12,8 @@ from loraplex.engine.adapters.loader import AdapterLoader
 from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.worker.adapter_vectors import AdapterVectors
-from loraplex.engine.worker.adapter_warnings import AdapterWarnings
+from loraplex.engine.worker.adapters.adapter_vectors import AdapterVectors
+from loraplex.engine.worker.adapters.adapter_warnings import AdapterWarnings
 from loraplex.engine.worker.pending_step import PendingStep
 from loraplex.engine.worker.setup import set_up
 from loraplex.engine.worker.step_profile import StepProfile

@@ -8,7 +8,7 @@ import loraplex
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.adapters import add_adapters
 from loraplex.entrypoints.cli.bench import add_bench
-from loraplex.entrypoints.cli.cluster import add_cluster
+from loraplex.entrypoints.cli.cluster.cluster import add_cluster
 from loraplex.entrypoints.cli.command import add_log_level, run_command
 from loraplex.entrypoints.cli.completion import add_completion
 

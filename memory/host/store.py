@@ -59,7 +59,6 @@ class PackedAdapter:
     def kind(self) -> str:
         """ "lora" or "dora", with "+bias" for one that has trained biases."""
         is_dora = bool(self.gain_start.any())
-        # Of DoRA without trained biases, a shift keeps the base's bias unscaled.
         has_bias = bool(self.shift_start.any()) and (self.replaces_bias or not is_dora)
         return ("dora" if is_dora else "lora") + "+bias" * has_bias
 

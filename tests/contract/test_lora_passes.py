@@ -8,7 +8,7 @@ import torch
 from loraplex.backends import registry
 from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.passes import LoRAPasses
-from loraplex.engine.worker.weighted_rows import WeightedRows
+from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 
 from helpers.kernels.lora_cases import LoRACase, make_batch, make_case, make_shapes, make_spec
 from helpers.kernels.lora_checks import TOLERANCE, apply, as_bits, make_inputs

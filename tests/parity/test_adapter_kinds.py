@@ -40,13 +40,13 @@ def make_oracle(root: Path, architecture: str, **overrides: Any) -> PeftOracle:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> PeftOracle:
-    """Of a base without biases."""
+    """Answers of a base without biases."""
     return make_oracle(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture(scope="module")
 def with_biases(tmp_path_factory: pytest.TempPathFactory) -> PeftOracle:
-    """Of a base in which every projection has a bias, which DoRA must not scale."""
+    """Answers of a base with a bias in every projection, which DoRA must not scale."""
     return make_oracle(tmp_path_factory.mktemp("biases"), "llama", **BIASES)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraplex.engine.config import ModelConfig
-from loraplex.engine.worker.adapter_warnings import AdapterWarnings
+from loraplex.engine.worker.adapters.adapter_warnings import AdapterWarnings
 
 from helpers.models.hf_models import make_tokenizer
 

@@ -7,9 +7,9 @@ import torch
 
 from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRATable
+from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.request_states import RequestStates
 from loraplex.engine.worker.step_rows import make_rows
-from loraplex.engine.worker.weighted_rows import WeightedRows
 from loraplex.scheduler.worker_protocol import (
     AdapterBinding,
     NewRequest,

@@ -1,4 +1,4 @@
-"""What a command says about arguments that it does not know."""
+"""Hints of a command about arguments that it does not know."""
 
 from loraplex.entrypoints.cli.flag_hints import explain
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.cli import flags
-from loraplex.entrypoints.cli.cluster_status import add_status
+from loraplex.entrypoints.cli.cluster.cluster_status import add_status
 from loraplex.entrypoints.cli.command import add_log_level
 from loraplex.scheduler.placement.placement import POLICIES
 

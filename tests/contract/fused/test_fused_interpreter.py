@@ -40,7 +40,7 @@ def test_triton(cases: tuple[str, ...]) -> None:
                f"triton and cpu and not bfloat16 and ({wanted})"]  # fmt: skip
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, cwd=HERE.parents[1],
+        capture_output=True, text=True, check=False, cwd=HERE.parents[2],
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     summary = result.stdout.strip().splitlines()[-1]

@@ -12,7 +12,7 @@ from loraplex.scheduler.policies.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 MIN_KNOWN = 1024  # clients remembered before any is forgotten
 
 
-class WaitingQueue(Protocol):
+class RouterQueue(Protocol):
     """Holds requests. One that ends meanwhile stays until it comes first."""
 
     def push(self, request: RoutedRequest) -> None:
@@ -33,7 +33,7 @@ class WaitingQueue(Protocol):
     def __iter__(self) -> Iterator[RoutedRequest]: ...
 
 
-def make_waiting_queue(config: SchedulerConfig) -> WaitingQueue:
+def make_waiting_queue(config: SchedulerConfig) -> RouterQueue:
     """Returns the queue for the engines' policy: fair for "vtc", by priority for all others."""
     if config.policy == "vtc":
         return FairQueue(by_adapter=config.fair_share_by == "adapter", weights=config.weights)

@@ -7,7 +7,7 @@ import pytest
 
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
-from loraplex.engine.router.waiting_queue import MIN_KNOWN, FairQueue, make_waiting_queue
+from loraplex.engine.router.router_queue import MIN_KNOWN, FairQueue, make_waiting_queue
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 
