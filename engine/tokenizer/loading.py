@@ -8,11 +8,9 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from loraplex.engine.checkpoint.gguf_file import GGUFFile
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.tokenizer.added_tokens import AddedTokens, read_added_tokens
 from loraplex.engine.tokenizer.fast import FastBackend, decoder_traits
-from loraplex.engine.tokenizer.gguf import tokenizer_from_gguf
 from loraplex.engine.tokenizer.sentencepiece import SentencePieceBackend
 from loraplex.engine.tokenizer.tokenizer import Tokenizer, TokenizerTraits, first_known
 
@@ -36,7 +34,7 @@ def read_text_settings(path: Path, chat_template: str = "") -> TextSettings:
     """
     own = _own_template(chat_template) if chat_template else None
     if path.suffix == ".gguf":
-        tokenizer = tokenizer_from_gguf(GGUFFile(path))
+        tokenizer = _load_gguf(path)
         eos = tokenizer.special_tokens.get("eos_token")
         return TextSettings(own or tokenizer.chat_template, eos)
     folder = path if path.is_dir() else path.parent
@@ -63,10 +61,18 @@ def load_tokenizer(model_path: Path, tokenizer: str = "", chat_template: str = "
     return loaded
 
 
+def _load_gguf(path: Path) -> Tokenizer:
+    # A fifth of a frontend's imports, for which clients wait when it is started again.
+    from loraplex.engine.checkpoint.gguf_file import GGUFFile
+    from loraplex.engine.tokenizer.gguf import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(GGUFFile(path))
+
+
 def _load(model_path: Path, tokenizer: str) -> Tokenizer:
     path = Path(tokenizer).expanduser() if tokenizer else model_path
     if path.suffix == ".gguf":
-        return tokenizer_from_gguf(GGUFFile(path))
+        return _load_gguf(path)
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
