@@ -1,6 +1,7 @@
 """Opens the socket that clients connect to: address, encryption, limits."""
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket as os_socket
@@ -64,6 +65,28 @@ def check_server_config(config: ServerConfig) -> None:
         raise ConfigError(
             "client_public_keys_dir needs server_secret_key_file: give both, or neither"
         )
+    _check_port_is_free(config.endpoint, host.strip("[]"), port)
+
+
+def _check_port_is_free(endpoint: str, host: str, port: str) -> None:
+    """Refuses the port of a server that runs, before the model is loaded.
+
+    Other errors are left to libzmq, and so are IPv6 and the names of hosts and interfaces.
+    """
+    host = {"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host)
+    try:
+        ipaddress.IPv4Address(host)
+        with os_socket.socket() as probe:
+            probe.setsockopt(os_socket.SOL_SOCKET, os_socket.SO_REUSEADDR, 1)
+            probe.bind((host, 0 if port == "*" else int(port)))
+    except ValueError:
+        return
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"cannot listen on {endpoint}: another server runs there; stop it, or choose "
+                "another port with --endpoint"
+            ) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -25,6 +25,7 @@ SEND_TIMEOUT_MS = 10_000
 LINGER_MS = 500  # for the last messages to leave
 MAX_FAILED_HANDSHAKES = 5  # a server that is ending may break off the first one
 
+_NO_SERVER = "no ZeroMQ address of a loraplex server (an HTTP port, for example)"
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_DISCONNECTED
@@ -135,7 +136,7 @@ class SocketTransport:
 
     def check_reached(self, waited_s: float) -> None:
         """Raises EngineDeadError if no server was found in this time, and nothing else is known."""
-        if not self.is_lost() and not self._connected:
+        if not self._lost and not self._connected:
             raise EngineDeadError(
                 f"no server was reached at {self.endpoint} in {waited_s:g} s: start one with "
                 "`loraplex serve`, or check the address"
@@ -182,7 +183,11 @@ class SocketTransport:
                 data = self._socket.recv(zmq.DONTWAIT)
             except zmq.Again:
                 break
-            replies.append(msgpack.unpackb(data, strict_map_key=False))
+            try:
+                replies.append(msgpack.unpackb(data, strict_map_key=False))
+            except Exception:  # msgpack raises exceptions of many classes for bad bytes
+                self._lost = f"{self.endpoint} is {_NO_SERVER}"
+                break
         if self._lost and not replies:
             raise ConnectionLostError(self._lost)
         return replies
@@ -212,7 +217,8 @@ class SocketTransport:
             else:
                 self._lost = (
                     f"{self.endpoint} refused the connection: "
-                    "the CurveZMQ keys do not match, or only one side uses keys"
+                    "the CurveZMQ keys do not match, only one side uses keys, or it is "
+                    f"{_NO_SERVER}"
                 )
 
     def _may_try_again(self) -> bool:

@@ -103,6 +103,16 @@ def test_a_port_in_use_is_named(context: Any) -> None:
         ClientSocket(context, ServerConfig(endpoint=first.endpoint), "")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "*"])
+def test_a_port_in_use_is_found_before_anything_is_loaded(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = ServerConfig(endpoint=f"tcp://{host}:{port}", insecure=True)
+        with pytest.raises(ConfigError, match="another server runs there; stop it, or choose"):
+            check_server_config(config)
+    check_server_config(config)
+
+
 def test_a_key_file_without_a_key_is_refused(context: Any, tmp_path: Path) -> None:
     key = tmp_path / "server.key_secret"
     key.write_text("nothing")

@@ -1,6 +1,9 @@
 """Addresses that cannot be one are refused at once, with the form that they need."""
 
 import asyncio
+import contextlib
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,21 @@ def test_a_server_that_does_not_answer_was_reached(tmp_path: Path) -> None:
         server.bind(endpoint)
         with pytest.raises(EngineDeadError, match=f"no answer to 'health' from {endpoint} in 4 s"):
             Client(endpoint, timeout_s=4.0)
+
+
+def test_a_server_of_another_protocol_is_named() -> None:
+    """An HTTP server answers a ZeroMQ greeting with an error, and closes the connection."""
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" * 9)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        endpoint = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(EngineDeadError, match=f"{endpoint}.*no ZeroMQ.*HTTP port"):
+            Client(endpoint, timeout_s=20.0)
+        server.shutdown(socket.SHUT_RDWR)
