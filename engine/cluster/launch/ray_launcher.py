@@ -17,6 +17,9 @@ from loraplex.engine.errors import ConfigError
 LOCAL = "local"
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray that is started here; little more than Ray's least
 REACH_TIMEOUT_S = 5.0
+START_ATTEMPTS = 3
+START_TOO_LATE = "timed out during startup"
+"""Ray's error where a busy machine needs more than the 30 s that Ray gives itself."""
 
 
 class RayLauncher:
@@ -77,12 +80,18 @@ class RayLauncher:
             }
         else:
             _check_reachable(self._address)
-        try:
-            ray.init(logging_level=logging.ERROR, **options)
-        except Exception as error:  # of many kinds: no such host, another version, a wrong token
-            where = "start Ray" if self._address == LOCAL else f"join Ray at {self._address}"
-            text = f"cannot {where}: {error}. All nodes need the same versions of Ray and of Python"
-            raise ConfigError(text) from None
+        attempts = START_ATTEMPTS if self._address == LOCAL else 1
+        for is_last in [False] * (attempts - 1) + [True]:
+            try:
+                ray.init(logging_level=logging.ERROR, **options)
+                return
+            except Exception as error:  # of many kinds: another version, a wrong token, too late
+                if not is_last and START_TOO_LATE in str(error):
+                    continue
+                where = "start Ray" if self._address == LOCAL else f"join Ray at {self._address}"
+                raise ConfigError(
+                    f"cannot {where}: {error} All nodes need the same versions of Ray and of Python"
+                ) from None
 
     def _device_kind(self) -> str:
         """Returns Ray's name of what the workers run on."""

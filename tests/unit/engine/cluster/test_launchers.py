@@ -47,3 +47,21 @@ def test_devices_are_dealt_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_environment(0, 2) == (("CUDA_VISIBLE_DEVICES", "4,6"),)
     with pytest.raises(ConfigError, match="engine 1 needs GPUs 2 to 3 of the 3"):
         device_environment(1, 2)
+
+
+def test_a_ray_that_a_busy_machine_starts_too_late_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+    starts = []
+
+    def init(**options: object) -> None:
+        starts.append(options["address"])
+        raise RuntimeError(f"The current node {text}.")
+
+    monkeypatch.setattr(ray, "init", init)
+    for text, num_starts in (("timed out during startup", 3), ("has no disk", 1)):
+        starts.clear()
+        with pytest.raises(ConfigError, match=f"cannot start Ray: The current node {text}"):
+            make_launcher(EngineConfig(), ray_address=LOCAL_RAY).open(1)
+        assert starts == [LOCAL_RAY] * num_starts
