@@ -2,8 +2,8 @@
 
 Rounding is a step function: where two ways to add come out on two sides of a step, one number of a
 row differs by a step. So the engine must be far nearer to the rounded model than that one is to
-the exact model, and in fp32 almost all log-probabilities must be equal. In bf16 more numbers differ
-by a step.
+the exact model, and in fp32 almost all log-probabilities must be equal. bf16 moves so many numbers
+over a step that the engine must only be about as near to the exact model as the rounded one is.
 """
 
 import copy
@@ -25,8 +25,6 @@ ADAPTERS = ("", "r4-regex", "r16-all-rslora", "r17-pattern")
 LENGTHS = (2, 17, 64)
 NUM_NEW = 6
 EQUAL = 2e-3  # log-probabilities
-FP32, BF16 = 0.1, 0.7
-"""Largest mean error of log-probabilities, of the mean effect of rounding."""
 GPU_SIZES = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
              "head_dim": 64, "intermediate_size": 1024}  # fmt: skip
 
@@ -78,11 +76,23 @@ def check(
     outputs: list[Any],
     rounded: Callable[[Case, list[int]], torch.Tensor],
     exact: Callable[[Case, list[int]], torch.Tensor],
-    bound: float = FP32,
     equal_share: float = 0.9,
 ) -> None:
     """Compares with the logits that two models give for a case and the tokens of its answer."""
-    errors, effects = [], []
+    error, effect, _ = differences(cases, outputs, rounded, exact)
+    assert error.mean() < 0.1 * effect.mean(), (error.mean(), effect.mean())
+    assert (error < EQUAL).float().mean() > equal_share
+
+
+def differences(
+    cases: list[Case],
+    outputs: list[Any],
+    rounded: Callable[[Case, list[int]], torch.Tensor],
+    exact: Callable[[Case, list[int]], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns magnitudes of differences of log-probabilities, by token: of engine and rounded
+    model, of the two models, of engine and exact model."""
+    errors, effects, totals = [], [], []
     for case, output in zip(cases, outputs, strict=True):
         tokens = [*case.prompt, *output.outputs[0].token_ids]
         entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
@@ -94,10 +104,8 @@ def check(
         )
         errors.append(got - want)
         effects.append(truth - want)
-    error, effect = torch.cat(errors).abs(), torch.cat(effects).abs()
-    assert error.mean() < bound * effect.mean(), (error.mean(), effect.mean())
-    if bound == FP32:
-        assert (error < EQUAL).float().mean() > equal_share
+        totals.append(got - truth)
+    return torch.cat(errors).abs(), torch.cat(effects).abs(), torch.cat(totals).abs()
 
 
 def test_weights(models: Models) -> None:
@@ -155,4 +163,5 @@ def test_gpu(quantization: str, kv_dtype: str, is_eager: bool, tmp_path: Path) -
     )  # fmt: skip
     oracle = models.rounded if quantization == "fp8" else models.exact
     rounded = rounding_kv(oracle) if kv_dtype == "fp8" else oracle.logits
-    check(cases, outputs, rounded, models.exact.logits, BF16)
+    _, effect, total = differences(cases, outputs, rounded, models.exact.logits)
+    assert total.mean() < 1.5 * effect.mean() + 0.02, (total.mean(), effect.mean())
