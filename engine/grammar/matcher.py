@@ -2,13 +2,10 @@
 
 from array import array
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 
 from llguidance import LLMatcher
 
 from loraplex.engine.grammar.vocabulary import Vocabulary
-
-Run = Callable[[Callable[[], None]], None]
 
 
 class GrammarMatcher:
@@ -19,7 +16,8 @@ class GrammarMatcher:
     the grammar allows nothing else.
 
     Attributes:
-        mask: see Constraint. Other threads set it.
+        mask: see Constraint. Another thread sets it.
+        library: the grammar library's object.
         on_error: called with the text of an error, after which no mask comes.
     """
 
@@ -30,57 +28,55 @@ class GrammarMatcher:
         *,
         stop_ids: Collection[int],
         min_tokens: int,
-        run: Run,
+        on_advance: "Callable[[GrammarMatcher, int], None]",
         on_error: Callable[[str], None],
     ) -> None:
-        """`run` has another thread call a function."""
+        """`on_advance` has another thread take a token and set the next mask."""
         self.mask: array[int] | None = None
-        self._matcher = matcher
-        self._vocabulary = vocabulary
+        self.library = matcher
+        self.vocabulary = vocabulary
         self._stop_ids = vocabulary.known(stop_ids)
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._run = run
+        self._on_advance = on_advance
         self.on_error = on_error
 
     def advance(self, token_id: int) -> None:
         self.mask = None
-        self._run(partial(self._advance, token_id))
-
-    def _advance(self, token_id: int) -> None:
-        if self.consume([token_id]):
-            self.compute_mask()
+        self._on_advance(self, token_id)
 
     def consume(self, token_ids: Iterable[int]) -> bool:
         """Take tokens without computing a mask. Returns False after an error."""
         for token_id in token_ids:
             self._num_tokens += 1
-            if not self._matcher.consume_token(token_id):
-                self.on_error(describe_error(self._matcher.get_error()))
+            if not self.library.consume_token(token_id):
+                self.on_error(describe_error(self.library.get_error()))
                 return False
         return True
 
-    def compute_mask(self) -> None:
-        """Set `mask` for the tokens so far."""
-        allowed = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            self.on_error(describe_error(self._matcher.get_error()))
+    def set_mask(self, allowed: memoryview) -> None:
+        """Set `mask` from the library's mask for the tokens so far."""
+        if self.library.is_error():
+            self.on_error(describe_error(self.library.get_error()))
             return
-        bits = self._vocabulary.fit_mask(allowed)
+        mask = self.vocabulary.fit_mask(allowed)
         if self._num_tokens < self._min_tokens:
-            without_stops = bits[:]
-            for i in self._stop_ids:
-                without_stops[i >> 3] &= ~(1 << (i & 7))
+            without_stops = mask[:]
+            self._set_stops(without_stops, allowed=False)
             if any(without_stops):
-                self._publish(without_stops)
+                self.mask = without_stops
                 return
-        if self._matcher.is_accepting():
-            for i in self._stop_ids:
-                bits[i >> 3] |= 1 << (i & 7)
-        self._publish(bits)
+        if self.library.is_accepting():
+            self._set_stops(mask, allowed=True)
+        self.mask = mask
 
-    def _publish(self, bits: bytearray) -> None:
-        self.mask = array("i", bytes(bits))
+    def _set_stops(self, mask: "array[int]", *, allowed: bool) -> None:
+        bits = memoryview(mask).cast("B")
+        for i in self._stop_ids:
+            if allowed:
+                bits[i >> 3] |= 1 << (i & 7)
+            else:
+                bits[i >> 3] &= ~(1 << (i & 7))
 
 
 def describe_error(text: str) -> str:

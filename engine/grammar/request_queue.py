@@ -1,7 +1,5 @@
 """Requests whose grammars are being compiled, before the scheduler gets them."""
 
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,12 +8,13 @@ from functools import partial
 from llguidance import LLMatcher
 
 from loraplex.engine.grammar.compiler import GrammarCompiler, error_text
+from loraplex.engine.grammar.mask_computer import MaskComputer, MaskTask
 from loraplex.engine.grammar.matcher import GrammarMatcher
 from loraplex.engine.grammar.vocabulary import Vocabulary
 from loraplex.scheduler.request import Request, RequestRefused
 
 MAX_COMPILING = 1024
-MAX_MASK_THREADS = 8
+BEGIN_THREADS = 2
 
 
 class GrammarQueue:
@@ -29,13 +28,11 @@ class GrammarQueue:
         """`vocabulary` is called once, in a thread, when the first grammar comes."""
         self._compiler = GrammarCompiler(vocabulary)
         self._wakeup = wakeup
-        threads = min(MAX_MASK_THREADS, max(1, (os.cpu_count() or 1) // 2))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mask")
+        self._masks = MaskComputer(wakeup)
+        self._pool = ThreadPoolExecutor(BEGIN_THREADS, thread_name_prefix="begin")
         self._compiling: dict[Hashable, Request] = {}
         self._compiled: deque[tuple[Request, str]] = deque()
         self._failed: deque[tuple[Hashable, str]] = deque()
-        self._num_masks = 0
-        self._masks_done = threading.Condition()
 
     def add(self, request: Request) -> None:
         """Compile the grammar of a request. Returns at once.
@@ -78,14 +75,13 @@ class GrammarQueue:
         return [self._failed.popleft() for _ in range(len(self._failed))]
 
     def wait_for_masks(self, timeout_s: float) -> None:
-        """Wait until no mask is being computed, or the time is over."""
-        if self._num_masks:
-            with self._masks_done:
-                self._masks_done.wait_for(lambda: not self._num_masks, timeout_s)
+        """Wait until no running request lacks its mask, or the time is over."""
+        self._masks.wait(timeout_s)
 
     def close(self) -> None:
         self._compiler.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._masks.close()
 
     def _on_compiled(self, request: Request, future: "Future[LLMatcher]") -> None:
         error = future.exception()
@@ -95,7 +91,7 @@ class GrammarQueue:
             self._pool.submit(self._begin, request, future.result())
 
     def _begin(self, request: Request, compiled: LLMatcher) -> None:
-        """Make the request's own matcher and its first mask."""
+        """Make the request's own matcher, and have its first mask computed."""
         assert request.grammar is not None
         errors: list[str] = []
         matcher = GrammarMatcher(
@@ -103,14 +99,22 @@ class GrammarQueue:
             self._compiler.vocabulary,
             stop_ids=request.stop_ids,
             min_tokens=request.grammar.min_tokens,
-            run=self._run,
+            on_advance=self._advance,
             on_error=errors.append,
         )
+        done = partial(self._begun, request, matcher, errors)
         if matcher.consume(request.generated_token_ids):
-            matcher.compute_mask()
+            self._masks.add_first(MaskTask(matcher, (), done))
+        else:
+            done()
+
+    def _begun(self, request: Request, matcher: GrammarMatcher, errors: list[str]) -> None:
         matcher.on_error = partial(self._fail, request.uid)
         request.constraint = matcher
         self._finish(request, f"structured_outputs: {errors[0]}" if errors else "")
+
+    def _advance(self, matcher: GrammarMatcher, token_id: int) -> None:
+        self._masks.add_next(MaskTask(matcher, (token_id,)))
 
     def _finish(self, request: Request, error: str) -> None:
         self._compiled.append((request, error))
@@ -118,17 +122,3 @@ class GrammarQueue:
 
     def _fail(self, uid: Hashable, text: str) -> None:
         self._failed.append((uid, f"structured_outputs: {text}"))
-
-    def _run(self, task: Callable[[], None]) -> None:
-        with self._masks_done:
-            self._num_masks += 1
-        self._pool.submit(self._compute, task)
-
-    def _compute(self, task: Callable[[], None]) -> None:
-        try:
-            task()
-        finally:
-            with self._masks_done:
-                self._num_masks -= 1
-                self._masks_done.notify()
-            self._wakeup()

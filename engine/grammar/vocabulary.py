@@ -1,5 +1,6 @@
 """The bytes of every token, as the grammar library wants them."""
 
+from array import array
 from collections.abc import Iterable
 from functools import partial
 
@@ -34,6 +35,7 @@ class Vocabulary:
     Attributes:
         library: the tokenizer object of llguidance.
         num_words: 32-bit words of a mask over the model's vocabulary.
+        num_library_bytes: bytes of a mask of the library.
     """
 
     def __init__(self, tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -41,6 +43,7 @@ class Vocabulary:
         tokens = _Tokens(tokenizer)
         self.library = LLTokenizer(TokenizerWrapper(tokens), eos_token=tokens.eos_token_id)
         self.num_words = -(-model_vocab_size // 32)
+        self.num_library_bytes = 4 * -(-len(tokens.tokens) // 32)
         self._num_tokens = min(tokenizer.vocab_size, model_vocab_size)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -50,13 +53,15 @@ class Vocabulary:
         """
         return self.library.decode_bytes([token_id])
 
-    def fit_mask(self, mask: bytes) -> bytearray:
+    def fit_mask(self, mask: bytes | memoryview) -> "array[int]":
         """Returns a mask of the library as one of `num_words` words. Ids past the tokens are 0."""
-        fitted = bytearray(4 * self.num_words)
-        count = self._num_tokens // 8
-        fitted[:count] = mask[:count]
-        if self._num_tokens % 8:
-            fitted[count] = mask[count] & (1 << self._num_tokens % 8) - 1
+        num_whole, num_rest = divmod(self._num_tokens, 32)
+        fitted = array("i")
+        fitted.frombytes(mask[: 4 * num_whole])
+        if num_rest:
+            word = int.from_bytes(mask[4 * num_whole : 4 * num_whole + 4], "little")
+            fitted.append(word & (1 << num_rest) - 1)
+        fitted.frombytes(bytes(4 * (self.num_words - len(fitted))))
         return fitted
 
     def known(self, token_ids: Iterable[int]) -> list[int]:
