@@ -2,7 +2,8 @@
 
 The vectors follow `expand` in a launch of their own. Batches without vectors get the plans, the
 kernels and the graphs of the wrapped backend, unchanged. Batches with vectors have graphs of kinds
-of their own, whose names end in SUFFIX. They are rare: the worker captures them for few sizes.
+of their own, whose names end in SUFFIX. They are rare: the worker captures them for few sizes, and
+for all groups of projections alone.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from loraplex.backends.lora.contract import (
     LoRASpec,
     LoRATable,
 )
+from loraplex.backends.lora.touched import ATTENTION
 from loraplex.backends.lora.vectors.contract import VectorKernels, has_vectors, vector_rows
 
 SUFFIX = "+vectors"
+
+
+def _rare(kind: str) -> str:
+    return kind.removesuffix(ATTENTION) + SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class VectorPlan:
 
     @property
     def kind(self) -> str:
-        return self.lora.kind + SUFFIX
+        return _rare(self.lora.kind)
 
     @property
     def family(self) -> str:
@@ -45,7 +51,7 @@ class VectorLoRA:
 
     Attributes:
         graph_kinds: the wrapped backend's.
-        rare_kinds: the same with SUFFIX, for batches with vectors; `plan_graph` takes them, too.
+        rare_kinds: those for batches with vectors, which `plan_graph` takes, too.
     """
 
     def __init__(self, lora: LoRAOp[Any], vectors: VectorKernels) -> None:
@@ -53,12 +59,12 @@ class VectorLoRA:
         self._vectors = vectors
         self.name = lora.name
         self.graph_kinds = lora.graph_kinds
-        self.rare_kinds = tuple(kind + SUFFIX for kind in lora.graph_kinds)
+        self.rare_kinds = tuple(dict.fromkeys(map(_rare, lora.graph_kinds)))
         self.max_graph_rows = lora.max_graph_rows
 
     def kind_of(self, *, table: LoRATable, batch: LoRABatch) -> str:
         kind = self._lora.kind_of(table=table, batch=batch)
-        return kind + SUFFIX if has_vectors(table, batch) else kind
+        return _rare(kind) if has_vectors(table, batch) else kind
 
     def plan(self, *, table: LoRATable, batch: LoRABatch) -> LoRAPlan:
         plan: LoRAPlan = self._lora.plan(table=table, batch=batch)
