@@ -35,7 +35,7 @@ def make_table() -> LoRATable:
         return values.contiguous() + 100, values.clone()
 
     scale, host_scale = sides(whole.float())
-    names = ("rank", "a_start", "b_start")
+    names = ("rank", "a_start", "b_start", "gain_start", "shift_start")
     fields = {name: sides(whole) for name in names}
     page_table, host_page_table = sides(pages)
     return LoRATable(
@@ -43,6 +43,7 @@ def make_table() -> LoRATable:
         host_page_table=host_page_table,
         scale=scale,
         host_scale=host_scale,
+        host_has_vectors=row == 2,
         **{name: device for name, (device, _) in fields.items()},
         **{f"host_{name}": host for name, (_, host) in fields.items()},
     )
@@ -58,11 +59,12 @@ def test_a_row_is_the_slots_with_another_scale() -> None:
     row = rows.acquire(2, -0.5)
     assert row >= NUM_SLOTS
     flush(rows)
-    for name in ("rank", "a_start", "b_start"):
+    for name in ("rank", "a_start", "b_start", "gain_start", "shift_start"):
         assert (getattr(table, name)[..., row] == 102).all()
         assert (getattr(table, f"host_{name}")[..., row] == 2).all()
     assert (table.scale[..., row] == -51).all() and (table.host_scale[..., row] == -1).all()
     assert (table.page_table[row] == 102).all() and (table.host_page_table[row] == 2).all()
+    assert table.host_has_vectors.nonzero().flatten().tolist() == [2, row]
     assert (table.scale[..., :NUM_SLOTS] == torch.tensor([100.0, 101, 102])).all()
     assert rows.acquire(1, 1.0) == 1 and rows.acquire(2, -0.5) == row
 
