@@ -36,13 +36,15 @@ def quantize_oracle(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def is_judged(rounded: np.ndarray) -> np.ndarray:
-    """Returns which results can be compared: all, but for some in Triton's interpreter.
+def is_judged(exact: np.ndarray) -> np.ndarray:
+    """Returns which numbers can be judged once rounded: all, but for some in Triton's interpreter.
 
-    Where rounding up carries into the exponent, the interpreter (3.9) loses the carry, and it cuts
-    subnormal numbers off.
+    Where rounding up carries into the exponent, the interpreter (3.9) loses the carry. It cuts
+    subnormal numbers off, and rounds a number between two others away from zero.
     """
+    rounded = round_e4m3(exact)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        return np.ones(rounded.shape, dtype=bool)
+        return np.ones(exact.shape, dtype=bool)
     mantissa, exponent = np.frexp(np.abs(rounded))
-    return (mantissa != 0.5) & (exponent > -5)
+    is_between = np.abs(exact - rounded) * 2 == np.ldexp(1.0, exponent - 4)
+    return (mantissa != 0.5) & (exponent > -5) & ~is_between
