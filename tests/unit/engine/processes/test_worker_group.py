@@ -32,7 +32,7 @@ from helpers.fakes.fake_engine import FakeEngineWorker, fake_config
 
 INSPECT = InspectAdapter("a", "/a")
 LOAD = LoadAdapter(3, "hash", "/a", int_array([5]))
-INSPECTED = AdapterInspected("a", "/a", "", "hash", 4, 100, 8, ["q_proj"])
+INSPECTED = AdapterInspected("a", "/a", "", "hash", 4, 100, 8, modules=["q_proj"])
 LOADED = AdapterLoaded(3, "hash")
 
 
