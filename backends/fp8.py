@@ -46,7 +46,10 @@ def quantize(x: torch.Tensor, out: Fp8Rows) -> None:
     """Writes x [rows, columns] to `out`. A row's largest magnitude becomes E4M3_MAX."""
     x32 = x.float()
     largest = x32.abs().amax(dim=-1, keepdim=True)
-    torch.clamp(largest / E4M3_MAX, min=MIN_SCALE, out=out.scales)
+    # On a GPU torch divides by a number through its reciprocal, by a tensor exactly. The last bit
+    # of a scale decides which way a value rounds that lies between two.
+    most = torch.full_like(largest, E4M3_MAX)
+    torch.clamp(largest / most, min=MIN_SCALE, out=out.scales)
     out.values.copy_(saturate(x32 / out.scales))
 
 
