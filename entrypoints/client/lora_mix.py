@@ -64,7 +64,7 @@ class LoRAMix:
 
 
 LoRA = LoRARequest | LoRAMix
-"""What a request may name as its adapter."""
+"""An adapter of a request, or a mix of several."""
 
 
 def _part(given: Part | tuple[Part, float]) -> tuple[LoRARequest, float]:

@@ -7,9 +7,9 @@ class ReaderStart(Message):
     """First message to the reader: the worker's AdapterTarget."""
 
     num_layers: int
-    module_names: list[str]  # of each module: name, parent, axis of the inputs, of the outputs
+    module_names: list[str]  # for each module: name, parent, axis of the inputs, of the outputs
     module_numbers: Int32Array
-    """Of each module: group, 1 if it has a bias, and the four numbers of a Piece for its inputs and
+    """For each module: group, 1 if it has a bias, and the four numbers of a Piece for its inputs and
     for its outputs."""
     page_elems: int
     dtype: str
