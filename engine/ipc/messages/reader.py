@@ -9,8 +9,8 @@ class ReaderStart(Message):
     num_layers: int
     module_names: list[str]  # for each module: name, parent, axis of the inputs, of the outputs
     module_numbers: Int32Array
-    """For each module: group, 1 if it has a bias, and the four numbers of a Piece for its inputs and
-    for its outputs."""
+    """For each module: group, 1 if it has a bias, and the four numbers of a Piece for its inputs
+    and for its outputs."""
     page_elems: int
     dtype: str
     max_rank: int
