@@ -86,8 +86,17 @@ def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "message": message}
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("model", ["smol", "pirate"])
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        ("smol", "required"),
+        ("pirate", "named"),
+        ("smol", "auto"),
+        pytest.param("pirate", "required", marks=pytest.mark.long),
+        pytest.param("smol", "named", marks=pytest.mark.long),
+        pytest.param("pirate", "auto", marks=pytest.mark.long),
+    ],
+)
 def test_round_trip(choice: str, model: str, engine: Engine) -> None:
     api = openai.OpenAI(base_url=f"http://{engine.http_endpoint}/v1", api_key="none", max_retries=0)
     options = {"model": model, "messages": [QUESTION], "tools": TOOLS, **CHOICES[choice]}

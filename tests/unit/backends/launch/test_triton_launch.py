@@ -40,6 +40,7 @@ from helpers.kernels.lora_cases import make_batch, make_case, make_shapes, make_
 STREAM = 77
 HUGE = 1 << 33
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+E4M3 = torch.float8_e4m3fn
 SGMV = {"HEADER": 16, "ORDER_AT": 64, "FIRST_MODULE": 0, "PAGE": 4096, "PDL": True}
 SHRINK = SGMV | {"NUM_MODULES": 2, "K": 576, "BLOCK_M": 16, "BLOCK_R": 16, "num_stages": 4}
 EXPAND = SGMV | {
@@ -49,22 +50,24 @@ EXPAND = SGMV | {
 }  # fmt: skip
 ROPE = {"NUM_HEADS": 4, "NUM_KV_HEADS": 2, "HEAD_DIM": 64, "BLOCK_TOKENS": 16, "HEADS": 8,
         "BLOCK_D": 32, "PDL": True}  # fmt: skip
-NORM = {"SIZE": 576, "BLOCK": 1024, "ADD": True, "PDL": True}
+NORM = {"SIZE": 576, "BLOCK": 1024, "ADD": True, "FP8": False, "PDL": True}
 RANKS = {"RANK": 1, "WORLD": 2, "MEET": True, "PDL": True}
 REDUCE = RANKS | {"SIZE": 576, "BLOCK": 1024}
 POOL = [BF16, I32, F32, BF16, I32, I32, I32]
 # Kernel, dtypes of its tensors, scalars, which of these stay parameters, constants.
 CASES: dict[str, tuple[Any, list[torch.dtype], tuple[int | float, ...], str, dict[str, Any]]] = {
-    "norm": (rms_norm_kernel, [BF16] * 4, (576, 600, 1e-5), "yyy", NORM),
-    "norm, strides of 1": (rms_norm_kernel, [F32] * 4, (1, 1, 1e-6), "nny", NORM),
-    "norm, eps of 1": (rms_norm_kernel, [BF16] * 4, (577, 1, 1.0), "yny", NORM),
-    "norm, long strides": (rms_norm_kernel, [BF16] * 4, (HUGE, HUGE + 1, 0.5), "yyy", NORM),
+    "norm": (rms_norm_kernel, [BF16] * 6, (576, 600, 1e-5), "yyy", NORM),
+    "norm, strides of 1": (rms_norm_kernel, [F32] * 6, (1, 1, 1e-6), "nny", NORM),
+    "norm, eps of 1": (rms_norm_kernel, [BF16] * 6, (577, 1, 1.0), "yny", NORM),
+    "norm, long strides": (rms_norm_kernel, [BF16] * 6, (HUGE, HUGE + 1, 0.5), "yyy", NORM),
+    "norm, e4m3": (rms_norm_kernel, [BF16] * 4 + [E4M3, F32], (576, 600, 1e-5), "yyy",
+                   NORM | {"FP8": True}),
     "silu": (silu_mul_kernel, [BF16] * 2, (3072,), "y", {"SIZE": 1536, "BLOCK": 1024, "PDL": True}),
     "rope": (rope_store_kv_kernel, [BF16, F32, BF16, I64, *[BF16] * 3], (512, 0.0), "yy",
              ROPE | {"NORM": False}),
     "rope, norm": (rope_store_kv_kernel, [BF16, F32, BF16, I64, *[BF16] * 3], (1, 1e-6), "ny",
                    ROPE | {"NORM": True}),
-    "draw": (draw_split_kernel, [F32, F32, I64, I64], (32001, 1, 1024), "yyy",
+    "draw": (draw_split_kernel, [F32, F32, I64, I32, I32, I64], (2, 32001, 1, 1024), "yyyy",
              {"VOCAB": 32001, "BLOCK": 1024, "PDL": True}),
     "merge": (draw_merge_kernel, [I64] * 2, (1,), "y", {"MAX_SPLITS": 256, "PDL": True}),
     "reduce": (reduce_kernel, [BF16, I64, I64], (1,), "y", REDUCE),
@@ -152,12 +155,14 @@ def test_kept_tensors_follow_those_of_each_call(cuda: FakeCuda) -> None:
     x, y, weight = make_tensors([BF16] * 3)
     odd = torch.zeros(65, dtype=BF16)[1:]
     for kept in (weight, odd):
-        launch = TritonLaunch(rms_norm_kernel, (64, 64, 0.5), (kept, y), **NORM | {"SIZE": 64})
+        launch = TritonLaunch(
+            rms_norm_kernel, (64, 64, 0.5), (kept, y, y, y), **NORM | {"SIZE": 64}
+        )
         for first in (x, y, x):
             launch(1, first, y)
-    tensors = [[first, y, weight, y] for first in (x, y, x)]
-    assert [one.arguments[:4] for one in cuda.launches] == [
-        [tensor.data_ptr() for tensor in four] for four in tensors
+    tensors = [[first, y, weight, y, y, y] for first in (x, y, x)]
+    assert [one.arguments[:6] for one in cuda.launches] == [
+        [tensor.data_ptr() for tensor in all_six] for all_six in tensors
     ]
     assert len(cuda.ordinary) == 3, "a kept tensor that does not start at 16 bytes"
 
@@ -207,15 +212,16 @@ def test_fused_operators_launch_by_strides(cuda: FakeCuda) -> None:
         y = op.rms_norm(x, weight, 1e-5)
         seen = cuda.launches[-1]
         assert seen.grid[0] == len(x)
-        assert seen.arguments[:6] == [
-            x.data_ptr(), x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.stride(0), x.stride(0),
+        assert seen.arguments[:8] == [
+            x.data_ptr(), x.data_ptr(), weight.data_ptr(), *[y.data_ptr()] * 3,
+            x.stride(0), x.stride(0),
         ]  # fmt: skip
     assert len(op._launches) == 2 and len(cuda.launches) == 4
     x, residual = wide[:, :576], torch.zeros(6, 576, dtype=BF16)
     op.add_rms_norm(x, residual, weight, 1e-5)
     seen = cuda.launches[-1]
     assert seen.arguments[:2] == [x.data_ptr(), residual.data_ptr()]
-    assert seen.arguments[4:6] == [600, 576]
+    assert seen.arguments[6:8] == [600, 576]
 
 
 def test_draws_launch_with_and_without_masks(cuda: FakeCuda) -> None:
