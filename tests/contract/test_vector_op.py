@@ -149,6 +149,7 @@ def test_graphs_replay_any_batch() -> None:
         assert torch.equal(as_bits(buffer), as_bits(want))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter")
 def test_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")

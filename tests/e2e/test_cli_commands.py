@@ -174,6 +174,7 @@ def test_serve_fails_with_a_dead_worker(tmp_path: Path) -> None:
         assert_gone(children)
 
 
+@pytest.mark.long
 def test_cluster_of_real_engines_answers_as_one(tmp_path: Path) -> None:
     options = ("--engines", "2", "--adapter-dir", str(ADAPTERS))
     with server(tmp_path, *options, verb="cluster") as (process, endpoint, said):
