@@ -26,6 +26,7 @@ from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.measure import LoadGenerator, Timeline, check_complete
+from loraplex.entrypoints.bench.results import Results
 from loraplex.entrypoints.bench.traces import TraceRequest, make_prompts, make_trace
 from loraplex.entrypoints.client.sync_client import Client
 
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500, help="for each engine")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    results = Results(args.out, None, lambda rows: [])
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         config = configure(args, Path(folder))
         cluster = EngineCluster(config, num_engines=args.engines, placement=args.placement)
@@ -167,9 +169,7 @@ def main() -> None:
                 "requests_for_each_engine": args.requests,
             } | figures
     print(json.dumps(row, indent=1))
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    results.write(row)
 
 
 if __name__ == "__main__":

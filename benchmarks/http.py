@@ -24,6 +24,7 @@ from loraplex import AsyncClient, RequestOutputKind, SamplingParams
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.bench import dummy
+from loraplex.entrypoints.bench.results import Results
 
 ENTRANCES = ("zmq", "http")
 
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    results = Results(args.out, None, lambda rows: [])
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         engine = Engine(configure(args, Path(folder)))
         engine.start()
@@ -206,9 +208,7 @@ def main() -> None:
             median = statistics.median(run[name] for run in all_figures)
             row[f"{entrance}_{when}_{name}"] = round(median, 2)
     print(json.dumps(row, indent=1))
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    results.write(row)
 
 
 if __name__ == "__main__":

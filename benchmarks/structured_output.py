@@ -27,6 +27,7 @@ from loraplex import LLM, SamplingParams, StructuredOutputsParams
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.measure import Timeline
+from loraplex.entrypoints.bench.results import Results
 from loraplex.entrypoints.client.outputs import RequestFailure
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    results = Results(args.out, None, lambda rows: [])
     half = args.batch // 2
     loads = {
         "free": (args.batch, 0),
@@ -172,9 +174,7 @@ def main() -> None:
         cost = row[f"mixed_free_{key}_ms"] / row[f"free_free_{key}_ms"] - 1
         row[f"cost_{key}"] = round(cost, 4)
     print(json.dumps(row, indent=1))
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    results.write(row)
 
 
 if __name__ == "__main__":

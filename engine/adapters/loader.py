@@ -169,19 +169,23 @@ class AdapterLoader:
 
     def _inspect(self, command: InspectAdapter) -> None:
         folder = Path(command.path)
-        finding = self._inspectors.submit(self._find_warnings, folder)  # while the weights are read
+
+        def look() -> tuple[list[str], Sequence[int]]:
+            config = read_peft_config(folder, self._adapter_root)
+            return self._find_warnings(folder), config.invocation_tokens
+
+        looking = self._inspectors.submit(look)  # while the weights are read
         adapter = self.store.add(
             lambda allocate: self._reader.read(command.name, folder, allocate), acquire=True
         )
         if self._finisher.is_shared(adapter):
             self._shared.add(adapter.content_hash)
         try:
-            warnings = finding.result()
-            config = read_peft_config(folder, self._adapter_root)
+            warnings, invocation_tokens = looking.result()
         except BaseException:
             self.store.release(adapter.content_hash)
             raise
-        answer = _describe(command, adapter, self._module_names, warnings, config.invocation_tokens)
+        answer = _describe(command, adapter, self._module_names, warnings, invocation_tokens)
         self._report_in_order(answer, release=adapter.content_hash)
         self._prepare()
 

@@ -1,15 +1,13 @@
 """The Triton kernels in Triton's interpreter, against the fp32 loop: no GPU is needed.
 
-It runs in its own process, since TRITON_INTERPRET is read when a kernel is defined. bfloat16 is
-left out: the interpreter computes it wrongly.
+bfloat16 is left out: the interpreter computes it wrongly.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.kernels.triton_interpreter import run_in_interpreter
 
 pytest.importorskip("triton")
 
@@ -33,13 +31,4 @@ LONG = (
 )
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_lora_op.py"), str(HERE / "test_lora_passes.py"),
-               "-k", f"triton and cpu and ({wanted})"]  # fmt: skip
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, cwd=HERE.parents[1],
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    summary = result.stdout.strip().splitlines()[-1]
-    assert "passed" in summary and "skipped" not in summary, summary
+    run_in_interpreter(HERE / "test_lora_op.py", HERE / "test_lora_passes.py", wanted=wanted)

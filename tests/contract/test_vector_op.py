@@ -1,8 +1,6 @@
 """Gains and shifts of adapters behind op ``lora``, against a loop in fp32."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from helpers.kernels.lora_cases import (
 )
 from helpers.kernels.lora_checks import TOLERANCE, as_bits, make_inputs
 from helpers.kernels.oracles import lora_oracle
+from helpers.kernels.triton_interpreter import run_in_interpreter
 
 KINDS = [("gain",), (), ("gain", "shift"), ("shift",)]
 ALL = [{m: 3 for m in range(7)}] * 2
@@ -153,11 +152,4 @@ def test_graphs_replay_any_batch() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter")
 def test_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               __file__, "-k", "triton and cpu and (gains or pages)"]  # fmt: skip
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "skipped" not in result.stdout.strip().splitlines()[-1], result.stdout
+    run_in_interpreter(Path(__file__), wanted="gains or pages")

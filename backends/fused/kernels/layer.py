@@ -27,6 +27,15 @@ def _store_e4m3_row(y_C, values, scales, row, column_C, mask_C, SIZE: tl.constex
 
 
 @triton.jit
+def _silu_mul(gate_C, mask_C, dtype: tl.constexpr, SIZE: tl.constexpr):
+    """Returns SiLU(gate) * up; up lies SIZE elements behind gate."""
+    x_C = tl.load(gate_C, mask=mask_C, other=0.0).to(tl.float32)
+    up_C = tl.load(gate_C + SIZE, mask=mask_C, other=0.0).to(tl.float32)
+    silu_C = (x_C / (1.0 + tl.exp(-x_C))).to(dtype).to(tl.float32)
+    return (silu_C * up_C).to(dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     x, residual, weight, y, values, scales, x_stride, residual_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, FP8: tl.constexpr,
@@ -68,11 +77,8 @@ def silu_mul_kernel(
         gdc_wait()
         gdc_launch_dependents()
     gate_C = gate_up + row * gate_up_stride + column_C
-    dtype = y.dtype.element_ty
-    x_C = tl.load(gate_C, mask=mask_C, other=0.0).to(tl.float32)
-    up_C = tl.load(gate_C + SIZE, mask=mask_C, other=0.0).to(tl.float32)
-    silu_C = (x_C / (1.0 + tl.exp(-x_C))).to(dtype).to(tl.float32)
-    tl.store(y + row * SIZE + column_C, (silu_C * up_C).to(dtype), mask=mask_C)
+    y_C = _silu_mul(gate_C, mask_C, y.dtype.element_ty, SIZE)
+    tl.store(y + row * SIZE + column_C, y_C, mask=mask_C)
 
 
 @triton.jit
@@ -88,11 +94,7 @@ def silu_mul_fp8_kernel(
         gdc_wait()
         gdc_launch_dependents()
     gate_C = gate_up + row * gate_up_stride + column_C
-    dtype = y.dtype.element_ty
-    x_C = tl.load(gate_C, mask=mask_C, other=0.0).to(tl.float32)
-    up_C = tl.load(gate_C + SIZE, mask=mask_C, other=0.0).to(tl.float32)
-    silu_C = (x_C / (1.0 + tl.exp(-x_C))).to(dtype).to(tl.float32)
-    y_C = (silu_C * up_C).to(dtype)
+    y_C = _silu_mul(gate_C, mask_C, y.dtype.element_ty, SIZE)
     tl.store(y + row * SIZE + column_C, y_C, mask=mask_C)
     _store_e4m3_row(y_C.to(tl.float32), values, scales, row, column_C, mask_C, SIZE)
 

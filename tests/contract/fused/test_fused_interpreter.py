@@ -1,15 +1,13 @@
 """The fused Triton kernels in Triton's interpreter, against float64 loops: no GPU is needed.
 
-They run in their own process, since TRITON_INTERPRET is read when a kernel is defined. bfloat16 is
-left out: the interpreter computes it wrongly.
+bfloat16 is left out: the interpreter computes it wrongly.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.kernels.triton_interpreter import run_in_interpreter
 
 pytest.importorskip("triton")
 
@@ -34,14 +32,5 @@ LONG = (
 @pytest.mark.parametrize("cases", [FAST, pytest.param(LONG, marks=pytest.mark.long)])
 def test_triton(cases: tuple[str, ...]) -> None:
     wanted = " or ".join(f"({case})" for case in cases)
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(HERE / "test_fused_op.py"), str(HERE / "test_fused_draw.py"),
-               str(HERE / "test_fused_fp8.py"), "-k",
-               f"triton and cpu and not bfloat16 and ({wanted})"]  # fmt: skip
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, cwd=HERE.parents[2],
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    summary = result.stdout.strip().splitlines()[-1]
-    assert "passed" in summary and "skipped" not in summary, summary
+    files = (HERE / f"test_fused_{part}.py" for part in ("op", "draw", "fp8"))
+    run_in_interpreter(*files, wanted=f"not bfloat16 and ({wanted})")
