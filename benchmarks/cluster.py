@@ -1,8 +1,8 @@
 """Measures several engines behind one router beside one engine, and the cost of the router.
 
-All figures come from one set of engines: the router's from its endpoint, a single engine's from the
-endpoint of its own frontend. Then one engine is killed under load: do all streams end complete, and
-how long do they pause?
+All figures come from one set of engines, which are child processes: the router's from its
+endpoint, a single engine's from the endpoint of its own frontend. Then one engine is killed under
+load: do all streams end complete, and how long do they pause?
 
     python benchmarks/cluster.py --model llama-2-7b --engines 2 --num-adapters 200 --out out.jsonl
 """
@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from loraplex.engine.cluster.engine_cluster import EngineCluster
+from loraplex.engine.cluster.launch.launchers import NO_RAY
 from loraplex.engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig
 from loraplex.entrypoints.bench import dummy
 from loraplex.entrypoints.bench.measure import LoadGenerator, Timeline, check_complete
@@ -152,7 +153,9 @@ def main() -> None:
     results = Results(args.out, None, lambda rows: [])
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         config = configure(args, Path(folder))
-        cluster = EngineCluster(config, num_engines=args.engines, placement=args.placement)
+        cluster = EngineCluster(
+            config, num_engines=args.engines, placement=args.placement, ray_address=NO_RAY
+        )
         cluster.start()
         with cluster:
             info = next(iter(cluster.engines.values())).info
