@@ -189,7 +189,11 @@ class Setup:
         for view, field in zip(there, host[1:], strict=True):
             view.copy_(field.view(torch.int32))
         views = (*there[:3], there[3].view(torch.float32))
-        return LoRATable(host[0].to(device), *views, *host), total
+        none = torch.zeros_like(host[1])  # no adapter has a gain or a shift
+        vectors, has = (none, none), torch.zeros(len(ranks), dtype=torch.bool)
+        on_device = [none.to(device), none.to(device)]
+        table = LoRATable(host[0].to(device), *views, *on_device, *host, *vectors, has)
+        return table, total
 
     def _group(self, modules: tuple[int, ...]) -> LoRAGroup:
         shapes = self.model.shapes
