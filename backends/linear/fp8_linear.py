@@ -88,14 +88,19 @@ def product(
     x: Fp8Rows, weight: Fp8Rows, bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Returns x W^T + bias in bfloat16, written to `out` if that is given."""
-    options: dict[str, Any] = {
-        "bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True
-    }  # fmt: skip
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
     if out is not None:
         options["out"] = out
-    return torch._scaled_mm(
-        x.values, weight.values.t(), scale_a=x.scales, scale_b=weight.scales.t(), **options
-    )
+    operands = (x.values, weight.values.t(), x.scales, weight.scales.t())
+    if bias is None:
+        return torch._scaled_mm(*operands, **options)
+    try:
+        return torch._scaled_mm(*operands, bias=bias, **options)
+    except RuntimeError as error:
+        # cuBLAS has no kernel with a bias for some sizes: one row of 48 outputs, for example.
+        if "NOT_SUPPORTED" not in str(error):
+            raise
+    return torch._scaled_mm(*operands, **options).add_(bias)
 
 
 def _is_right(device: torch.device) -> bool:
