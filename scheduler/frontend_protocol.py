@@ -75,6 +75,8 @@ class AddRequest(Message):
     grammar: GrammarSpec | None = None
     generated_token_ids: Int32Array = msgspec.field(default_factory=int_array)
     mix: list[MixPart] = []  # up to MAX_BINDINGS; replaces adapter_source and load_inplace
+    index: int = 0  # among the sequences of the client's request, which are sent in order
+    num_answers: int = 1  # sequences of the client's request
 
     @property
     def home_adapter(self) -> str:
@@ -104,6 +106,7 @@ class SequenceOutput(Record):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []  # from position 1 on
     queued_us: int = 0  # from the sequence's arrival to its admission; with the first token
+    retry_after_s: float = 0.0  # when the client may try again; 0: not known
 
 
 class StepOutputs(Message):
@@ -165,11 +168,24 @@ class OutputTable:
             columns = self._columns[frontend] = OutputColumns()
         return columns
 
-    def add_error(self, frontend: Hashable, request_id: int, code: str, text: str) -> None:
-        """Add the end of a sequence that failed; `code` and `text` are for its client."""
+    def add_error(
+        self,
+        frontend: Hashable,
+        request_id: int,
+        code: str,
+        text: str,
+        *,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        """Add the end of a sequence that failed; all but its id is for its client."""
         self.of(frontend).details.append(
             SequenceOutput(
-                request_id, array("i"), finish_reason="error", error=text, error_code=code
+                request_id,
+                array("i"),
+                finish_reason="error",
+                error=text,
+                error_code=code,
+                retry_after_s=retry_after_s,
             )
         )
 

@@ -44,13 +44,15 @@ class Constraint(Protocol):
 class RequestRefused(Exception):  # noqa: N818
     """The request or command cannot be carried out.
 
-    `code` travels on the wire; `text` names the cause and the mend.
+    `code` travels on the wire; `text` names the cause and the mend. `retry_after_s` says when the
+    same may be accepted, 0 if that is not known.
     """
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(text)
         self.code = code
         self.text = text
+        self.retry_after_s = retry_after_s
 
 
 class Request(AddRequest, eq=False, tag=None):
@@ -93,6 +95,7 @@ class Request(AddRequest, eq=False, tag=None):
     num_cached_tokens: int = -1  # tokens of the prompt found cached at first admission
     num_prompt_logprobs: int = 1  # next position to report
     first_token_at: float = -1.0  # seconds; negative: not yet
+    reserved_tokens: float = 0.0  # of its tenant's minute; its share of its request's
     tier: str = ""  # one of TIERS: where its slowest adapter was when it was needed
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from loraplex.scheduler.request_checks import check_lengths, check_queue, servic
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats, describe_load
 from loraplex.scheduler.step_results import apply_result
+from loraplex.scheduler.tenants.tenant_limiter import TenantLimiter
 from loraplex.scheduler.waiting_queue import WaitingQueue
 from loraplex.scheduler.worker_protocol import (
     AdapterInspected,
@@ -45,6 +46,7 @@ class Scheduler:
 
     Attributes:
         adapters: names, pins and states of adapters, and their lists.
+        tenants: their limits and weights.
         outputs: outputs that were not sent to the frontends yet.
         waiting, running: the unfinished requests. Callers only read them.
         memory: owners of the pages. Callers only read it.
@@ -70,6 +72,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self.clock = clock
         self._policy = make_policy(config)
+        self.tenants = TenantLimiter(self._policy.set_weights)
         self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
         self.waiting = WaitingQueue(self._policy)
@@ -133,9 +136,7 @@ class Scheduler:
         self._policy.on_arrival(request, request.arrival)
         request.outputs = self.outputs.of(request.frontend)
         self._requests[request.uid] = request
-        self.adapters.usage_stats.on_accepted(request)
-        for binding in request.bindings:
-            self.adapters.registry.bind(binding.version, request.arrival)
+        self.adapters.on_accepted(request)
         if version := not_ready(request.bindings):
             self.waiting.park(request, version)
             return
@@ -162,6 +163,7 @@ class Scheduler:
         bind_versions(request, self.adapters.registry)
         if refusal := self._service_problem(request):
             raise RequestRefused("bad_request", refusal)
+        self.tenants.accept(request, self.clock())
 
     def _service_problem(self, request: Request) -> str:
         return service_problem(request, self.memory, self.adapters.pins.besides(request.versions))
@@ -173,8 +175,7 @@ class Scheduler:
 
     def abort(self, request_id: int, frontend: Hashable = b"") -> bool:
         """End a request in any state, without output; False if it has ended or never was."""
-        request = self._requests.get((frontend, request_id))
-        if request is None:
+        if (request := self._requests.get((frontend, request_id))) is None:
             return False
         self._end(request, "abort", self.clock())
         return True
@@ -188,9 +189,8 @@ class Scheduler:
             self._admission.unreserve_adapters(request, now)
         request.state = RequestState.FINISHED
         self._policy.on_end(request)
-        self.adapters.usage_stats.on_end(request)
-        for binding in request.bindings:
-            self.adapters.registry.unbind(binding.version, now)
+        self.adapters.on_end(request, now)
+        self.tenants.on_end(request, now)
         self._stats.finished[reason] += 1
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
@@ -200,8 +200,7 @@ class Scheduler:
 
     def fail(self, uid: Hashable, code: str, text: str) -> None:
         """End an unfinished request with an error; one that has ended does no harm."""
-        request = self._requests.get(uid)
-        if request is not None:
+        if (request := self._requests.get(uid)) is not None:
             self._fail(request, code, text, self.clock())
 
     # Steps
@@ -343,6 +342,7 @@ class Scheduler:
         self.adapters.pins.check_integrity()
         self.adapters.registry.check_integrity()
         self._policy.check_integrity(self._requests.values())
+        self.tenants.check_integrity(self._requests.values())
 
     def _unload(self, adapter_slot: int) -> None:
         self._stats.num_adapter_unloads += 1

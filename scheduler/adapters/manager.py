@@ -73,6 +73,18 @@ class AdapterManager:
             on_replaced=self._on_replaced,
         )
 
+    def on_accepted(self, request: Request) -> None:
+        """Keep the adapters of a request until on_end(), and count it."""
+        self.usage_stats.on_accepted(request)
+        for binding in request.bindings:
+            self.registry.bind(binding.version, request.arrival)
+
+    def on_end(self, request: Request, now: float) -> None:
+        """Count the end of a request. Its adapters may be freed."""
+        self.usage_stats.on_end(request)
+        for binding in request.bindings:
+            self.registry.unbind(binding.version, now)
+
     def on_inspected(self, event: AdapterInspected) -> AdapterVersion:
         """Record an inspection and answer those who asked for it."""
         if event.content_hash:

@@ -47,6 +47,7 @@ class VirtualTokenCounters(Policy):
         self, *, by_adapter: bool, weights: Mapping[str, float], max_wait_s: float
     ) -> None:
         self._by_adapter = by_adapter
+        self._configured = weights
         self._weights = weights
         self._max_wait_s = max_wait_s
         self._clients: dict[str, _Client] = {}
@@ -61,6 +62,13 @@ class VirtualTokenCounters(Policy):
     def counters(self) -> dict[str, float]:
         """Return the weighted service of each known client."""
         return {name: client.counter for name, client in self._clients.items()}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        if self._by_adapter:
+            return
+        self._weights = {**self._configured, **weights}
+        for name, client in self._clients.items():
+            client.weight = self._weights.get(name, 1.0)
 
     def flow(self, request: Request) -> Hashable:
         return self._name(request)

@@ -87,6 +87,9 @@ class Policy(PolicyHooks, ABC):
         """Return the place among admitted requests; called on every attempt to start it."""
         return request.rank if request.admitted_at >= 0 else (now, request.order)
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Take the weights of tenants. The other tenants have those of the configuration."""
+
     def requests_to_drop(self, view: WaitingView, context: Context) -> Sequence[Request]:
         """Return the requests to fail now; called once a plan."""
         return ()

@@ -101,11 +101,14 @@ class Harness:
         tenant: str = "",
         client: bytes = b"",
         num_resumed: int = 0,
+        index: int = 0,
+        num_answers: int = 1,
         **sampling: Any,
     ) -> None:
         """Args:
         mix: weights by adapter, in place of `adapter`.
         num_resumed: tokens that another engine has generated, if the answer is longer.
+        index, num_answers: place and number of the sequences of one client's request.
         """
         spec = sampling_spec(**sampling)
         paths = {info["name"]: info["path"] for info in self.listed().values()}
@@ -130,6 +133,8 @@ class Harness:
             tenant=tenant,
             client=client,
             generated_token_ids=array("i", expectation.token_ids),
+            index=index,
+            num_answers=num_answers,
         )
         try:
             self.scheduler.add(request)
