@@ -221,8 +221,19 @@ class ServerConfig:
             "help": "folder of the clients' CurveZMQ public keys; empty: any key is accepted"
         },
     )
+    api_keys: str = field(
+        default="",
+        metadata={
+            "help": "YAML or JSON file of the tenants: their API keys for HTTP, weights and "
+            "limits; read again on SIGHUP; empty: HTTP asks for no key"
+        },
+    )
     insecure: bool = field(
-        default=False, metadata={"help": "allow a public address without encryption"}
+        default=False,
+        metadata={
+            "help": "allow a public address without encryption, and an endpoint without keys "
+            "beside api_keys"
+        },
     )
     max_message_bytes: int = field(
         default=16 << 20, metadata={"help": "largest message that a client may send"}

@@ -18,10 +18,12 @@ from loraplex.engine.cluster.scale_signals import read_signals
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_server_config
+from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
+from loraplex.engine.tenants.key_file import read_tenants_of
 from loraplex.scheduler.placement.placement import POLICIES
 from loraplex.scheduler.placement.scaling import ScalePolicy
 
@@ -82,7 +84,10 @@ class EngineCluster:
         self._placement = placement
         self._routers = ProcessGroup(on_progress)
         self._launcher = make_launcher(
-            replace(config, server=replace(config.server, endpoint="", http="", num_frontends=1)),
+            replace(
+                config,
+                server=replace(config.server, endpoint="", http="", num_frontends=1, api_keys=""),
+            ),
             ray_address=ray_address,
             on_progress=on_progress,
             worker_command=worker_command,
@@ -131,6 +136,7 @@ class EngineCluster:
         """
         check_server_config(self._config.server)
         check_http_config(self._config.server)
+        self._routers.tenants = self._read_tenants()
         deadline = time.monotonic() + timeout_s
         weakref.finalize(self, _stop, self._routers, self._slots, self._scaler)
         try:
@@ -151,6 +157,28 @@ class EngineCluster:
     def stop(self) -> None:
         """End the router, then the engines. Idempotent; waits until all are gone."""
         _stop(self._routers, self._slots, self._scaler)
+
+    def reload_tenants(self) -> None:
+        """Read the file of `api_keys` again; new requests need its keys, running ones go on.
+
+        Raises:
+            ConfigError: the file is not as it must be; the old keys stay.
+        """
+        tenants = self._read_tenants()
+        if tenants is not None:
+            self._routers.set_tenants(tenants)
+
+    def _read_tenants(self) -> TenantTable | None:
+        """Raises ConfigError for limits and weights, which no process of a cluster could keep."""
+        table = read_tenants_of(self._config.server)
+        for tenant in table.tenants if table is not None else ():
+            if tenant.is_limited or tenant.weight is not None:
+                raise ConfigError(
+                    f"api_keys {self._config.server.api_keys}: tenants.{tenant.name} has a weight "
+                    "or limits, which a cluster does not keep: remove them; --fair-share-weight "
+                    "takes weights"
+                )
+        return table
 
     def drain(self, engine_id: str) -> None:
         """Move an engine's requests to the others. It gets no more. Raises KeyError if unknown."""

@@ -301,12 +301,13 @@ def request_id_of(message: dict[str, Any]) -> str:
     return request_id[:MAX_ID_CHARS] if isinstance(request_id, str) else ""
 
 
-def error_reply(request_id: str, code: str, text: str) -> dict[str, Any]:
+def error_reply(request_id: str, code: str, text: str, **details: float) -> dict[str, Any]:
     return {
         "type": "error",
         "request_id": request_id,
         "code": code,
         "message": text[:MAX_ERROR_CHARS],
+        **details,
     }
 
 

@@ -174,7 +174,7 @@ class RequestTable:
         self._by_sequence.update(dict.fromkeys(ids, request))
         only = parts[0] if len(parts) == 1 and parts[0].weight == 1 else None
         try:
-            for sequence_id, spec in zip(ids, specs, strict=True):
+            for index, (sequence_id, spec) in enumerate(zip(ids, specs, strict=True)):
                 self._scheduler.send(
                     AddRequest(
                         request_id=sequence_id,
@@ -190,6 +190,8 @@ class RequestTable:
                         grammar=grammar,
                         tenant=message.tenant,
                         client=b"" if self._is_private else request.client,
+                        index=index,
+                        num_answers=len(ids),
                     )
                 )
         except ClientError as error:
@@ -230,7 +232,9 @@ class RequestTable:
             if request is None or request.outputs is None:
                 continue  # ended here; the scheduler had not processed the abort
             if output.finish_reason == "error":
-                self._fail(request, output.error_code or "internal", output.error)
+                wait_s = output.retry_after_s
+                details = {"retry_after_s": wait_s} if wait_s else {}
+                self._fail(request, output.error_code or "internal", output.error, **details)
                 continue
             if output.token_ids:
                 request.times.on_output(output.queued_us)
@@ -312,10 +316,11 @@ class RequestTable:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fail(self, request: _Request, code: str, text: str) -> None:
+    def _fail(self, request: _Request, code: str, text: str, **details: float) -> None:
         self.counters["failed"] += 1
         self._abort(self._drop(request, code))
-        self._reply(request.client, error_reply(request.message.request_id, code, text))
+        reply = error_reply(request.message.request_id, code, text, **details)
+        self._reply(request.client, reply)
 
     def _abort(self, sequence_ids: list[int]) -> None:
         if sequence_ids:

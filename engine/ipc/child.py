@@ -33,6 +33,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     Shutdown,
     WorkerHangs,
 )
+from loraplex.engine.ipc.messages.tenants import TenantTable
 
 EXIT_FAILED = 1
 EXIT_ORPHANED = 3
@@ -66,6 +67,7 @@ class Child:
 
     Attributes:
         wakeup: readable when a message may have come.
+        tenants: those of the last message; None: nobody needs a key.
         activity: what the loop does; the supervisor's watchdog hears of it every BEAT_S seconds.
     """
 
@@ -74,6 +76,7 @@ class Child:
         if not isinstance(start, ChildStart):
             raise SystemExit("this module is started by the engine's supervisor")
         self.start: ChildStart = start
+        self.tenants = start.tenants
         self.wakeup = Wakeup()
         self.activity = Activity()
         self.dead_reason = ""  # set when another process of the engine has died
@@ -130,6 +133,8 @@ class Child:
             if message is None:
                 shutil.rmtree(self.start.run_dir, ignore_errors=True)
                 os._exit(EXIT_ORPHANED)
+            if isinstance(message, TenantTable):
+                self.tenants = message
             if isinstance(message, EngineDead):
                 self.dead_reason = message.reason
             if isinstance(message, EngineDead | Shutdown):

@@ -31,6 +31,7 @@ from loraplex.engine.ipc.messages.reader import (
     ReaderStart,
     ReadFailed,
 )
+from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.scheduler.frontend_protocol import AddRequest, StepOutputs
 from loraplex.scheduler.placement.engine_report import EngineReport
 from loraplex.scheduler.worker_protocol import (
@@ -47,7 +48,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 
@@ -55,7 +56,7 @@ WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
     AdapterReply, StatsQuery, StatsReply, ReportLoad, EngineReport, EngineDead,
     ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Shutdown,
-    WorkerHangs,
+    WorkerHangs, TenantTable,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,

@@ -17,6 +17,8 @@ from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.process import Environment
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
+from loraplex.engine.tenants.hangup_reload import HangupReload
+from loraplex.engine.tenants.key_file import read_tenants_of
 
 STOP_TIMEOUT_S = 10.0
 
@@ -95,6 +97,7 @@ class Engine:
         check_server_config(self._config.server)
         check_http_config(self._config.server)
         check_adapter_config(self._config.adapter)
+        self._group.tenants = read_tenants_of(self._config.server)
         if self._has_model:
             resolve_model(self._config.model.model)  # before any process loads its libraries
         try:
@@ -140,6 +143,7 @@ class Engine:
     def serve(self, on_ready: "Callable[[Engine], None] | None" = None) -> int:
         """Start, call `on_ready`, and wait. Returns 0 after SIGINT or SIGTERM, 1 after a death.
 
+        SIGHUP reads the keys and tenants again, if `api_keys` is configured.
         Call it from the main thread of a server. A second signal kills all processes at once. The
         former signal handlers are restored at the end.
         """
@@ -153,20 +157,33 @@ class Engine:
         wake = threading.Event()
         numbers = (signal.SIGINT, signal.SIGTERM)
         former = {number: signal.signal(number, on_signal) for number in numbers}
+        hangup = HangupReload(self.reload_tenants if self._config.server.api_keys else None)
         try:
             self.start()
             if on_ready is not None:
                 on_ready(self)
             while not self._interrupted and not self._group.ended.is_set():
                 wake.wait(0.5)
+                hangup.run_pending()
             self.stop()
         except EngineDeadError:
             if not self._interrupted:
                 raise
         finally:
+            hangup.close()
             for number, handler in former.items():
                 signal.signal(number, handler)
         return 1 if self._group.dead_reason else 0
+
+    def reload_tenants(self) -> None:
+        """Read the file of `api_keys` again; new requests need its keys, running ones go on.
+
+        Raises:
+            ConfigError: the file is not as it must be; the old keys stay.
+        """
+        tenants = read_tenants_of(self._config.server)
+        if tenants is not None:
+            self._group.set_tenants(tenants)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End every process and remove the run directory. Idempotent; waits until all are gone.

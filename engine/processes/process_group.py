@@ -28,6 +28,7 @@ from loraplex.engine.ipc.messages.lifecycle import (
     Shutdown,
     WorkerHangs,
 )
+from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.processes.addresses.shared_address import SharedAddress, open_addresses
 from loraplex.engine.processes.process import Environment, Process, ProcessSpec
 from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
@@ -90,6 +91,7 @@ class ProcessGroup:
 
     Attributes:
         processes: the current process of each spec.
+        tenants: what each process is told of tenants and keys. Set it before start().
         dead_process: the process whose end ended the engine.
         dead_reason: how that process ended; empty while the engine lives.
         changed: notified after every report, at the end of the engine, and when all is over.
@@ -102,6 +104,7 @@ class ProcessGroup:
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.processes: list[Process] = []
+        self.tenants: TenantTable | None = None
         self.dead_process: Process | None = None
         self.dead_reason = ""
         self.ended = threading.Event()
@@ -122,6 +125,7 @@ class ProcessGroup:
         try:
             for spec in specs:
                 start = ChildStart(spec.name, spec.index, self.run_dir, config, host=spec.host)
+                start.tenants = self.tenants
                 address = self._addresses.get(spec.kind)
                 self.processes.append(Process.spawn(spec, start, address))
         finally:  # only when all are there: the end of one stops all that are in the list
@@ -138,6 +142,14 @@ class ProcessGroup:
         self._restarts = {
             process.spec.name: RestartPolicy() for process in self.of_kind(*CLIENT_KINDS)
         }
+
+    def set_tenants(self, tenants: TenantTable) -> None:
+        """Tell every process, and those that are started later."""
+        with self._lock:
+            self.tenants = tenants
+            for process in self.processes:
+                process.start.tenants = tenants
+                process.send(tenants)
 
     @property
     def is_ready(self) -> bool:

@@ -125,7 +125,7 @@ class SchedulerLoop:
             self._grammars.wait_for_masks(MASK_WAIT_S)
         for request, error in self._grammars.take_compiled():
             if error:
-                self._refuse(request, "bad_request", error)
+                self._refuse(request, RequestRefused("bad_request", error))
             else:
                 self._add(request)
         for uid, error in self._grammars.take_failed():
@@ -198,10 +198,16 @@ class SchedulerLoop:
             else:
                 self._grammars.add(request)
         except RequestRefused as refusal:
-            self._refuse(request, refusal.code, refusal.text)
+            self._refuse(request, refusal)
 
-    def _refuse(self, request: Request, code: str, text: str) -> None:
-        self._scheduler.outputs.add_error(request.frontend, request.request_id, code, text)
+    def _refuse(self, request: Request, refusal: RequestRefused) -> None:
+        self._scheduler.outputs.add_error(
+            request.frontend,
+            request.request_id,
+            refusal.code,
+            refusal.text,
+            retry_after_s=refusal.retry_after_s,
+        )
 
     def _run_adapter_command(self, peer: bytes, message: AdapterCommand) -> None:
         scheduler = self._scheduler

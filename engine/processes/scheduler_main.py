@@ -17,6 +17,7 @@ from loraplex.engine.grammar.vocabulary import Vocabulary
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.adapter_deadlines import ANSWER_S, AdapterDeadlines
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
@@ -68,7 +69,11 @@ def run(child: Child) -> None:
         child.ready(endpoint=endpoint, info=info)
         status = StatusLine(scheduler.stats)
         has_more = False
+        tenants: TenantTable | None = None
         while not child.stopping:
+            if child.tenants is not None and child.tenants is not tenants:
+                tenants = child.tenants
+                scheduler.tenants.set_tenants(tenants.tenants, time.monotonic())
             waits = [0.0] if has_more else [status.due_s, loop.due_s]
             due_s = min((wait for wait in waits if wait is not None), default=None)
             poller.poll(None if due_s is None else max(0, math.ceil(1000 * due_s)))

@@ -11,6 +11,7 @@ from loraplex.entrypoints.cli.bench import add_bench
 from loraplex.entrypoints.cli.cluster.cluster import add_cluster
 from loraplex.entrypoints.cli.command import add_log_level, run_command
 from loraplex.entrypoints.cli.completion import add_completion
+from loraplex.entrypoints.cli.keys import add_keys
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_cluster(commands)
     _add_generate(commands)
     add_adapters(commands)
+    add_keys(commands)
     add_bench(commands)
     _add_backends(commands)
     add_completion(commands, parser)

@@ -4,12 +4,15 @@ from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from loraplex.engine.errors import ClientError
+from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.entrypoints.http.answer_response import error_response
+from loraplex.entrypoints.http.api_key_gate import ApiKeyGate
 from loraplex.entrypoints.http.engine_link import EngineLink
 from loraplex.entrypoints.http.errors import HttpError, of_client_error
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
@@ -21,8 +24,11 @@ from loraplex.entrypoints.http.served_models import ServedModels
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(link: EngineLink) -> Starlette:
-    """Returns the application that serves one engine."""
+def make_app(link: EngineLink, tenants: Callable[[], TenantTable | None]) -> Starlette:
+    """Returns the application that serves one engine.
+
+    `tenants` returns those of now, None if nobody needs a key.
+    """
     models = ServedModels(link.config)
     bodies = BodyReader(max_bytes=link.config.server.max_message_bytes)
     generation = GenerationRoutes(link, models, bodies)
@@ -54,6 +60,7 @@ def make_app(link: EngineLink) -> Starlette:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()),
         ],
+        middleware=[Middleware(ApiKeyGate, tenants=tenants)],
         exception_handlers={
             HttpError: _on_http_error,
             ClientError: _on_client_error,

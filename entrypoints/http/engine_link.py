@@ -12,6 +12,7 @@ from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.entrypoints.http.current_tenant import current_tenant
 from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
 
@@ -96,6 +97,7 @@ class EngineLink:
     async def start(self, answer: Answer, messages: list[dict[str, Any]]) -> Exchange:
         """Starts one engine request for each message. Their `request_id` is their number.
 
+        They are the tenant's whose key the current HTTP request has shown.
         Lets the event loop turn every TURN_S, so that many prompts hold up nobody.
 
         Raises:
@@ -106,11 +108,11 @@ class EngineLink:
         mixes = dict(self.config.adapter.adapter_mixes)
         is_mix = "adapters" in messages[0] or messages[0].get("adapter") in mixes
         exchange = Exchange(self._table, answer, len(messages), is_mix=is_mix)
-        turn_end = time.monotonic() + TURN_S
+        tenant, turn_end = current_tenant.get(), time.monotonic() + TURN_S
         for message in messages:
             if exchange.ended:
                 break
-            frontend.on_message(exchange.client, message)
+            frontend.on_message(exchange.client, message, tenant)
             if time.monotonic() >= turn_end:
                 self._check_socket()
                 await asyncio.sleep(0)
@@ -119,7 +121,7 @@ class EngineLink:
         return exchange
 
     async def ask(self, kind: str, **values: Any) -> dict[str, Any]:
-        """Sends a command and returns the reply.
+        """Sends a command of the current HTTP request's tenant and returns the reply.
 
         Raises:
             HttpError: the command is refused, or the engine is not ready.
@@ -128,7 +130,8 @@ class EngineLink:
         assert self._table is not None
         client = self._table.add(query)
         try:
-            frontend.on_message(client, {"type": kind, "request_id": "0", **values})
+            message = {"type": kind, "request_id": "0", **values}
+            frontend.on_message(client, message, current_tenant.get())
             self._check_socket()
             return await query.reply
         finally:

@@ -1,5 +1,6 @@
 """Errors of the HTTP server, in OpenAI's shape."""
 
+import math
 from typing import Any
 
 from loraplex.engine.errors import ClientError
@@ -15,6 +16,7 @@ _STATUS = {
     "queue_full": 429,
     "too_many_requests": 429,
     "too_many_adapters": 429,
+    "rate_limited": 429,
     "deadline": 503,
     "engine_dead": 503,
 }
@@ -22,6 +24,7 @@ _STATUS = {
 
 _TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
@@ -33,14 +36,24 @@ _TYPES = {
 
 
 class HttpError(Exception):
-    """An answer that is an error. `param` names the field of the body that is at fault."""
+    """An answer that is an error. `param` names the field of the body that is at fault.
+
+    `retry_after_s` says when the same may be accepted; 0: not known.
+    """
 
     def __init__(
-        self, status: int, text: str, *, param: str | None = None, kind: str | None = None
+        self,
+        status: int,
+        text: str,
+        *,
+        param: str | None = None,
+        kind: str | None = None,
+        retry_after_s: float = 0.0,
     ) -> None:
         super().__init__(text)
         self.status = status
         self.param = param
+        self.retry_after_s = retry_after_s
         self.kind = kind or _TYPES.get(status, "InternalServerError")
 
     @property
@@ -57,13 +70,18 @@ class HttpError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Tells clients when to try again, where that can help."""
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
+        """Tells clients what key to bring, or when to try again."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        if self.status not in (429, 503):
+            return {}
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
 
-def http_error(code: str, text: str) -> HttpError:
+def http_error(code: str, text: str, *, retry_after_s: float = 0.0) -> HttpError:
     """Returns the HTTP error for an error code of the frontend."""
-    return HttpError(_STATUS.get(code, 500), text.removeprefix("sampling_params: "))
+    text = text.removeprefix("sampling_params: ")
+    return HttpError(_STATUS.get(code, 500), text, retry_after_s=retry_after_s)
 
 
 def of_client_error(error: ClientError) -> HttpError:

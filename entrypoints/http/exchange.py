@@ -139,9 +139,15 @@ class Query:
         if self.reply.done():
             return
         if reply["type"] == "error":
-            self.reply.set_exception(http_error(reply["code"], reply["message"]))
+            self.reply.set_exception(error_of(reply))
         else:
             self.reply.set_result(reply)
+
+
+def error_of(reply: dict[str, Any]) -> HttpError:
+    """Returns the HTTP error for an "error" message of the frontend."""
+    retry_after_s = reply.get("retry_after_s", 0.0)
+    return http_error(reply["code"], reply["message"], retry_after_s=retry_after_s)
 
 
 class Exchange:
@@ -178,7 +184,7 @@ class Exchange:
             return
         if reply["type"] == "error":
             unknown = reply["code"] == "unknown_adapter" and not self._is_mix
-            error = http_error(reply["code"], reply["message"])
+            error = error_of(reply)
             self._fail(unknown_model(self._answer.model) if unknown else error)
             return
         self._push(self._answer.add(int(reply["request_id"]), reply))

@@ -96,7 +96,7 @@ async def _run(child: Child, connect: Connect) -> None:
     link.receive()
     server = _Server(
         uvicorn.Config(
-            make_app(link),
+            make_app(link, lambda: child.tenants),
             http="httptools",
             ws="none",
             lifespan="off",

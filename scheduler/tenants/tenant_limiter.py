@@ -1,4 +1,4 @@
-"""The limits of the tenants. All frontends meet at the scheduler, so a limit holds for their sum."""
+"""The limits of the tenants. All frontends meet here, so a limit holds for their sum."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

@@ -35,8 +35,9 @@ def check_http_config(config: ServerConfig) -> None:
         return
     host, _ = parse_http_address(config.http)
     if not _is_loopback(host) and not config.insecure:
+        lack = "encryption, which keys need" if config.api_keys else "encryption or keys"
         raise ConfigError(
-            f"http {config.http} is reachable from other machines, without encryption or keys: "
+            f"http {config.http} is reachable from other machines, without {lack}: "
             "bind 127.0.0.1 behind a proxy that has them, or pass --insecure"
         )
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from loraplex.engine.adapters.paths import adapters_at_start
     from loraplex.engine.cluster.engine_cluster import EngineCluster
+    from loraplex.engine.tenants.hangup_reload import HangupReload
     from loraplex.entrypoints.cli.serve import describe
     from loraplex.entrypoints.offline.progress import ProgressLine
 
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         cluster.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
+        hangup = HangupReload(cluster.reload_tenants if config.server.api_keys else None)
         progress.close()
         engines = cluster.engines
         info = next(iter(engines.values())).info
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         lines.insert(1, f"  {'engines':<9} {len(engines)}{most}: {where}; each has:")
         print("\n".join(lines), flush=True)
         while not interrupted.is_set() and cluster.wait(0.5) is None:
-            pass
+            hangup.run_pending()
     finally:
         progress.close()
         cluster.stop()
