@@ -1,6 +1,7 @@
 """The limits of tenants: requests and tokens a minute, and unfinished requests."""
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -175,3 +176,18 @@ def test_weights_of_tenants_move_the_shares() -> None:
     assert share_of_ann({"ann": 3.0}) in (14, 15)
     assert share_of_ann({"ann": 1.0, "ben": 3.0}) in (4, 5)
     assert share_of_ann({}) in (15, 16)  # as configured
+
+
+def test_the_weights_of_set_tenants_reach_the_policy() -> None:
+    harness = limited(
+        Tenant("ann", weight=3.0), Tenant("ben"), max_num_seqs=1, policy={"policy": "vtc"}
+    )
+    for number in range(40):
+        harness.add(number, [number], max_tokens=3, tenant=("ann", "ben")[number % 2])
+    for _ in range(1000):
+        harness.turn()
+        ended = [n for n, expected in harness.expected.items() if expected.end is not None]
+        if len(ended) == 16:
+            break
+    assert Counter(n % 2 for n in ended) == {0: 12, 1: 4}
+    harness.run()
