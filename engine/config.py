@@ -256,6 +256,11 @@ class ServerConfig:
                 f"num_frontends must be from 1 to {MAX_FRONTENDS}, got {self.num_frontends}"
             )
 
+    @property
+    def has_keys(self) -> bool:
+        """Tells whether there are files that say which clients are known."""
+        return bool(self.api_keys or self.client_public_keys_dir)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -17,7 +17,7 @@ from loraplex.engine.cluster.launch.launchers import make_launcher
 from loraplex.engine.cluster.scale_signals import read_signals
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
-from loraplex.engine.frontend.client_socket import check_server_config
+from loraplex.engine.frontend.client_socket import check_client_keys, check_server_config
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
@@ -158,20 +158,19 @@ class EngineCluster:
         """End the router, then the engines. Idempotent; waits until all are gone."""
         _stop(self._routers, self._slots, self._scaler)
 
-    def reload_tenants(self) -> None:
-        """Read the file of `api_keys` again; new requests need its keys, running ones go on.
+    def reload_keys(self) -> None:
+        """Read `api_keys` and `client_public_keys_dir` again. Requests that run go on.
 
         Raises:
-            ConfigError: the file is not as it must be; the old keys stay.
+            ConfigError: a file is not as it must be; the old keys stay.
         """
-        tenants = self._read_tenants()
-        if tenants is not None:
-            self._routers.set_tenants(tenants)
+        check_client_keys(self._config.server)
+        self._routers.set_tenants(self._read_tenants())
 
-    def _read_tenants(self) -> TenantTable | None:
+    def _read_tenants(self) -> TenantTable:
         """Raises ConfigError for limits and weights, which no process of a cluster could keep."""
         table = read_tenants_of(self._config.server)
-        for tenant in table.tenants if table is not None else ():
+        for tenant in table.tenants:
             if tenant.is_limited or tenant.weight is not None:
                 raise ConfigError(
                     f"api_keys {self._config.server.api_keys}: tenants.{tenant.name} has a weight "

@@ -130,6 +130,12 @@ def check_replaceable(path: str) -> None:
         )
 
 
+def check_client_keys(config: ServerConfig) -> None:
+    """Raises ConfigError unless the clients' CurveZMQ keys, if any, can be read."""
+    if config.client_public_keys_dir:
+        read_tenants(config.client_public_keys_dir)
+
+
 class ClientSocket:
     """Wraps the frontend's ROUTER socket, which receives raw frames and sends maps.
 
@@ -155,6 +161,7 @@ class ClientSocket:
         """
         wanted = (config.endpoint or endpoint).replace("tcp://localhost:", "tcp://127.0.0.1:")
         self._authenticator: ThreadAuthenticator | None = None
+        self._keys_dir = config.client_public_keys_dir
         self._tenants: dict[str, str] | None = None  # by public key; None: nobody is told apart
         self._max_fillers = min(SEND_SLOTS, config.max_client_backlog) // 4
         self.socket = open_socket(
@@ -202,14 +209,25 @@ class ClientSocket:
             )
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
-        if config.client_public_keys_dir:
-            self._tenants = read_tenants(config.client_public_keys_dir)
-        self._authenticator.configure_curve(
-            domain="*", location=config.client_public_keys_dir or zmq.auth.CURVE_ALLOW_ANY
-        )
+        if self._keys_dir:
+            self.read_keys()
+        else:
+            self._authenticator.configure_curve(domain="*", location=zmq.auth.CURVE_ALLOW_ANY)
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+
+    def read_keys(self) -> None:
+        """Reads the clients' keys, if the server asks for known ones.
+
+        Connections stay. The tenant of one whose key is gone is None from now on.
+
+        Raises:
+            ConfigError: the files are not as they must be; nothing has changed.
+        """
+        if self._keys_dir and self._authenticator is not None:
+            self._tenants = read_tenants(self._keys_dir)
+            self._authenticator.configure_curve(domain="*", location=self._keys_dir)
 
     def send(self, client: bytes, data: bytes) -> None:
         """Sends an encoded message to a client without waiting.
@@ -230,14 +248,15 @@ class ClientSocket:
         except zmq.ZMQError as error:
             raise PeerGoneError(str(error)) from None
 
-    def receive(self, handle: Callable[[bytes, Sequence[memoryview], str], None]) -> None:
+    def receive(self, handle: Callable[[bytes, Sequence[memoryview], str | None], None]) -> None:
         """Calls handle(client, frames, tenant) for each message that has arrived, without waiting.
 
         The frames lie where libzmq has put them: copying 15 MiB takes longer than refusing them.
 
         The tenant is empty for the operator, who holds the key ADMIN, and where the server does not
-        ask for known keys. Refuses the messages of clients that chose a ZeroMQ identity. Returns
-        after TURN_S at the latest, so that outputs are not delayed by new requests.
+        ask for known keys. It is None for a client whose key is not known any more. Refuses the
+        messages of clients that chose a ZeroMQ identity. Returns after TURN_S at the latest, so
+        that outputs are not delayed by new requests.
         """
         end = time.monotonic() + TURN_S
         while time.monotonic() < end:
@@ -251,11 +270,10 @@ class ClientSocket:
             else:
                 self._refuse(routing_id.bytes)
 
-    def _tenant_of(self, frame: zmq.Frame) -> str:
+    def _tenant_of(self, frame: zmq.Frame) -> str | None:
         if self._tenants is None:
             return ""
-        key = _property(frame, "User-Id")  # of the authenticator, never of the client
-        return self._tenants.get(key, f"key {key}")
+        return self._tenants.get(_property(frame, "User-Id"))  # the authenticator has set it
 
     def _refuse(self, client: bytes) -> None:
         with contextlib.suppress(PeerGoneError):

@@ -91,11 +91,12 @@ class Frontend:
         self._instance = secrets.token_hex(8)  # another one after a restart
 
     def on_frames(
-        self, client: bytes, frames: Sequence[bytes | memoryview], tenant: str = ""
+        self, client: bytes, frames: Sequence[bytes | memoryview], tenant: str | None = ""
     ) -> None:
         """Handles one message of a client, as raw frames. Replies with an error if it is bad.
 
-        `tenant` is whose key the client has shown; empty: the operator's, or keys are not in use.
+        `tenant` is whose key the client has shown; empty: the operator's, or keys are not in use;
+        None: the key was revoked, so the client may only see its requests end.
         """
         try:
             if len(frames) != 1:
@@ -108,10 +109,13 @@ class Frontend:
             return
         self.on_message(client, message, tenant)
 
-    def on_message(self, client: bytes, message: dict[str, Any], tenant: str = "") -> None:
+    def on_message(self, client: bytes, message: dict[str, Any], tenant: str | None = "") -> None:
         """Handles one decoded message of a client, as on_frames()."""
         try:
-            self._dispatch(client, protocol.for_tenant(protocol.parse(message), tenant))
+            parsed = protocol.parse(message)
+            if tenant is None and not isinstance(parsed, protocol.FinalMessage):
+                raise client_error("forbidden", "this client's key is not known any more")
+            self._dispatch(client, protocol.for_tenant(parsed, tenant or ""))
         except ClientError as error:
             code, text = error.code, str(error)
         except Exception:

@@ -187,6 +187,7 @@ ClientMessage = (
     | Bye
 )
 NamedAdapter = UnloadAdapterRequest | PinAdapterRequest | UnpinAdapterRequest | ListAdaptersRequest
+FinalMessage = CancelRequest | HealthRequest | Ping | Bye
 TenantMessage = GenerateRequest | LoadAdapterRequest | NamedAdapter
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": GenerateRequest,

@@ -67,7 +67,7 @@ class Child:
 
     Attributes:
         wakeup: readable when a message may have come.
-        tenants: those of the last message; None: nobody needs a key.
+        tenants: those of the last message.
         activity: what the loop does; the supervisor's watchdog hears of it every BEAT_S seconds.
     """
 

@@ -11,7 +11,7 @@ from types import FrameType
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
-from loraplex.engine.frontend.client_socket import check_server_config
+from loraplex.engine.frontend.client_socket import check_client_keys, check_server_config
 from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.addresses.http_address import check_http_config
@@ -143,7 +143,7 @@ class Engine:
     def serve(self, on_ready: "Callable[[Engine], None] | None" = None) -> int:
         """Start, call `on_ready`, and wait. Returns 0 after SIGINT or SIGTERM, 1 after a death.
 
-        SIGHUP reads the keys and tenants again, if `api_keys` is configured.
+        SIGHUP reads the clients' keys again, where the server asks for them.
         Call it from the main thread of a server. A second signal kills all processes at once. The
         former signal handlers are restored at the end.
         """
@@ -157,7 +157,7 @@ class Engine:
         wake = threading.Event()
         numbers = (signal.SIGINT, signal.SIGTERM)
         former = {number: signal.signal(number, on_signal) for number in numbers}
-        hangup = HangupReload(self.reload_tenants if self._config.server.api_keys else None)
+        hangup = HangupReload(self.reload_keys if self._config.server.has_keys else None)
         try:
             self.start()
             if on_ready is not None:
@@ -175,15 +175,14 @@ class Engine:
                 signal.signal(number, handler)
         return 1 if self._group.dead_reason else 0
 
-    def reload_tenants(self) -> None:
-        """Read the file of `api_keys` again; new requests need its keys, running ones go on.
+    def reload_keys(self) -> None:
+        """Read `api_keys` and `client_public_keys_dir` again. Requests that run go on.
 
         Raises:
-            ConfigError: the file is not as it must be; the old keys stay.
+            ConfigError: a file is not as it must be; the old keys stay.
         """
-        tenants = read_tenants_of(self._config.server)
-        if tenants is not None:
-            self._group.set_tenants(tenants)
+        check_client_keys(self._config.server)
+        self._group.set_tenants(read_tenants_of(self._config.server))
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End every process and remove the run directory. Idempotent; waits until all are gone.

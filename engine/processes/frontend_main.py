@@ -1,6 +1,7 @@
 """Runs a frontend: ``python -m loraplex.engine.processes.frontend_main``."""
 
 import ctypes
+import logging
 import resource
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from functools import partial
 
 import zmq
 
+from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
@@ -18,6 +20,8 @@ from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.addresses.shared_address import inherited_zmq_listener
+
+logger = logging.getLogger("loraplex.frontend")
 
 TICK_S = 1.0
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -103,7 +107,7 @@ def serve(
 
     `before_wait` is called in each turn; it returns the most seconds to wait, or None.
     """
-    next_tick = time.monotonic()
+    next_tick, tenants = time.monotonic(), child.tenants
     while not child.stopping:
         tick_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
         waits = (tick_s, frontend.flush_due_s, before_wait())
@@ -111,6 +115,9 @@ def serve(
         poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
         child.activity.begin()
         child.wakeup.clear()
+        if child.tenants is not tenants:
+            tenants = child.tenants
+            _read_client_keys(clients)
         for _, message in scheduler.receive():
             frontend.on_scheduler(message)
         clients.receive(frontend.on_frames)
@@ -126,6 +133,14 @@ def serve(
         time.sleep(frontend.flush_due_s)
         frontend.run_ready()
     frontend.close()
+
+
+def _read_client_keys(clients: ClientSocket) -> None:
+    """Follow the supervisor, who has found the files good; they may have changed since."""
+    try:
+        clients.read_keys()
+    except ConfigError as error:
+        logger.error("the former CurveZMQ keys stay: %s", error)
 
 
 def seed_salt(start: ChildStart) -> str:

@@ -104,7 +104,7 @@ class ProcessGroup:
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.processes: list[Process] = []
-        self.tenants: TenantTable | None = None
+        self.tenants = TenantTable()
         self.dead_process: Process | None = None
         self.dead_reason = ""
         self.ended = threading.Event()

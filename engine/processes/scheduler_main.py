@@ -69,9 +69,9 @@ def run(child: Child) -> None:
         child.ready(endpoint=endpoint, info=info)
         status = StatusLine(scheduler.stats)
         has_more = False
-        tenants: TenantTable | None = None
+        tenants = TenantTable()
         while not child.stopping:
-            if child.tenants is not None and child.tenants is not tenants:
+            if child.tenants is not tenants:
                 tenants = child.tenants
                 scheduler.tenants.set_tenants(tenants.tenants, time.monotonic())
             waits = [0.0] if has_more else [status.due_s, loop.due_s]

@@ -77,14 +77,14 @@ def read_key_file(path: str) -> TenantTable:
     return table
 
 
-def read_tenants_of(config: ServerConfig) -> TenantTable | None:
-    """Returns the tenants of the configured file, None if there is none.
+def read_tenants_of(config: ServerConfig) -> TenantTable:
+    """Returns the tenants of the configured file, an empty table if there is none.
 
     Raises:
         ConfigError: the file is not as it must be, or the server could be used without a key.
     """
     if not config.api_keys:
-        return None
+        return TenantTable()
     is_open = config.endpoint.startswith("tcp://") and not config.client_public_keys_dir
     if is_open and not config.insecure:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Asks for API keys, and knows whose key an HTTP request has shown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,23 +24,23 @@ class ApiKeyGate:
     A key counts when the request comes: one that is revoked later does not end it.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Callable[[], TenantTable | None]) -> None:
-        """`tenants` returns those of now, None if nobody needs a key."""
+    def __init__(self, app: ASGIApp, tenants: Callable[[], TenantTable]) -> None:
+        """`tenants` returns those of now."""
         self._app = app
         self._tenants = tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        table = self._tenants()
-        if table is not None and scope["type"] == "http":
+        owners = self._tenants().key_owners
+        if owners is not None and scope["type"] == "http":
             try:
-                current_tenant.set(_tenant_of(scope, table))
+                current_tenant.set(_tenant_of(scope, owners))
             except HttpError as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _tenant_of(scope: Scope, table: TenantTable) -> str:
+def _tenant_of(scope: Scope, owners: Mapping[str, str]) -> str:
     """Looks the key up by its hash, so that the time tells nothing about its text.
 
     Raises:
@@ -52,7 +52,7 @@ def _tenant_of(scope: Scope, table: TenantTable) -> str:
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise HttpError(401, "this server needs a key: send the header Authorization: Bearer KEY")
-    tenant = table.key_owners.get(key_hash(key.strip()))
+    tenant = owners.get(key_hash(key.strip()))
     if tenant is None:
         raise HttpError(401, "the API key is unknown or was revoked: ask the operator for another")
     if tenant and path in OPERATOR_PATHS:

@@ -24,11 +24,8 @@ from loraplex.entrypoints.http.served_models import ServedModels
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(link: EngineLink, tenants: Callable[[], TenantTable | None]) -> Starlette:
-    """Returns the application that serves one engine.
-
-    `tenants` returns those of now, None if nobody needs a key.
-    """
+def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
+    """Returns the application that serves one engine. `tenants` returns those of now."""
     models = ServedModels(link.config)
     bodies = BodyReader(max_bytes=link.config.server.max_message_bytes)
     generation = GenerationRoutes(link, models, bodies)

@@ -1,5 +1,7 @@
 """Messages between the supervisor and the processes that it starts."""
 
+import msgspec
+
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.messages.tenants import TenantTable
@@ -16,7 +18,7 @@ class ChildStart(Message):
     incarnation: int = 0  # how often the supervisor has started it again
     listener_fd: int = -1  # socket bound to the address that it shares with others of its kind
     host: str = ""  # at which a scheduler listens for routers of other machines
-    tenants: TenantTable | None = None  # until another one comes; None: nobody needs a key
+    tenants: TenantTable = msgspec.field(default_factory=TenantTable)  # until another one comes
 
 
 class ChildProgress(Message):

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         cluster.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        hangup = HangupReload(cluster.reload_tenants if config.server.api_keys else None)
+        hangup = HangupReload(cluster.reload_keys if config.server.has_keys else None)
         progress.close()
         engines = cluster.engines
         info = next(iter(engines.values())).info

@@ -57,7 +57,7 @@ def reload(engine: Engine, folder: Path, **tenants: Any) -> None:
     """Gives every HTTP server and the scheduler these tenants, and one more to see when."""
     marker = f"marker-{time.monotonic_ns()}"
     write_keys(folder / "keys.yaml", **tenants, admin={"keys": ["admin", marker]})
-    engine.reload_tenants()
+    engine.reload_keys()
     seen: Counter[str] = Counter()
 
     def knows() -> bool:
@@ -102,7 +102,7 @@ def test_an_adapter_is_its_loaders(engine: Engine) -> None:
 def test_a_broken_file_leaves_the_old_keys(engine: Engine, folder: Path) -> None:
     (folder / "keys.yaml").write_text("tenants: {ann: {keys: [{key: short}]}}")
     with pytest.raises(ConfigError, match="20 to 512"):
-        engine.reload_tenants()
+        engine.reload_keys()
     assert complete(engine, "ann").status_code == 200
 
 

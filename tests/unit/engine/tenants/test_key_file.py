@@ -126,10 +126,10 @@ def test_no_server_is_open_beside_its_keys(file: Path) -> None:
         ServerConfig(api_keys=keys, client_public_keys_dir="clients"),
         ServerConfig(api_keys=keys, insecure=True),
     ):
-        assert read_tenants_of(config) is not None
+        assert read_tenants_of(config).key_owners == {}
     with pytest.raises(ConfigError, match="clients need no key at endpoint tcp://"):
         read_tenants_of(ServerConfig(api_keys=keys))
-    assert read_tenants_of(ServerConfig()) is None
+    assert read_tenants_of(ServerConfig()).key_owners is None
 
 
 def test_keys_are_random_and_good(file: Path) -> None:

@@ -121,7 +121,7 @@ def test_paths_of_the_operator(app: Starlette, link: Link) -> None:
 
 
 def test_keys_are_those_of_the_moment(link: Link) -> None:
-    tables: list[TenantTable | None] = [None]
+    tables = [TenantTable()]
     app = make_app(cast(EngineLink, link), lambda: tables[-1])
     path, authorization = "/v1/models", f"Bearer {ANN}"
     assert call(app, "GET", path).status_code == 418  # nobody needs a key
