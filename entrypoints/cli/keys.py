@@ -13,7 +13,11 @@ def add_keys(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
         "keys", help="make API keys", description="Make API keys for the file of --api-keys."
     )
     actions = parser.add_subparsers(
-        title="actions", metavar="ACTION", required=True, parser_class=flags.FlagParser
+        title="actions",
+        metavar="ACTION",
+        required=True,
+        help="one of these",
+        parser_class=flags.FlagParser,
     )
     new = actions.add_parser(
         "new",

@@ -42,7 +42,7 @@ CLIENT = [
 BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--plot", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
 SERVED = [
-    *ENGINE, "--adapter-root", "--client-public-keys-dir", "--endpoint", "--insecure",
+    *ENGINE, "--adapter-root", "--api-keys", "--client-public-keys-dir", "--endpoint", "--insecure",
     "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
     "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
 ]  # fmt: skip
@@ -63,6 +63,8 @@ FROZEN = {
     "adapters unload": CLIENT,
     "adapters pin": CLIENT,
     "adapters unpin": CLIENT,
+    "keys": [],
+    "keys new": ["--log-level", "--tenant"],
     "bench": [],
     "bench throughput": [*BENCH, *TRACE, "--num-adapters", "--num-requests", "--repeats"],
     "bench latency": [

@@ -99,12 +99,12 @@ def test_the_answers_of_one_request() -> None:
     harness = limited(tenant)
     options: dict[str, Any] = {"max_tokens": 5, "tenant": "ann"}
     for index in range(3):
-        harness.add(index, [1] * 5, index=index, num_answers=3, **options)
+        harness.add(index, [1] * 5, answer=(index, 3), **options)
     refusal = refusal_of(harness, "more", [1], **options)
     assert (refusal.code, refusal.retry_after_s) == ("too_many_requests", 1.0)
     assert "has 3 unfinished requests and asks for 1 more" in refusal.text
     harness.abort(1)
-    assert harness.try_add("two", [1], num_answers=2, **options) == "too_many_requests"
+    assert harness.try_add("two", [1], answer=(0, 2), **options) == "too_many_requests"
     assert harness.try_add("one", [1], **options) == ""  # the second of this minute
     harness.abort("one")
     assert harness.try_add("third", [1], **options) == "rate_limited"
