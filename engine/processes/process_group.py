@@ -43,6 +43,9 @@ PEER_WAIT_S = 0.5  # a process that fails because its peer is gone waits for the
 CLIENT_KINDS = ("frontend", "http", "router")
 """Processes that serve clients. They are stopped first and, once up, started again."""
 
+KINDS_TOLD = ("scheduler", *CLIENT_KINDS)
+"""Processes that know the tenants."""
+
 HTTP_MODULE = "loraplex.entrypoints.http.main"
 
 logger = logging.getLogger("loraplex")
@@ -91,7 +94,7 @@ class ProcessGroup:
 
     Attributes:
         processes: the current process of each spec.
-        tenants: what each process is told of tenants and keys. Set it before start().
+        tenants: what scheduler and frontends are told of tenants. Set it before start().
         dead_process: the process whose end ended the engine.
         dead_reason: how that process ended; empty while the engine lives.
         changed: notified after every report, at the end of the engine, and when all is over.
@@ -125,7 +128,8 @@ class ProcessGroup:
         try:
             for spec in specs:
                 start = ChildStart(spec.name, spec.index, self.run_dir, config, host=spec.host)
-                start.tenants = self.tenants
+                if spec.kind in KINDS_TOLD:
+                    start.tenants = self.tenants
                 address = self._addresses.get(spec.kind)
                 self.processes.append(Process.spawn(spec, start, address))
         finally:  # only when all are there: the end of one stops all that are in the list
@@ -144,10 +148,10 @@ class ProcessGroup:
         }
 
     def set_tenants(self, tenants: TenantTable) -> None:
-        """Tell every process, and those that are started later."""
+        """Tell the scheduler and the frontends, also those that are started later."""
         with self._lock:
             self.tenants = tenants
-            for process in self.processes:
+            for process in self.of_kind(*KINDS_TOLD):
                 process.start.tenants = tenants
                 process.send(tenants)
 

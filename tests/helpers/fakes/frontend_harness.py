@@ -32,7 +32,8 @@ class FrontendHarness:
     """Keeps what the frontend sends in `sent` and `replies` until the test takes it.
 
     Attributes:
-        keys: the tenants whose keys the clients hold; any other client is the operator's.
+        keys: the tenants whose keys the clients hold, None for one that was revoked; any other
+            client is the operator's.
         now_s: the time that the frontend sees.
         scheduler_room: how many more messages the scheduler takes, None for any number.
         scheduler_error: what a send to the scheduler raises, None for no error.
@@ -45,7 +46,7 @@ class FrontendHarness:
         self.replies: list[tuple[bytes, dict[str, Any]]] = []
         self.gone: set[bytes] = set()
         self.slow: set[bytes] = set()
-        self.keys: dict[bytes, str] = {}
+        self.keys: dict[bytes, str | None] = {}
         self.now_s = 0.0
         self.scheduler_room: int | None = None
         self.scheduler_error: Exception | None = None

@@ -139,3 +139,40 @@ def test_each_answer_of_a_request_counts_as_one(codec: TextCodec) -> None:
     harness.ask(A, "cancel", request_id="large")
     harness.take()
     assert ask("after", 5) == []
+
+
+def test_the_scheduler_learns_which_sequences_are_one_request(harness: FrontendHarness) -> None:
+    """It limits requests, and each of their answers."""
+    harness.ask(A, sampling_params={"n": 3})
+    harness.ask(A, request_id="single")
+    sent = harness.take_sent(AddRequest)
+    assert [(added.index, added.num_answers) for added in sent] == [(0, 3), (1, 3), (2, 3), (0, 1)]
+
+
+def test_an_error_says_when_to_try_again(harness: FrontendHarness) -> None:
+    for request_id, wait_s in (("limited", 12.5), ("failed", 0.0)):
+        harness.ask(A, request_id=request_id)
+        (added,) = harness.take_sent(AddRequest)
+        error = {"error": "why", "error_code": "rate_limited", "retry_after_s": wait_s}
+        harness.output(added.request_id, [], finish_reason="error", **error)
+    limited, failed = harness.take(A)
+    assert (limited["code"], limited["retry_after_s"]) == ("rate_limited", 12.5)
+    assert "retry_after_s" not in failed
+
+
+def test_a_client_whose_key_is_gone_only_sees_its_requests_end(harness: FrontendHarness) -> None:
+    harness.ask(A)
+    (added,) = harness.take_sent(AddRequest)
+    harness.keys[A] = None
+    harness.ask(A, request_id="another")
+    for kind in COMMANDS:
+        harness.ask(A, kind, name="x", request_id="another")
+    for kind in ("stats", "reset_prefix_cache"):
+        harness.ask(A, kind, request_id="another")
+    replies = harness.take(A)
+    assert [reply["code"] for reply in replies] == ["forbidden"] * (3 + len(COMMANDS))
+    assert not harness.sent
+    harness.ask(A, "health", request_id="h")
+    harness.output(added.request_id, [70], finish_reason="length")
+    health, output = harness.take(A)
+    assert health["status"] == "ok" and output["finished"]
