@@ -33,7 +33,7 @@ from loraplex.entrypoints.client.sync_client import Client
 
 MODULES = ("q", "k", "v", "o")
 SINGLES = 200  # requests sent one by one
-SHORT, LONG = (32, 8), (32, 256)  # tokens of prompt and answer
+SHORT, LONG = (32, 8), (32, 1024)  # tokens of prompt and answer
 
 
 @dataclass
