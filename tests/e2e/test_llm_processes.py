@@ -190,7 +190,7 @@ def test_death_of_the_frontend_fails_one_call() -> None:
         assert tokens(llm, [[1], [2, 3]]) == [
             expected_tokens(prompt, max_tokens=6) for prompt in ([1], [2, 3])
         ]
-        assert llm.client.stats()["running"] == 0
+        wait_until(lambda: llm.client.stats()["running"] == 0)
 
 
 def run_script(body: str) -> tuple[int, str, list[int]]:

@@ -41,8 +41,12 @@ class Waiting:
         self._client, self._prompt = Client(engine.endpoint), prompt
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def begin(self) -> "Waiting":
+        """Send the request, and wait for its first token or its error."""
         self._thread.start()
         assert self._begun.wait(GUARD_S)
+        return self
 
     def _run(self) -> None:
         try:
@@ -64,7 +68,8 @@ class Waiting:
 def loaded_engine(config: EngineConfig, *options: str) -> Iterator[tuple[Engine, list[Waiting]]]:
     """Yields an engine with four running requests."""
     with running_engine(config, "--delay", "0.05", *options) as engine:
-        yield engine, [Waiting(engine, [i + 1]) for i in range(4)]
+        waiting = [Waiting(engine, [i + 1]) for i in range(4)]  # all are connected then
+        yield engine, [client.begin() for client in waiting]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ def test_a_rank_that_never_answers_a_load_is_named_and_then_killed(tmp_path: Pat
         (*_, output) = client.generate([3], SHORT)
         assert output.outputs[0].token_ids == expected_tokens([3], max_tokens=5)
         with pytest.raises(EngineDeadError, match=end):
-            raise Waiting(engine, [3]).join()
+            raise Waiting(engine, [3]).begin().join()
         assert engine.wait(GUARD_S) == 1
         assert_gone(left)
 
