@@ -184,4 +184,4 @@ def _has_chat_template(llm: LLM) -> bool:
     model = llm.config.model
     if model.skip_tokenizer_init:
         return False
-    return bool(llm.get_tokenizer().chat_template)
+    return bool(llm.engine_tokenizer.chat_template)

@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -90,10 +91,14 @@ class LLM:
     def _start(self, config: EngineConfig, in_process: bool) -> None:
         self.config = config
         self._tokenizer: Tokenizer | None = None
+        self._hugging_face: Any = None
         self._engine = LocalEngine(config, in_process=in_process)
-        self._runner = BatchRunner(self._engine.client, config, self._engine.death)
-        self._llm_engine: LLMEngine | None = None
+        self._connect()
         self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def _connect(self) -> None:
+        self._runner = BatchRunner(self._engine.client, self.config, self._engine.death)
+        self._llm_engine: LLMEngine | None = None
 
     @property
     def client(self) -> Client:
@@ -112,8 +117,21 @@ class LLM:
             self._llm_engine = LLMEngine(self._engine)
         return self._llm_engine
 
-    def get_tokenizer(self) -> "Tokenizer":
-        """Returns the engine's tokenizer, with its chat template. The first call loads it."""
+    def get_tokenizer(self) -> Any:
+        """Returns transformers' tokenizer of a Hugging Face folder, if transformers is installed,
+        else the engine's. Both have `encode`, `decode` and `apply_chat_template`."""
+        model, own = self.config.model, self.engine_tokenizer
+        if self._hugging_face is None:
+            from loraplex.engine.tokenizer.hugging_face import load_hugging_face
+
+            path = Path(model.tokenizer or model.model).expanduser()
+            template = own.chat_template if model.chat_template else None
+            self._hugging_face = load_hugging_face(path, template) or own
+        return self._hugging_face
+
+    @property
+    def engine_tokenizer(self) -> "Tokenizer":
+        """The engine's tokenizer, with its chat template. The first use loads it."""
         if self._tokenizer is None:
             from loraplex.engine.checkpoint.locate import resolve_model
             from loraplex.engine.tokenizer.loading import load_tokenizer
@@ -204,12 +222,12 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if chat_template is not None:
-            prompts = [rendered(prompt, self.get_tokenizer(), chat_template) for prompt in prompts]
+            prompts = [rendered(prompt, self.engine_tokenizer, chat_template) for prompt in prompts]
         batch = make_batch(prompts, sampling_params, lora_request, priority)
         outputs = self._run(batch, use_tqdm)
         for output in outputs:
             if output.prompt_token_ids:
-                tokenizer = self.get_tokenizer()
+                tokenizer = self.engine_tokenizer
                 output.prompt = tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         return outputs
 
@@ -251,16 +269,16 @@ class LLM:
         outputs = [search.output() for search in searches]
         if not self.config.model.skip_tokenizer_init:
             for beam in (beam for output in outputs for beam in output.sequences):
-                beam.text = self.get_tokenizer().decode(beam.tokens, skip_special_tokens=False)
+                beam.text = self.engine_tokenizer.decode(beam.tokens, skip_special_tokens=False)
         return outputs
 
     def _begin_beam_search(self, request: BatchRequest, params: BeamSearchParams) -> BeamSearch:
         eos_token_ids = {i for worker in self.info.workers for i in worker.eos_token_ids}
         if not self.config.model.skip_tokenizer_init:
-            eos_token_ids.update(self.get_tokenizer().eos_token_ids)
+            eos_token_ids.update(self.engine_tokenizer.eos_token_ids)
         token_ids = request.prompt.get("prompt_token_ids")
         if token_ids is None:
-            token_ids = self.get_tokenizer().encode(request.prompt["prompt"])
+            token_ids = self.engine_tokenizer.encode(request.prompt["prompt"])
         return BeamSearch(
             request,
             token_ids,
@@ -283,6 +301,21 @@ class LLM:
             model_name=self.config.model.model,
             max_loras=self.config.memory.max_adapter_slots,
         )
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Stops the engine's processes, so that all their memory is free, until wake_up().
+
+        vLLM's arguments are ignored: weights and adapters are read from their files again.
+        """
+        self._engine.sleep()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Starts the engine again after sleep(), with the adapters that it had. `tags` is ignored.
+
+        It takes as long as a start. `client` is a new one then.
+        """
+        self._engine.wake_up()
+        self._connect()
 
     if not TYPE_CHECKING:  # a type checker would find every name
 
@@ -308,6 +341,8 @@ class LLM:
     def _run(self, batch: list[BatchRequest], use_tqdm: bool | BarFactory) -> list[RequestOutput]:
         if not self._finalizer.alive:
             raise EngineDeadError("this LLM has been shut down: make a new one")
+        if self._engine.is_sleeping:
+            raise EngineDeadError("this LLM sleeps: call wake_up()")
         if self._llm_engine is not None and self._llm_engine.has_unfinished_requests():
             raise ValueError("llm_engine has unfinished requests: call its step() until none")
         return self._runner.run(batch, use_tqdm)

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.ipc.messages.frontend import EngineInfo
@@ -29,14 +31,54 @@ class LocalEngine:
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         config = replace(config, server=replace(config.server, endpoint=""))
+        self._config = config
+        self._adapters: list[dict[str, Any]] | None = None
         self._pid = os.getpid()
         self._engine: Engine | None = None
+        if in_process:
+            self._start(partial(self._start_in_process, config), on_progress)
+        else:
+            self._start(partial(self._start_processes, config), on_progress)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether `sleep` has stopped the processes."""
+        return self._adapters is not None
+
+    def sleep(self) -> None:
+        """Stops the processes, which frees all memory, and remembers the adapters.
+
+        Raises ValueError in one process: its memory would stay.
+        """
+        if self.is_sleeping:
+            return
+        if self._engine is None:
+            raise ValueError("an engine with in_process=True cannot sleep: leave in_process out")
+        adapters = [row for row in self.client.list_adapters() if row["path"]]
+        self.close()
+        self._adapters = adapters
+
+    def wake_up(self) -> None:
+        """Starts the processes again, with the adapters that were known, pinned as they were.
+
+        `client` and `info` are new then.
+        """
+        if self._adapters is None:
+            return
+        self._start(partial(self._start_processes, self._config), None)
+        adapters, self._adapters = self._adapters, None
+        for row in adapters:
+            self.client.load_adapter(row["name"], row["path"], lazy=True)
+            if row["pinned"]:
+                self.client.pin_adapter(row["name"])
+
+    @staticmethod
+    def _start(
+        start: Callable[[Callable[[str], None]], None], on_progress: Callable[[str], None] | None
+    ) -> None:
         line = ProgressLine(terminal_only=True)
         try:
-            if in_process:
-                self._start_in_process(config, on_progress or line)
-            else:
-                self._start_processes(config, on_progress or line)
+            start(on_progress or line)
         finally:
             line.close()
 

@@ -25,7 +25,7 @@ from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.offline import local_engine
 
 from helpers.fakes.fake_engine import expected_tokens, make_fake_adapter
-from helpers.fakes.fake_llm import pids_of, start_llm
+from helpers.fakes.fake_llm import fake_workers, pids_of, start_llm
 from helpers.running.processes import GUARD_S, is_alive, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -191,6 +191,26 @@ def test_death_of_the_frontend_fails_one_call() -> None:
             expected_tokens(prompt, max_tokens=6) for prompt in ([1], [2, 3])
         ]
         wait_until(lambda: llm.client.stats()["running"] == 0)
+
+
+def test_sleep_frees_the_processes_and_wake_up_brings_the_adapters_back(tmp_path: Path) -> None:
+    with start_llm() as llm:
+        path = str(make_fake_adapter(tmp_path / "a", "red"))
+        before = pids_of(llm)
+        llm.client.load_adapter("red", path)
+        llm.client.pin_adapter("red")
+        told = llm.generate([[5]], SamplingParams(max_tokens=4), lora_request=LoRARequest("red"))
+        llm.sleep(level=1)
+        assert not any(is_alive(pid) for pid in before.values())
+        with pytest.raises(EngineDeadError, match="wake_up"):
+            llm.generate([[5]], use_tqdm=False)
+        llm.sleep()
+        with fake_workers():
+            llm.wake_up()
+        again = llm.generate([[5]], SamplingParams(max_tokens=4), lora_request=LoRARequest("red"))
+        assert again[0].outputs[0].token_ids == told[0].outputs[0].token_ids
+        (row,) = llm.client.list_adapters("red")
+        assert row["pinned"]
 
 
 def run_script(body: str) -> tuple[int, str, list[int]]:

@@ -107,6 +107,7 @@ class FakeEngine:
         self.dead_reason: str | None = None
         self.death_is_known = False
         self.num_closed = 0
+        self.is_sleeping = False
         FakeEngine.last = self
 
     def death(self, wait_s: float = 0.0) -> str | None:

@@ -1,6 +1,8 @@
 """`LLM` over real processes whose worker has no model: see helpers/fakes/fake_engine.py."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,21 +18,28 @@ WORKER = Path(__file__).with_name("fake_worker_proc.py")
 _engines: WeakKeyDictionary[LLM, Engine] = WeakKeyDictionary()
 
 
-def start_llm(*worker_options: str, **parts: Any) -> LLM:
-    """`parts` replace parts of the configuration, `worker_options` go to fake_worker_proc."""
+@contextmanager
+def fake_workers(*worker_options: str) -> Iterator[list[Engine]]:
+    """Yields the engines that LLMs start meanwhile; `worker_options` go to fake_worker_proc."""
     made: list[Engine] = []
 
     def make_engine(*args: Any, **options: Any) -> Engine:
         command = [sys.executable, str(WORKER), *worker_options]
         made.append(Engine(*args, worker_command=command, **options))
-        return made[0]
+        return made[-1]
 
     original = local_engine.Engine
     local_engine.Engine = make_engine  # type: ignore
     try:
-        llm = LLM.from_config(fake_config(adapter=AdapterConfig(adapter_root="/"), **parts))
+        yield made
     finally:
         local_engine.Engine = original  # type: ignore[misc]
+
+
+def start_llm(*worker_options: str, **parts: Any) -> LLM:
+    """`parts` replace parts of the configuration."""
+    with fake_workers(*worker_options) as made:
+        llm = LLM.from_config(fake_config(adapter=AdapterConfig(adapter_root="/"), **parts))
     _engines[llm] = made.pop()
     return llm
 

@@ -62,7 +62,7 @@ def test_lists_of_ids_are_prompts(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mend"),
-    [("wake_up", "shutdown"), ("score", "only text"), ("sleep", "shutdown")],
+    [("embed", "only text"), ("score", "only text")],
 )
 def test_what_vllm_has_alone_is_refused_with_the_mend(llm: LLM, name: str, mend: str) -> None:
     with pytest.raises(AttributeError, match=mend):
@@ -206,7 +206,7 @@ def test_a_chat_template_of_the_call_or_of_the_engine(
     monkeypatch.setattr(llm_module, "LocalEngine", FakeEngine)
     make_tokenizer(tmp_path)
     with LLM(str(tmp_path), chat_template="{{ 'engine' }}{{ mood }}") as llm:
-        tokenizer = llm.get_tokenizer()
+        tokenizer = llm.engine_tokenizer
         assert tokenizer.apply_chat_template([TURN], mood="!") == "engine!"
         options = {"chat_template": "{{ mood }}{{ tools | length }}", "tools": [{}]}
         llm.chat([TURN], chat_template_kwargs={"mood": "ok"}, use_tqdm=False, **options)

@@ -65,7 +65,6 @@ def test_defaults_are_the_configs() -> None:
         ("lora_dtype", "leave it out"),
         ("hf_token", "nothing is downloaded"),
         ("revision", "nothing is downloaded"),
-        ("enable_sleep_mode", "weights cannot leave the device"),
         ("logits_processors", "use logit_bias"),
         ("zzz", "known: adapter_dir"),
         ("endpoint", "no keyword 'endpoint'"),
