@@ -23,6 +23,7 @@ from loraplex.engine.frontend.mixing.named_mixes import named_mixes
 from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
@@ -43,6 +44,7 @@ class Frontend:
 
     Attributes:
         step_clock: for health. The owner sets it to the scheduler's.
+        histograms: counts of the requests that have ended.
         inputs: tokenizes messages; its methods may run in any thread.
     """
 
@@ -56,6 +58,7 @@ class Frontend:
         scheduler: Channel,
         clients_of: ClientsOf,
         wakeup: Wakeup,
+        histograms: RequestHistograms | None = None,
     ) -> None:
         """Makes a frontend without clients.
 
@@ -64,6 +67,7 @@ class Frontend:
             codec: tokenizer and chat template, None if clients send and receive token ids.
             clients_of: makes the table of clients that replies go to.
             wakeup: is set when run_ready() has something to do.
+            histograms: counts its requests; None: new ones that no other process sees.
         """
         self._config = config
         self._info = info
@@ -82,6 +86,7 @@ class Frontend:
             is_private=not config.server.endpoint,
             wakeup=wakeup,
         )
+        self.histograms = self._requests.histograms = histograms or RequestHistograms()
         self._clients = clients_of(self._requests)
         self._queries = QueryTable(self._reply)
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
@@ -297,5 +302,5 @@ class Frontend:
             "waiting_clients": len(self._clients),
             "unread_bytes": self._clients.num_unread_bytes,
             "prompt_bytes": self._requests.num_prompt_bytes,
-            "histograms": self._requests.histograms.snapshot(),
+            "histograms": self.histograms.snapshot(),
         }

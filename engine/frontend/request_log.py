@@ -19,17 +19,24 @@ class RequestTimes:
     first_token_s: float = -1.0
     last_token_s: float = -1.0
     _arrived_at: float = field(default_factory=time.monotonic)
+    _last_of: dict[int, float] = field(default_factory=dict)  # last output, by sequence
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._arrived_at
 
-    def on_output(self, queued_us: int) -> None:
-        """Note the time of an output that has tokens; `queued_us` is SequenceOutput's."""
-        self.last_token_s = self.elapsed_s
+    def on_output(self, queued_us: int, sequence_id: int = 0) -> float | None:
+        """Note the time of an output that has tokens; `queued_us` is SequenceOutput's.
+
+        Returns the seconds since the sequence's last output, None for its first one.
+        """
+        now_s = self.last_token_s = self.elapsed_s
         if self.first_token_s < 0:
-            self.first_token_s = self.last_token_s
-            self.queued_s = min(queued_us / 1e6, self.first_token_s)
+            self.first_token_s = now_s
+            self.queued_s = min(queued_us / 1e6, now_s)
+        last_s = self._last_of.get(sequence_id)
+        self._last_of[sequence_id] = now_s
+        return None if last_s is None else now_s - last_s
 
     def to_wire(self) -> dict[str, float | None]:
         """Returns the times for the client; None where there was no token."""

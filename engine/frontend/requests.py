@@ -237,7 +237,8 @@ class RequestTable:
                 self._fail(request, output.error_code or "internal", output.error, **details)
                 continue
             if output.token_ids:
-                request.times.on_output(output.queued_us)
+                times = request.times
+                self.histograms.observe_gap(times.on_output(output.queued_us, output.request_id))
             index = output.request_id - request.first_id
             if request.outputs.update(index, output):
                 stopped.append(output.request_id)
@@ -335,6 +336,8 @@ class RequestTable:
         message, outputs = request.message, request.outputs
         label = message.adapter_label
         log_end(message.request_id, label, outputs, reason=reason, times=request.times)
+        completions = outputs.completions if outputs else [None] * message.sampling_params.n
+        self.histograms.count_ends([c and c.finish_reason for c in completions], otherwise=reason)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         self._num_sequences[request.client] -= message.sampling_params.n

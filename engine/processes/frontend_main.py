@@ -14,6 +14,7 @@ from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
+from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Channel, DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
@@ -84,6 +85,7 @@ def run(child: Child) -> None:
                 ClientTable, clients.send, max_unread=config.server.max_client_backlog
             ),
             wakeup=child.wakeup,
+            histograms=RequestHistograms.in_run_dir(child.start.run_dir, child.start.name),
         )
         frontend.step_clock = StepClock(f"{run_dir}/steps")
         poller.register(clients.socket, zmq.POLLIN)

@@ -5,13 +5,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.clients import Requests
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec
+from loraplex.engine.frontend.statistics.request_histograms import (
+    RequestHistograms,
+    sum_of_frontends,
+)
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.processes.frontend_main import seed_salt
 from loraplex.entrypoints.http.current_tenant import current_tenant
 from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
@@ -35,9 +40,8 @@ class EngineLink:
 
     def __init__(
         self,
-        config: EngineConfig,
+        start: ChildStart,
         *,
-        name: str,
         codec: TextCodec | None,
         scheduler: Channel,
         has_answers: Callable[[], bool],
@@ -47,18 +51,18 @@ class EngineLink:
         """Makes a link that waits for the engine.
 
         Args:
-            name: makes the seeds of this frontend differ from those of others.
+            start: names the process, and the folder of the engine's processes.
             scheduler: its first message is EngineInfo.
             has_answers: tells whether the scheduler has sent something.
             step_clock: file of the scheduler's StepClock; "": there is none.
         """
+        self._start = start
         self._step_clock = step_clock
-        self.config = config
+        self.config = start.config
         self.codec = codec
         self.info: EngineInfo | None = None
         self.created = int(time.time())
         self.stop_reason = ""
-        self._name = name
         self._scheduler = scheduler
         self._has_answers = has_answers
         self._wakeup = wakeup
@@ -81,6 +85,10 @@ class EngineLink:
         if self.stop_reason:
             raise HttpError(503, self.stop_reason)
         return self._frontend
+
+    def count_requests(self) -> RequestHistograms:
+        """Returns the counts of all frontends of the engine, or of the cluster's routers."""
+        return sum_of_frontends(self._start.run_dir)
 
     def check_serving(self) -> None:
         """Raises HttpError (status 503) unless requests are accepted."""
@@ -185,12 +193,13 @@ class EngineLink:
         self.info = info
         self._frontend = Frontend(
             self.config,
-            name=self._name,
+            name=seed_salt(self._start),
             info=info,
             codec=self.codec,
             scheduler=self._scheduler,
             clients_of=self._make_table,
             wakeup=self._wakeup,
+            histograms=RequestHistograms.in_run_dir(self._start.run_dir, self._start.name),
         )
         self._frontend.step_clock = StepClock(self._step_clock)
         self._info_came.set()

@@ -84,8 +84,7 @@ async def _run(child: Child, connect: Connect) -> None:
     codec = load_text_codec(config.model)
     listener = inherited_http_listener(start.listener_fd)
     link = EngineLink(
-        config,
-        name=seed_salt(start),
+        start,
         codec=codec,
         scheduler=side.channel,
         has_answers=side.has_answers,

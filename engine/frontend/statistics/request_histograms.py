@@ -1,9 +1,13 @@
-"""Counts finished requests by times and lengths; names and bounds are those of vLLM's metrics."""
+"""Counts requests by times, lengths and ends; names and bounds are those of vLLM's metrics."""
 
-from bisect import bisect_left
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from loraplex.engine.frontend.request_log import RequestTimes
+from loraplex.engine.ipc.shared_numbers import map_numbers
+from loraplex.scheduler.histogram import Histogram, zeros
+from loraplex.scheduler.request import FINISH_REASONS
 
 _FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -20,24 +24,50 @@ _REQUEST_S = (
 _TOKENS = tuple(float(d * 10**e) for e in range(6) for d in (1, 2, 5))
 _N = (1.0, 2.0, 5.0, 10.0, 20.0)
 
+_BETWEEN_TOKENS = "inter_token_latency_seconds"
 BOUNDS = {
     "time_to_first_token_seconds": _FIRST_TOKEN_S,
+    _BETWEEN_TOKENS: _TOKEN_S,
     "request_time_per_output_token_seconds": _TOKEN_S,
     "e2e_request_latency_seconds": _REQUEST_S,
     "request_queue_time_seconds": _REQUEST_S,
+    "request_prefill_time_seconds": _REQUEST_S,
+    "request_decode_time_seconds": _REQUEST_S,
+    "request_inference_time_seconds": _REQUEST_S,
     "request_prompt_tokens": _TOKENS,
     "request_generation_tokens": _TOKENS,
     "request_params_n": _N,
 }
 """Maps the name of each histogram to the upper bounds of its buckets."""
 
+_NUM_CELLS = sum(map(Histogram.num_cells, BOUNDS.values())) + len(FINISH_REASONS)
+_FILES = "requests."  # begins the names of the frontends' files in the run directory
+
 
 class RequestHistograms:
-    """One histogram for each name in BOUNDS."""
+    """One histogram for each name in BOUNDS, and the number of sequences by finish reason."""
 
-    def __init__(self) -> None:
-        self._counts = {name: [0] * (len(bounds) + 1) for name, bounds in BOUNDS.items()}
-        self._sums = dict.fromkeys(BOUNDS, 0.0)
+    def __init__(self, cells: "memoryview[float] | None" = None) -> None:
+        """Goes on with what `cells` hold; None: nothing was counted before."""
+        if cells is None:
+            cells = zeros(_NUM_CELLS)
+        self._ends = cells[: len(FINISH_REASONS)]
+        self._histograms: dict[str, Histogram] = {}
+        start = len(FINISH_REASONS)
+        for name, bounds in BOUNDS.items():
+            end = start + Histogram.num_cells(bounds)
+            self._histograms[name] = Histogram(bounds, cells[start:end])
+            start = end
+        self._gaps = self._histograms[_BETWEEN_TOKENS]
+
+    @classmethod
+    def in_run_dir(cls, run_dir: str, frontend: str) -> "RequestHistograms":
+        """Counts for a frontend in a file that all processes of the engine can read.
+
+        A frontend that was started again goes on with what the one before has counted.
+        """
+        path = Path(run_dir, _FILES + frontend.replace(" ", "-"))
+        return cls(map_numbers(str(path), _NUM_CELLS))
 
     def observe(self, times: RequestTimes, *, num_prompt: int, num_output: int, n: int) -> None:
         """Counts a request that has finished, unless it has no token."""
@@ -49,25 +79,48 @@ class RequestHistograms:
             "request_time_per_output_token_seconds": decode_s / max(1, num_output / n - 1),
             "e2e_request_latency_seconds": times.last_token_s,
             "request_queue_time_seconds": times.queued_s,
+            "request_prefill_time_seconds": times.first_token_s - times.queued_s,
+            "request_decode_time_seconds": decode_s,
+            "request_inference_time_seconds": times.last_token_s - times.queued_s,
             "request_prompt_tokens": float(num_prompt),
             "request_generation_tokens": float(num_output),
             "request_params_n": float(n),
         }
         for name, value in values.items():
-            self._counts[name][bisect_left(BOUNDS[name], value)] += 1
-            self._sums[name] += value
+            self._histograms[name].observe(value)
+
+    def observe_gap(self, seconds: float | None) -> None:
+        """Counts the time between two outputs of a sequence; None: there was one output."""
+        if seconds is not None:
+            self._gaps.observe(seconds)
+
+    def count_ends(self, reasons: Iterable[str | None], otherwise: str) -> None:
+        """Counts sequences that have ended.
+
+        Args:
+            reasons: the finish reason of each, None where there is none.
+            otherwise: why the others have ended: a finish reason, "client left" or an error code.
+        """
+        for reason in reasons:
+            key = reason or otherwise
+            if key not in FINISH_REASONS:
+                key = "abort" if key == "client left" else "error"
+            self._ends[FINISH_REASONS.index(key)] += 1
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """The number of sequences that have ended, by finish reason."""
+        return dict(zip(FINISH_REASONS, map(int, self._ends), strict=True))
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns `sum`, `count` and `buckets` of each histogram.
+        """Returns `sum`, `count` and `buckets` of each histogram, as Histogram.snapshot()."""
+        return {name: histogram.snapshot() for name, histogram in self._histograms.items()}
 
-        A bucket's key is its upper bound as text; its value counts all requests up to that bound.
-        """
-        return {name: self._describe(name) for name in BOUNDS}
 
-    def _describe(self, name: str) -> dict[str, Any]:
-        buckets: dict[str, int] = {}
-        total = 0
-        for bound, count in zip((*map(str, BOUNDS[name]), "+Inf"), self._counts[name], strict=True):
-            total += count
-            buckets[bound] = total
-        return {"sum": self._sums[name], "count": total, "buckets": buckets}
+def sum_of_frontends(run_dir: str) -> RequestHistograms:
+    """Returns what all frontends have counted in `run_dir`, those included that have died."""
+    total = zeros(_NUM_CELLS)
+    for path in Path(run_dir).glob(f"{_FILES}*"):
+        for i, number in enumerate(map_numbers(str(path), _NUM_CELLS)):
+            total[i] += number
+    return RequestHistograms(total)

@@ -2,12 +2,18 @@
 
 import itertools
 import random
+import time
+from pathlib import Path
 
 import pytest
 
 from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.engine.frontend.request_log import RequestTimes
-from loraplex.engine.frontend.statistics.request_histograms import BOUNDS, RequestHistograms
+from loraplex.engine.frontend.statistics.request_histograms import (
+    BOUNDS,
+    RequestHistograms,
+    sum_of_frontends,
+)
 from loraplex.scheduler.frontend_protocol import AddRequest
 
 from helpers.fakes.frontend_harness import A, FrontendHarness
@@ -50,7 +56,52 @@ def test_finished_requests_are_counted(harness: FrontendHarness) -> None:
     assert found["request_prompt_tokens"]["sum"] == 3.0
     assert found["request_params_n"]["buckets"]["1.0"] == 0  # type: ignore[index]
     assert found["request_params_n"]["buckets"]["2.0"] == 1  # type: ignore[index]
+    between = found.pop("inter_token_latency_seconds")
+    assert between["count"] == 0, "each sequence has one output"
     assert {entry["count"] for entry in found.values()} == {1}
+
+
+def test_the_time_between_tokens_is_that_of_each_sequence(harness: FrontendHarness) -> None:
+    harness.ask(A, sampling_params={"n": 2})
+    first, second = harness.take_sent(AddRequest)
+    harness.output(first.request_id, [70])
+    time.sleep(0.02)
+    harness.output(second.request_id, [70])
+    harness.output(second.request_id, [71])
+    time.sleep(0.01)
+    harness.output(first.request_id, [71])
+    found = harness.stats["histograms"]["inter_token_latency_seconds"]  # type: ignore[index]
+    assert found["count"] == 2
+    assert found["sum"] >= 0.03
+
+
+def test_ends_are_counted_by_reason(harness: FrontendHarness) -> None:
+    for request_id in ("stop", "cancel", "fail"):
+        harness.ask(A, request_id=request_id, sampling_params={"n": 2})
+    added = harness.take_sent(AddRequest)
+    harness.output(added[0].request_id, [70], finish_reason="stop")
+    harness.output(added[1].request_id, [70], finish_reason="length")
+    harness.ask(A, "cancel", request_id="cancel")
+    harness.output(added[4].request_id, [], finish_reason="error", error="x", error_code="adapter")
+    assert harness.frontend.histograms.ends == {"stop": 1, "length": 1, "abort": 2, "error": 2}
+
+
+def test_the_counts_of_frontends_add_up(tmp_path: Path) -> None:
+    times = RequestTimes(queued_s=0.1, first_token_s=0.5, last_token_s=2.0)
+    for name in ("frontend 0", "http 0", "http 1"):
+        counts = RequestHistograms.in_run_dir(str(tmp_path), name)
+        counts.observe(times, num_prompt=4, num_output=6, n=1)
+        counts.count_ends(["stop", None, None], "unknown_adapter")
+    again = RequestHistograms.in_run_dir(str(tmp_path), "http 0")  # started again
+    again.observe(times, num_prompt=4, num_output=6, n=1)
+    total = sum_of_frontends(str(tmp_path))
+    assert total.ends == {"stop": 3, "length": 0, "abort": 0, "error": 6}
+    found = total.snapshot()
+    assert found["request_prompt_tokens"]["sum"] == 16
+    assert found["time_to_first_token_seconds"]["buckets"]["0.25"] == 0
+    assert found["time_to_first_token_seconds"]["buckets"]["0.5"] == 4
+    assert found["request_prefill_time_seconds"]["sum"] == pytest.approx(1.6)
+    assert found["request_inference_time_seconds"]["sum"] == pytest.approx(7.6)
 
 
 def test_buckets_equal_a_plain_count() -> None:
