@@ -88,7 +88,9 @@ class StepPlanner:
         if not step.requests:
             return None
         blocks.num_planned += 1
-        self._stats.num_scheduled_tokens += sum(step.num_tokens)
+        num_tokens = sum(step.num_tokens)
+        self._stats.num_scheduled_tokens += num_tokens
+        self._stats.step_tokens.observe(num_tokens)
         self._in_flight.append(step)
         return step.finish(self._running.take_freed_slots())
 

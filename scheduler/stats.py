@@ -1,12 +1,16 @@
 """Counters of one scheduler since its start."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.histogram import Histogram
 from loraplex.scheduler.request import FINISH_REASONS
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.waiting_queue import WaitingQueue
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Bounds of the histogram of the tokens that a step feeds to the model."""
 
 
 @dataclass(slots=True)
@@ -16,6 +20,7 @@ class SchedulerStats:
     num_steps: int = 0
     step_us: int = 0
     steps_by_kernels: dict[str, int] = field(default_factory=dict)  # see StepResult.kernels
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
     busy_us: int = 0  # of steps before which requests were running already
     idle_us: int = 0  # of the GPU, before those steps
     num_scheduled_tokens: int = 0  # fed to the model, recomputed ones included
@@ -35,13 +40,18 @@ class SchedulerStats:
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
 
     def snapshot(self) -> dict[str, Any]:
-        return asdict(self)
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return values | {
+            "steps_by_kernels": dict(self.steps_by_kernels),
+            "step_tokens": self.step_tokens.snapshot(),
+            "finished": dict(self.finished),
+        }
 
 
 def describe_load(
     memory: PageManager, running: RunningRequests, waiting: WaitingQueue, num_in_flight: int
 ) -> dict[str, int]:
-    """Returns the present load and the use of pages as plain values."""
+    """Returns the present load, the use of pages and the evictions as plain values."""
     pages = memory.num_owned()
     return {
         "running": len(running),
@@ -53,5 +63,8 @@ def describe_load(
         "pages_kv": pages["kv"],
         "pages_prefix": pages["prefix"],
         "pages_adapter": pages["adapter"],
+        "pages_adapter_idle": memory.adapters.num_idle_pages,
+        "num_adapter_evictions": memory.num_adapter_evictions,
+        "num_prefix_evictions": memory.num_prefix_evictions,
         "num_resident_adapters": len(memory.adapters),
     }

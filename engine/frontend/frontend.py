@@ -147,8 +147,9 @@ class Frontend:
                 self._clients.watch(client)
                 self._requests.add(client, message)
             case protocol.StatsRequest():
-                query_id = self._queries.add(client, "", message.request_id, "stats")
-                self._ask_scheduler(query_id, StatsQuery(query_id))
+                key = "adapters_by_tier" if message.by_tier else "resident_adapters"
+                query_id = self._queries.add(client, "", message.request_id, "stats", rows_key=key)
+                self._ask_scheduler(query_id, StatsQuery(query_id, by_tier=message.by_tier))
             case protocol.ResetPrefixCacheRequest():
                 query_id = self._queries.add(client, "", message.request_id, "stats")
                 self._ask_scheduler(query_id, StatsQuery(query_id, reset_prefix_cache=True))

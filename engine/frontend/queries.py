@@ -18,6 +18,7 @@ class _Query:
     tenant: str
     request_id: str
     reply_type: str
+    rows_key: str
     rows: list[dict[str, Any]] = field(default_factory=list)  # of an answer not complete yet
 
 
@@ -33,8 +34,16 @@ class QueryTable:
     def __contains__(self, query_id: int) -> bool:
         return query_id in self._queries
 
-    def add(self, client: bytes, tenant: str, request_id: str, reply_type: str) -> int:
-        """Returns the id of a new query.
+    def add(
+        self,
+        client: bytes,
+        tenant: str,
+        request_id: str,
+        reply_type: str,
+        *,
+        rows_key: str = "resident_adapters",
+    ) -> int:
+        """Returns the id of a new query. The rows of statistics go under `rows_key`.
 
         Raises:
             QueueFullError: the tenant, or else the client, has as many as there are free places.
@@ -44,7 +53,7 @@ class QueryTable:
             raise QueueFullError("too many commands are waiting: try again later")
         self._num_of[asker] += 1
         query_id = next(self._ids)
-        self._queries[query_id] = _Query(client, tenant, request_id, reply_type)
+        self._queries[query_id] = _Query(client, tenant, request_id, reply_type, rows_key)
         return query_id
 
     def add_rows(self, query_id: int, rows: list[dict[str, Any]]) -> None:
@@ -52,9 +61,9 @@ class QueryTable:
         self._queries[query_id].rows += rows
 
     def answer(self, query_id: int, stats: dict[str, Any]) -> None:
-        """Sends statistics. The rows that came are the resident adapters."""
+        """Sends statistics, with the rows that came."""
         query = self._take(query_id)
-        self._send(query, stats={**stats, "resident_adapters": query.rows})
+        self._send(query, stats={**stats, query.rows_key: query.rows})
 
     def answer_adapters(self, query_id: int, adapters: list[dict[str, Any]]) -> None:
         """Sends adapters, after the rows that came. A tenant does not see the names of others, nor

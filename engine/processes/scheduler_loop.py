@@ -24,6 +24,7 @@ from loraplex.engine.ipc.messages.frontend import (
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.load_reports import LoadReports
 from loraplex.engine.processes.worker_group import WorkerGroup
+from loraplex.scheduler.adapters.tiers import adapters_by_tier
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
@@ -176,7 +177,7 @@ class SchedulerLoop:
             case StatsQuery():
                 if message.reset_prefix_cache:
                     self._scheduler.memory.kv.reset()
-                self._long_replies.append((peer, self._report_stats(message.query_id)))
+                self._long_replies.append((peer, self._report_stats(message)))
             case ReportLoad():
                 self._reports.add(peer)
             case FrontendHello():
@@ -242,10 +243,15 @@ class SchedulerLoop:
             yield ReplyRows(command_id, rows)
         yield AdapterReply(command_id)
 
-    def _report_stats(self, query_id: int) -> Iterator[Message]:
-        for rows in self._scheduler.adapters.describe_resident():
-            yield ReplyRows(query_id, rows)
-        yield StatsReply(query_id, self._scheduler.stats())
+    def _report_stats(self, query: StatsQuery) -> Iterator[Message]:
+        scheduler = self._scheduler
+        slices = scheduler.adapters.describe_resident()
+        if query.by_tier:
+            registry = scheduler.adapters.registry
+            slices = adapters_by_tier(scheduler.memory.adapters, registry, scheduler.waiting)
+        for rows in slices:
+            yield ReplyRows(query.query_id, rows)
+        yield StatsReply(query.query_id, scheduler.stats())
 
     def _send_part_of_reply(self) -> None:
         """Send the next message of the oldest long reply, one a turn; replies take turns."""

@@ -7,6 +7,7 @@ of pages. Its adapter slot is its row in the workers' table of resident adapters
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
 from loraplex.memory.accounting.eviction import EvictionClock, EvictionQueue, Priority, load_cost_ns
@@ -92,6 +93,10 @@ class AdapterCache:
     def is_on_host(self, content_hash: str) -> bool:
         """Whether the workers' host store has the adapter, be it in pages or not."""
         return content_hash in self._on_host
+
+    def on_host(self, limit: int) -> list[str]:
+        """Return content hashes that the host store has, at most `limit`, in no order."""
+        return list(islice(self._on_host, limit))
 
     def set_on_host(self, content_hash: str, on_host: bool) -> None:
         """Record whether the host store has the adapter; this changes its cost of eviction."""

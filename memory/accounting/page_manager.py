@@ -9,7 +9,12 @@ from loraplex.memory.accounting.kv_cache import KVCache
 
 
 class PageManager:
-    """Pages shared by the KV cache and the adapters."""
+    """Pages shared by the KV cache and the adapters.
+
+    Attributes:
+        num_adapter_evictions, num_prefix_evictions: adapters and prefix blocks evicted to make
+            room.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class PageManager:
         )
         self.adapters = AdapterCache(self.blocks, self.clock, max_adapter_slots)
         self._unload = unload
+        self.num_adapter_evictions = self.num_prefix_evictions = 0
 
     @property
     def num_free(self) -> int:
@@ -80,6 +86,7 @@ class PageManager:
             return False
         self.clock.advance(block[0])
         self.kv.evict(block[1])
+        self.num_prefix_evictions += 1
         return True
 
     def make_adapter_slot(self, *, below: Priority | None = None) -> bool:
@@ -100,6 +107,7 @@ class PageManager:
             return False
         self.clock.advance(first[0])
         self.evict_adapter(first[1])
+        self.num_adapter_evictions += 1
         return True
 
     def evict_adapter(self, content_hash: str) -> None:

@@ -290,6 +290,10 @@ class AdapterManager:
             "host_adapters": self._memory.adapters.num_on_host,
             "pinned_adapters": len(self.pins),
             "pages_pinned": self.pins.num_pages,
+            "adapter_load_seconds": {
+                tier: histogram.snapshot()
+                for tier, histogram in self.usage_stats.load_seconds.items()
+            },
             "adapter_usage": self.usage_stats.adapters.snapshot(),
             "base_usage": self.usage_stats.base.snapshot(),
         }

@@ -5,9 +5,13 @@ from collections.abc import Iterable
 from loraplex.scheduler.adapters.binding import not_ready
 from loraplex.scheduler.adapters.usage import TIERS, Usage
 from loraplex.scheduler.adapters.version import AdapterVersion
+from loraplex.scheduler.histogram import Histogram
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.worker_protocol import AdapterLoaded
+
+LOAD_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Bounds of the histograms of load times."""
 
 
 class UsageStats:
@@ -16,11 +20,15 @@ class UsageStats:
     A request's tier says where its adapters were when the request needed them: "disk" if files had
     to be read, "host" if the host store had what was missing, "pages" if all were resident. A
     request of several adapters counts for each of them, and once among all.
+
+    Attributes:
+        load_seconds: times of loads into pages, by the tier that the adapter came from.
     """
 
     def __init__(self) -> None:
         self.base = Usage()
         self.adapters = Usage()
+        self.load_seconds = {tier: Histogram(LOAD_SECONDS) for tier in TIERS[1:]}
 
     def _of(self, request: Request) -> list[Usage]:
         if not request.bindings:
@@ -40,6 +48,8 @@ class UsageStats:
         for usage in (_usage(version), self.adapters):
             usage.add_load(event)
         tier = "host" if event.from_host else "disk"
+        if not event.error:
+            self.load_seconds[tier].observe(event.load_us / 1e6)
         for request in waited:
             request.tier = "disk" if request.tier == "disk" else tier
 

@@ -57,6 +57,7 @@ class StatsQuery(Message):
 
     query_id: int
     reset_prefix_cache: bool = False  # empty the prefix cache first
+    by_tier: bool = False  # the rows before it are those of adapters_by_tier()
 
 
 class ReplyRows(Message):
@@ -80,7 +81,7 @@ class AdapterReply(Message):
 
 
 class StatsReply(Message):
-    """Load, memory and counters; "resident_adapters" come before, as ReplyRows."""
+    """Load, memory and counters; the adapters in pages come before, as ReplyRows."""
 
     query_id: int
     stats: dict[str, Any]

@@ -164,3 +164,15 @@ def test_without_a_tokenizer_ids_come_and_go() -> None:
 
 def test_default_server_is_private() -> None:
     assert replace(ServerConfig()).endpoint.startswith("tcp://127.0.0.1:")
+
+
+def test_stats_have_the_adapters_by_tier_if_asked(harness: FrontendHarness) -> None:
+    harness.ask(A, "stats", by_tier=True)
+    (query,) = harness.take_sent(StatsQuery)
+    assert query.by_tier
+    row = {"name": "a", "tier": "host", "pinned": False}
+    harness.frontend.on_scheduler(ReplyRows(query.query_id, [row]))
+    harness.frontend.on_scheduler(StatsReply(query.query_id, {}))
+    (reply,) = harness.take()
+    assert reply["stats"]["adapters_by_tier"] == [row]
+    assert "resident_adapters" not in reply["stats"]
