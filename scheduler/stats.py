@@ -9,7 +9,7 @@ from loraplex.scheduler.request import FINISH_REASONS
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
-STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP_TOKENS = tuple(map(float, (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)))
 """Bounds of the histogram of the tokens that a step feeds to the model."""
 
 

@@ -18,6 +18,7 @@ from loraplex.entrypoints.http.errors import HttpError, of_client_error
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
 from loraplex.entrypoints.http.routes.adapter_routes import AdapterRoutes
 from loraplex.entrypoints.http.routes.generation_routes import GenerationRoutes
+from loraplex.entrypoints.http.routes.metrics_routes import MetricsRoutes
 from loraplex.entrypoints.http.routes.server_routes import ServerRoutes
 from loraplex.entrypoints.http.served_models import ServedModels
 
@@ -31,6 +32,7 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
     generation = GenerationRoutes(link, models, bodies)
     adapters = AdapterRoutes(link, models, bodies)
     server = ServerRoutes(link, bodies)
+    metrics = MetricsRoutes(link)
     posts: dict[str, Endpoint] = {
         "/v1/completions": generation.completions,
         "/v1/chat/completions": generation.chat_completions,
@@ -51,6 +53,7 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
         "/version": server.version,
         "/health": server.health,
         "/ready": server.ready,
+        "/metrics": metrics.metrics,
     }
     return Starlette(
         routes=[

@@ -7,7 +7,7 @@ import socket
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
 
-PACKAGES = ("starlette", "uvicorn", "httptools", "uvloop", "pydantic")
+PACKAGES = ("starlette", "uvicorn", "httptools", "uvloop", "pydantic", "prometheus_client")
 BACKLOG = 2048  # connections that the kernel keeps until the server accepts them
 UNREAD_TIMEOUT_MS = 60_000
 KEEPALIVE = (

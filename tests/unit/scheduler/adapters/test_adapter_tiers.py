@@ -96,4 +96,4 @@ def test_steps_are_counted_by_their_tokens() -> None:
     assert stats["step_tokens"]["sum"] == stats["num_scheduled_tokens"]
     assert stats["step_tokens"]["count"] == stats["num_steps"]
     buckets = stats["step_tokens"]["buckets"]
-    assert (buckets["1"], buckets["8"], buckets["16"], buckets["+Inf"]) == (2, 2, 3, 3)
+    assert (buckets["1.0"], buckets["8.0"], buckets["16.0"], buckets["+Inf"]) == (2, 2, 3, 3)
