@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler.histogram import Histogram
 from loraplex.scheduler.request import FINISH_REASONS
 from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.statistics.bucket_counts import BucketCounts
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
 STEP_TOKENS = tuple(map(float, (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)))
@@ -20,7 +20,7 @@ class SchedulerStats:
     num_steps: int = 0
     step_us: int = 0
     steps_by_kernels: dict[str, int] = field(default_factory=dict)  # see StepResult.kernels
-    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
+    step_tokens: BucketCounts = field(default_factory=lambda: BucketCounts(STEP_TOKENS))
     busy_us: int = 0  # of steps before which requests were running already
     idle_us: int = 0  # of the GPU, before those steps
     num_scheduled_tokens: int = 0  # fed to the model, recomputed ones included

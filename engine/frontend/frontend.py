@@ -303,5 +303,6 @@ class Frontend:
             "waiting_clients": len(self._clients),
             "unread_bytes": self._clients.num_unread_bytes,
             "prompt_bytes": self._requests.num_prompt_bytes,
+            "ends": self.histograms.ends,
             "histograms": self.histograms.snapshot(),
         }

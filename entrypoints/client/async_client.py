@@ -141,9 +141,13 @@ class AsyncClient:
         """Returns status, model and limits; see docs/reference/protocol.md."""
         return await self._command("health")
 
-    async def stats(self) -> dict[str, Any]:
-        """Returns load, memory and counters of the scheduler and of the frontend."""
-        return dict((await self._command("stats"))["stats"])
+    async def stats(self, *, by_tier: bool = False) -> dict[str, Any]:
+        """Returns load, memory and counters of the scheduler and of the frontend.
+
+        With `by_tier`, the names of adapters by tier replace the adapters in pages.
+        """
+        fields = {"by_tier": True} if by_tier else {}
+        return dict((await self._command("stats", **fields))["stats"])
 
     async def reset_prefix_cache(self) -> dict[str, Any]:
         """Empties the prefix cache. Running requests go on. Returns the stats after it."""

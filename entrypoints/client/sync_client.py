@@ -208,9 +208,13 @@ class Client:
         """Returns status, model and limits; see docs/reference/protocol.md."""
         return self._connection.command("health")
 
-    def stats(self) -> dict[str, Any]:
-        """Returns load, memory and counters of the scheduler and of the frontend."""
-        return dict(self._connection.command("stats")["stats"])
+    def stats(self, *, by_tier: bool = False) -> dict[str, Any]:
+        """Returns load, memory and counters of the scheduler and of the frontend.
+
+        With `by_tier`, the names of adapters by tier replace the adapters in pages.
+        """
+        fields = {"by_tier": True} if by_tier else {}
+        return dict(self._connection.command("stats", **fields)["stats"])
 
     def reset_prefix_cache(self) -> dict[str, Any]:
         """Empties the prefix cache. Running requests go on. Returns the stats after it."""

@@ -6,13 +6,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from loraplex.entrypoints.metrics.own_series import OWN_SERIES
+from loraplex.entrypoints.metrics.catalogue import SERIES
 from loraplex.entrypoints.metrics.scrape import Scrape
 from loraplex.entrypoints.metrics.series import Series
-from loraplex.entrypoints.metrics.vllm_series import VLLM_SERIES
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-SERIES = VLLM_SERIES + OWN_SERIES
 
 
 class ScrapeCollector(Collector):

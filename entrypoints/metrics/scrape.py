@@ -1,4 +1,4 @@
-"""What one scrape has gathered, from which every series is read."""
+"""Gathers the statistics from which all series of one scrape are read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ MAX_VALUES = 64
 """Values of one label for which a series has samples; the rest is summed as "other"."""
 
 Sample = tuple[dict[str, str], Any]
-"""Labels besides the model's name, and the value: a number, or Histogram.snapshot()."""
+"""Labels besides the model's name, and the value: a number, or BucketCounts.snapshot()."""
 
 Reader = Callable[[Scrape], Iterable[Sample]]
 

@@ -296,10 +296,7 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """Returns the engine's statistics under vLLM's names."""
         return metrics_of(
-            self.client.stats(),
-            self.client.list_adapters(),
-            model_name=self.config.model.model,
-            max_loras=self.config.memory.max_adapter_slots,
+            self.client.stats(by_tier=True), config=self.config, workers=self.info.workers
         )
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:

@@ -1,9 +1,13 @@
 """Offers an engine's statistics as vLLM's metrics; classes and names are vLLM's."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from loraplex.engine.config import EngineConfig
+from loraplex.entrypoints.metrics.scrape import scrape_of
+from loraplex.entrypoints.metrics.vllm_series import VLLM_SERIES
+from loraplex.scheduler.worker_protocol import WorkerReady
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,60 +52,30 @@ class Histogram(Metric):
     buckets: dict[str, int]
 
 
-_GAUGES = {"num_requests_running": "running", "num_requests_waiting": "waiting"}
-_COUNTERS = {
-    "prefix_cache_queries": "prefix_query_tokens",
-    "prefix_cache_hits": "prefix_hit_tokens",
-    "num_preemptions": "num_preemptions",
-    "generation_tokens": "num_generated_tokens",
-}
+_KINDS = {"gauge": Gauge, "counter": Counter}
 
 
 def metrics_of(
-    stats: Mapping[str, Any],
-    adapters: Sequence[Mapping[str, Any]],
-    *,
-    model_name: str,
-    max_loras: int,
+    stats: Mapping[str, Any], *, config: EngineConfig, workers: Sequence[WorkerReady] = ()
 ) -> list[Metric]:
-    """Returns the metrics of an engine.
-
-    Histograms and prompt tokens are of finished requests.
+    """Returns the metrics of an engine that vLLM has too.
 
     Args:
-        stats: what Client.stats() returns.
-        adapters: what Client.list_adapters() returns.
-        model_name: the label of every metric.
-        max_loras: adapters that may be in pages at one time.
+        stats: what Client.stats(by_tier=True) returns.
     """
-    labels = {"model_name": model_name, "engine": "0"}
-    histograms = stats["frontend"]["histograms"]
+    frontend = stats["frontend"]
+    scrape = scrape_of(
+        stats,
+        config=config,
+        histograms=frontend["histograms"],
+        ends=frontend["ends"],
+        workers=workers,
+    )
     found: list[Metric] = []
-    for name, key in _GAUGES.items():
-        found.append(Gauge(f"vllm:{name}", labels, float(stats[key])))
-    usage = stats["pages_kv"] / max(1, stats["num_pages"])
-    found.append(Gauge("vllm:kv_cache_usage_perc", labels, usage))
-    found.append(_lora_info(adapters, max_loras))
-    for name, key in _COUNTERS.items():
-        found.append(Counter(f"vllm:{name}", labels, stats[key]))
-    num_prompt = int(histograms["request_prompt_tokens"]["sum"])
-    found.append(Counter("vllm:prompt_tokens", labels, num_prompt))
-    for reason, count in stats["finished"].items():
-        by_reason = {**labels, "finished_reason": reason}
-        found.append(Counter("vllm:request_success", by_reason, count))
-    found += [Histogram(f"vllm:{name}", labels, **value) for name, value in histograms.items()]
+    for series in VLLM_SERIES:
+        for labels, value in series.samples(scrape):
+            if series.kind == "histogram":
+                found.append(Histogram(series.name, labels, **value))
+            else:
+                found.append(_KINDS[series.kind](series.name, labels, value))
     return found
-
-
-def _lora_info(adapters: Sequence[Mapping[str, Any]], max_loras: int) -> Gauge:
-    """Returns the adapters of running and waiting requests; the value is the time, as in vLLM."""
-
-    def names(count: str) -> str:
-        return ",".join(sorted(row["name"] for row in adapters if row[count]))
-
-    labels = {
-        "max_lora": str(max_loras),
-        "running_lora_adapters": names("num_running"),
-        "waiting_lora_adapters": names("num_waiting"),
-    }
-    return Gauge("vllm:lora_requests_info", labels, time.time())

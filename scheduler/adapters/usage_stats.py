@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from loraplex.scheduler.adapters.binding import not_ready
 from loraplex.scheduler.adapters.usage import TIERS, Usage
 from loraplex.scheduler.adapters.version import AdapterVersion
-from loraplex.scheduler.histogram import Histogram
 from loraplex.scheduler.request import Request, RequestState
+from loraplex.scheduler.statistics.bucket_counts import BucketCounts
 from loraplex.scheduler.step_builder import StepBuilder
 from loraplex.scheduler.worker_protocol import AdapterLoaded
 
@@ -28,7 +28,7 @@ class UsageStats:
     def __init__(self) -> None:
         self.base = Usage()
         self.adapters = Usage()
-        self.load_seconds = {tier: Histogram(LOAD_SECONDS) for tier in TIERS[1:]}
+        self.load_seconds = {tier: BucketCounts(LOAD_SECONDS) for tier in TIERS[1:]}
 
     def _of(self, request: Request) -> list[Usage]:
         if not request.bindings:

@@ -6,8 +6,8 @@ from typing import Any
 
 from loraplex.engine.frontend.request_log import RequestTimes
 from loraplex.engine.ipc.shared_numbers import map_numbers
-from loraplex.scheduler.histogram import Histogram, zeros
 from loraplex.scheduler.request import FINISH_REASONS
+from loraplex.scheduler.statistics.bucket_counts import BucketCounts, zeros
 
 _FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -40,7 +40,7 @@ BOUNDS = {
 }
 """Maps the name of each histogram to the upper bounds of its buckets."""
 
-_NUM_CELLS = sum(map(Histogram.num_cells, BOUNDS.values())) + len(FINISH_REASONS)
+_NUM_CELLS = sum(map(BucketCounts.num_cells, BOUNDS.values())) + len(FINISH_REASONS)
 _FILES = "requests."  # begins the names of the frontends' files in the run directory
 
 
@@ -52,11 +52,11 @@ class RequestHistograms:
         if cells is None:
             cells = zeros(_NUM_CELLS)
         self._ends = cells[: len(FINISH_REASONS)]
-        self._histograms: dict[str, Histogram] = {}
+        self._histograms: dict[str, BucketCounts] = {}
         start = len(FINISH_REASONS)
         for name, bounds in BOUNDS.items():
-            end = start + Histogram.num_cells(bounds)
-            self._histograms[name] = Histogram(bounds, cells[start:end])
+            end = start + BucketCounts.num_cells(bounds)
+            self._histograms[name] = BucketCounts(bounds, cells[start:end])
             start = end
         self._gaps = self._histograms[_BETWEEN_TOKENS]
 
@@ -113,7 +113,7 @@ class RequestHistograms:
         return dict(zip(FINISH_REASONS, map(int, self._ends), strict=True))
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns `sum`, `count` and `buckets` of each histogram, as Histogram.snapshot()."""
+        """Returns `sum`, `count` and `buckets` of each histogram, as BucketCounts.snapshot()."""
         return {name: histogram.snapshot() for name, histogram in self._histograms.items()}
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from loraplex.engine.frontend.request_log import RequestTimes
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
-from loraplex.entrypoints.metrics.exposition import SERIES, render
+from loraplex.entrypoints.metrics.catalogue import SERIES
+from loraplex.entrypoints.metrics.exposition import render
 from loraplex.entrypoints.metrics.scrape import MAX_LISTED
 from loraplex.entrypoints.metrics.series import MAX_VALUES
 from loraplex.scheduler.frontend_protocol import AdapterSource

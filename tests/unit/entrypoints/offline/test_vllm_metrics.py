@@ -3,62 +3,70 @@
 import time
 from typing import Any
 
+import pytest
+
 from loraplex.engine.frontend.statistics.request_histograms import BOUNDS, RequestHistograms
 from loraplex.entrypoints.offline.metrics import metrics_of
 from loraplex.v1.metrics.reader import Counter, Gauge, Histogram, Metric
 
-STATS: dict[str, Any] = {
-    "running": 3, "waiting": 4, "pages_kv": 25, "num_pages": 100,
-    "prefix_query_tokens": 50, "prefix_hit_tokens": 20, "num_preemptions": 1,
-    "num_generated_tokens": 77, "finished": {"stop": 5, "length": 6},
-    "frontend": {"histograms": RequestHistograms().snapshot()},
-}  # fmt: skip
-ADAPTERS = [
-    {"name": "b", "num_running": 1, "num_waiting": 0},
-    {"name": "a", "num_running": 2, "num_waiting": 1},
-    {"name": "idle", "num_running": 0, "num_waiting": 0},
-]
+from helpers.scheduling.metric_scrapes import CONFIG, stats_of
+from helpers.scheduling.scheduler_harness import Harness
+
+INFO = "vllm:cache_config_info"
 
 
+@pytest.fixture(scope="module")
 def metrics() -> list[Metric]:
-    return metrics_of(STATS, ADAPTERS, model_name="m", max_loras=8)
+    """Those of an engine in which one request of the adapter "a" has ended and two wait."""
+    harness = Harness()
+    harness.register("a")
+    harness.register("b")
+    harness.add("first", [1, 2, 3, 4, 5], adapter="a", max_tokens=3, stop_token_ids=[])
+    harness.run()
+    for name in ("one", "two"):
+        harness.add(name, [1], adapter="b", max_tokens=2)
+    counts = RequestHistograms()
+    counts.count_ends(["length"], otherwise="")
+    frontend = {"histograms": counts.snapshot(), "ends": counts.ends}
+    return metrics_of(stats_of(harness) | {"frontend": frontend}, config=CONFIG)
 
 
-def values(kind: type) -> dict[str, Any]:
-    return {m.name: getattr(m, "value", None) for m in metrics() if type(m) is kind}
+def values(metrics: list[Metric], kind: type) -> dict[str, Any]:
+    return {m.name: getattr(m, "value", None) for m in metrics if type(m) is kind}
 
 
-def test_gauges_and_counters_have_vllms_names() -> None:
-    gauges, counters = values(Gauge), values(Counter)
-    assert gauges["vllm:num_requests_running"] == 3
-    assert gauges["vllm:num_requests_waiting"] == 4
-    assert gauges["vllm:kv_cache_usage_perc"] == 0.25
-    assert counters["vllm:prefix_cache_queries"] == 50
-    assert counters["vllm:prefix_cache_hits"] == 20
-    assert counters["vllm:generation_tokens"] == 77
-    assert all(
-        metric.labels["model_name"] == "m" for metric in metrics() if "lora" not in metric.name
-    )
+def test_gauges_and_counters_have_vllms_names(metrics: list[Metric]) -> None:
+    gauges, counters = values(metrics, Gauge), values(metrics, Counter)
+    assert gauges["vllm:num_requests_running"] == 0
+    assert gauges["vllm:num_requests_waiting"] == 2
+    assert gauges["vllm:kv_cache_usage_perc"] == 0
+    assert counters["vllm:prefix_cache_queries"] == 5
+    assert counters["vllm:prefix_cache_hits"] == 0
+    assert counters["vllm:prompt_tokens"] == 5
+    assert counters["vllm:generation_tokens"] == 3
+    named = [m for m in metrics if m.name not in ("vllm:lora_requests_info", INFO)]
+    assert {m.labels["model_name"] for m in named} == {"m"}
 
 
-def test_ends_are_told_apart_by_a_label() -> None:
-    ends = {m.labels["finished_reason"]: m.value for m in metrics()
+def test_ends_are_told_apart_by_a_label(metrics: list[Metric]) -> None:
+    ends = {m.labels["finished_reason"]: m.value for m in metrics
             if isinstance(m, Counter) and m.name == "vllm:request_success"}  # fmt: skip
-    assert ends == {"stop": 5, "length": 6}
+    assert ends == {"stop": 0, "length": 1, "abort": 0, "error": 0}
 
 
-def test_adapters_in_use_are_named() -> None:
-    (info,) = [m for m in metrics() if m.name == "vllm:lora_requests_info"]
+def test_adapters_are_named_by_their_place(metrics: list[Metric]) -> None:
+    (info,) = [m for m in metrics if m.name == "vllm:lora_requests_info"]
     assert isinstance(info, Gauge)
     assert info.labels == {
-        "max_lora": "8",
-        "running_lora_adapters": "a,b",
-        "waiting_lora_adapters": "a",
+        "max_lora": "1024",
+        "running_lora_adapters": "a",
+        "waiting_lora_adapters": "b",
     }
     assert abs(info.value - time.time()) < 3600
 
 
-def test_histograms_are_the_frontends() -> None:
-    histograms = [m for m in metrics() if isinstance(m, Histogram)]
-    assert {m.name for m in histograms} == {f"vllm:{name}" for name in BOUNDS}
-    assert all(m.count == 0 and list(m.buckets)[-1] == "+Inf" for m in histograms)
+def test_histograms_are_the_frontends(metrics: list[Metric]) -> None:
+    histograms = {m.name: m for m in metrics if isinstance(m, Histogram)}
+    assert histograms.pop("vllm:iteration_tokens_total").count > 0
+    assert histograms.keys() == {f"vllm:{name}" for name in BOUNDS}
+    assert all(m.count == 0 and list(m.buckets)[-1] == "+Inf" for m in histograms.values())

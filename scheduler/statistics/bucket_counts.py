@@ -11,13 +11,13 @@ def zeros(count: int) -> "memoryview[float]":
     return memoryview(array("d", bytes(8 * count)))
 
 
-class Histogram:
+class BucketCounts:
     """The number of values up to each bound, and the sum of all values."""
 
     __slots__ = ("_bounds", "_cells")
 
     def __init__(self, bounds: Sequence[float], cells: "memoryview[float] | None" = None) -> None:
-        """Makes a histogram that goes on with what `cells` holds.
+        """Goes on with what `cells` holds.
 
         Args:
             bounds: upper bounds of the buckets, in rising order. A last bucket takes the rest.

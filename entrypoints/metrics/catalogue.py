@@ -1,0 +1,6 @@
+"""All series, in the order of the text."""
+
+from loraplex.entrypoints.metrics.own_series import OWN_SERIES
+from loraplex.entrypoints.metrics.vllm_series import VLLM_SERIES
+
+SERIES = VLLM_SERIES + OWN_SERIES
