@@ -302,6 +302,7 @@ def main() -> None:
         print(f"{num_rows:>5} " + " ".join(f"{cost[part]:8.3f}" for part in (*PARTS, "sum")))
     cases: dict[str, Callable[[Rig, int], None]] = {
         f"stats, {NUM_ADAPTERS} adapters": lambda rig, _: rig.post(StatsQuery(1)),
+        f"metrics, {NUM_ADAPTERS} adapters": lambda rig, _: rig.post(StatsQuery(1, by_tier=True)),
         f"list of {NUM_ADAPTERS} adapters": lambda rig, _: rig.post(AdapterCommand(1, "list")),
         f"burst of {BURST} requests": lambda rig, n: rig.ask((n + 1) * 1_000_000, BURST),
     }

@@ -211,6 +211,14 @@ class ServerConfig:
         default="",
         metadata={"help": "name of the base model in HTTP requests; empty: the value of model"},
     )
+    kv_events_config: str = field(
+        default="",
+        metadata={
+            "help": "JSON object with vLLM's names (enable_kv_cache_events, endpoint, "
+            "replay_endpoint, topic, ...): where events about cached prompts are published; empty: "
+            "nowhere"
+        },
+    )
     server_secret_key_file: str = field(
         default="",
         metadata={"help": "file with the CurveZMQ secret key; a public address requires it"},

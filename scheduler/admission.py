@@ -26,7 +26,8 @@ itself, and the answer to the load makes the adapter idle or frees it.
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 
-from loraplex.memory.accounting.kv_cache import NO_PREFIX, BlockChain, Prefix, prefix_root
+from loraplex.memory.accounting.block_chain import BlockChain, BlockLabel, prefix_root
+from loraplex.memory.accounting.kv_cache import NO_PREFIX, Prefix
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.binding import weight_changes
 from loraplex.scheduler.adapters.needs import AdapterNeeds
@@ -179,7 +180,9 @@ class Admission:
                 tenant=request.tenant, salt=request.salt, base_fingerprint=self._base_fingerprint
             )
             changes = weight_changes(request.bindings)
-            request.chain = BlockChain(root, self._memory.kv.block_tokens, changes)
+            first = changes[0][0] if changes else 0
+            label = BlockLabel(request.adapter, first, request.tenant, request.salt)
+            request.chain = BlockChain(root, self._memory.kv.block_tokens, changes, label)
         if not request.reads_prefix_cache:
             return NO_PREFIX
         return self._memory.kv.find_prefix(request.chain, request.token_ids)

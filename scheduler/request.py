@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 from msgspec.structs import replace
 
-from loraplex.memory.accounting.kv_cache import BlockChain
+from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.scheduler.adapters.binding import Binding, distinct_versions
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns

@@ -14,6 +14,7 @@ from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_client_keys, check_server_config
 from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.kv_events.kv_events_config import kv_events_config
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.process import Environment
 from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
@@ -97,6 +98,7 @@ class Engine:
         check_server_config(self._config.server)
         check_http_config(self._config.server)
         check_adapter_config(self._config.adapter)
+        kv_events_config(self._config.server)
         self._group.tenants = read_tenants_of(self._config.server)
         if self._has_model:
             resolve_model(self._config.model.model)  # before any process loads its libraries

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import zmq
 
@@ -19,6 +20,9 @@ from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.kv_events.kv_event_publisher import KVEventPublisher
+from loraplex.engine.kv_events.kv_events import KVEvents
+from loraplex.engine.kv_events.kv_events_config import kv_events_config
 from loraplex.engine.processes.adapter_deadlines import ANSWER_S, AdapterDeadlines
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
@@ -54,6 +58,9 @@ def run(child: Child) -> None:
         info = engine_info(config, [workers.ready[rank] for rank in sorted(workers.ready)])
         scheduler = make_scheduler(config, info)
         grammars = make_grammar_queue(config, info, child.wakeup.set)
+        events = make_kv_events(config, context, scheduler)
+        if events is not None and events.socket is not None:
+            poller.register(events.socket, zmq.POLLIN)
         loop = SchedulerLoop(
             scheduler,
             info=info,
@@ -80,6 +87,8 @@ def run(child: Child) -> None:
             child.activity.begin()
             child.wakeup.clear()
             has_more = loop.turn()
+            if events is not None:
+                has_more |= events.turn()
             if line := status.take(scheduler.num_unfinished):
                 child.status(line)
             child.activity.end()
@@ -125,6 +134,16 @@ def make_scheduler(
     for name, path in adapters_at_start(config.adapter):
         scheduler.register_adapter(name, AdapterSource(path, path, stamp_folder(path)))
     return scheduler
+
+
+def make_kv_events(
+    config: EngineConfig, context: "zmq.Context[Any]", scheduler: Scheduler
+) -> KVEvents | None:
+    """Returns what publishes the events of the prefix cache, None if they are not wanted."""
+    wanted = kv_events_config(config.server)
+    if not (wanted.is_enabled and config.memory.enable_prefix_caching):
+        return None
+    return KVEvents(scheduler.memory.kv, KVEventPublisher(context, wanted))
 
 
 def make_grammar_queue(

@@ -11,67 +11,14 @@ in order, so every later step may read it. The rows of one step run in no order,
 what another row of its own step writes; find_prefix() stops before such a block.
 """
 
-import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
+from loraplex.memory.accounting.block_chain import BlockChain, BlockObserver
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
 from loraplex.memory.accounting.eviction import EvictionClock, Priority, recompute_cost_ns
-
-_DIGEST_BYTES = 32
-
-
-def prefix_root(*, tenant: str, salt: str, base_fingerprint: str) -> bytes:
-    """Return the start of a hash chain."""
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for text in (tenant, salt, base_fingerprint):
-        raw = text.encode("utf-8", "surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
-    return digest.digest()
-
-
-class BlockChain:
-    """Chained hashes of one request's full blocks.
-
-    `hashes[i]` covers tokens 0 to (i + 1) * block_tokens - 1. Tokens are only appended, so a chain
-    stays valid through preemptions.
-    """
-
-    __slots__ = ("_block_tokens", "_changes", "_num_changing", "_root", "hashes")
-
-    def __init__(
-        self, root: bytes, block_tokens: int, changes: Sequence[tuple[int, str]] = ()
-    ) -> None:
-        """`changes` are the adapters: (first position, key) in order; none: the base model."""
-        self._root = root
-        self._block_tokens = block_tokens
-        self._changes = changes
-        self._num_changing = changes[-1][0] // block_tokens + 1 if changes else 0
-        self.hashes: list[bytes] = []
-
-    def extend(self, token_ids: "array[int]", num_blocks: int) -> None:
-        """Hash the blocks up to `num_blocks`; `token_ids` (int32) holds all their tokens."""
-        hashes, size = self.hashes, self._block_tokens
-        previous = hashes[-1] if hashes else self._root
-        for block in range(len(hashes), num_blocks):
-            raw = token_ids[block * size : (block + 1) * size].tobytes()
-            if block < self._num_changing:
-                raw += self._changes_in(block)
-            previous = hashlib.blake2b(previous + raw, digest_size=_DIGEST_BYTES).digest()
-            hashes.append(previous)
-
-    def _changes_in(self, block: int) -> bytes:
-        """Return the adapters that begin to apply in a block, and at which of its tokens."""
-        parts: list[bytes] = []
-        for position, key in self._changes:
-            if position // self._block_tokens == block:
-                raw = key.encode("utf-8", "surrogatepass")
-                offset = position % self._block_tokens
-                parts += (offset.to_bytes(8, "little"), len(raw).to_bytes(8, "little"), raw)
-        return b"".join(parts)
 
 
 class Prefix(NamedTuple):
@@ -108,6 +55,10 @@ class KVCache:
     it, so those become idle no earlier, and the block is evicted before them. There is one
     exception: where an earlier block is cached from another request, it may be evicted first. The
     later block is then useless until the earlier one is computed again.
+
+    Attributes:
+        observer: is told of every block that comes into the cache or leaves it. The owner may set
+            it.
     """
 
     def __init__(
@@ -120,6 +71,7 @@ class KVCache:
     ) -> None:
         self.block_tokens = block_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        self.observer: BlockObserver | None = None
         self._blocks = blocks
         self._clock = clock
         self._recompute_cost_ns = recompute_cost_ns(block_tokens)
@@ -225,6 +177,8 @@ class KVCache:
                 self._page_of[key] = page_id
                 self._hash_of[page_id] = key
                 added.append(key)
+                if self.observer is not None:
+                    self.observer.on_stored(table.chain, block, token_ids)
         table.num_registered = max(table.num_registered, num_full)
         return added
 
@@ -254,8 +208,12 @@ class KVCache:
 
     def reset(self) -> None:
         """Remove all blocks from the cache; pages in use stay with their requests."""
+        observer, self.observer = self.observer, None
         for key in list(self._page_of):
             self._forget(key)
+        self.observer = observer
+        if observer is not None:
+            observer.on_cleared()
 
     def _forget(self, key: bytes) -> None:
         page_id = self._page_of[key]
@@ -264,12 +222,17 @@ class KVCache:
         else:
             del self._page_of[key], self._hash_of[page_id]
             self._forgotten.add(page_id)
+            if self.observer is not None:
+                self.observer.on_removed(key)
 
     def evict(self, page_id: int) -> None:
         """Remove an idle prefix block from the cache and free its page."""
         del self._idle[page_id]
-        del self._page_of[self._hash_of.pop(page_id)]
+        key = self._hash_of.pop(page_id)
+        del self._page_of[key]
         self._blocks.discard(page_id)
+        if self.observer is not None:
+            self.observer.on_removed(key)
 
     def first_idle(self) -> tuple[Priority, int] | None:
         """Return priority and page id of the idle prefix block to evict first."""

@@ -44,7 +44,8 @@ TRACE = ["--alpha", "--lengths", "--popularity"]
 SERVED = [
     *ENGINE, "--adapter-root", "--api-keys", "--client-public-keys-dir", "--endpoint", "--insecure",
     "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
-    "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
+    "--kv-events-config", "--max-requests-per-client", "--no-insecure",
+    "--server-secret-key-file", "--log-level",
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],

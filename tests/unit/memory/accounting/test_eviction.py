@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.eviction import (
     LOAD_FIXED_NS,
@@ -18,7 +19,6 @@ from loraplex.memory.accounting.eviction import (
     load_cost_ns,
     recompute_cost_ns,
 )
-from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.memory.accounting.page_manager import PageManager
 
 BLOCK, NUM_PAGES, MAX_SLOTS = 16, 20, 3

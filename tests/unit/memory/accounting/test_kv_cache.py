@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.memory.accounting.block_chain import BlockChain, prefix_root
 from loraplex.memory.accounting.block_manager import BlockManager, IntegrityError, Owner
 from loraplex.memory.accounting.eviction import EvictionClock
-from loraplex.memory.accounting.kv_cache import BlockChain, KVCache, prefix_root
+from loraplex.memory.accounting.kv_cache import KVCache
 
 BLOCK = 4
 

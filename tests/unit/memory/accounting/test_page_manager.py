@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.memory.accounting.block_manager import OutOfPagesError
-from loraplex.memory.accounting.kv_cache import BlockChain
 from loraplex.memory.accounting.page_manager import PageManager
 
 BLOCK, NUM_PAGES, MAX_SLOTS = 2, 20, 3

@@ -5,7 +5,7 @@ from array import array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.memory.accounting.kv_cache import BlockChain
+from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.scheduler.adapters.binding import (
     Binding,
     distinct_versions,
