@@ -18,6 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from loraplex import Client, SamplingParams
 from loraplex.engine.config import AdapterConfig, EngineConfig, ModelConfig, ServerConfig
 from loraplex.engine.processes.engine import Engine
@@ -50,15 +52,28 @@ def scrape(url: str) -> tuple[float, int]:
     return time.monotonic() - start, size
 
 
-def measure(url: str, rounds: int) -> dict[str, Any]:
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def measure(engine: Engine, rounds: int) -> dict[str, Any]:
+    url = f"http://{engine.http_endpoint}"
     scrape(url)
+    processes = {name: psutil.Process(engine.pids[name]) for name in ("http 0", "scheduler")}
+    before = {name: cpu_seconds(process) for name, process in processes.items()}
     found = [scrape(url) for _ in range(rounds)]
+    cpu_ms = {
+        f"cpu_ms, {name}": round(1e3 * (cpu_seconds(process) - before[name]) / rounds, 1)
+        for name, process in processes.items()
+    }
     times = sorted(1e3 * seconds for seconds, _ in found)
     return {
         "scrapes": rounds,
         "median_ms": round(statistics.median(times), 1),
         "longest_ms": round(times[-1], 1),
         "kilobytes": round(max(size for _, size in found) / 1e3),
+        **cpu_ms,  # a scrape; in it what else the processes did
     }
 
 
@@ -102,7 +117,6 @@ def main() -> None:
                     client.submit([1, 2, 3], SamplingParams(max_tokens=1), adapter=adapter)
                     client.poll(60.0)
                 stats = client.stats()
-            url = f"http://{engine.http_endpoint}"
             setup = {
                 "adapters": stats["registered_adapters"],
                 "in_pages": stats["num_resident_adapters"],
@@ -115,7 +129,7 @@ def main() -> None:
                 )
                 if num_streams:
                     thread.start()
-                row = {"streams": num_streams, **measure(url, args.rounds), **setup}
+                row = {"streams": num_streams, **measure(engine, args.rounds), **setup}
                 row["load"] = round(os.getloadavg()[0], 1)
                 stopped.set()
                 if num_streams:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from loraplex import Client, SamplingParams
 from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.engine.cluster.launch.launchers import NO_RAY
+from loraplex.entrypoints.http.routes.metrics_routes import FRESH_S
 
 from helpers.running.http_answers import text_streamed
 from helpers.running.http_server import BASE, http_config, make_models
 from helpers.running.processes import GUARD_S, wait_until
+from helpers.scheduling.metric_scrapes import labels_of, parse, value, values_of
 
 pytestmark = pytest.mark.e2e
 PROMPT = "Numbers: 0 1 2"
@@ -67,6 +70,20 @@ def test_models_and_health(served: ServedCluster) -> None:
     assert httpx.get(f"{served.url}/health").status_code == 200
     with pytest.raises(openai.NotFoundError, match="nobody"):
         served.api.completions.create(model="nobody", prompt=PROMPT)
+
+
+def test_metrics_show_each_engine(served: ServedCluster) -> None:
+    for model in (BASE, "a"):
+        served.api.completions.create(model=model, prompt=PROMPT, max_tokens=3)
+    time.sleep(FRESH_S)
+    found = parse(httpx.get(f"{served.url}/metrics", timeout=GUARD_S).text)
+    running = labels_of(found, "vllm:num_requests_running")
+    assert {labels["engine"] for labels in running} == set(served.cluster.engines)
+    assert value(found, "loraplex_engines", state="up", engine="router") == 2
+    assert values_of(found, "vllm:lora_adapter_loaded", adapter_name="a", level="gpu")
+    ends = values_of(found, "vllm:request_success_total", engine="router")
+    assert sum(ends) >= 2
+    assert sum(values_of(found, "vllm:generation_tokens_total")) >= 6
 
 
 def test_a_stream_and_a_loaded_adapter_outlive_their_engine(served: ServedCluster) -> None:
