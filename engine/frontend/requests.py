@@ -337,7 +337,8 @@ class RequestTable:
         label = message.adapter_label
         log_end(message.request_id, label, outputs, reason=reason, times=request.times)
         completions = outputs.completions if outputs else [None] * message.sampling_params.n
-        self.histograms.count_ends([c.finish_reason if c else None for c in completions], otherwise=reason)
+        ends = [completion.finish_reason if completion else None for completion in completions]
+        self.histograms.count_ends(ends, otherwise=reason)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         self._num_sequences[request.client] -= message.sampling_params.n
