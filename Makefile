@@ -37,6 +37,7 @@ lint: dev
 	  && MYPYPATH="$$view" $(BIN)/mypy -p loraplex \
 	  && MYPYPATH="$$view:benchmarks/papers:benchmarks/simulation" \
 	    $(BIN)/mypy benchmarks/papers benchmarks/simulation docs/generate_configuration.py \
+	    docs/generate_metrics.py examples/grafana/generate_dashboard.py \
 	  && PYTHONPATH="$$view" $(BIN)/lint-imports --no-cache
 
 format: dev

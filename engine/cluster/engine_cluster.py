@@ -19,6 +19,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_client_keys, check_server_config
 from loraplex.engine.ipc.messages.tenants import TenantTable
+from loraplex.engine.kv_events.kv_events_config import check_shared_kv_events
 from loraplex.engine.processes.addresses.http_address import check_http_config
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
@@ -136,6 +137,7 @@ class EngineCluster:
         """
         check_server_config(self._config.server)
         check_http_config(self._config.server)
+        check_shared_kv_events(self._config.server)
         self._routers.tenants = self._read_tenants()
         deadline = time.monotonic() + timeout_s
         weakref.finalize(self, _stop, self._routers, self._slots, self._scaler)

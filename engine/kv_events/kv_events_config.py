@@ -64,6 +64,17 @@ def kv_events_config(config: ServerConfig) -> KVEventsConfig:
     return found
 
 
+def check_shared_kv_events(config: ServerConfig) -> None:
+    """Raises ConfigError if several engines cannot publish events with this option."""
+    found = kv_events_config(config)
+    if found.is_enabled and (binds(found.endpoint) or found.replay_endpoint):
+        raise ConfigError(
+            "kv_events_config: the engines of a cluster cannot all bind one address: give the "
+            "endpoint of a subscriber that has bound it, as tcp://127.0.0.1:5557, and no "
+            "replay_endpoint"
+        )
+
+
 def binds(endpoint: str) -> bool:
     """Tells whether vLLM binds such an endpoint; else it connects to it."""
     return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))

@@ -12,7 +12,11 @@ from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.kv_events.events import BlockRemoved
 from loraplex.engine.kv_events.kv_event_publisher import END, REPLAYED_A_TURN, KVEventPublisher
-from loraplex.engine.kv_events.kv_events_config import KVEventsConfig, kv_events_config
+from loraplex.engine.kv_events.kv_events_config import (
+    KVEventsConfig,
+    check_shared_kv_events,
+    kv_events_config,
+)
 
 TIMEOUT_MS = 60_000
 
@@ -108,6 +112,18 @@ def test_the_option_has_vllms_names_and_is_off_by_default() -> None:
 def test_a_bad_option_is_refused_with_the_reason(values: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         kv_events_config(option(**values))
+
+
+def test_engines_of_a_cluster_do_not_take_each_others_address() -> None:
+    check_shared_kv_events(ServerConfig())
+    to_subscriber = {"enable_kv_cache_events": True, "endpoint": "tcp://127.0.0.1:5557"}
+    check_shared_kv_events(option(**to_subscriber))
+    for values in (
+        {"enable_kv_cache_events": True, "endpoint": "ipc:///x"},
+        {**to_subscriber, "replay_endpoint": "ipc:///x"},
+    ):
+        with pytest.raises(ConfigError, match="cannot all bind one address"):
+            check_shared_kv_events(option(**values))
 
 
 def test_an_address_that_cannot_be_used_is_named(context: "zmq.Context[Any]") -> None:
