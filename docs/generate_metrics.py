@@ -26,7 +26,8 @@ run `{COMMAND}`. -->
 `GET /metrics` of the HTTP server (`--http`) answers in Prometheus' text format. Any of an engine's
 HTTP servers answers for the whole engine: the counts of all its frontends, ZeroMQ and HTTP, are
 added up, those of frontends that have died included. A text is kept for a second, so more scrapers
-cost no more. While the engine starts or has ended the answer is 503.
+cost no more. While the engine starts or has ended the answer is 503. Where the server knows API
+keys, a scrape needs the operator's, as a bearer token.
 
 Series that vLLM has too have its names, labels and bounds. `LLM.get_metrics()` returns these, with
 counters named without `_total`. Two differences follow from the one pool of pages. The list

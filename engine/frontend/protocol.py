@@ -152,8 +152,6 @@ class HealthRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatsRequest:
-    """Asks for counters. `by_tier` asks for the names of adapters by tier with them."""
-
     request_id: str = field(metadata=_ID)
     by_tier: bool = field(default=False, metadata=_FLAG)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.outputs import OutputProcessor
+from loraplex.scheduler.frontend_protocol import SequenceOutput
 
 logger = logging.getLogger("loraplex.requests")
 
@@ -25,17 +26,17 @@ class RequestTimes:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._arrived_at
 
-    def on_output(self, queued_us: int, sequence_id: int = 0) -> float | None:
-        """Note the time of an output that has tokens; `queued_us` is SequenceOutput's.
+    def on_output(self, output: SequenceOutput) -> float | None:
+        """Note the time of an output that has tokens.
 
         Returns the seconds since the sequence's last output, None for its first one.
         """
         now_s = self.last_token_s = self.elapsed_s
         if self.first_token_s < 0:
             self.first_token_s = now_s
-            self.queued_s = min(queued_us / 1e6, now_s)
-        last_s = self._last_of.get(sequence_id)
-        self._last_of[sequence_id] = now_s
+            self.queued_s = min(output.queued_us / 1e6, now_s)
+        last_s = self._last_of.get(output.request_id)
+        self._last_of[output.request_id] = now_s
         return None if last_s is None else now_s - last_s
 
     def to_wire(self) -> dict[str, float | None]:

@@ -237,8 +237,7 @@ class RequestTable:
                 self._fail(request, output.error_code or "internal", output.error, **details)
                 continue
             if output.token_ids:
-                times = request.times
-                self.histograms.observe_gap(times.on_output(output.queued_us, output.request_id))
+                self.histograms.observe_gap(request.times.on_output(output))
             index = output.request_id - request.first_id
             if request.outputs.update(index, output):
                 stopped.append(output.request_id)
@@ -336,9 +335,7 @@ class RequestTable:
         message, outputs = request.message, request.outputs
         label = message.adapter_label
         log_end(message.request_id, label, outputs, reason=reason, times=request.times)
-        completions = outputs.completions if outputs else [None] * message.sampling_params.n
-        ends = [completion.finish_reason if completion else None for completion in completions]
-        self.histograms.count_ends(ends, otherwise=reason)
+        self.histograms.count_ends(reason, outputs, message.sampling_params.n)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
         self._num_sequences[request.client] -= message.sampling_params.n

@@ -1,9 +1,9 @@
 """Counts requests by times, lengths and ends; names and bounds are those of vLLM's metrics."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loraplex.engine.frontend.outputs import OutputProcessor
 from loraplex.engine.frontend.request_log import RequestTimes
 from loraplex.engine.ipc.shared_numbers import map_numbers
 from loraplex.scheduler.request import FINISH_REASONS
@@ -94,18 +94,23 @@ class RequestHistograms:
         if seconds is not None:
             self._gaps.observe(seconds)
 
-    def count_ends(self, reasons: Iterable[str | None], otherwise: str) -> None:
-        """Counts sequences that have ended.
+    def count_ends(self, reason: str, outputs: OutputProcessor | None, n: int) -> None:
+        """Counts the sequences of a request that has ended.
 
         Args:
-            reasons: the finish reason of each, None where there is none.
-            otherwise: why the others have ended: a finish reason, "client left" or an error code.
+            reason: why it has ended: a finish reason, "client left" or an error code. It is that of
+                the sequences that have none of their own.
+            outputs: None if the prompt was not tokenized yet.
+            n: sequences of the request.
         """
-        for reason in reasons:
-            key = reason or otherwise
-            if key not in FINISH_REASONS:
-                key = "abort" if key == "client left" else "error"
-            self._ends[FINISH_REASONS.index(key)] += 1
+        ends = [c.finish_reason for c in outputs.completions] if outputs else [None] * n
+        for end in ends:
+            self.count_end(end or ("abort" if reason == "client left" else reason))
+
+    def count_end(self, reason: str) -> None:
+        """Counts a sequence; a reason that is not in FINISH_REASONS is an error."""
+        known = reason if reason in FINISH_REASONS else "error"
+        self._ends[FINISH_REASONS.index(known)] += 1
 
     @property
     def ends(self) -> dict[str, int]:

@@ -91,7 +91,8 @@ def test_the_counts_of_frontends_add_up(tmp_path: Path) -> None:
     for name in ("frontend 0", "http 0", "http 1"):
         counts = RequestHistograms.in_run_dir(str(tmp_path), name)
         counts.observe(times, num_prompt=4, num_output=6, n=1)
-        counts.count_ends(["stop", None, None], "unknown_adapter")
+        for reason in ("stop", "unknown_adapter", "queue_full"):
+            counts.count_end(reason)
     again = RequestHistograms.in_run_dir(str(tmp_path), "http 0")  # started again
     again.observe(times, num_prompt=4, num_output=6, n=1)
     total = sum_of_frontends(str(tmp_path))

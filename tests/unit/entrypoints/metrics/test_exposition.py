@@ -89,7 +89,8 @@ def test_histograms_and_ends_are_those_of_the_frontends() -> None:
     for seconds in (0.03, 0.3, 3000.0):
         times = RequestTimes(queued_s=0.01, first_token_s=seconds, last_token_s=seconds + 1)
         counts.observe(times, num_prompt=7, num_output=9, n=1)
-    counts.count_ends(["stop", "length", "stop"], otherwise="")
+    for reason in ("stop", "length", "stop"):
+        counts.count_end(reason)
     found = scraped(stats_of(run_of_three()), counts)
     first = "vllm:time_to_first_token_seconds"
     assert value(found, f"{first}_bucket", le="0.02") == 0
@@ -142,7 +143,7 @@ def test_a_cluster_shows_each_engine() -> None:
     states = {"engine-0": {"state": "up"}, "engine-1": {"state": "up"}}
     stats = {"engines": engines, "adapters_by_tier": rows, "router": {"engines": states}}
     counts = RequestHistograms()
-    counts.count_ends(["stop"], otherwise="")
+    counts.count_end("stop")
     found = scraped(stats, counts)
     assert value(found, "vllm:prompt_tokens_total", engine="engine-0") == 11
     assert value(found, "vllm:prompt_tokens_total", engine="engine-1") == 0

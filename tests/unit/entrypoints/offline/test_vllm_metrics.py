@@ -26,7 +26,7 @@ def metrics() -> list[Metric]:
     for name in ("one", "two"):
         harness.add(name, [1], adapter="b", max_tokens=2)
     counts = RequestHistograms()
-    counts.count_ends(["length"], otherwise="")
+    counts.count_end("length")
     frontend = {"histograms": counts.snapshot(), "ends": counts.ends}
     return metrics_of(stats_of(harness) | {"frontend": frontend}, config=CONFIG)
 
