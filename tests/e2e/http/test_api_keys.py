@@ -208,3 +208,10 @@ def test_no_more_than_the_limit_run_at_one_time(engine: Engine, folder: Path) ->
     assert statuses[200] + statuses[429] == NUM_CLIENTS
     assert asyncio.run(ask_all([5]))[0] == {429: 1}
     assert asyncio.run(ask_all([2, 2])) == ({200: 2}, 4)
+
+
+def test_metrics_are_for_the_operator(engine: Engine) -> None:
+    url = f"http://{engine.http_endpoint}/metrics"
+    statuses = [httpx.get(url, headers=bearer(key)).status_code for key in ("admin", "ann", "?")]
+    assert statuses == [200, 403, 401]
+    assert "vllm:num_requests_running" in httpx.get(url, headers=bearer("admin")).text
