@@ -257,8 +257,26 @@ class ServerConfig:
             "each of the n answers counted"
         },
     )
+    drain_grace: float = field(
+        default=0.0,
+        metadata={
+            "help": "seconds after a signal to stop for which new requests are accepted still, "
+            "while /ready says 503"
+        },
+    )
+    drain_timeout: float = field(
+        default=20.0,
+        metadata={
+            "help": "longest time for running requests to end after that, in seconds; the rest fail"
+        },
+    )
 
     def __post_init__(self) -> None:
+        for name in ("drain_grace", "drain_timeout"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be a number of seconds, or 0, got {getattr(self, name)}"
+                )
         if not 1 <= self.num_frontends <= MAX_FRONTENDS:
             raise ValueError(
                 f"num_frontends must be from 1 to {MAX_FRONTENDS}, got {self.num_frontends}"

@@ -21,9 +21,12 @@ from loraplex.engine.frontend.client_socket import check_client_keys, check_serv
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.kv_events.kv_events_config import check_shared_kv_events
 from loraplex.engine.processes.addresses.http_address import check_http_config
+from loraplex.engine.processes.draining.drain import drain
+from loraplex.engine.processes.draining.stop_signals import StopSignals
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
+from loraplex.engine.tenants.hangup_reload import HangupReload
 from loraplex.engine.tenants.key_file import read_tenants_of
 from loraplex.scheduler.placement.placement import POLICIES
 from loraplex.scheduler.placement.scaling import ScalePolicy
@@ -181,6 +184,29 @@ class EngineCluster:
                 )
         return table
 
+    def serve(self, on_ready: "Callable[[EngineCluster], None] | None" = None) -> int:
+        """Start, call `on_ready`, and wait. Returns and stops as Engine.serve() does."""
+        reason = ""
+        self.start()
+        try:
+            reload = HangupReload(self.reload_keys if self._config.server.has_keys else None)
+            with StopSignals(self._on_signal) as signals, contextlib.closing(reload):
+                if on_ready is not None:
+                    on_ready(self)
+                while not signals.count and not self._routers.ended.is_set():
+                    signals.wait(0.5)
+                    reload.run_pending()
+                if signals.count:
+                    reason = drain(self._routers, self._config.server, signals)
+                _stop(self._routers, self._slots, self._scaler, reason)
+        finally:
+            self.stop()
+        return 1 if self.dead_reason else 0
+
+    def _on_signal(self, count: int) -> None:
+        if count > 1:
+            self._routers.kill()
+
     def drain(self, engine_id: str) -> None:
         """Move an engine's requests to the others. It gets no more. Raises KeyError if unknown."""
         self._slots.drain(engine_id)
@@ -231,8 +257,10 @@ def router_processes(config: EngineConfig) -> list[ProcessSpec]:
     ]
 
 
-def _stop(routers: ProcessGroup, slots: EngineSlots, scaler: Autoscaler | None) -> None:
+def _stop(
+    routers: ProcessGroup, slots: EngineSlots, scaler: Autoscaler | None, reason: str = ""
+) -> None:
     if scaler is not None:
         scaler.stop()
-    routers.stop(STOP_TIMEOUT_S)
+    routers.stop(STOP_TIMEOUT_S, reason)
     slots.stop()

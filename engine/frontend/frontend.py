@@ -17,6 +17,7 @@ from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.clients import ClientsOf
+from loraplex.engine.frontend.draining.gate import Gate
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
 from loraplex.engine.frontend.mixing.named_mixes import named_mixes
@@ -45,6 +46,7 @@ class Frontend:
     Attributes:
         step_clock: for health. The owner sets it to the scheduler's.
         histograms: counts of the requests that have ended.
+        gate: refuses requests once it has closed.
         inputs: tokenizes messages; its methods may run in any thread.
     """
 
@@ -93,6 +95,7 @@ class Frontend:
         self._num_malformed = 0
         self._dead_reason = ""
         self.step_clock = StepClock()
+        self.gate = Gate()
         self._instance = secrets.token_hex(8)  # another one after a restart
 
     def on_frames(
@@ -144,6 +147,7 @@ class Frontend:
                 text = protocol.error_reply(message.request_id, "engine_dead", self._dead_reason)
                 self._reply(client, text)
             case protocol.GenerateRequest():
+                self.gate.check()
                 self._clients.watch(client)
                 self._requests.add(client, message)
             case protocol.StatsRequest():
@@ -239,6 +243,11 @@ class Frontend:
         """Tells whether clients wait, so that tick() must be called."""
         return len(self._clients) > 0 or self._scheduler.has_unsent
 
+    @property
+    def is_idle(self) -> bool:
+        """Tells whether no request is unfinished and no client has an answer to read."""
+        return not (len(self._clients) or self._requests.num_unfinished)
+
     def tick(self) -> None:
         """Probes silent clients. Call it about once a second while `needs_ticks`."""
         self._clients.tick()
@@ -257,12 +266,18 @@ class Frontend:
     def _reply(self, client: bytes, message: dict[str, Any]) -> None:
         self._clients.reply(client, message)
 
+    @property
+    def _status(self) -> str:
+        if self._dead_reason:
+            return "dead"
+        return "draining" if self.gate.is_closing else "ok"
+
     def _health(self, request_id: str) -> dict[str, Any]:
         info, config = self._info, self._config
         return {
             "type": "health",
             "request_id": request_id,
-            "status": "dead" if self._dead_reason else "ok",
+            "status": self._status,
             "reason": self._dead_reason,
             "protocol": protocol.PROTOCOL_VERSION,
             "instance": self._instance,

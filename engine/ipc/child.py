@@ -25,11 +25,13 @@ from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineDead, EngineInfo
 from loraplex.engine.ipc.messages.lifecycle import (
+    ChildDrained,
     ChildFailed,
     ChildProgress,
     ChildReady,
     ChildStart,
     ChildStatus,
+    Drain,
     Shutdown,
     WorkerHangs,
 )
@@ -69,6 +71,8 @@ class Child:
         wakeup: readable when a message may have come.
         tenants: those of the last message.
         activity: what the loop does; the supervisor's watchdog hears of it every BEAT_S seconds.
+        stop_reason: why the process must stop, for those who wait for it; "" if there is no reason.
+        drain: set when requests shall end before the process is stopped.
     """
 
     def __init__(self, control: BinaryIO, reports: BinaryIO) -> None:
@@ -79,7 +83,8 @@ class Child:
         self.tenants = start.tenants
         self.wakeup = Wakeup()
         self.activity = Activity()
-        self.dead_reason = ""  # set when another process of the engine has died
+        self.stop_reason = ""
+        self.drain: Drain | None = None
         self.stopping = False
         self._control, self._reports = control, reports
         self._report_lock = threading.Lock()
@@ -102,6 +107,10 @@ class Child:
         self.wakeup.set_on_signals()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._report(ChildReady(endpoint=endpoint, info=info))
+
+    def drained(self) -> None:
+        """Report that no request is left."""
+        self._report(ChildDrained())
 
     def failed(self, code: str, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -135,9 +144,10 @@ class Child:
                 os._exit(EXIT_ORPHANED)
             if isinstance(message, TenantTable):
                 self.tenants = message
-            if isinstance(message, EngineDead):
-                self.dead_reason = message.reason
+            if isinstance(message, Drain):
+                self.drain = message
             if isinstance(message, EngineDead | Shutdown):
+                self.stop_reason = message.reason
                 self.stopping = True
             self.wakeup.set()
 

@@ -14,11 +14,13 @@ from loraplex.engine.ipc.messages.frontend import (
 )
 from loraplex.engine.ipc.messages.lifecycle import (
     ChildBeat,
+    ChildDrained,
     ChildFailed,
     ChildProgress,
     ChildReady,
     ChildStart,
     ChildStatus,
+    Drain,
     Shutdown,
     WorkerHangs,
 )
@@ -55,8 +57,8 @@ other."""
 WIRE_TYPES: tuple[type[Message], ...] = (
     FrontendHello, EngineInfo, AddRequest, AbortRequests, StepOutputs, AdapterCommand, ReplyRows,
     AdapterReply, StatsQuery, StatsReply, ReportLoad, EngineReport, EngineDead,
-    ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Shutdown,
-    WorkerHangs, TenantTable,
+    ChildStart, ChildProgress, ChildBeat, ChildStatus, ChildReady, ChildFailed, Drain,
+    ChildDrained, Shutdown, WorkerHangs, TenantTable,
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,

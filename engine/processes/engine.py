@@ -1,12 +1,10 @@
 """Starts, supervises and stops the processes of one engine."""
 
-import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from types import FrameType
 
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
@@ -16,8 +14,11 @@ from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.kv_events.kv_events_config import kv_events_config
 from loraplex.engine.processes.addresses.http_address import check_http_config
+from loraplex.engine.processes.draining.drain import drain
+from loraplex.engine.processes.draining.stop_signals import StopSignals
+from loraplex.engine.processes.launch.engine_processes import engine_processes
 from loraplex.engine.processes.process import Environment
-from loraplex.engine.processes.process_group import ProcessGroup, engine_processes
+from loraplex.engine.processes.process_group import ProcessGroup
 from loraplex.engine.tenants.hangup_reload import HangupReload
 from loraplex.engine.tenants.key_file import read_tenants_of
 
@@ -145,36 +146,32 @@ class Engine:
     def serve(self, on_ready: "Callable[[Engine], None] | None" = None) -> int:
         """Start, call `on_ready`, and wait. Returns 0 after SIGINT or SIGTERM, 1 after a death.
 
-        SIGHUP reads the clients' keys again, where the server asks for them.
-        Call it from the main thread of a server. A second signal kills all processes at once. The
-        former signal handlers are restored at the end.
+        After the first signal the requests of clients may end as `drain_grace` and `drain_timeout`
+        say. A second signal kills all processes at once. SIGHUP reads the clients' keys again,
+        where the server asks for them. Call it from the main thread of a server.
         """
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                self._group.kill()
+        def on_signal(count: int) -> None:
             self._interrupted = True
-            wake.set()
+            if count > 1:
+                self._group.kill()
 
-        wake = threading.Event()
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        former = {number: signal.signal(number, on_signal) for number in numbers}
-        hangup = HangupReload(self.reload_keys if self._config.server.has_keys else None)
-        try:
-            self.start()
-            if on_ready is not None:
-                on_ready(self)
-            while not self._interrupted and not self._group.ended.is_set():
-                wake.wait(0.5)
-                hangup.run_pending()
-            self.stop()
-        except EngineDeadError:
-            if not self._interrupted:
-                raise
-        finally:
-            hangup.close()
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        reason = ""
+        reload = self.reload_keys if self._config.server.has_keys else None
+        with StopSignals(on_signal) as signals, closing(HangupReload(reload)) as hangup:
+            try:
+                self.start()
+                if on_ready is not None:
+                    on_ready(self)
+                while not signals.count and not self._group.ended.is_set():
+                    signals.wait(0.5)
+                    hangup.run_pending()
+                if signals.count:
+                    reason = drain(self._group, self._config.server, signals)
+                self._group.stop(STOP_TIMEOUT_S, reason)
+            except EngineDeadError:
+                if not self._interrupted:
+                    raise
         return 1 if self._group.dead_reason else 0
 
     def reload_keys(self) -> None:

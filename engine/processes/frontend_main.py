@@ -21,6 +21,7 @@ from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.addresses.shared_address import inherited_zmq_listener
+from loraplex.engine.processes.draining.child_drain import ChildDrain
 
 logger = logging.getLogger("loraplex.frontend")
 
@@ -110,9 +111,10 @@ def serve(
     `before_wait` is called in each turn; it returns the most seconds to wait, or None.
     """
     next_tick, tenants = time.monotonic(), child.tenants
+    drain = ChildDrain(child)
     while not child.stopping:
         tick_s = max(0.0, next_tick - time.monotonic()) if frontend.needs_ticks else None
-        waits = (tick_s, frontend.flush_due_s, before_wait())
+        waits = (tick_s, frontend.flush_due_s, before_wait(), drain.follow(frontend))
         wait_s = min((wait for wait in waits if wait is not None), default=None)
         poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
         child.activity.begin()
@@ -128,7 +130,7 @@ def serve(
             frontend.tick()
             next_tick = time.monotonic() + TICK_S
         child.activity.end()
-    frontend.fail_all(child.dead_reason or "the engine was stopped")
+    frontend.fail_all(child.stop_reason or "the engine was stopped")
     clients.receive(frontend.on_frames)
     deadline = time.monotonic() + LINGER_MS / 1000
     while frontend.flush_due_s is not None and time.monotonic() < deadline:

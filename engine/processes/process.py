@@ -46,6 +46,7 @@ class Process:
         beat: its last sign of life.
         hang: how it hung, if it was killed for that.
         reported_hang: how it hangs, as another process reports; the watchdog judges it.
+        is_drained: no client has a request there, and none will be accepted.
     """
 
     spec: ProcessSpec
@@ -57,6 +58,7 @@ class Process:
     beat: ChildBeat | None = None
     hang: str = ""
     reported_hang: str = ""
+    is_drained: bool = False
     exited: threading.Event = field(default_factory=threading.Event)
 
     @classmethod

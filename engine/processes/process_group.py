@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -20,17 +19,19 @@ from loraplex.engine.ipc.child import read_frame
 from loraplex.engine.ipc.messages.frontend import EngineDead
 from loraplex.engine.ipc.messages.lifecycle import (
     ChildBeat,
+    ChildDrained,
     ChildFailed,
     ChildProgress,
     ChildReady,
     ChildStart,
     ChildStatus,
+    Drain,
     Shutdown,
     WorkerHangs,
 )
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.processes.addresses.shared_address import SharedAddress, open_addresses
-from loraplex.engine.processes.process import Environment, Process, ProcessSpec
+from loraplex.engine.processes.process import Process, ProcessSpec
 from loraplex.engine.processes.restart_policy import MAX_DEATHS, WINDOW_S, RestartPolicy
 from loraplex.engine.processes.watchdog import LOOK_S, Watchdog
 
@@ -46,42 +47,7 @@ CLIENT_KINDS = ("frontend", "http", "router")
 KINDS_TOLD = ("scheduler", *CLIENT_KINDS)
 """Processes that know the tenants."""
 
-HTTP_MODULE = "loraplex.entrypoints.http.main"
-
 logger = logging.getLogger("loraplex")
-
-
-def engine_processes(
-    config: EngineConfig,
-    worker_command: list[str] | None = None,
-    environment: Environment = (),
-    *,
-    scheduler_host: str = "",
-) -> list[ProcessSpec]:
-    """Returns a scheduler, a worker for each rank, and frontends, for ZeroMQ and HTTP.
-
-    Workers get the variables of `environment` too. The scheduler also listens on TCP at
-    `scheduler_host`, if that is given.
-    """
-    if not sys.executable:
-        raise ConfigError("there is no Python executable to start the engine's processes with")
-
-    python = [sys.executable, "-P", "-m"]
-
-    def module(name: str) -> list[str]:
-        return [*python, f"loraplex.engine.processes.{name}_main"]
-
-    worker = worker_command or module("worker")
-    numbers = range(config.server.num_frontends)
-    return [
-        *(
-            ProcessSpec("worker", rank, worker, environment)
-            for rank in range(config.parallel.tensor_parallel_size)
-        ),
-        ProcessSpec("scheduler", 0, module("scheduler"), host=scheduler_host),
-        *(ProcessSpec("frontend", i, module("frontend")) for i in numbers),
-        *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
-    ]
 
 
 class ProcessGroup:
@@ -118,6 +84,7 @@ class ProcessGroup:
         self._on_status = on_status
         self._lock = threading.Lock()  # guards the start of a process against the end of all
         self._stopping = threading.Event()
+        self._is_draining = self._is_killed = False
         self._restarts: dict[str, RestartPolicy] = {}  # by name; empty until allow_restarts()
         self._owner_pid = os.getpid()
 
@@ -162,17 +129,37 @@ class ProcessGroup:
     def of_kind(self, *kinds: str) -> list[Process]:
         return [process for process in self.processes if process.spec.kind in kinds]
 
-    def stop(self, timeout_s: float) -> None:
-        """End every process and wait for it; do nothing in a fork of the owner."""
+    def begin_drain(self, grace_s: float) -> None:
+        """Have the processes that serve clients accept requests for `grace_s` more.
+
+        One that dies from now on is not started again.
+        """
+        self._is_draining = True
+        for process in self.of_kind(*CLIENT_KINDS):
+            process.send(Drain(grace_s))
+
+    @property
+    def is_drained(self) -> bool:
+        """Tells whether all that drain have no request left, or are gone."""
+        return all(
+            process.is_drained or process.exited.is_set() for process in self.of_kind(*CLIENT_KINDS)
+        )
+
+    def stop(self, timeout_s: float, reason: str = "") -> None:
+        """End every process and wait for it; do nothing in a fork of the owner.
+
+        Requests that have not ended fail with `reason`.
+        """
         if os.getpid() != self._owner_pid:
             return
         if self._begin_stop():
-            self._end_all(Shutdown(), timeout_s)
+            self._end_all(Shutdown(reason), timeout_s)
         else:
             self.ended.wait()
 
     def kill(self) -> None:
-        """Send SIGKILL to all; the watching threads do the rest."""
+        """Send SIGKILL to all, and start none again. Call stop() then. Takes no lock."""
+        self._is_killed = True
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
 
@@ -204,6 +191,8 @@ class ProcessGroup:
                 self._tell(self._on_progress, f"{process.spec.name} is ready")
             elif isinstance(report, ChildFailed):
                 process.failed = report
+            elif isinstance(report, ChildDrained):
+                process.is_drained = True
             elif isinstance(report, ChildProgress):
                 self._tell(self._on_progress, f"{process.spec.name}: {report.text}")
             elif isinstance(report, ChildStatus):
@@ -222,6 +211,9 @@ class ProcessGroup:
                 if not process.exited.wait(KILL_WAIT_S):  # the kernel waits for a device or a disk
                     self._end_engine(process, f"{process.spec.name} {how} and cannot be killed")
 
+    def tell_status(self, text: str) -> None:
+        self._tell(self._on_status, text)
+
     def _tell(self, callback: Callable[[str], None] | None, text: str) -> None:
         if callback is not None:
             try:
@@ -232,9 +224,12 @@ class ProcessGroup:
     def _on_exit(self, process: Process) -> None:
         if process.failed is not None and process.failed.code == PeerGoneError.code:
             self.ended.wait(PEER_WAIT_S)  # the end of its peer says more: let it come first
-        if self._stopping.is_set():
+        if self._stopping.is_set() or self._is_killed:
             return
         reason = process.how_it_ended()
+        if self._is_draining and process.spec.kind in CLIENT_KINDS:
+            logger.warning("%s; the requests of its clients have failed", reason)
+            return
         restarts = self._restarts.get(process.spec.name)
         if restarts is not None:
             delay_s = restarts.on_death(time.monotonic())
@@ -251,7 +246,7 @@ class ProcessGroup:
             process.how_it_ended(),
             delay_s,
         )
-        if self._stopping.wait(delay_s):
+        if self._stopping.wait(delay_s) or self._is_draining:
             return
         try:
             with self._lock:

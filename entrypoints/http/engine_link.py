@@ -91,8 +91,9 @@ class EngineLink:
         return sum_of_frontends(self._start.run_dir)
 
     def check_serving(self) -> None:
-        """Raises HttpError (status 503) unless requests are accepted."""
-        _ = self.frontend
+        """Raises HttpError (status 503) while the engine starts or stops."""
+        if self.frontend.gate.is_closing:
+            raise HttpError(503, "the server is stopping: send requests to another one")
 
     async def wait_for_info(self) -> None:
         """Returns when the engine is ready."""

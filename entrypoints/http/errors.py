@@ -18,6 +18,7 @@ _STATUS = {
     "too_many_adapters": 429,
     "rate_limited": 429,
     "deadline": 503,
+    "draining": 503,
     "engine_dead": 503,
 }
 """HTTP status by the error code of docs/reference/protocol.md. Any other code is 500."""

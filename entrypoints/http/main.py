@@ -16,6 +16,7 @@ from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import FrontendHello
 from loraplex.engine.processes.addresses.http_address import http_endpoint
 from loraplex.engine.processes.addresses.shared_address import inherited_http_listener
+from loraplex.engine.processes.draining.child_drain import ChildDrain
 from loraplex.engine.processes.frontend_main import (
     give_large_buffers_back,
     raise_descriptor_limit,
@@ -27,6 +28,7 @@ from loraplex.entrypoints.http.socket_watch import SocketWatch
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close first
 GRACE_S = 1  # for the last errors to reach the clients
+DRAIN_LOOK_S = 0.1
 
 
 class _Server(uvicorn.Server):
@@ -117,7 +119,7 @@ async def _run(child: Child, connect: Connect) -> None:
         await _run_until_stopped(child, link)
         for task in others:
             task.cancel()
-        link.fail_all(child.dead_reason or "the engine was stopped")
+        link.fail_all(child.stop_reason or "the engine was stopped")
         server.should_exit = True
         await serving
     link.close()
@@ -128,8 +130,12 @@ async def _run(child: Child, connect: Connect) -> None:
 async def _run_until_stopped(child: Child, link: EngineLink) -> None:
     woken = asyncio.Event()
     asyncio.get_running_loop().add_reader(child.wakeup.fileno(), woken.set)
+    drain = ChildDrain(child)
     while not child.stopping:
-        await woken.wait()
+        if link.info is not None:
+            drain.follow(link.frontend)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(woken.wait(), None if child.drain is None else DRAIN_LOOK_S)
         woken.clear()
         child.wakeup.clear()
         link.run_ready()

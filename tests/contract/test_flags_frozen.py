@@ -44,8 +44,8 @@ TRACE = ["--alpha", "--lengths", "--popularity"]
 SERVED = [
     *ENGINE, "--adapter-root", "--api-keys", "--client-public-keys-dir", "--endpoint", "--insecure",
     "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
-    "--kv-events-config", "--max-requests-per-client", "--no-insecure",
-    "--server-secret-key-file", "--log-level",
+    "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
+    "--drain-grace", "--drain-timeout", "--kv-events-config",
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],

@@ -64,5 +64,17 @@ class ChildFailed(Message):
     text: str
 
 
+class Drain(Message):
+    """Accept requests for `grace_s` more, and report ChildDrained when the last one has ended."""
+
+    grace_s: float
+
+
+class ChildDrained(Message):
+    """The process accepts no requests, has none, and has sent all answers."""
+
+
 class Shutdown(Message):
     """Finish the message in hand and exit with status 0."""
+
+    reason: str = ""  # for the requests that have not ended

@@ -1,10 +1,7 @@
 """`loraplex cluster`: run several engines behind one endpoint."""
 
 import argparse
-import signal
 import sys
-import threading
-from types import FrameType
 
 from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.cli import flags
@@ -67,32 +64,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from loraplex.engine.adapters.paths import adapters_at_start
     from loraplex.engine.cluster.engine_cluster import EngineCluster
-    from loraplex.engine.tenants.hangup_reload import HangupReload
     from loraplex.entrypoints.cli.serve import describe
     from loraplex.entrypoints.offline.progress import ProgressLine
-
-    interrupted = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
 
     num_engines, max_engines = engines_of(args)
     config = flags.engine_config_of(args)
     num_adapters = len(adapters_at_start(config.adapter))
     progress = ProgressLine()
-    cluster = EngineCluster(
-        config,
-        num_engines=num_engines,
-        max_engines=max_engines,
-        placement=args.placement,
-        ray_address=args.ray_address,
-        on_progress=progress,
-    )
-    try:
-        cluster.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        hangup = HangupReload(cluster.reload_keys if config.server.has_keys else None)
+
+    def announce(cluster: EngineCluster) -> None:
         progress.close()
         engines = cluster.engines
         info = next(iter(engines.values())).info
@@ -103,15 +83,22 @@ def run(args: argparse.Namespace) -> int:
             lines.insert(1, f"  {'http':<9} http://{cluster.http_endpoint}/v1")
         lines.insert(1, f"  {'engines':<9} {len(engines)}{most}: {where}; each has:")
         print("\n".join(lines), flush=True)
-        while not interrupted.is_set() and cluster.wait(0.5) is None:
-            hangup.run_pending()
+
+    cluster = EngineCluster(
+        config,
+        num_engines=num_engines,
+        max_engines=max_engines,
+        placement=args.placement,
+        ray_address=args.ray_address,
+        on_progress=progress,
+    )
+    try:
+        status = cluster.serve(on_ready=announce)
     finally:
         progress.close()
-        cluster.stop()
     if cluster.dead_reason:
         print(f"loraplex: error: {cluster.dead_reason}", file=sys.stderr)
-        return 1
-    return 0
+    return status
 
 
 def engines_of(args: argparse.Namespace) -> tuple[int, int]:

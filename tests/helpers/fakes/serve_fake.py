@@ -1,7 +1,8 @@
 """A server's script for tests: serves a fake engine and prints what a test must know, as JSON.
 
-Arguments: the mode, then the fake worker's options. Modes: "serve" is what `loraplex serve` does;
-"thread" starts an engine in a thread without a main guard and ends without stopping it.
+Arguments: the mode, then the fake worker's options. Modes: "serve" is what `loraplex serve` does
+with --drain-timeout 0; "thread" starts an engine in a thread without a main guard and ends without
+stopping it.
 """
 
 import json
@@ -11,13 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from loraplex.engine.config import ServerConfig
 from loraplex.engine.processes.engine import Engine
 
 from helpers.fakes.fake_engine import fake_config
 from helpers.running.processes import leftovers, make_engine, run_dirs
 
 mode, *worker_options = sys.argv[1:]
-engine = make_engine(fake_config(), *worker_options)
+config = fake_config(server=ServerConfig(endpoint="", drain_timeout=0.0))
+engine = make_engine(config, *worker_options)
 before = run_dirs()
 
 

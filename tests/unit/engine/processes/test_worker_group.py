@@ -12,7 +12,7 @@ from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.channel import PeerGoneError, worker_identity
 from loraplex.engine.processes.in_process import InProcessEngine
-from loraplex.engine.processes.process_group import engine_processes
+from loraplex.engine.processes.launch.engine_processes import engine_processes
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
