@@ -257,6 +257,13 @@ class ServerConfig:
             "each of the n answers counted"
         },
     )
+    request_timeout: float = field(
+        default=0.0,
+        metadata={
+            "help": "longest time of a request, in seconds; 0: as long as it takes. "
+            "Its own timeout_s can only shorten it"
+        },
+    )
     drain_grace: float = field(
         default=0.0,
         metadata={
@@ -272,7 +279,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("drain_grace", "drain_timeout"):
+        for name in ("request_timeout", "drain_grace", "drain_timeout"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name} must be a number of seconds, or 0, got {getattr(self, name)}"

@@ -61,3 +61,22 @@ class ConnectionLostError(EngineDeadError):
     """
 
     code = "connection_lost"
+
+
+_BY_CODE: dict[str, type[LoraplexError]] = {
+    cls.code: cls
+    for cls in (
+        AdapterError,
+        UnknownAdapterError,
+        QueueFullError,
+        ConfigError,
+        EngineDeadError,
+        LoraplexError,
+    )
+}
+
+
+def error_from_reply(code: str, text: str) -> LoraplexError:
+    """Returns the exception that a client raises for an error reply."""
+    cls = _BY_CODE.get(code)
+    return cls(text) if cls is not None else client_error(code, text)

@@ -4,6 +4,7 @@ A check takes the decoded value and returns the value to keep. It raises TypeErr
 OverflowError with a text that continues "<field>: ".
 """
 
+import math
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,15 @@ def int32(value: Any) -> int:
     if not -(2**31) <= value < 2**31:
         raise ValueError(f"must fit 32 bits, got {value}")
     return value
+
+
+def seconds(value: Any) -> float:
+    """Returns a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"must be a number, got {type_name(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"must be a number of seconds above 0, got {short(value)}")
+    return float(value)
 
 
 def token_ids(value: Any) -> "array[int]":

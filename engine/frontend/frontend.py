@@ -84,8 +84,7 @@ class Frontend:
             adapters=AdapterLookup(self._mixes, self._folders),
             scheduler=self._scheduler,
             reply=self._reply,
-            max_requests_per_client=config.server.max_requests_per_client,
-            is_private=not config.server.endpoint,
+            server=config.server,
             wakeup=wakeup,
         )
         self.histograms = self._requests.histograms = histograms or RequestHistograms()
@@ -249,8 +248,12 @@ class Frontend:
         return not (len(self._clients) or self._requests.num_unfinished)
 
     def tick(self) -> None:
-        """Probes silent clients. Call it about once a second while `needs_ticks`."""
+        """Probes silent clients, and fails requests whose time is over.
+
+        Call it about once a second while `needs_ticks`.
+        """
         self._clients.tick()
+        self._requests.expire()
         self._scheduler.flush()
 
     def fail_all(self, reason: str) -> None:

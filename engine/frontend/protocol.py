@@ -9,8 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
-from loraplex.engine import errors
-from loraplex.engine.errors import ClientError, LoraplexError, client_error
+from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import field_checks
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElementsError, unpack
 from loraplex.engine.frontend.field_checks import short
@@ -61,6 +60,7 @@ class GenerateRequest:
     tenant: str = field(default="", metadata=_TENANT)
     priority: int = field(default=0, metadata={"check": field_checks.int32})
     stream: bool = field(default=True, metadata=_FLAG)
+    timeout_s: float | None = field(default=None, metadata={"check": field_checks.seconds})
     use_prefix_cache: bool = field(default=True, metadata=_FLAG)
     return_prompt_token_ids: bool = field(default=False, metadata=_FLAG)
 
@@ -328,22 +328,3 @@ def aborted_reply(request_id: str, num_sequences: int) -> dict[str, Any]:
         "finished": True,
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0},
     }
-
-
-_ERRORS_BY_CODE: dict[str, type[LoraplexError]] = {
-    cls.code: cls
-    for cls in (
-        errors.AdapterError,
-        errors.UnknownAdapterError,
-        errors.QueueFullError,
-        errors.ConfigError,
-        errors.EngineDeadError,
-        LoraplexError,
-    )
-}
-
-
-def error_from_reply(code: str, text: str) -> LoraplexError:
-    """Returns the exception that a client raises for an error reply."""
-    cls = _ERRORS_BY_CODE.get(code)
-    return cls(text) if cls is not None else client_error(code, text)

@@ -1,11 +1,13 @@
 """Writes one log line for each request that ends, at level info."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 
 from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.outputs import OutputProcessor
+from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.scheduler.frontend_protocol import SequenceOutput
 
 logger = logging.getLogger("loraplex.requests")
@@ -13,8 +15,12 @@ logger = logging.getLogger("loraplex.requests")
 
 @dataclass(slots=True)
 class RequestTimes:
-    """The times of a request in seconds after its arrival; -1 until they are known."""
+    """The times of a request in seconds after its arrival; -1 until they are known.
 
+    It must end within `timeout_s`.
+    """
+
+    timeout_s: float = math.inf
     arrival_time: float = field(default_factory=time.time)  # seconds since 1970
     queued_s: float = -1.0  # when the first of its sequences was admitted
     first_token_s: float = -1.0
@@ -25,6 +31,10 @@ class RequestTimes:
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._arrived_at
+
+    @property
+    def is_over(self) -> bool:
+        return self.elapsed_s >= self.timeout_s
 
     def on_output(self, output: SequenceOutput) -> float | None:
         """Note the time of an output that has tokens.
@@ -51,8 +61,7 @@ class RequestTimes:
 
 
 def log_end(
-    request_id: str,
-    adapter: str,
+    message: GenerateRequest,
     outputs: OutputProcessor | None,
     *,
     reason: str,
@@ -61,8 +70,7 @@ def log_end(
     """Log the end of a request.
 
     Args:
-        request_id: chosen by the client; it is quoted and cut, so that it cannot forge lines.
-        adapter: registered name; empty for the base model.
+        message: its id, chosen by the client, is quoted and cut, so that it cannot forge lines.
         outputs: None if the prompt was not tokenized yet.
         reason: a finish reason, an error code, or "client left".
     """
@@ -79,6 +87,6 @@ def log_end(
     logger.info(
         "request %s: adapter %s, tokens: prompt %d, cached %d, output %d; first token %s, "
         "total %.0f ms; %s",
-        short(request_id), adapter or "none", num_prompt, num_cached, num_output, first,
-        times.elapsed_s * 1e3, reason,
+        short(message.request_id), message.adapter_label or "none", num_prompt, num_cached,
+        num_output, first, times.elapsed_s * 1e3, reason,
     )  # fmt: skip

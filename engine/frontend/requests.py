@@ -1,6 +1,7 @@
 """Tracks a frontend's requests from the client's message to the last output."""
 
 import itertools
+import math
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
@@ -56,23 +58,18 @@ class RequestTable:
         adapters: AdapterLookup,
         scheduler: SchedulerLink,
         reply: Reply,
-        max_requests_per_client: int,
-        is_private: bool,
+        server: ServerConfig,
         wakeup: Wakeup,
     ) -> None:
-        """Makes an empty table.
-
-        Args:
-            is_private: there is one client, which may fill the scheduler's queue.
-            wakeup: is set when a pooled prompt is ready for start_tokenized().
-        """
+        """Makes an empty table. `wakeup` is set when a prompt is ready for start_tokenized()."""
         self._inputs = inputs
         self._new_outputs = OutputFactory(codec).make
         self._adapters = adapters
         self._scheduler = scheduler
         self._reply = reply
-        self._max_requests_per_client = max_requests_per_client
-        self._is_private = is_private
+        self._max_requests_per_client = server.max_requests_per_client
+        self._max_timeout_s = server.request_timeout or math.inf
+        self._is_private = not server.endpoint  # one client, which may fill the scheduler's queue
         self._wakeup = wakeup
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._tokenized: deque[tuple[_Request, array[int] | ClientError]] = deque()
@@ -107,7 +104,9 @@ class RequestTable:
         pooled = length > POOL_PROMPT_CHARS
         if pooled and not self._texts.take(payer, length):
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
-        request = _Request(client, message, self._inputs.seed_of(message.sampling_params), payer)
+        seed = self._inputs.seed_of(message.sampling_params)
+        times = RequestTimes(min(message.timeout_s or math.inf, self._max_timeout_s))
+        request = _Request(client, message, seed, payer, times=times)
         self._num_sequences[client] += message.sampling_params.n
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
@@ -122,8 +121,7 @@ class RequestTable:
         One with a large n is accepted where the client has no other.
         """
         num_own, n = self._num_sequences[client], message.sampling_params.n
-        limit = self._max_requests_per_client
-        if num_own and num_own + n > limit:
+        if num_own and num_own + n > (limit := self._max_requests_per_client):
             raise client_error(
                 "too_many_requests",
                 f"this client has {num_own} unfinished requests and asks for {n} more; "
@@ -297,6 +295,13 @@ class RequestTable:
             completion.abort()
         self._send_reply(request, request.outputs.take_reply())
 
+    def expire(self) -> None:
+        """Fails the requests whose time is over. Call it about once a second."""
+        requests = (request for mine in self._by_client.values() for request in mine.values())
+        for late in [request for request in requests if request.times.is_over]:
+            text = f"the request did not end within {late.times.timeout_s:g} s (timeout_s)"
+            self._fail(late, "timeout", text)
+
     def drop_client(self, client: bytes) -> list[str]:
         """Ends every request of the client without a reply. Returns their ids."""
         mine = self._by_client.get(client, {})
@@ -333,8 +338,7 @@ class RequestTable:
     def _drop(self, request: _Request, reason: str) -> list[int]:
         """Removes a request and logs why it ended. Returns the ids of its unfinished sequences."""
         message, outputs = request.message, request.outputs
-        label = message.adapter_label
-        log_end(message.request_id, label, outputs, reason=reason, times=request.times)
+        log_end(message, outputs, reason=reason, times=request.times)
         self.histograms.count_ends(reason, outputs, message.sampling_params.n)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)

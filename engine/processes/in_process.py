@@ -34,6 +34,7 @@ from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.engine.processes.worker_main import WorkerLike, send_events
 
 CLIENT = b"client"
+TICK_S = 1.0
 
 
 class InProcessEngine:
@@ -91,6 +92,7 @@ class InProcessEngine:
         self._poller = zmq.Poller()
         self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
         self._activity = Activity()
+        self._next_tick = 0.0
         self._closed = False
 
     def send(self, message: dict[str, Any]) -> None:
@@ -114,7 +116,9 @@ class InProcessEngine:
         return replies
 
     def _take_reply(self, client: bytes, data: bytes) -> None:
-        self._replies.append(msgpack.unpackb(data, strict_map_key=False))
+        reply = msgpack.unpackb(data, strict_map_key=False)
+        if reply["type"] != "ping":  # this client does not leave unseen
+            self._replies.append(reply)
 
     def is_lost(self) -> bool:
         return self._closed
@@ -122,6 +126,9 @@ class InProcessEngine:
     def step(self) -> bool:
         """Run one turn of every part; False if there was nothing to do."""
         self._frontend.run_ready()
+        if time.monotonic() >= self._next_tick:
+            self._frontend.tick()
+            self._next_tick = time.monotonic() + TICK_S
         busy = self._loop.turn()
         for _, command in self._worker_end.receive():
             self._worker.handle(command)

@@ -42,7 +42,7 @@ class AsyncClient:
         self._connecting = asyncio.Lock()
         self._queues: dict[str, asyncio.Queue[RequestResult | Message]] = {}
 
-    async def generate(
+    async def generate(  # noqa: PLR0913  # they are keys of the protocol
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -53,6 +53,7 @@ class AsyncClient:
         priority: int = 0,
         stream: bool = True,
         timeout_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields outputs of the request's `output_kind`; see Client.generate.
 
@@ -67,6 +68,7 @@ class AsyncClient:
             salt=salt,
             priority=priority,
             stream=stream,
+            deadline_s=deadline_s,
         )
         queue = self._queues[request_id] = asyncio.Queue()
         is_sent = False

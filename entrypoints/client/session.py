@@ -4,8 +4,7 @@ import itertools
 import operator
 from typing import Any, Protocol
 
-from loraplex.engine.errors import LoraplexError
-from loraplex.engine.frontend.protocol import error_from_reply
+from loraplex.engine.errors import LoraplexError, error_from_reply
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
 from loraplex.entrypoints.client.lora_mix import LoRA, LoRAMix
 from loraplex.entrypoints.client.lora_request import LoRARequest
@@ -68,6 +67,7 @@ class ClientSession:
         salt: str,
         priority: int,
         stream: bool,
+        deadline_s: float | None = None,
     ) -> tuple[str, Message]:
         """Begins a request. Returns its id and the message to send.
 
@@ -92,6 +92,7 @@ class ClientSession:
             "priority": priority,
             "stream": stream,
             "return_prompt_token_ids": "prompt_token_ids" not in fields,
+            "timeout_s": deadline_s,
         }
         request = RequestOutput(
             request_id,

@@ -51,7 +51,7 @@ class Client:
             timeout_s=timeout_s,
         )
 
-    def generate(
+    def generate(  # noqa: PLR0913  # they are keys of the protocol
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -62,6 +62,7 @@ class Client:
         priority: int = 0,
         stream: bool = True,
         timeout_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> Iterator[RequestOutput]:
         """Yields outputs of the request's `output_kind` until it has finished.
 
@@ -74,6 +75,8 @@ class Client:
             priority: lower is earlier.
             stream: False means the same as RequestOutputKind.FINAL_ONLY.
             timeout_s: the longest wait for each output.
+            deadline_s: the server fails the request with the code "timeout" if it has not ended
+                by then, in seconds after its arrival; the protocol's `timeout_s`.
 
         Raises:
             TimeoutError: no output came in `timeout_s`; the request is cancelled.
@@ -86,6 +89,7 @@ class Client:
             salt=salt,
             priority=priority,
             stream=stream,
+            deadline_s=deadline_s,
         )
         queue = self._connection.inbox.open_queue(request_id)
         try:
@@ -137,6 +141,7 @@ class Client:
         salt: str = "",
         priority: int = 0,
         stream: bool = False,
+        deadline_s: float | None = None,
     ) -> str:
         """Sends a request and returns its id at once. poll() returns its results.
 
@@ -150,6 +155,7 @@ class Client:
             salt=salt,
             priority=priority,
             stream=stream,
+            deadline_s=deadline_s,
         )
         self._connection.send_request(request_id, message)
         self._connection.inbox.submitted.add(request_id)

@@ -19,6 +19,7 @@ _STATUS = {
     "rate_limited": 429,
     "deadline": 503,
     "draining": 503,
+    "timeout": 504,
     "engine_dead": 503,
 }
 """HTTP status by the error code of docs/reference/protocol.md. Any other code is 500."""
@@ -33,6 +34,7 @@ _TYPES = {
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 
 

@@ -46,6 +46,7 @@ SERVED = [
     "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
     "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
     "--drain-grace", "--drain-timeout", "--kv-events-config",
+    "--request-timeout",
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],

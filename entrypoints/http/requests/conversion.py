@@ -130,6 +130,7 @@ def _common(body: GenerationBody, adapter: str, params: Message) -> Message:
         "salt": body.cache_salt or "",
         "priority": body.priority or 0,
         "stream": bool(body.stream),
+        "timeout_s": body.timeout_s,
     }
 
 

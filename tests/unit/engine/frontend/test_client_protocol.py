@@ -13,6 +13,7 @@ from loraplex.engine.errors import (
     LoraplexError,
     QueueFullError,
     UnknownAdapterError,
+    error_from_reply,
 )
 from loraplex.engine.frontend import protocol
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
@@ -201,7 +202,7 @@ def test_random_bytes_are_refused_or_a_map(frame: bytes) -> None:
     ],
 )
 def test_codes_become_exceptions_that_keep_their_code(code: str, cls: type) -> None:
-    error = protocol.error_from_reply(code, "text")
+    error = error_from_reply(code, "text")
     assert type(error) is cls
     assert error.code == code
     assert str(error) == "text"
