@@ -41,8 +41,8 @@ How to write values on the command line:
 - A flag that is on or off has two forms: `--enforce-eager` and `--no-enforce-eager`.
 - A flag that takes pairs may be repeated: `--adapter a=/adapters/a --adapter b=/adapters/b`.
 
-No environment variable changes what the engine does. `LORAPLEX_LOG_LEVEL` sets the log level of
-its processes.
+No environment variable changes what the engine does. `LORAPLEX_LOG_LEVEL` and `LORAPLEX_LOG_FORMAT` set
+the level and the form of the logs of its processes; `--log-level` and `--log-format` set them for you.
 """
 
 

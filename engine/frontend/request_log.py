@@ -67,7 +67,7 @@ def log_end(
     reason: str,
     times: RequestTimes,
 ) -> None:
-    """Log the end of a request.
+    """Log the end of a request, as one text or one JSON object.
 
     Args:
         message: its id, chosen by the client, is quoted and cut, so that it cannot forge lines.
@@ -81,12 +81,23 @@ def log_end(
         num_prompt = outputs.num_prompt_tokens
         num_cached = outputs.completions[0].num_cached_tokens
         num_output = sum(completion.num_tokens for completion in outputs.completions)
-    first = "none"
-    if times.first_token_s >= 0:
-        first = f"{times.first_token_s * 1e3:.0f} ms"
+    first = "none" if times.first_token_s < 0 else f"{times.first_token_s * 1e3:.0f} ms"
+    known = times.to_wire()
+    fields = {
+        "event": "request",
+        "request_id": message.request_id,
+        "adapter": message.adapter_label,
+        "tenant": message.tenant,
+        "reason": reason,
+        "prompt_tokens": num_prompt,
+        "cached_tokens": num_cached,
+        "output_tokens": num_output,
+        **{name: None if value is None else round(value, 6) for name, value in known.items()},
+        "total_s": round(times.elapsed_s, 6),
+    }
     logger.info(
         "request %s: adapter %s, tokens: prompt %d, cached %d, output %d; first token %s, "
         "total %.0f ms; %s",
         short(message.request_id), message.adapter_label or "none", num_prompt, num_cached,
-        num_output, first, times.elapsed_s * 1e3, reason,
+        num_output, first, times.elapsed_s * 1e3, reason, extra={"fields": fields},
     )  # fmt: skip

@@ -23,6 +23,7 @@ from loraplex.engine.errors import LoraplexError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import Wakeup
+from loraplex.engine.ipc.log_setup import set_up_logging
 from loraplex.engine.ipc.messages.frontend import EngineDead, EngineInfo
 from loraplex.engine.ipc.messages.lifecycle import (
     ChildDrained,
@@ -176,16 +177,6 @@ def run_child(body: Callable[[Child], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # do not wait for threads inside libraries; everything important is closed
-
-
-def set_up_logging(name: str) -> None:
-    """Log to standard error with the process's name, at the level of LORAPLEX_LOG_LEVEL."""
-    level = os.environ.get("LORAPLEX_LOG_LEVEL", "WARNING").upper()
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level if level in logging.getLevelNamesMapping() else "WARNING",
-        format=f"%(asctime)s %(levelname)s {name}: %(message)s",
-    )
 
 
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}

@@ -16,7 +16,7 @@ from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive
 from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.adapters.target import AdapterTarget, modules_of
 from loraplex.engine.errors import AdapterError
-from loraplex.engine.ipc.child import set_up_logging
+from loraplex.engine.ipc.log_setup import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
     AdapterPacked,
     HostMemory,

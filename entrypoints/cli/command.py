@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 
 from loraplex.engine.errors import ConfigError, LoraplexError
-from loraplex.entrypoints.cli.logging_setup import LEVELS, configure_logging
+from loraplex.engine.ipc.json_formatter import json_line
+from loraplex.engine.ipc.log_setup import LOG_FORMATS, writes_json
+from loraplex.entrypoints.cli.output.logging_setup import LEVELS, configure_logging
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 """Exit statuses besides 0: failed while running, wrong flags or configuration, Ctrl-C."""
@@ -20,9 +22,18 @@ def add_log_level(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        help="form of log records and of what the server says; json: an object a line "
+        "(default: text)",
+    )
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Run `args.command`, which the parser has set; returns the exit status."""
-    configure_logging(args.log_level)
+    configure_logging(args.log_level, getattr(args, "log_format", None))
     command: Command = args.command
     try:
         return command(args)
@@ -37,6 +48,14 @@ def run_command(args: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
+def print_failure(reason: object) -> None:
+    """Say on standard error why the command fails."""
+    text = f"loraplex: error: {reason}"
+    if writes_json():
+        text = json_line("", "error", event="failed", message=str(reason))
+    print(text, file=sys.stderr, flush=True)
+
+
 def _fail(error: Exception, status: int) -> int:
-    print(f"loraplex: error: {error}", file=sys.stderr)
+    print_failure(error)
     return status

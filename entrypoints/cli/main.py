@@ -9,7 +9,7 @@ from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.adapters import add_adapters
 from loraplex.entrypoints.cli.bench import add_bench
 from loraplex.entrypoints.cli.cluster.cluster import add_cluster
-from loraplex.entrypoints.cli.command import add_log_level, run_command
+from loraplex.entrypoints.cli.command import add_log_format, add_log_level, run_command
 from loraplex.entrypoints.cli.completion import add_completion
 from loraplex.entrypoints.cli.keys import add_keys
 
@@ -51,6 +51,7 @@ def _add_serve(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None
         "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
     )
     add_log_level(parser)
+    add_log_format(parser)
     flags.add_engine_flags(parser, offline=False)
     parser.set_defaults(command=_serve)
 

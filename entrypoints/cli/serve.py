@@ -1,44 +1,35 @@
 """`loraplex serve`: run an engine on an endpoint until Ctrl-C or SIGTERM."""
 
-import select
-import sys
-import time
-
 import loraplex
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.ipc.log_setup import writes_json
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
-from loraplex.entrypoints.offline.progress import ProgressLine
+from loraplex.entrypoints.cli.command import print_failure
+from loraplex.entrypoints.cli.output.server_output import ServerOutput
 from loraplex.scheduler.worker_protocol import WorkerReady
 
 
 def run(config: EngineConfig) -> int:
     """Serve until SIGINT or SIGTERM; returns 0 then, or 1 if a process died."""
-    progress = ProgressLine()
+    output = ServerOutput(as_json=writes_json())
     adapters = adapters_at_start(config.adapter)
 
     def announce(engine: Engine) -> None:
-        progress.close()
         lines = describe(engine.endpoint, config, engine.info, len(adapters))
         if engine.http_endpoint:
             lines.insert(1, f"  {'http':<9} http://{engine.http_endpoint}/v1")
-        print("\n".join(lines), flush=True)
+        output.ready(lines, endpoint=engine.endpoint, http=engine.http_endpoint)
 
-    engine = Engine(config, on_progress=progress, on_status=print_status)
+    engine = Engine(config, on_progress=output.progress, on_status=output.status)
     try:
         status = engine.serve(on_ready=announce)
     finally:
-        progress.close()
+        output.close()
     if engine.dead_reason:
-        print(f"loraplex: error: {engine.dead_reason}", file=sys.stderr)
+        print_failure(engine.dead_reason)
     return status
-
-
-def print_status(text: str) -> None:
-    """Print a line with the time of day, unless standard output is a pipe that nobody reads."""
-    if select.select([], [sys.stdout], [], 0)[1]:
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def describe(endpoint: str, config: EngineConfig, info: EngineInfo, num_adapters: int) -> list[str]:

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from loraplex.entrypoints.http.answers.base_answer import DONE, event, to_json
 from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Exchange
+from loraplex.entrypoints.http.requests.request_ids import HEADER
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -27,8 +28,10 @@ class JsonResponse(Response):
         super().__init__(to_json(value), status_code=status, headers=headers)
 
 
-def error_response(error: HttpError) -> JsonResponse:
-    return JsonResponse(error.body, error.status, error.headers)
+def error_response(error: HttpError, request_id: str = "") -> JsonResponse:
+    """Returns the answer to a request that fails; "" for an id that is not known."""
+    headers = {**error.headers, **({HEADER: request_id} if request_id else {})}
+    return JsonResponse(error.body, error.status, headers)
 
 
 class AnswerResponse(Response):
@@ -49,20 +52,23 @@ class AnswerResponse(Response):
             try:
                 data = await exchange.read()
             except HttpError as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, exchange.request_id)(scope, receive, send)
                 return
             if not data:
                 return  # the client has left
             if exchange.streams:
                 await self._stream(data, send)
             else:
-                await Response(data, media_type="application/json")(scope, receive, send)
+                headers = {HEADER: exchange.request_id}
+                answer = Response(data, media_type="application/json", headers=headers)
+                await answer(scope, receive, send)
         finally:
             watch.cancel()
             exchange.close()
 
     async def _stream(self, data: bytes, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+        headers = [*EVENT_HEADERS, (HEADER.encode(), self._exchange.request_id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         while data:
             ends = self._exchange.ended and self._exchange.failure is None
             await send({"type": "http.response.body", "body": data, "more_body": not ends})

@@ -16,6 +16,7 @@ from loraplex.entrypoints.http.api_key_gate import ApiKeyGate
 from loraplex.entrypoints.http.engine_link import EngineLink
 from loraplex.entrypoints.http.errors import HttpError, of_client_error
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
+from loraplex.entrypoints.http.requests.request_ids import echoed_id
 from loraplex.entrypoints.http.routes.adapter_routes import AdapterRoutes
 from loraplex.entrypoints.http.routes.generation_routes import GenerationRoutes
 from loraplex.entrypoints.http.routes.metrics_routes import MetricsRoutes
@@ -73,18 +74,18 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
-    return error_response(error)
+    return error_response(error, echoed_id(request))
 
 
 async def _on_client_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ClientError)
-    return error_response(of_client_error(error))
+    return error_response(of_client_error(error), echoed_id(request))
 
 
 async def _on_starlette_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    return error_response(HttpError(error.status_code, text))
+    return error_response(HttpError(error.status_code, text), echoed_id(request))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -93,4 +94,5 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     """Answers; Starlette then raises the error again, and uvicorn logs it."""
-    return error_response(HttpError(500, "internal error: see the server's log"))
+    failure = HttpError(500, "internal error: see the server's log")
+    return error_response(failure, echoed_id(request))

@@ -20,6 +20,7 @@ from loraplex.engine.processes.frontend_main import seed_salt
 from loraplex.entrypoints.http.current_tenant import current_tenant
 from loraplex.entrypoints.http.errors import HttpError
 from loraplex.entrypoints.http.exchange import Answer, Exchange, ExchangeTable, Query
+from loraplex.entrypoints.http.requests.request_ids import prompt_ids
 
 TICK_S = 1.0
 TURN_S = 0.01
@@ -104,7 +105,7 @@ class EngineLink:
         await self._failed
 
     async def start(self, answer: Answer, messages: list[dict[str, Any]]) -> Exchange:
-        """Starts one engine request for each message. Their `request_id` is their number.
+        """Starts one engine request for each message. Gives them their `request_id`.
 
         They are the tenant's whose key the current HTTP request has shown.
         Lets the event loop turn every TURN_S, so that many prompts hold up nobody.
@@ -118,10 +119,11 @@ class EngineLink:
         is_mix = "adapters" in messages[0] or messages[0].get("adapter") in mixes
         exchange = Exchange(self._table, answer, len(messages), is_mix=is_mix)
         tenant, turn_end = current_tenant.get(), time.monotonic() + TURN_S
-        for message in messages:
+        ids = prompt_ids(answer.request_id, len(messages))
+        for request_id, message in zip(ids, messages, strict=True):
             if exchange.ended:
                 break
-            frontend.on_message(exchange.client, message, tenant)
+            frontend.on_message(exchange.client, {**message, "request_id": request_id}, tenant)
             if time.monotonic() >= turn_end:
                 self._check_socket()
                 await asyncio.sleep(0)

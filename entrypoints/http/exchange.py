@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.clients import Requests
 from loraplex.entrypoints.http.errors import HttpError, http_error, unknown_model
+from loraplex.entrypoints.http.requests.request_ids import index_of
 
 MAX_UNREAD_BYTES = 4 << 20  # kept for one HTTP request whose client reads slowly
 MAX_UNREAD_BYTES_IN_ALL = 256 << 20
@@ -20,10 +21,12 @@ class Answer(Protocol):
 
     Attributes:
         model: the name by which the request called its model.
+        request_id: the id of the HTTP request.
         streams: True if the body is a stream of events.
     """
 
     model: str
+    request_id: str
     streams: bool
 
     def add(self, index: int, reply: dict[str, Any]) -> bytes:
@@ -163,11 +166,12 @@ class Exchange:
         """`is_mix`: the request names several adapters, by other names than its model's."""
         self.failure: HttpError | None = None
         self.streams = answer.streams
+        self.request_id = answer.request_id
         self.client = table.add(self)
         self._table = table
         self._answer = answer
         self._is_mix = is_mix
-        self._num_unfinished = num_prompts
+        self._num_prompts = self._num_unfinished = num_prompts
         self._chunks: list[bytes] = []
         self._num_bytes = 0
         self._ended = False
@@ -187,7 +191,8 @@ class Exchange:
             error = error_of(reply)
             self._fail(unknown_model(self._answer.model) if unknown else error)
             return
-        self._push(self._answer.add(int(reply["request_id"]), reply))
+        index = index_of(reply["request_id"], self._num_prompts)
+        self._push(self._answer.add(index, reply))
         if reply["finished"] and not self._ended:
             self._num_unfinished -= 1
             if not self._num_unfinished:

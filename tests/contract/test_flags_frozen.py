@@ -45,8 +45,8 @@ SERVED = [
     *ENGINE, "--adapter-root", "--api-keys", "--client-public-keys-dir", "--endpoint", "--insecure",
     "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
     "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
-    "--drain-grace", "--drain-timeout", "--kv-events-config",
-    "--request-timeout",
+    "--drain-grace", "--drain-timeout", "--request-timeout", "--log-format",
+    "--kv-events-config",
 ]  # fmt: skip
 FROZEN = {
     "serve": [*SERVED, "--http", "--num-frontends", "--served-model-name"],

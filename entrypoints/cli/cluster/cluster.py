@@ -1,12 +1,12 @@
 """`loraplex cluster`: run several engines behind one endpoint."""
 
 import argparse
-import sys
 
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.ipc.log_setup import writes_json
 from loraplex.entrypoints.cli import flags
 from loraplex.entrypoints.cli.cluster.cluster_status import add_status
-from loraplex.entrypoints.cli.command import add_log_level
+from loraplex.entrypoints.cli.command import add_log_format, add_log_level, print_failure
 from loraplex.scheduler.placement.placement import POLICIES
 
 
@@ -52,6 +52,7 @@ def add_cluster(commands: "argparse._SubParsersAction[flags.FlagParser]") -> Non
         "processes (default: local if Ray is installed, else none)",
     )
     add_log_level(parser)
+    add_log_format(parser)
     flags.add_engine_flags(parser, offline=False)
     parser.set_defaults(command=run)
 
@@ -64,16 +65,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from loraplex.engine.adapters.paths import adapters_at_start
     from loraplex.engine.cluster.engine_cluster import EngineCluster
+    from loraplex.entrypoints.cli.output.server_output import ServerOutput
     from loraplex.entrypoints.cli.serve import describe
-    from loraplex.entrypoints.offline.progress import ProgressLine
 
     num_engines, max_engines = engines_of(args)
     config = flags.engine_config_of(args)
     num_adapters = len(adapters_at_start(config.adapter))
-    progress = ProgressLine()
+    output = ServerOutput(as_json=writes_json())
 
     def announce(cluster: EngineCluster) -> None:
-        progress.close()
         engines = cluster.engines
         info = next(iter(engines.values())).info
         lines = describe(cluster.endpoint, config, info, num_adapters)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if cluster.http_endpoint:
             lines.insert(1, f"  {'http':<9} http://{cluster.http_endpoint}/v1")
         lines.insert(1, f"  {'engines':<9} {len(engines)}{most}: {where}; each has:")
-        print("\n".join(lines), flush=True)
+        output.ready(lines, endpoint=cluster.endpoint, http=cluster.http_endpoint)
 
     cluster = EngineCluster(
         config,
@@ -90,14 +90,14 @@ def run(args: argparse.Namespace) -> int:
         max_engines=max_engines,
         placement=args.placement,
         ray_address=args.ray_address,
-        on_progress=progress,
+        on_progress=output.progress,
     )
     try:
         status = cluster.serve(on_ready=announce)
     finally:
-        progress.close()
+        output.close()
     if cluster.dead_reason:
-        print(f"loraplex: error: {cluster.dead_reason}", file=sys.stderr)
+        print_failure(cluster.dead_reason)
     return status
 
 

@@ -1,6 +1,5 @@
 """Builds what the answers of completions and chats have in common: head, events and usage."""
 
-import secrets
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -28,6 +27,7 @@ class BaseAnswer(ABC):
 
     Attributes:
         model: the name by which the request called its model.
+        request_id: the id of the HTTP request.
         streams: True for events.
     """
 
@@ -36,22 +36,30 @@ class BaseAnswer(ABC):
     chunk = ""  # "object" of an event
 
     def __init__(
-        self, *, model: str, streams: bool, include_usage: bool, shows_tokens: bool
+        self,
+        *,
+        model: str,
+        request_id: str,
+        streams: bool,
+        include_usage: bool,
+        shows_tokens: bool,
     ) -> None:
         """Makes an answer without choices.
 
         Args:
+            request_id: becomes a part of the answer's id.
             include_usage: a stream ends with the usage, and each event before has usage null.
             shows_tokens: tokens without text show too, by logprobs or ids.
         """
         self._shows_tokens = shows_tokens
         self.model = model
+        self.request_id = request_id
         self.streams = streams
         self._include_usage = include_usage
         self._choices: list[dict[str, Any]] = []
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
         self._head = {
-            "id": f"{self.prefix}-{secrets.token_hex(16)}",
+            "id": f"{self.prefix}-{request_id}",
             "object": self.chunk if streams else self.whole,
             "created": int(time.time()),
             "model": model,

@@ -22,6 +22,7 @@ class ChatAnswer(BaseAnswer):
         body: ChatBody,
         *,
         model: str,
+        request_id: str,
         codec: TextCodec | None,
         make_parser: Callable[[], ToolParser] | None = None,
     ) -> None:
@@ -29,6 +30,7 @@ class ChatAnswer(BaseAnswer):
         options = body.stream_options
         super().__init__(
             model=model,
+            request_id=request_id,
             streams=bool(body.stream),
             include_usage=options is not None and options.include_usage,
             shows_tokens=bool(body.logprobs or body.return_token_ids),

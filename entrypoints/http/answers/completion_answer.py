@@ -27,6 +27,7 @@ class CompletionAnswer(BaseAnswer):
         body: CompletionBody,
         *,
         model: str,
+        request_id: str,
         codec: TextCodec | None,
         messages: list[dict[str, Any]],
     ) -> None:
@@ -34,6 +35,7 @@ class CompletionAnswer(BaseAnswer):
         options = body.stream_options
         super().__init__(
             model=model,
+            request_id=request_id,
             streams=bool(body.stream),
             include_usage=options is not None and options.include_usage,
             shows_tokens=bool(body.logprobs is not None or body.return_token_ids),

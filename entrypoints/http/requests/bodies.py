@@ -44,6 +44,7 @@ class GenerationBody(BaseModel):
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    request_id: str | None = None  # the header X-Request-Id goes before it
     timeout_s: float | None = None  # as in the ZeroMQ protocol
     lora_path: str | None = None  # SGLang's: the name of an adapter
     adapters: list[dict[str, Any]] | None = None  # a mix, as in the ZeroMQ protocol

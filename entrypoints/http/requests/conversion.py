@@ -49,8 +49,8 @@ def completion_messages(body: CompletionBody, adapter: str, defaults: Message) -
     common = _common(body, adapter, params)
     needs_ids = bool(body.echo or body.return_token_ids)
     return [
-        {**common, **prompt, "request_id": str(i), "return_prompt_token_ids": needs_ids}
-        for i, prompt in enumerate(_prompts(body.prompt))
+        {**common, **prompt, "return_prompt_token_ids": needs_ids}
+        for prompt in _prompts(body.prompt)
     ]
 
 
@@ -95,7 +95,6 @@ def chat_message(
         **_common(body, adapter, params),
         **_fields(body, _CHAT),
         "messages": body.messages,
-        "request_id": "0",
         "return_prompt_token_ids": bool(body.return_token_ids),
     }
 

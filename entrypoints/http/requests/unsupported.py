@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-     "modalities", "request_id", "spaces_between_special_tokens")
+     "modalities", "spaces_between_special_tokens")
 )  # fmt: skip
 """Fields that clients send and that mean nothing here."""
 

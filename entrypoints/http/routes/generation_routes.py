@@ -11,6 +11,7 @@ from loraplex.entrypoints.http.engine_link import EngineLink
 from loraplex.entrypoints.http.requests.bodies import ChatBody, CompletionBody
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
 from loraplex.entrypoints.http.requests.conversion import chat_message, completion_messages
+from loraplex.entrypoints.http.requests.request_ids import request_id_of
 from loraplex.entrypoints.http.served_models import ServedModels
 from loraplex.entrypoints.http.tools.requested_tools import ToolFormats
 
@@ -30,7 +31,11 @@ class GenerationRoutes:
         adapter = self._models.adapter_for(body.model, body.lora_path)
         messages = completion_messages(body, adapter, self._defaults)
         answer = CompletionAnswer(
-            body, model=body.model or self._models.base, codec=self._link.codec, messages=messages
+            body,
+            model=body.model or self._models.base,
+            request_id=request_id_of(request, body.request_id),
+            codec=self._link.codec,
+            messages=messages,
         )
         return AnswerResponse(await self._link.start(answer, messages))
 
@@ -48,6 +53,7 @@ class GenerationRoutes:
         answer = ChatAnswer(
             body,
             model=body.model or self._models.base,
+            request_id=request_id_of(request, body.request_id),
             codec=self._link.codec,
             make_parser=use.make_parser,
         )

@@ -17,12 +17,13 @@ import loraplex
 from loraplex.backends import registry
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import AdapterError, ConfigError, EngineDeadError
+from loraplex.engine.ipc.log_setup import LEVEL_VARIABLE
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.cli import backends as cli_backends
 from loraplex.entrypoints.cli import generate as cli_generate
 from loraplex.entrypoints.cli import main as cli
 from loraplex.entrypoints.cli import serve as cli_serve
-from loraplex.entrypoints.cli.logging_setup import LEVEL_VARIABLE, configure_logging
+from loraplex.entrypoints.cli.output.logging_setup import configure_logging
 from loraplex.entrypoints.client.outputs import CompletionOutput, Logprob, RequestOutput
 from loraplex.entrypoints.offline.progress import ProgressLine
 from loraplex.memory.config import MemoryConfig

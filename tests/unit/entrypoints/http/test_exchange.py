@@ -28,6 +28,7 @@ class Requests:
 class Echo:
     """An answer whose bytes are the texts of the replies, and a dot at the end."""
 
+    request_id = "r"
     model = "m"
     streams = True
 

@@ -54,7 +54,9 @@ def entry(text: str, finish_reason: str | None = None, index: int = 0) -> dict[s
 
 
 def answer_of(parser: str, **fields: Any) -> ChatAnswer:
-    return ChatAnswer(body(**fields), model="tiny", codec=None, make_parser=PARSERS[parser])
+    return ChatAnswer(
+        body(**fields), model="tiny", request_id="r", codec=None, make_parser=PARSERS[parser]
+    )
 
 
 def events_of(data: bytes) -> list[dict[str, Any]]:
@@ -102,7 +104,9 @@ def test_an_answer_without_calls_is_as_without_tools(stream: bool) -> None:
     text = " It is {warm} <b>here</b>. \n"
     answers = []
     for parser in (None, PARSERS["hermes"]):
-        answer = ChatAnswer(body(stream=stream), model="tiny", codec=None, make_parser=parser)
+        answer = ChatAnswer(
+            body(stream=stream), model="tiny", request_id="r", codec=None, make_parser=parser
+        )
         data = answer.add(0, {"outputs": [entry(text, None if stream else "length")]})
         if stream:
             data += answer.add(0, {"outputs": [entry("", "length")]})
@@ -182,7 +186,9 @@ def test_what_is_wrong_about_tools_is_said(fields: dict[str, Any], text: str) ->
 )  # fmt: skip
 def test_forced_calls(choice: Any, text: str, want: tuple[str, str] | None) -> None:
     use = ToolFormats(None).use_of(body(tool_choice=choice))
-    answer = ChatAnswer(body(), model="tiny", codec=None, make_parser=use.make_parser)
+    answer = ChatAnswer(
+        body(), model="tiny", request_id="r", codec=None, make_parser=use.make_parser
+    )
     answer.add(0, {"outputs": [entry(text, "stop" if want else "length")]})
     (found,) = json.loads(answer.end())["choices"]
     if want is None:
