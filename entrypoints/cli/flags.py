@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from loraplex.backends import registry
 from loraplex.engine.config import EngineConfig
@@ -23,6 +23,8 @@ from loraplex.entrypoints.cli.flag_types import (
     parse_pair,
     parse_size,
 )
+from loraplex.entrypoints.cli.settings.config_file import arguments_of
+from loraplex.entrypoints.cli.settings.repeated import Repeated
 
 GROUPS = {
     "model": "model",
@@ -74,19 +76,47 @@ SAMPLING_HELP = {
 class FlagParser(argparse.ArgumentParser):
     """A parser without abbreviations, so that a new flag never changes what a script means.
 
-    An unknown flag is an error that names the most similar one.
+    An unknown flag is an error that names the most similar one. Flags of the command line go before
+    those of the file that --config names, if there is such a flag.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._file = ""  # that is being read
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        if "--config" in self._option_string_actions:
+            namespace = self._values_of_file(args, namespace)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(explain(unknown, self._option_string_actions))
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{self._file}: {message}" if self._file else message)
+
+    def _values_of_file(
+        self, args: Sequence[str] | None, namespace: argparse.Namespace | None
+    ) -> argparse.Namespace | None:
+        """Returns the namespace with what the file sets, and the defaults of other flags."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", default="")
+        path = finder.parse_known_args(args)[0].config
+        if not path:
+            return namespace
+        try:
+            arguments = arguments_of(path, self._option_string_actions)
+        except ConfigError as error:
+            self.error(str(error))
+        self._file = path
+        namespace, _ = super().parse_known_args(arguments, namespace)
+        self._file = ""
+        for action in self._actions:
+            if isinstance(action, Repeated) and hasattr(namespace, action.dest):
+                setattr(namespace, action.dest, tuple(getattr(namespace, action.dest)))
+        return namespace
 
 
 def flag_of(field: Field[Any]) -> str:
@@ -137,6 +167,11 @@ def add_engine_flags(
     for name, title in GROUPS.items():
         if name not in hidden:
             add_flags(parser, parts[name], title=title, hidden=hidden)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with values for flags, by their names; the command line goes before it",
+    )
     # vLLM's names. Adapters are always enabled.
     hide: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     parser.add_argument("--enable-lora", action="store_true", **hide)
@@ -226,7 +261,7 @@ def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
     }
     if hint in repeated:
         convert, metavar = repeated[hint]
-        return {"action": "append", "type": convert, "metavar": metavar}
+        return {"action": Repeated, "type": convert, "metavar": metavar}
     if hint == list[int]:
         return {"type": parse_ints, "metavar": "IDS"}
     raise TypeError(f"no flag can be made for {field.name}: {hint}")

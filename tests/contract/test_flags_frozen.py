@@ -17,7 +17,7 @@ MODEL = [
 ENGINE = [
     *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--adapter-mix",
     "--attention-backend",
-    "--block-tokens", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
+    "--block-tokens", "--config", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
     "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",
     "--gpu-memory-utilization", "--graph-bytes", "--graph-seconds", "--kv-cache-dtype",
     "--linear-backend", "--lora-backend",
