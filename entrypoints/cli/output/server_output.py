@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from loraplex.engine.ipc.json_formatter import json_line
+from loraplex.entrypoints.cli.output.service_manager import notify_service_manager
 from loraplex.entrypoints.offline.progress import ProgressLine
 
 
@@ -26,13 +27,14 @@ class ServerOutput:
             self._progress(text)
 
     def ready(self, lines: list[str], **fields: Any) -> None:
-        """Say that clients may connect; `fields` are the addresses."""
+        """Say that clients may connect, to systemd too; `fields` are the addresses."""
         self.close()
         if self._as_json:
             text = json_line("", "info", event="ready", **fields, message="\n".join(lines))
         else:
             text = "\n".join(lines)
         print(text, flush=True)
+        notify_service_manager("READY=1")
 
     def status(self, text: str) -> None:
         """Write a line now and then, unless standard output is a pipe that nobody reads."""
