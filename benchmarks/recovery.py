@@ -8,7 +8,7 @@ token (`answered_s`, of a process that is started again) or nothing is left of t
 GPU, so it is measured alone: `answered_s` is the time of a read whose reader was killed before it,
 `start_s` that of the first read. `load` is the machine's load average of the last minute.
 
-    python benchmarks/recovery.py --machine "2-core CPU machine" >> recovery_cpu.jsonl
+    python -P benchmarks/recovery.py --machine "2-core CPU machine" >> recovery_cpu.jsonl
 """
 
 import argparse

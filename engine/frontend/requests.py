@@ -3,7 +3,7 @@
 import itertools
 import math
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,6 +14,7 @@ from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
+from loraplex.engine.frontend.limits.client_quota import ClientQuota
 from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
 from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
@@ -67,7 +68,7 @@ class RequestTable:
         self._adapters = adapters
         self._scheduler = scheduler
         self._reply = reply
-        self._max_requests_per_client = server.max_requests_per_client
+        self._quota = ClientQuota(server.max_requests_per_client)
         self._max_timeout_s = server.request_timeout or math.inf
         self._is_private = not server.endpoint  # one client, which may fill the scheduler's queue
         self._wakeup = wakeup
@@ -76,7 +77,6 @@ class RequestTable:
         self._texts = ByteBudget(for_each=MAX_CLIENT_CHARS, in_all=MAX_POOLED_CHARS)
         self._prompts = ByteBudget(for_each=MAX_CLIENT_PROMPTS, in_all=MAX_PROMPTS)
         self._by_client: dict[bytes, dict[str, _Request]] = {}
-        self._num_sequences: Counter[bytes] = Counter()  # unfinished, n of a request, by client
         self._by_sequence: dict[int, _Request] = {}
         self._converting: dict[_Request, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
@@ -98,7 +98,7 @@ class RequestTable:
                 "duplicate_request",
                 f"request {message.request_id!r} is not finished yet: choose another request_id",
             )
-        self._check_number(client, message)
+        self._quota.check(client, message.sampling_params.n)
         payer = f"tenant {message.tenant}".encode() if message.tenant else client
         length = num_chars(message)
         pooled = length > POOL_PROMPT_CHARS
@@ -107,27 +107,13 @@ class RequestTable:
         seed = self._inputs.seed_of(message.sampling_params)
         times = RequestTimes(min(message.timeout_s or math.inf, self._max_timeout_s))
         request = _Request(client, message, seed, payer, times=times)
-        self._num_sequences[client] += message.sampling_params.n
+        self._quota.take(client, message.sampling_params.n)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
         if pooled:
             self._pool.submit(self._tokenize_in_pool, request)
             return
         self._look_up(request, self._inputs.try_tokenize(message))
-
-    def _check_number(self, client: bytes, message: GenerateRequest) -> None:
-        """Raises ClientError if the client has too many requests besides this one.
-
-        One with a large n is accepted where the client has no other.
-        """
-        num_own, n = self._num_sequences[client], message.sampling_params.n
-        if num_own and num_own + n > (limit := self._max_requests_per_client):
-            raise client_error(
-                "too_many_requests",
-                f"this client has {num_own} unfinished requests and asks for {n} more; "
-                f"max_requests_per_client allows {limit}, each of the n answers counted: send this "
-                "one after others have finished",
-            )
 
     def _tokenize_in_pool(self, request: _Request) -> None:
         self._tokenized.append((request, self._inputs.try_tokenize(request.message)))
@@ -342,10 +328,9 @@ class RequestTable:
         self.histograms.count_ends(reason, outputs, message.sampling_params.n)
         mine = self._by_client.get(request.client, {})
         mine.pop(request.message.request_id, None)
-        self._num_sequences[request.client] -= message.sampling_params.n
+        self._quota.give_back(request.client, message.sampling_params.n)
         if not mine:
             self._by_client.pop(request.client, None)
-            del self._num_sequences[request.client]
         self._prompts.give_back(request.payer, request.num_bytes)
         request.num_bytes = 0
         if request.outputs is None:
