@@ -13,7 +13,7 @@ from loraplex.engine.errors import ClientError, LoraplexError
 
 from helpers.fakes.fake_engine import expected_tokens, fake_config
 from helpers.running.processes import running_engine, wait_until
-from helpers.running.served_command import FAKE, HttpStream, serving
+from helpers.serving.served_command import FAKE, HttpStream, serving
 
 pytestmark = pytest.mark.e2e
 PROMPT = [5, 6, 7]

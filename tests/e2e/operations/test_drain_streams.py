@@ -9,7 +9,7 @@ import pytest
 from loraplex import Client, SamplingParams
 
 from helpers.running.http_server import make_models
-from helpers.running.served_command import COMMAND, HttpStream, serving
+from helpers.serving.served_command import COMMAND, HttpStream, serving
 
 pytestmark = pytest.mark.e2e
 NUM_STREAMS = 50

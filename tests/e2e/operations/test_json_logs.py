@@ -10,7 +10,7 @@ import pytest
 from loraplex import Client, SamplingParams
 
 from helpers.running.processes import GUARD_S
-from helpers.running.served_command import COMMAND, FAKE, ServedCommand, serving
+from helpers.serving.served_command import COMMAND, FAKE, ServedCommand, serving
 
 pytestmark = pytest.mark.e2e
 OPTIONS = ("--log-format", "json", "--log-level", "info", "--drain-timeout", "60")

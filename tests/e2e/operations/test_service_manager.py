@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.running.processes import GUARD_S
-from helpers.running.served_command import FAKE, serving
+from helpers.serving.served_command import FAKE, serving
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,7 @@ from loraplex.engine.errors import ClientError
 from loraplex.engine.processes.in_process import InProcessEngine
 
 from helpers.fakes.fake_engine import FakeEngineWorker, fake_config
-from helpers.running.served_command import FAKE, HttpStream, serving
+from helpers.serving.served_command import FAKE, HttpStream, serving
 
 pytestmark = pytest.mark.e2e
 ENDLESS = SamplingParams(max_tokens=500)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from helpers.fakes.fake_engine import expected_tokens
-from helpers.running.served_command import FAKE, HttpStream, ServedCommand, serving
+from helpers.serving.served_command import FAKE, HttpStream, ServedCommand, serving
 
 pytestmark = pytest.mark.e2e
 NUM_CLIENTS = 4
