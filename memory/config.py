@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 KV_CACHE_DTYPES = ("auto", "fp8")
+MAX_TOKEN_ROWS = 8192  # a message of the adapter reader holds the ids of so many tokens, twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,14 @@ class MemoryConfig:
         default=256, metadata={"help": "largest rank accepted; an adapter above it is refused"}
     )
 
+    max_token_rows: int = field(
+        default=512,
+        metadata={
+            "help": "token rows that an adapter may replace in the embedding, and as many in the "
+            "head; an adapter above it is refused"
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(f"block_tokens must be a power of two, got {self.block_tokens}")
@@ -65,6 +74,10 @@ class MemoryConfig:
         for name in ("max_adapter_slots", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.max_token_rows <= MAX_TOKEN_ROWS:
+            raise ValueError(
+                f"max_token_rows must lie in [0, {MAX_TOKEN_ROWS}], got {self.max_token_rows}"
+            )
         if self.adapter_host_bytes < 0:
             raise ValueError(
                 f"adapter_host_bytes must not be negative, got {self.adapter_host_bytes}"

@@ -180,7 +180,7 @@ class AdapterInspected(Message):
     content_hash: str = ""
     num_pages: int = 0
     num_bytes: int = 0  # packed, over all layers, on this rank; of a group, on all ranks
-    kind: str = "lora"  # or "dora", with "+bias" for one that has trained biases
+    kind: str = "lora"  # see PackedAdapter.kind
     max_rank: int = 0
     modules: list[str] = []
     warnings: list[str] = []  # parts of its folder that are not used

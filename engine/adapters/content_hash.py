@@ -8,8 +8,9 @@ For each adapted layer, a leaf is the SHA-256 of a line of text for each module 
 dtype and shape of A and of B), then of the bytes of each module's A and B. A magnitude and a bias
 follow A and B in both, behind their labels in the line. Modules go in the order of their names. The
 content hash is the SHA-256 of the version tag and of the leaves, in the order of the layers. The
-shape of A gives the rank. Leaves let several threads hash one adapter. A thread lets go of the
-interpreter for each call of the hash, so the bytes of a layer are one call.
+shape of A gives the rank. Changes of the token embedding and the head are one more leaf, the last
+one (engine/adapters/vocabulary/content.py). Leaves let several threads hash one adapter. A thread
+lets go of the interpreter for each call of the hash, so the bytes of a layer are one call.
 """
 
 import hashlib

@@ -41,6 +41,8 @@ from loraplex.scheduler.worker_protocol import (
 
 logger = logging.getLogger("loraplex")
 
+VOCABULARY = ("embed_tokens", "lm_head")
+
 MAX_COPIES = 2
 """Loads whose copies are enqueued at one time: enough to keep the copy stream busy."""
 
@@ -295,6 +297,9 @@ def _describe(
     invocation_tokens: Sequence[int],
 ) -> AdapterInspected:
     used = adapter.rank.amax(dim=0).tolist()
+    parts = (adapter.vocabulary.embedding, adapter.vocabulary.head)
+    used += [part.rank if part is not None else 0 for part in parts]
+    changed = [part is not None for part in parts]
     return AdapterInspected(
         name=command.name,
         path=command.path,
@@ -303,7 +308,8 @@ def _describe(
         num_bytes=adapter.num_bytes,
         kind=adapter.kind,
         max_rank=max(used),
-        modules=[name for name, rank in zip(names, used, strict=True) if rank],
+        modules=[name for name, rank in zip(names, used, strict=False) if rank]
+        + [name for name, is_changed in zip(VOCABULARY, changed, strict=True) if is_changed],
         warnings=warnings,
         invocation_tokens=array("i", invocation_tokens),
     )

@@ -10,6 +10,11 @@ from typing import Any
 from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.peft_patterns import Pattern, PatternCompiler, PatternError
 from loraplex.engine.adapters.reader_error import is_transient
+from loraplex.engine.adapters.vocabulary.options import (
+    VocabularyOptionError,
+    read_saved_modules,
+    read_token_indices,
+)
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
@@ -19,19 +24,18 @@ MIN_SCALE, MAX_SCALE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal float32 
 
 # Fields that do not change the forward pass, and fields that PeftConfig holds.
 _HARMLESS = frozenset((
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type", "velora_config",
 ))  # fmt: skip
 _READ = frozenset((
     "alora_invocation_tokens", "alpha_pattern", "bias", "exclude_modules", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "r", "rank_pattern",
-    "target_modules", "use_dora", "use_rslora",
+    "ensure_weight_tying", "modules_to_save", "target_modules", "trainable_token_indices",
+    "use_dora", "use_rslora",
 ))  # fmt: skip
 _REASONS = {
-    "modules_to_save": "it replaces whole modules of the base model",
-    "trainable_token_indices": "it replaces embeddings of the base model",
     "layer_replication": "it repeats layers of the base model",
     "target_parameters": "LoRA on bare parameters is not supported",
     "use_qalora": "QALoRA is not supported",
@@ -65,6 +69,9 @@ class PeftConfig:
     lora_bias: bool = False  # lora_B has a bias
     replaces_bias: bool = False  # bias="lora_only": biases of adapted modules are trained, too
     invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA, which applies from there on
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()  # see read_token_indices
+    saved_modules: tuple[str, ...] = ()  # whose whole weights are in the file
+    ties_weights: bool = False  # what is trained of a tied embedding is the head's, too
     unknown: tuple[str, ...] = ()  # options that are set and not known; PEFT ignores them too
 
     def rank_of(self, module: str) -> int:
@@ -171,9 +178,12 @@ def parse_peft_config(values: dict[str, Any]) -> PeftConfig:
             lora_bias=bool(values.get("lora_bias")),
             replaces_bias=values.get("bias") == "lora_only",
             invocation_tokens=_invocation_tokens(values.get("alora_invocation_tokens")),
+            token_indices=read_token_indices(values.get("trainable_token_indices")),
+            saved_modules=read_saved_modules(values.get("modules_to_save")),
+            ties_weights=bool(values.get("ensure_weight_tying")),
             unknown=_unknown(values),
         )
-    except PatternError as error:
+    except (PatternError, VocabularyOptionError) as error:
         raise PeftConfigError(str(error)) from None
 
 

@@ -24,7 +24,12 @@ import torch
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.peft_files import read_adapter
 from loraplex.engine.adapters.reader_error import ReaderError
-from loraplex.engine.adapters.target import AdapterTarget, names_of, numbers_of
+from loraplex.engine.adapters.target import (
+    AdapterTarget,
+    names_of,
+    numbers_of,
+    vocabulary_numbers,
+)
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.child import child_environment, how_it_ended
@@ -40,6 +45,7 @@ from loraplex.engine.ipc.messages.reader import (
 from loraplex.engine.ipc.process_state import process_state
 from loraplex.memory.host.slab import live_slabs, place_of
 from loraplex.memory.host.store import Allocate, MemoryInUseError, PackedAdapter
+from loraplex.memory.vocabulary_part import VocabularyParts
 from loraplex.scheduler.worker_protocol import int_array
 
 logger = logging.getLogger("loraplex")
@@ -255,6 +261,8 @@ class _Process:
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
             adapter_root=target.adapter_root,
+            vocabulary_numbers=int_array(vocabulary_numbers(target.vocabulary)),
+            base="" if target.vocabulary is None else target.vocabulary.base,
         )
         with contextlib.suppress(ConnectionError):  # it has died already: the first read says so
             send(self.connections[0], start)
@@ -307,6 +315,10 @@ def _unpack(packed: AdapterPacked, data: torch.Tensor, target: AdapterTarget) ->
         shift_start=table(packed.shift_start, torch.int32),
         scale=table(packed.scale, torch.float32),
         replaces_bias=packed.replaces_bias,
+        vocabulary=VocabularyParts(
+            embedding=packed.embedding and packed.embedding.part(),
+            head=packed.head and packed.head.part(),
+        ),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from loraplex.backends.lora.contract import LoRABatch, LoRATable
 from loraplex.backends.lora.table_fields import make_fields
 from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.adapters.vocabulary.resident import ResidentVocabulary
 from loraplex.memory.host.store import PackedAdapter
 
 
@@ -19,6 +20,7 @@ class AdapterTable:
     Attributes:
         target: the sizes that adapters must fit.
         table: its tensors keep their addresses, so that CUDA graphs may hold them.
+        vocabulary: changes of the embedding and the head; None: the target allows none.
     """
 
     def __init__(
@@ -27,6 +29,10 @@ class AdapterTable:
         """`num_weighted` rows follow those of the slots, for WeightedRows."""
         self.target = target
         self.num_slots = num_slots
+        self.vocabulary: ResidentVocabulary | None = None
+        if target.vocabulary is not None:
+            num_all = num_slots + num_weighted
+            self.vocabulary = ResidentVocabulary(target.vocabulary, num_all, device)
         num_rows, sizes = num_slots + num_weighted, (target.num_layers, len(target.modules))
         # A row holds rank, a_start, b_start and the bits of scale, so one copy sends it to the
         # device.
@@ -69,6 +75,8 @@ class AdapterTable:
         self.table.host_has_vectors[slot] = adapter.has_vectors
         self.table.host_page_table[slot].zero_()
         self.table.host_page_table[slot, : len(page_ids)] = page_ids
+        if self.vocabulary is not None:
+            self.vocabulary.write(slot, adapter.vocabulary)
 
     def clear(self, slot: int) -> None:
         """Empty the row of `slot` in the host's copy, so that later steps may not name the slot.
@@ -79,6 +87,8 @@ class AdapterTable:
         self._host_vectors[..., slot].zero_()
         self.table.host_has_vectors[slot] = False
         self.table.host_page_table[slot].zero_()
+        if self.vocabulary is not None:
+            self.vocabulary.clear(slot)
 
     @staticmethod
     def check(table: LoRATable, slots: npt.NDArray[np.int32]) -> None:

@@ -19,8 +19,27 @@ from loraplex.memory.adapter_layout import (
     num_pages,
     place_layer,
 )
+from loraplex.memory.vocabulary_part import stretch_elems
 
 ModuleKey = tuple[int, int]  # layer, module id
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyTarget:
+    """The embedding and the head of the base model on one worker rank.
+
+    Attributes:
+        tokens: the tokens whose rows this rank holds.
+        is_tied: both have the same weights.
+        max_rows: largest number of rows of each that an adapter may replace.
+        base: path of the checkpoint; empty: its weights are random.
+    """
+
+    tokens: Piece
+    hidden_size: int
+    is_tied: bool
+    max_rows: int
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +54,7 @@ class AdapterTarget:
     max_rank: int
     pin_memory: bool = False  # copies in host memory are page-locked
     adapter_root: str = ""  # real path; files of adapters in it are opened without leaving it
+    vocabulary: VocabularyTarget | None = None  # None: adapters change the layers alone
 
     @property
     def shapes(self) -> tuple[ModuleShape, ...]:
@@ -54,7 +74,19 @@ class AdapterTarget:
     @property
     def max_pages(self) -> int:
         """Pages of the largest adapter that may be loaded."""
-        return self.pages_of(self.max_rank, VECTORS)
+        used = self.place(full_layer(self.shapes, self.max_rank, VECTORS))[1]
+        return num_pages(used + self._vocabulary_elems, self.page_elems)
+
+    @property
+    def _vocabulary_elems(self) -> int:
+        """Elements of a layer that the largest changes of embedding and head take."""
+        sizes = self.vocabulary
+        if sizes is None:
+            return 0
+        rows = (self.max_rank, self.max_rank, sizes.max_rows)
+        widths = (sizes.tokens.size, sizes.hidden_size, sizes.hidden_size)
+        stretches = (r * w for r, w in zip(rows, widths, strict=True))
+        return 2 * sum(stretch_elems(num_elems, self.num_layers) for num_elems in stretches)
 
     def pages_of(self, rank: int, vectors: tuple[VectorName, ...] = ()) -> int:
         """Returns the pages of an adapter with this rank, and these vectors, on every module."""
@@ -66,11 +98,17 @@ class AdapterTarget:
 
     @property
     def max_file_bytes(self) -> int:
-        """Size of a file with every module at the largest rank, and every vector, in float64, and
-        its header."""
+        """Size of a file with every module at the largest rank, every vector, embedding and head in
+        float64, and its header."""
         per_rank = sum(shape.in_features + shape.out_features for shape in self.full_shapes)
         vectors = len(VECTORS) * sum(shape.out_features for shape in self.full_shapes)
-        return 8 * self.num_layers * (self.max_rank * per_rank + vectors) + MAX_HEADER_BYTES
+        num_elems = self.num_layers * (self.max_rank * per_rank + vectors)
+        if self.vocabulary is not None:
+            num_tokens, width = self.vocabulary.tokens.total, self.vocabulary.hidden_size
+            per_token = width + self.max_rank
+            num_elems += 2 * (num_tokens + self.vocabulary.max_rows) * per_token
+            num_elems += 2 * self.max_rank * width
+        return 8 * num_elems + MAX_HEADER_BYTES
 
 
 def names_of(modules: tuple[ModuleShard, ...]) -> list[str]:
@@ -98,3 +136,18 @@ def modules_of(names: Sequence[str], numbers: Sequence[int]) -> tuple[ModuleShar
         spec = ModuleSpec(name, parent, *axes, group, bool(has_bias))
         modules.append(ModuleShard(spec, Piece(*pieces[:4]), Piece(*pieces[4:])))
     return tuple(modules)
+
+
+def vocabulary_numbers(sizes: VocabularyTarget | None) -> list[int]:
+    """Returns ReaderStart.vocabulary_numbers."""
+    if sizes is None:
+        return []
+    return [*astuple(sizes.tokens), sizes.hidden_size, int(sizes.is_tied), sizes.max_rows]
+
+
+def vocabulary_of(numbers: Sequence[int], base: str) -> VocabularyTarget | None:
+    """Returns the sizes from vocabulary_numbers."""
+    if not numbers:
+        return None
+    *piece, hidden_size, is_tied, max_rows = numbers
+    return VocabularyTarget(Piece(*piece), hidden_size, bool(is_tied), max_rows, base)

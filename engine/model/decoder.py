@@ -18,6 +18,7 @@ from loraplex.engine.model.layers.norm import RMSNorm
 from loraplex.engine.model.layers.rope import RotaryEmbedding
 from loraplex.engine.model.shard import ModuleShard, Shard, whole
 from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.model.vocabulary_change import VocabularyChange
 from loraplex.engine.model.weight_slot import TensorSlot, WeightSlot
 from loraplex.memory.adapter_layout import ModuleShape
 
@@ -160,7 +161,7 @@ class Decoder:
             token_ids: int32 or int64 [T].
             activations: of T tokens.
         """
-        self.embedding(token_ids, out=activations.residual)
+        self.embedding(token_ids, out=activations.residual, change=ctx.vocabulary)
         self.rope.cos_sin(ctx.positions, out=activations.cos_sin)
         self.layers[0].start(None, activations, ctx)
 
@@ -174,12 +175,17 @@ class Decoder:
         delta = self.layers[-1].finish(activations, ctx)
         return self.norm.add(delta, activations.residual, ctx).x
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        out: torch.Tensor | None = None,
+        change: VocabularyChange | None = None,
+    ) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the model's dtype.
 
-        They are written to `out`, if it is given.
+        They are written to `out`, if it is given. `change` is made by adapters of these N rows.
         """
-        return self.head.logits(hidden, out)
+        return self.head.logits(hidden, out, change)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Returns every tensor of a checkpoint by its Hugging Face name, as the model computes with

@@ -8,6 +8,7 @@ import torch
 from loraplex.backends.attention.contract import AttentionOp, AttentionPlan
 from loraplex.backends.fused.contract import FusedOps
 from loraplex.backends.lora.contract import LoRAGroup, LoRAKernels, LoRAPlan
+from loraplex.engine.model.vocabulary_change import VocabularyChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class ForwardContext:
     fused: FusedOps
     lora: LoRAKernels[Any]
     lora_plan: LoRAPlan | None  # None: no row has an adapter, and nothing is launched
+    vocabulary: VocabularyChange | None = None  # of the embedding, by adapters of the step
 
     def attend(self, q: torch.Tensor, layer: int, out: torch.Tensor) -> None:
         """Run the attention op on one layer; see AttentionOp.run."""

@@ -14,7 +14,7 @@ import torch
 
 from loraplex.engine.adapters.reader import AdapterReader, ThreadReader, receive, send
 from loraplex.engine.adapters.reader_error import ReaderError
-from loraplex.engine.adapters.target import AdapterTarget, modules_of
+from loraplex.engine.adapters.target import AdapterTarget, modules_of, vocabulary_of
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.ipc.log_setup import set_up_logging
 from loraplex.engine.ipc.messages.reader import (
@@ -22,6 +22,7 @@ from loraplex.engine.ipc.messages.reader import (
     HostMemory,
     NeedMemory,
     NoMemory,
+    PackedPart,
     ReadAdapter,
     ReaderStart,
     ReadFailed,
@@ -101,6 +102,8 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
         shift_start=array("i", flat(adapter.shift_start)),
         scale=array("f", flat(adapter.scale)),
         replaces_bias=adapter.replaces_bias,
+        embedding=PackedPart.of(adapter.vocabulary.embedding),
+        head=PackedPart.of(adapter.vocabulary.head),
     )
 
 
@@ -112,6 +115,7 @@ def _target(start: ReaderStart) -> AdapterTarget:
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,
         adapter_root=start.adapter_root,
+        vocabulary=vocabulary_of(start.vocabulary_numbers, start.base),
     )
 
 

@@ -11,9 +11,11 @@ from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRAPlan, LoRATable, apply_lora
 from loraplex.backends.lora.passes import LoRAPasses, LoRAPassesPlan
 from loraplex.engine.adapters.table import AdapterTable
+from loraplex.engine.adapters.vocabulary.resident import ResidentVocabulary
 from loraplex.engine.config import GraphConfig
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.forward_context import ForwardContext
+from loraplex.engine.worker.adapters.vocabulary_rows import VocabularyReader, VocabularyRows
 from loraplex.engine.worker.backends import WorkerBackends
 from loraplex.engine.worker.graphs.capture import DeviceInputs, GraphRecorder, kind_of
 from loraplex.engine.worker.graphs.decode import MAX_GRAPH_ROWS, DecodeGraphs
@@ -58,6 +60,7 @@ class ModelRunner:
         states: RequestStates,
         lora_table: LoRATable,
         backends: WorkerBackends,
+        vocabulary: ResidentVocabulary | None = None,
     ) -> None:
         self.states = states
         self.pool = pool
@@ -72,6 +75,9 @@ class ModelRunner:
         self._decode_graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         self._last_step: PendingStep | None = None
+        self._vocabulary: VocabularyReader | None = None
+        if vocabulary is not None:
+            self._vocabulary = VocabularyReader(pool.pages, lora_table, vocabulary)
 
     @torch.inference_mode()
     def capture_graphs(self, config: GraphConfig, max_num_tokens: int) -> str:
@@ -187,7 +193,8 @@ class ModelRunner:
             max_tokens=self.states.token_ids.shape[1],
         )
         lora_batch, decode, mixed = batches[0], self._decode_graphs, self._mixed_graphs
-        if len(batches) > 1:
+        vocabulary = self._vocabulary.plan(lora_batch, rows) if self._vocabulary else None
+        if len(batches) > 1 or vocabulary is not None:
             decode = mixed = None
         kind = kind_of(self._lora, self._lora_table, lora_batch)
         if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
@@ -202,9 +209,11 @@ class ModelRunner:
             step.start(_describe("pieces", planned.lora_plan))
             hidden = mixed.replay(planned, num_tokens)
         else:
-            hidden = self._run_eagerly(step, inputs, attention_batch, batches)
+            of_tokens = vocabulary.tokens if vocabulary else None
+            hidden = self._run_eagerly(step, inputs, attention_batch, batches, of_tokens)
         if len(rows.sampling):
-            logits = self._model.logits(hidden.index_select(0, sampling["rows"]))
+            fed, of_samples = sampling["rows"], vocabulary.samples if vocabulary else None
+            logits = self._model.logits(hidden.index_select(0, fed), change=of_samples)
             self._sample(rows, logits, sampling, output)
         self._score_prompts(rows, hidden, output)
 
@@ -214,6 +223,7 @@ class ModelRunner:
         inputs: TokenInputs,
         attention_batch: AttentionBatch,
         lora_batches: list[LoRABatch],
+        vocabulary: VocabularyRows | None,
     ) -> torch.Tensor:
         """Launch operator by operator. Returns hidden states [T, hidden_size]."""
         tensors = self._uploader.upload(
@@ -226,13 +236,14 @@ class ModelRunner:
         elif not lora_batches[0].is_empty:
             lora_plan = self._lora.plan(table=self._lora_table, batch=lora_batches[0])
         step.start(_describe("eager", lora_plan))
-        return self._forward(DeviceInputs(**tensors), attention_plan, lora_plan)
+        return self._forward(DeviceInputs(**tensors), attention_plan, lora_plan, vocabulary)
 
     def _make_context(
         self,
         inputs: DeviceInputs,
         attention_plan: AttentionPlan | None,
         lora_plan: LoRAPlan | None,
+        vocabulary: VocabularyRows | None = None,
     ) -> ForwardContext:
         return ForwardContext(
             positions=inputs.positions,
@@ -244,13 +255,18 @@ class ModelRunner:
             fused=self._fused,
             lora=self._lora_passes if isinstance(lora_plan, LoRAPassesPlan) else self._lora,
             lora_plan=lora_plan,
+            vocabulary=vocabulary,
         )
 
     def _forward(
-        self, inputs: DeviceInputs, attention_plan: AttentionPlan, lora_plan: LoRAPlan | None
+        self,
+        inputs: DeviceInputs,
+        attention_plan: AttentionPlan,
+        lora_plan: LoRAPlan | None,
+        vocabulary: VocabularyRows | None = None,
     ) -> torch.Tensor:
         token_ids = self.states.token_ids.view(-1).index_select(0, inputs.places)
-        ctx = self._make_context(inputs, attention_plan, lora_plan)
+        ctx = self._make_context(inputs, attention_plan, lora_plan, vocabulary)
         return self._model.forward(token_ids, ctx)
 
     def _forward_decode(
@@ -305,7 +321,12 @@ class ModelRunner:
             start = int(rows.starts[row])
             for at in range(first, end, PROMPT_SCORE_ROWS):
                 stop = min(at + PROMPT_SCORE_ROWS, end)
-                logits = self._model.logits(hidden[start + at - first : start + stop - first])
+                change = None
+                if self._vocabulary is not None:
+                    adapter = int(self.states.adapter_rows[slot, 0])
+                    change = self._vocabulary.all_rows(adapter, stop - at)
+                fed = hidden[start + at - first : start + stop - first]
+                logits = self._model.logits(fed, change=change)
                 targets = self.states.token_ids[slot, at:stop]
                 scores = score(logits, targets, num_best)
                 output.prompts.append(ScoredPrompt(slot, at, num_best, scores))

@@ -13,7 +13,7 @@ from loraplex.backends.linear.contract import FP8, PLAIN
 from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
-from loraplex.engine.adapters.target import AdapterTarget
+from loraplex.engine.adapters.target import AdapterTarget, VocabularyTarget
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.checkpoint.quantization import quantization_of
 from loraplex.engine.checkpoint.spec_loading import load_spec
@@ -140,6 +140,13 @@ def set_up(
         max_rank=config.memory.max_lora_rank,
         pin_memory=device.type == "cuda",
         adapter_root=real_root(config.adapter),
+        vocabulary=VocabularyTarget(
+            tokens=shard.vocabulary,
+            hidden_size=spec.hidden_size,
+            is_tied=spec.tie_embeddings,
+            max_rows=config.memory.max_token_rows,
+            base="" if config.model.load_format == "dummy" else str(path),
+        ),
     )
     reader = make_reader(target)  # its process starts while the weights are loaded
     load_weights(model, path, config.model.load_format, progress=sys.stderr.isatty())
@@ -160,6 +167,7 @@ def set_up(
             ),
             lora_table=table.table,
             backends=backends,
+            vocabulary=table.vocabulary,
         )
 
     num_pages = ranks.least(size_pool(config, shape, device, limit, make_runner))

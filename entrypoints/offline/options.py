@@ -41,6 +41,7 @@ class LLMOptions(TypedDict, total=False):
     max_adapter_slots: int
     adapter_host_bytes: int
     max_lora_rank: int
+    max_token_rows: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_queue_len: int

@@ -18,6 +18,7 @@ import torch
 
 from loraplex.memory.host.slab import plain_slab
 from loraplex.memory.host.slab_allocator import CHUNK_ALIGN, Chunk, SlabAllocator
+from loraplex.memory.vocabulary_part import VocabularyParts
 
 logger = logging.getLogger("loraplex")
 
@@ -35,10 +36,8 @@ Allocate = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """An adapter in page layout (memory/adapter_layout.py), ready to be copied into pages.
-
-    L is the number of layers, M of modules. A module that the adapter does not change has rank 0.
-    """
+    """An adapter of L layers in page layout (memory/adapter_layout.py), ready to be copied into
+    pages. Of M modules those that it does not change have rank 0."""
 
     content_hash: str
     num_pages: int
@@ -50,6 +49,7 @@ class PackedAdapter:
     shift_start: torch.Tensor  # int32 [L, M]; 0: the module has no shift
     scale: torch.Tensor  # float32 [L, M]
     replaces_bias: bool = False  # its shifts come in place of the base model's biases
+    vocabulary: VocabularyParts = VocabularyParts()
 
     @property
     def num_bytes(self) -> int:
@@ -57,10 +57,10 @@ class PackedAdapter:
 
     @property
     def kind(self) -> str:
-        """ "lora" or "dora", with "+bias" for one that has trained biases."""
+        """ "lora" or "dora", then any of "+bias", "+embedding", "+head", "+tokens"."""
         is_dora = bool(self.gain_start.any())
         has_bias = bool(self.shift_start.any()) and (self.replaces_bias or not is_dora)
-        return ("dora" if is_dora else "lora") + "+bias" * has_bias
+        return ("dora" if is_dora else "lora") + "+bias" * has_bias + self.vocabulary.kinds
 
     @property
     def has_vectors(self) -> bool:

@@ -23,6 +23,7 @@ ENGINE = [
     "--linear-backend", "--lora-backend",
     "--max-adapter-slots", "--max-adapters-per-batch", "--max-lora-rank", "--max-loras",
     "--max-num-batched-tokens", "--max-num-seqs", "--max-queue-len", "--max-steps-in-flight",
+    "--max-token-rows",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
     "--num-pages", "--policy", "--pool-bytes", "--profile-dir",
     "--profile-every", "--profile-steps", "--tensor-parallel-size", "--ttft-slo-s",

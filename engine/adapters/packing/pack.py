@@ -6,6 +6,7 @@ only the file.
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, wait
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from loraplex.engine.adapters.content_hash import hash_adapter
 from loraplex.engine.adapters.packing.block import Layer, PackJob, Sides, pack_block
 from loraplex.engine.adapters.safetensors_file import SafetensorsFile
 from loraplex.engine.adapters.target import AdapterTarget, ModuleKey
+from loraplex.engine.adapters.vocabulary.content import VocabularyContent
 from loraplex.engine.model.shard import ModuleShard
 from loraplex.memory.adapter_layout import (
     SEGMENTS,
@@ -25,6 +27,7 @@ from loraplex.memory.adapter_layout import (
     num_pages,
 )
 from loraplex.memory.host.store import Allocate, PackedAdapter
+from loraplex.memory.vocabulary_part import VocabularyParts
 
 NUM_TASKS = 8
 """Largest number of tasks that one adapter is split into."""
@@ -37,30 +40,43 @@ class UnusableWeightsError(ValueError):
     """Weights are NaN or infinite, or out of range of the model's dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterContent:
+    """An adapter whose header was checked.
+
+    Attributes:
+        layers: the tensors of each adapted module, in the file.
+        scales: the scale of each of these modules.
+        replaces_bias: their biases come in place of the base model's. Otherwise they are added and
+            multiplied by the scale.
+        vocabulary: the changes of the embedding and the head; None: there are none.
+    """
+
+    layers: Mapping[ModuleKey, Sides]
+    scales: Mapping[ModuleKey, float]
+    replaces_bias: bool = False
+    vocabulary: VocabularyContent | None = None
+
+
 def pack(
     file: SafetensorsFile,
-    found: Mapping[ModuleKey, Sides],
-    scales: Mapping[ModuleKey, float],
+    content: AdapterContent,
     *,
     target: AdapterTarget,
     allocate: Allocate,
     packers: Executor | None = None,
     content_hash: str | None = None,
-    replaces_bias: bool = False,
 ) -> PackedAdapter:
-    """Read, hash and pack the tensors of an adapter whose header was checked.
+    """Read, hash and pack the tensors of an adapter.
 
     Args:
-        found: the tensors of each adapted module.
-        scales: the scale of each module in `found`.
         allocate: returns the memory to pack into.
         packers: threads that share the work; None: the calling thread does it.
         content_hash: the hash, if these very files were packed before. They are then not hashed
             and not searched for NaN again.
-        replaces_bias: the biases in `found` come in place of the base model's. Otherwise they are
-            added and multiplied by the scale.
 
     Raises:
+        UnusableRowsError: a number of the vocabulary is NaN or infinite.
         UnusableWeightsError: a weight is NaN, infinite, or out of range of the target's dtype.
         DamagedFileError: the file was truncated during the read.
     """
@@ -70,9 +86,12 @@ def pack(
     starts: dict[SegmentName, npt.NDArray[np.int32]]
     starts = {name: np.zeros(shape, dtype=np.int32) for name in SEGMENTS}
     of_layers: list[dict[int, Sides]] = [{} for _ in range(target.num_layers)]
-    for (layer, module), sides in found.items():
+    for (layer, module), sides in content.layers.items():
         of_layers[layer][module] = dict(sorted(sides.items()))  # A, B, gain, shift
-        rank[layer, module], scale[layer, module] = sides["A"].shape[0], scales[layer, module]
+        rank[layer, module], scale[layer, module] = (
+            sides["A"].shape[0],
+            content.scales[layer, module],
+        )
     for layer, of_layer in enumerate(of_layers):
         parts = {m: _parts_of(of_layer[m], target.modules[m]) for m in sorted(of_layer)}
         key = tuple(parts.items())
@@ -84,14 +103,21 @@ def pack(
         scale_of = {module: float(scale[layer, module]) for module in of_layer}
         num_bytes = sum(side.num_bytes for sides in of_layer.values() for side in sides.values())
         layers.append(Layer(layer, segments, num_used, of_layer, scale_of, num_bytes))
-    count = num_pages(max(used for _, used in distinct.values()), target.page_elems)
+    vocabulary, parts_of_vocabulary = content.vocabulary, VocabularyParts()
+    used = max(used for _, used in distinct.values())
+    if vocabulary is not None:
+        parts_of_vocabulary, used = vocabulary.place(used, target)
+    count = num_pages(used, target.page_elems)
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
-    job = PackJob(file, target.modules, content_hash is not None, replaces_bias)
+    job = PackJob(file, target.modules, content_hash is not None, content.replaces_bias)
     leaves = _pack_layers(job, layers, data, packers)
+    if vocabulary is not None:
+        vocabulary.write(data, parts_of_vocabulary, target)
     if content_hash is None:
-        content_hash = hash_adapter(leaves)
+        more = [] if vocabulary is None else [vocabulary.leaf()]
+        content_hash = hash_adapter(leaves + more)
     return PackedAdapter(
         content_hash=content_hash,
         num_pages=count,
@@ -102,7 +128,8 @@ def pack(
         gain_start=torch.from_numpy(starts["gain"]),
         shift_start=torch.from_numpy(starts["shift"]),
         scale=torch.from_numpy(scale),
-        replaces_bias=replaces_bias,
+        replaces_bias=content.replaces_bias,
+        vocabulary=parts_of_vocabulary,
     )
 
 

@@ -1,6 +1,14 @@
 """Messages between a worker and the process that reads its adapters."""
 
-from loraplex.scheduler.worker_protocol import Float32Array, Int32Array, Int64Array, Message
+from loraplex.memory.vocabulary_part import VocabularyPart
+from loraplex.scheduler.worker_protocol import (
+    Float32Array,
+    Int32Array,
+    Int64Array,
+    Message,
+    Record,
+    int_array,
+)
 
 
 class ReaderStart(Message):
@@ -15,6 +23,9 @@ class ReaderStart(Message):
     dtype: str
     max_rank: int
     adapter_root: str
+    vocabulary_numbers: Int32Array
+    """Of a VocabularyTarget the four of a Piece, hidden_size, is_tied and max_rows; or nothing."""
+    base: str  # of a VocabularyTarget
 
 
 class ReadAdapter(Message):
@@ -43,6 +54,36 @@ class NoMemory(Message):
     """The worker has no room for the adapter; it reports the reason itself."""
 
 
+class PackedPart(Record):
+    """A VocabularyPart."""
+
+    rank: int
+    scale: float
+    token_start: int
+    feature_start: int
+    row_start: int
+    token_ids: Int32Array
+
+    @classmethod
+    def of(cls, part: VocabularyPart | None) -> "PackedPart | None":
+        """Returns the record of a part, or None of none."""
+        if part is None:
+            return None
+        starts = (part.token_start, part.feature_start, part.row_start)
+        return cls(part.rank, part.scale, *starts, int_array(part.token_ids))
+
+    def part(self) -> VocabularyPart:
+        """Returns the part."""
+        return VocabularyPart(
+            rank=self.rank,
+            scale=self.scale,
+            token_start=self.token_start,
+            feature_start=self.feature_start,
+            row_start=self.row_start,
+            token_ids=tuple(self.token_ids),
+        )
+
+
 class AdapterPacked(Message):
     """The fields of a PackedAdapter with flat tables; its data is where HostMemory said."""
 
@@ -55,6 +96,8 @@ class AdapterPacked(Message):
     shift_start: Int32Array
     scale: Float32Array
     replaces_bias: bool
+    embedding: PackedPart | None
+    head: PackedPart | None
 
 
 class ReadFailed(Message):

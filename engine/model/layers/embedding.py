@@ -4,6 +4,7 @@ import torch
 
 from loraplex.backends.collective.contract import EMBEDDING, CollectiveOp
 from loraplex.engine.model.shard import Piece
+from loraplex.engine.model.vocabulary_change import VocabularyChange
 
 
 class Embedding:
@@ -26,25 +27,41 @@ class Embedding:
         self._vocabulary = vocabulary
         self._collective = collective
 
-    def __call__(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(
+        self, token_ids: torch.Tensor, out: torch.Tensor, change: VocabularyChange | None = None
+    ) -> None:
         """Write the embeddings of token ids, int32 or int64 [T], to `out` [T, hidden_size]."""
         if self._collective is None:
             torch.index_select(self.weight, 0, token_ids, out=out)
+            if change is not None:
+                change.embed(token_ids, out)
             return
         partial = self._collective.partial(len(token_ids), EMBEDDING)
         rows = token_ids - self._vocabulary.start
         is_own = (rows >= 0) & (rows < len(self.weight))
         torch.index_select(self.weight, 0, rows.clamp(0, len(self.weight) - 1), out=partial)
         partial.mul_(is_own[:, None])
+        if change is not None:
+            change.embed(token_ids, partial)
         self._collective.all_reduce(partial, out)
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        out: torch.Tensor | None = None,
+        change: VocabularyChange | None = None,
+    ) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the weights' dtype.
 
         They are written to `out`, if it is given. Every rank gets the same ones.
         """
         if self._collective is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
+            logits = torch.mm(hidden, self.weight.t(), out=out)
+            if change is not None:
+                change.score(hidden, logits)
+            return logits
         own = torch.mm(hidden, self.weight.t())
+        if change is not None:
+            change.score(hidden, own)
         logits = self._collective.all_gather(own)[:, : self._vocabulary.total]
         return logits.clone() if out is None else out.copy_(logits)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE
-from loraplex.engine.adapters.target import AdapterTarget
-from loraplex.engine.model.shard import whole_modules
+from loraplex.engine.adapters.target import AdapterTarget, VocabularyTarget
+from loraplex.engine.model.shard import Piece, whole_modules
 from loraplex.memory.adapter_layout import ModuleShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -32,6 +32,9 @@ def make_target(**overrides: Any) -> AdapterTarget:
         "page_elems": PAGE_ELEMS,
         "dtype": torch.float32,
         "max_rank": 64,
+        "vocabulary": VocabularyTarget(
+            Piece(0, 512, 512, 512), hidden_size=64, is_tied=False, max_rows=8
+        ),
     }
     return AdapterTarget(**{**values, **overrides})
 

@@ -35,8 +35,9 @@ from helpers.models.peft_folders import (
         ({"use_dora": True, "lora_bias": True}, "use_dora beside lora_bias"),
         ({"bias": "all"}, "biases"),
         ({"bias": "lora"}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*whole modules"),
-        ({"trainable_token_indices": [1]}, "embeddings"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head is trained, but the file has no weights of it"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save.*whole modules"),
+        ({"trainable_token_indices": [1]}, "embed_tokens .*no token rows"),
         ({"layer_replication": [[0, 2]]}, "repeats layers"),
         ({"target_parameters": ["x"]}, "bare parameters"),
         ({"alora_invocation_tokens": []}, "1 to 1024 token ids"),
@@ -72,9 +73,9 @@ from helpers.models.peft_folders import (
         ({"target_modules": [3]}, "target_modules must be"),
         ({"target_modules": "nothing_like_it"}, "match nothing"),
         ({"target_modules": ["query_key_value"]}, "match nothing"),
-        ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, "lm_head.*not supported"),
-        ({"target_modules": ["q_proj", "down_proj", "embed_tokens"]}, "embed_tokens.*not supp"),
-        ({"target_modules": ".*"}, "lm_head.*not supported"),
+        ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, "lm_head .*has no lora_A"),
+        ({"target_modules": ["q_proj", "down_proj", "embed_tokens"]}, "embed_tokens .*no lora_A"),
+        ({"target_modules": ".*"}, "embed_tokens is trained.* no lora_A"),
         ({"target_modules": "(q_proj"}, "cannot use the regular expression"),
         ({"target_modules": "(a+)+b"}, "match nothing"),
         ({"target_modules": "(?:.?.?)*!"}, "match nothing"),
@@ -142,9 +143,11 @@ WEIGHT_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
     "unknown module": (
         _set(PREFIX + "model.layers.0.mlp.router.lora_A.weight", lambda a: a), "no such module",
     ),
-    "head": (_set(PREFIX + "lm_head.lora_A.weight", lambda a: a), "no such module"),
+    "head": (
+        _set(PREFIX + "lm_head.lora_A.weight", lambda a: a), "lora_A of lm_head, which the config",
+    ),
     "embedding": (
-        _set(PREFIX + "model.embed_tokens.lora_embedding_A", lambda a: a), "LoRA on embeddings",
+        _set(PREFIX + "model.embed_tokens.lora_embedding_A", lambda a: a), "config leaves out",
     ),
     "dora": (
         _set(PREFIX + "model.layers.0.self_attn.q_proj.lora_magnitude_vector", lambda a: a),
@@ -158,7 +161,7 @@ WEIGHT_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
         _set(PREFIX + "model.layers.0.self_attn.q_proj.lora_B.bias", lambda a: a), "bias on lora_B",
     ),
     "saved module": (
-        _set(PREFIX + "lm_head.modules_to_save.weight", lambda a: a), "whole modules",
+        _set(PREFIX + "lm_head.modules_to_save.weight", lambda a: a), "4 tokens.*512 in this base",
     ),
     "no lora": (_set(PREFIX + "model.norm.weight", lambda a: a), "no LoRA weight"),
     "other prefix": (_set("model.layers.0.self_attn.q_proj.lora_A.weight", lambda a: a),

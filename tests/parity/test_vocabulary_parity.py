@@ -1,0 +1,142 @@
+"""Adapters that change the token embedding or the head, against PEFT in fp32, token for token.
+
+They run alone, and beside plain LoRA and base rows in one batch.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex import LLM
+
+from helpers.models.engine_runs import answer, check, run
+from helpers.models.hf_models import make_hf_model
+from helpers.models.peft_adapters import make_adapter
+from helpers.models.peft_oracle import make_cases
+from helpers.models.peft_oracles import PeftOracles
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+RANK = {"r": 5, "alpha": 9}
+ROWS = tuple(range(0, 512, 3))
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 8, "alpha": 16, "targets": [*QKV, "o_proj"]},
+    "dora": {"r": 8, "alpha": 16, "targets": "all-linear", "use_dora": True},
+    "head": {**RANK, "targets": [*QKV, "lm_head"]},
+    "embedding": {**RANK, "targets": ["embed_tokens", "down_proj"]},
+    "both": {
+        **RANK, "targets": ["embed_tokens", "lm_head"], "save_embedding_layers": "auto",
+        "rank_pattern": {"lm_head": 3}, "alpha_pattern": {"embed_tokens": 4}, "use_rslora": True,
+    },
+    "tokens": {**RANK, "targets": QKV, "trainable_token_indices": list(ROWS)},
+    "tokens-of-each": {
+        **RANK, "targets": QKV,
+        "trainable_token_indices": {"lm_head": [7, 3, 500], "embed_tokens": [9, 3, *ROWS[5:]]},
+    },
+    "saved": {
+        **RANK, "targets": ["up_proj"], "modules_to_save": ["embed_tokens", "lm_head"],
+        "saved_tokens": ROWS,
+    },
+}  # fmt: skip
+TIED: dict[str, dict[str, Any]] = {
+    "lora": KINDS["lora"],
+    "head": KINDS["head"],
+    "embedding": KINDS["embedding"],
+    "both-tied": {**RANK, "targets": [*QKV, "embed_tokens"], "ensure_weight_tying": True},
+    "tokens": KINDS["tokens"],
+    "saved-one": {
+        **RANK, "targets": QKV, "modules_to_save": ["embed_tokens"], "saved_tokens": ROWS,
+    },
+    "saved-tied": {
+        **RANK, "targets": QKV, "modules_to_save": ["embed_tokens"], "saved_tokens": ROWS,
+        "ensure_weight_tying": True,
+    },
+}  # fmt: skip
+NAMES = list(KINDS)
+
+
+def make_oracle(root: Path, kinds: dict[str, dict[str, Any]], **overrides: Any) -> PeftOracles:
+    model = make_hf_model("llama", root / "base", seed=3, **overrides)
+    for seed, (name, options) in enumerate(kinds.items()):
+        make_adapter(model, root / "adapters" / name, seed=seed, **options)
+    alone = ("tokens", "saved", "both-tied")
+    groups = [
+        [name for name in kinds if not name.startswith(alone)],
+        [name for name in kinds if name.startswith("tokens")],
+        *([name] for name in kinds if name.startswith(alone[1:])),
+    ]
+    return PeftOracles(root / "base", root / "adapters", groups=groups)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> PeftOracles:
+    return make_oracle(tmp_path_factory.mktemp("vocabulary"), KINDS, vocab_size=511)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> PeftOracles:
+    return make_oracle(tmp_path_factory.mktemp("tied"), TIED, tie_word_embeddings=True)
+
+
+def test_one_batch_of_all_kinds(oracle: PeftOracles) -> None:
+    cases = make_cases(oracle, (1, 17, 64), adapters=("", *NAMES))
+    outputs, _ = run(oracle, cases)
+    check(oracle, cases, outputs)
+    answers = {(case.adapter, case.prompt): tuple(o.outputs[0].token_ids)
+               for case, o in zip(cases, outputs, strict=True)}  # fmt: skip
+    for name in NAMES:
+        assert any(answers[name, p] != answers["", p] for a, p in answers if a == name), name
+
+
+@pytest.mark.parametrize("name", list(TIED))
+def test_a_tied_head(tied: PeftOracles, name: str) -> None:
+    cases = make_cases(tied, (1, 40), adapters=("", name))
+    outputs, _ = run(tied, cases)
+    check(tied, cases, outputs)
+
+
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_alone(oracle: PeftOracles, name: str) -> None:
+    cases = make_cases(oracle, (1, 40), adapters=(name,))
+    outputs, _ = run(oracle, cases)
+    check(oracle, cases, outputs)
+
+
+def test_chunked_prefill(oracle: PeftOracles) -> None:
+    cases = make_cases(oracle, (3, 70), adapters=("", *NAMES))
+    outputs, _ = run(oracle, cases, max_num_seqs=8, max_num_batched_tokens=11)
+    check(oracle, cases, outputs)
+
+
+def test_preemption(oracle: PeftOracles) -> None:
+    cases = make_cases(oracle, (36, 40, 41, 50), adapters=("", "head", "embedding", "tokens"))
+    options = {"block_tokens": 4, "num_pages": 210, "enable_prefix_caching": False}
+    outputs, stats = run(oracle, cases, repeat=3, **options)
+    check(oracle, cases, outputs)
+    assert stats["num_preemptions"] > 0
+
+
+def test_prefix_cache_warm(oracle: PeftOracles) -> None:
+    cases = make_cases(oracle, (17, 100), adapters=("", *NAMES))
+    outputs, _ = run(oracle, cases, repeat=2)
+    check(oracle, cases, outputs)
+    assert all(
+        o.num_cached_tokens == (len(c.prompt) - 1) // 16 * 16
+        for o, c in zip(outputs, cases, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(oracle: PeftOracles) -> Iterator[LLM]:
+    with LLM(
+        str(oracle.base), device="cpu", dtype="float32", skip_tokenizer_init=True,
+        tensor_parallel_size=2, num_pages=1024, max_num_seqs=8, max_num_batched_tokens=40,
+        adapters={name: str(oracle.adapters / name) for name in NAMES},
+    ) as llm:  # fmt: skip
+        yield llm
+
+
+def test_two_ranks(oracle: PeftOracles, two_ranks: LLM) -> None:
+    cases = make_cases(oracle, (1, 17, 64), adapters=("", *NAMES))
+    check(oracle, cases, answer(two_ranks, cases))
