@@ -6,7 +6,7 @@ adapter that does not is refused, because it would silently give wrong answers.
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
+from loraplex.engine.adapters.header.peft_tensors import AdapterTensors, check_header
 from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.packing.pack import AdapterContent, UnusableWeightsError, pack
 from loraplex.engine.adapters.paths import WEIGHTS_FILE
@@ -23,7 +24,6 @@ from loraplex.engine.adapters.peft_config import (
     PeftConfigError,
     read_peft_config,
 )
-from loraplex.engine.adapters.peft_tensors import AdapterTensors, check_header
 from loraplex.engine.adapters.reader_error import ReaderError, is_transient
 from loraplex.engine.adapters.safetensors_file import (
     DamagedFileError,
@@ -88,7 +88,7 @@ def read_adapter(
                 file,
                 AdapterContent(
                     layers=found.layers,
-                    scales=_scales_of(config, found.layers, target),
+                    scales=_scales_of(config, found.names),
                     replaces_bias=config.replaces_bias,
                     vocabulary=_read_vocabulary(file, found, config, target),
                 ),
@@ -113,15 +113,13 @@ def read_adapter(
     raise AdapterError(f"adapter {name!r}: {reason}")
 
 
-def _scales_of(
-    config: PeftConfig, found: Iterable[ModuleKey], target: AdapterTarget
-) -> dict[ModuleKey, float]:
+def _scales_of(config: PeftConfig, names: Mapping[ModuleKey, str]) -> dict[ModuleKey, float]:
     if config.rank_pattern or config.alpha_pattern:
-        return {key: config.scale_of(target.full_name(key)) for key in found}
-    if not found:
+        return {key: config.scale_of(name) for key, name in names.items()}
+    if not names:
         return {}
-    first = next(iter(found))  # all modules have one scale
-    return dict.fromkeys(found, config.scale_of(target.full_name(first)))
+    first = next(iter(names.values()))  # all modules have one scale
+    return dict.fromkeys(names, config.scale_of(first))
 
 
 def _read_vocabulary(

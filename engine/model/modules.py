@@ -6,6 +6,10 @@ from typing import Literal
 Axis = Literal["hidden", "query", "key", "inner"]
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Names of layers that compute several modules, whose outputs lie one after another."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
     """A linear module that every layer has.

@@ -7,6 +7,7 @@ Large calls matter, because a thread holds the interpreter between calls and oth
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,10 @@ from loraplex.memory.adapter_layout import VECTORS, Segment, SegmentName, Segmen
 from loraplex.memory.vector_rows import split_vector
 
 BitArray = npt.NDArray[np.unsignedinteger]
-Sides = dict[SegmentName, TensorPlace]  # "A" [rank, in_features], "B" [out_features, rank], ...
+SideName = SegmentName | Literal["A_scale", "B_scale"]
+Sides = dict[SideName, TensorPlace]
+"""The tensors of a module: "A" [rank, in_features], "B" [out_features, rank], vectors, and scales
+of A and B, one number or one for each row, by which they are multiplied."""
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -38,9 +42,13 @@ class Layer:
     def is_like(self, other: "Layer") -> bool:
         """Returns True if both layers may be in one block: equal segments, equal file dtypes."""
         return self.segments == other.segments and all(
-            place.dtype is other.sides[module][name].dtype
+            sides.keys() == other.sides[module].keys()
+            and all(
+                place.dtype is other.sides[module][name].dtype
+                and place.num_bytes == other.sides[module][name].num_bytes
+                for name, place in sides.items()
+            )
             for module, sides in self.sides.items()
-            for name, place in sides.items()
         )
 
 
@@ -71,6 +79,7 @@ def pack_block(
         tensors = [layer.sides[module][name] for layer in layers]
         piece = job.modules[module].inputs
         is_direct = name == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
+        is_direct = is_direct and (module, "A_scale") not in parts
         if job.is_known and is_direct and piece.size == align(piece.size):
             begin = segment.start * rows.dtype.itemsize
             source = row_bytes[:, begin : begin + tensors[0].num_bytes]
@@ -78,6 +87,12 @@ def pack_block(
             source = parts[module, name]
             copies.append(((module, name), segment, source))
         reads += zip(tensors, source, strict=True)
+    reads += [
+        (layer.sides[module][name], data)
+        for (module, name), part in parts.items()
+        if name in ("A_scale", "B_scale")
+        for layer, data in zip(layers, part, strict=True)
+    ]
     job.file.read(reads)
     leaves = [] if job.is_known else _hash_block(job, layers, scratch)
     for (module, name), segment, source in copies:
@@ -87,7 +102,8 @@ def pack_block(
             matrix = _as_rows(job, name, _as_floats(source, tensor), scales, rows.dtype)
             matrix = matrix if job.modules[module].adds_bias or name == "gain" else matrix * 0
         else:
-            matrix = _as_bits(source, tensor, rows.dtype)
+            factors = _factors(first.sides[module], parts, module, name)
+            matrix = _as_bits(source, tensor, rows.dtype, factors)
             matrix = matrix.swapaxes(1, 2) if name == "B" else matrix
         piece = job.modules[module].inputs if name == "A" else job.modules[module].outputs
         matrix = matrix[:, :, piece.start : piece.stop]
@@ -104,13 +120,13 @@ def _by_name(job: PackJob, ids: Iterable[int]) -> list[int]:
 
 def _lay_out(
     job: PackJob, layer: Layer, scratch: ByteArray, num_layers: int
-) -> dict[tuple[int, SegmentName], ByteArray]:
+) -> dict[tuple[int, SideName], ByteArray]:
     """Returns the part of each tensor, uint8 [layers, bytes], of layers that are like `layer`.
 
     The bytes of a layer lie one after another, as they are hashed.
     """
     whole, start = scratch.reshape(num_layers, layer.num_bytes), 0
-    parts: dict[tuple[int, SegmentName], ByteArray] = {}
+    parts: dict[tuple[int, SideName], ByteArray] = {}
     for module in _by_name(job, layer.sides):
         for name, place in layer.sides[module].items():
             parts[module, name] = whole[:, start : start + place.num_bytes]
@@ -122,7 +138,9 @@ def _hash_block(job: PackJob, layers: list[Layer], scratch: ByteArray) -> list[b
     """Returns the leaf of each layer that has adapted modules, from the bytes of the file."""
     labels = {
         "A": "",
+        "A_scale": "scale",
         "B": "",
+        "B_scale": "scale",
         "gain": "magnitude",
         "shift": "bias" if job.replaces_bias else "lora_bias",
     }
@@ -155,12 +173,29 @@ def _rows_of(bits: BitArray, segment: Segment) -> BitArray:
     )
 
 
-def _as_bits(sources: ByteArray, tensor: TensorPlace, dtype: torch.dtype) -> BitArray:
+def _factors(
+    sides: Sides,
+    parts: dict[tuple[int, SideName], ByteArray],
+    module: int,
+    name: SegmentName,
+) -> torch.Tensor | None:
+    """Returns the scales of A or of B, float32 [layers, rows or 1, 1], if there are any."""
+    scale_name: SideName = "A_scale" if name == "A" else "B_scale"
+    if scale_name not in sides:
+        return None
+    return _as_floats(parts[module, scale_name], sides[scale_name])[..., None]
+
+
+def _as_bits(
+    sources: ByteArray, tensor: TensorPlace, dtype: torch.dtype, factors: torch.Tensor | None
+) -> BitArray:
     """Returns tensors of one shape as `dtype`, viewed as unsigned integers: NumPy has no bfloat16,
-    and it transposes three times as fast as torch."""
+    and it transposes three times as fast as torch. They are multiplied by `factors`, if given."""
     shape = (len(sources), *tensor.shape)
-    if tensor.dtype is not dtype:
+    if tensor.dtype is not dtype or factors is not None:
         of_file = torch.from_numpy(sources.reshape(-1)).view(tensor.dtype)
+        if factors is not None:
+            of_file = (of_file.view(shape).float() * factors).flatten()
         sources = of_file.to(dtype).view(torch.uint8).numpy()
     return sources.view(_BITS[dtype.itemsize]).reshape(shape)
 
