@@ -16,6 +16,7 @@ from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
 from helpers.models.peft_oracle import make_cases
 from helpers.models.peft_oracles import PeftOracles
+from helpers.models.vocabulary_adapters import change_base_rows
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 RANK = {"r": 5, "alpha": 9}
@@ -33,6 +34,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens-of-each": {
         **RANK, "targets": QKV,
         "trainable_token_indices": {"lm_head": [7, 3, 500], "embed_tokens": [9, 3, *ROWS[5:]]},
+    },
+    "saved-below-lora": {
+        **RANK, "targets": ["embed_tokens", "lm_head"], "save_embedding_layers": "auto",
     },
     "saved": {
         **RANK, "targets": ["up_proj"], "modules_to_save": ["embed_tokens", "lm_head"],
@@ -59,7 +63,9 @@ NAMES = list(KINDS)
 def make_oracle(root: Path, kinds: dict[str, dict[str, Any]], **overrides: Any) -> PeftOracles:
     model = make_hf_model("llama", root / "base", seed=3, **overrides)
     for seed, (name, options) in enumerate(kinds.items()):
-        make_adapter(model, root / "adapters" / name, seed=seed, **options)
+        folder = make_adapter(model, root / "adapters" / name, seed=seed, **options)
+        if name == "saved-below-lora":
+            change_base_rows(folder)
     alone = ("tokens", "saved", "both-tied")
     groups = [
         [name for name in kinds if not name.startswith(alone)],

@@ -1,7 +1,7 @@
 """Adapters that change the token embedding or the head: what is read, and what is refused."""
 
-import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,20 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
+from loraplex.engine.adapters.reader import ProcessReader
 from loraplex.engine.adapters.target import AdapterTarget
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.model.shard import Piece
-from loraplex.memory.host.store import PackedAdapter
+from loraplex.memory.host.slab import shared_slab
+from loraplex.memory.host.store import HostStore, PackedAdapter
 from loraplex.memory.vocabulary_part import VocabularyPart, stretch_elems
 
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
-from helpers.models.peft_folders import edit_config, edit_weights, make_target
+from helpers.models.peft_folders import edit_config, edit_weights
+from helpers.models.vocabulary_adapters import EMBEDDING, HEAD, TOKENS, change_base_rows
+from helpers.models.vocabulary_adapters import target_of as target_in
 
-HEAD, EMBEDDING = "base_model.model.lm_head.", "base_model.model.model.embed_tokens."
 RANK = {"r": 4, "alpha": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "head": {**RANK, "targets": ["q_proj", "lm_head"]},
@@ -52,10 +55,7 @@ def make(base: tuple[Path, PreTrainedModel], tmp_path: Path) -> Callable[..., Pa
 
 
 def target_of(model: tuple[Path, PreTrainedModel], **changes: Any) -> AdapterTarget:
-    target = make_target()
-    assert target.vocabulary is not None
-    sizes = dataclasses.replace(target.vocabulary, **{"base": str(model[0]), **changes})
-    return dataclasses.replace(target, vocabulary=sizes)
+    return target_in(model[0], **changes)
 
 
 def matrix(packed: PackedAdapter, start: int, rows: int, width: int) -> torch.Tensor:
@@ -173,6 +173,29 @@ def test_every_part_has_a_say_in_the_identity(base: Any, make: Any) -> None:
         hashes.add(read_adapter("mine", folder, target).content_hash)
     head = read_adapter("mine", make("head"), target).content_hash
     assert len(hashes | {head}) == len(edits) + 1
+
+
+def test_changed_base_rows_beside_lora(base: Any, make: Any) -> None:
+    folder = make("wrapped")
+    change_base_rows(folder)
+    packed = read_adapter("mine", folder, target_of(base))
+    assert packed.kind == "lora+embedding+head+tokens"
+    for part in (packed.vocabulary.embedding, packed.vocabulary.head):
+        assert part is not None and (part.rank, part.token_ids) == (4, TOKENS)
+
+
+def test_the_process_that_reads_gives_the_same(base: Any, make: Any) -> None:
+    folder, target = make("wrapped"), target_of(base)
+    change_base_rows(folder)
+    expected = read_adapter("mine", folder, target)
+    store = HostStore(1 << 22, make_slab=partial(shared_slab, page_locked=False))
+    reader = ProcessReader(target)
+    try:
+        got = store.add(lambda allocate: reader.read("mine", folder, allocate))
+    finally:
+        reader.close()
+    assert (got.content_hash, got.vocabulary) == (expected.content_hash, expected.vocabulary)
+    assert torch.equal(got.data, expected.data)
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
