@@ -316,8 +316,8 @@ def _unpack(packed: AdapterPacked, data: torch.Tensor, target: AdapterTarget) ->
         scale=table(packed.scale, torch.float32),
         replaces_bias=packed.replaces_bias,
         vocabulary=VocabularyParts(
-            embedding=packed.embedding and packed.embedding.part(),
-            head=packed.head and packed.head.part(),
+            embedding=packed.embedding.part() if packed.embedding else None,
+            head=packed.head.part() if packed.head else None,
         ),
     )
 

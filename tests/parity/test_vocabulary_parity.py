@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from loraplex import LLM
+from loraplex import LLM, LoRAMix
+from loraplex.engine.errors import ClientError
 
-from helpers.models.engine_runs import answer, check, run
+from helpers.models.engine_runs import answer, check, greedy, run
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
 from helpers.models.peft_oracle import make_cases
@@ -131,6 +132,18 @@ def test_prefix_cache_warm(oracle: PeftOracles) -> None:
         o.num_cached_tokens == (len(c.prompt) - 1) // 16 * 16
         for o, c in zip(outputs, cases, strict=True)
     )
+
+
+def test_no_mix_has_them(oracle: PeftOracles) -> None:
+    names = ("lora", "head", "embedding", "tokens")
+    with LLM(
+        str(oracle.base), device="cpu", dtype="float32", skip_tokenizer_init=True, in_process=True,
+        num_pages=1024, adapters={name: str(oracle.adapters / name) for name in names},
+    ) as llm:  # fmt: skip
+        for name in names[1:]:
+            with pytest.raises(ClientError, match=rf"'{name}' is of the kind lora\+{name}"):
+                mix = LoRAMix(["lora", name])
+                llm.generate({"prompt_token_ids": [5]}, greedy(), lora_request=mix, use_tqdm=False)
 
 
 @pytest.fixture(scope="module")
