@@ -51,6 +51,11 @@ class ResidentVocabulary:
         self._head.pop(slot, None)
         self._is_changed[slot] = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Returns whether no resident adapter has a change."""
+        return not self._embedding and not self._head
+
     def changes(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Returns which of the table's rows hold an adapter with a change."""
         return self._is_changed[slots]

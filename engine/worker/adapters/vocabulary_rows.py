@@ -109,6 +109,8 @@ class VocabularyReader:
 
     def plan(self, batch: LoRABatch, rows: StepRows) -> VocabularyStep | None:
         """Returns the changes of a step, or None if its adapters change layers alone."""
+        if self.resident.is_empty:
+            return None
         changed = np.flatnonzero(self.resident.changes(batch.segment_slots)).tolist()
         if not changed:
             return None
