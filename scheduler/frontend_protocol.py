@@ -25,6 +25,8 @@ class AdapterSource(Record):
     named: str  # absolute path as the client wrote it, which may lead through links
     path: str  # the real folder, which the workers read
     stamp: str = ""  # changes whenever the adapter's files change; empty: not known
+    is_from_store: bool = False  # found by its name; gives way to what the name means otherwise
+    owner: str = ""  # of a store: the only tenant that may use it; empty: all may
 
     @classmethod
     def at(cls, path: str) -> "AdapterSource":

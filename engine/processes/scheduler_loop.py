@@ -230,7 +230,7 @@ class SchedulerLoop:
                 case "unpin":
                     adapter = scheduler.unpin_adapter(message.name, message.tenant)
                 case "list":
-                    adapter = scheduler.adapters.describe_one(message.name)
+                    adapter = scheduler.adapters.describe_one(message.name, message.tenant)
                 case _:
                     raise RequestRefused("bad_request", f"unknown adapter command {message.op!r}")
         except RequestRefused as refusal:

@@ -140,8 +140,8 @@ class AdapterManager:
 
     def pin(self, name: str, reply_key: Hashable, tenant: str) -> None:
         """Pin what the name means; an update answers once its files are inspected."""
-        check_owner(self.registry.find(name), tenant, "pin")
-        version = self.registry.resolve(name)
+        check_owner(self.registry.find(name, tenant), tenant, "pin")
+        version = self.registry.resolve(name, tenant=tenant)
         if version.state is AdapterState.READY:
             self._reply(reply_key, version, self.pins.pin(version))
             return
@@ -150,7 +150,7 @@ class AdapterManager:
         self.registry.inspect_once(version)
 
     def unpin(self, name: str, tenant: str) -> AdapterVersion:
-        version = self.registry.find(name)
+        version = self.registry.find(name, tenant)
         check_owner(version, tenant, "unpin")
         self.pins.unpin(version, self._clock())
         self._answer_pins(version, f"adapter {name!r} was unpinned while it was being read")
@@ -226,10 +226,10 @@ class AdapterManager:
             versions = map(self.registry.current, names[first : first + ROWS_PER_SLICE])
             yield [self.describe(version, num_running) for version in versions if version]
 
-    def describe_one(self, name: str) -> dict[str, Any]:
-        """The adapter of this name as plain values; RequestRefused if the name is unknown."""
+    def describe_one(self, name: str, tenant: str = "") -> dict[str, Any]:
+        """The adapter that a tenant's name means as plain values; RequestRefused if unknown."""
         num_running = _count_running(self._running)
-        return self.describe(self.registry.find(name), num_running)
+        return self.describe(self.registry.find(name, tenant), num_running)
 
     def describe(
         self, version: AdapterVersion, num_running: Mapping[AdapterVersion, int]
@@ -243,6 +243,7 @@ class AdapterManager:
             "name": version.name,
             "path": version.path,
             "owner": version.owner,
+            "is_from_store": version.source.is_from_store,
             "state": version.state.value,
             "error": version.error,
             "content_hash": version.content_hash,

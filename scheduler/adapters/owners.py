@@ -36,13 +36,17 @@ class AdapterOwners:
             if not current.is_at(source):
                 check_owner(current, tenant, "replace")
             return current.owner
+        self.check_room(tenant)
+        return tenant
+
+    def check_room(self, tenant: str) -> None:
+        """Raise RequestRefused if the tenant may register no more names."""
         if tenant and self._num_names[tenant] >= self._max_names:
             raise RequestRefused(
                 "too_many_adapters",
                 f"tenant {tenant!r} has registered {self._max_names} adapters, as many as "
                 "max_adapters_per_tenant allows: unload one first",
             )
-        return tenant
 
     def add(self, version: AdapterVersion) -> None:
         """Count a new name."""

@@ -10,15 +10,13 @@ A request that brings none gets what the name means.
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from heapq import nsmallest
 
+from loraplex.scheduler.adapters import store_names
 from loraplex.scheduler.adapters.owners import AdapterOwners, check_owner
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.request import RequestRefused
 from loraplex.scheduler.worker_protocol import AdapterInspected, InspectAdapter
-
-MAX_LISTED = 20  # names in an error
 
 
 class AdapterRegistry:
@@ -105,22 +103,18 @@ class AdapterRegistry:
 
     def unload(self, name: str, tenant: str) -> AdapterVersion:
         """Forget a name; requests bound to its versions keep them."""
-        version = self.find(name)
+        version = self.find(name, tenant)
         check_owner(version, tenant, "unload")
-        del self._by_name[name]
+        del self._by_name[version.name]
         self._owners.remove(version)
         self._take_name(version, None)
         return version
 
-    def find(self, name: str) -> AdapterVersion:
-        """Return the version that a name means now.
-
-        Raises:
-            RequestRefused: the name is unknown.
-        """
-        version = self._by_name.get(name)
+    def find(self, name: str, tenant: str = "") -> AdapterVersion:
+        """Return what a name means now for a tenant; RequestRefused if it is unknown."""
+        version = store_names.visible(self._by_name, name, tenant)
         if version is None:
-            raise self._unknown(name)
+            raise store_names.unknown_adapter(name, self._by_name)
         return version
 
     def resolve(
@@ -142,7 +136,9 @@ class AdapterRegistry:
                 read and have not changed since; or as by register().
         """
         if source is None:
-            version = self.find(name)
+            version = self.find(name, tenant)
+        elif source.is_from_store:
+            version = self._resolve_found(name, source, tenant)
         else:
             version = self._resolve(name, source, tenant, load_inplace)
         if version.state is AdapterState.FAILED:
@@ -167,6 +163,21 @@ class AdapterRegistry:
                 "choose another name, unload this one, or replace it with load_inplace=True",
             )
         return self.register(name, source, tenant)
+
+    def _resolve_found(self, name: str, source: AdapterSource, tenant: str) -> AdapterVersion:
+        """Return the version of a folder that was found in a store under this name."""
+        registered = self._by_name.get(name)
+        if registered is not None and store_names.goes_before_stores(registered, tenant):
+            return registered
+        key, owner = store_names.found_name(name, registered, source, tenant)
+        version = self._by_name.get(key)
+        if version is None:
+            self._owners.check_room(owner)
+        elif version.is_at(source):
+            return self._renew(version, source)
+        version = self._create(key, source, owner)
+        self._set_current(version)
+        return version
 
     def _renew(self, version: AdapterVersion, source: AdapterSource) -> AdapterVersion:
         """Return the version of the files as they are now: another one if they have changed."""
@@ -333,11 +344,3 @@ class AdapterRegistry:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless each tenant's names are counted."""
         self._owners.check_integrity(self)
-
-    def _unknown(self, name: str) -> RequestRefused:
-        more = ", ..." if len(self._by_name) > MAX_LISTED else ""
-        listed = ", ".join(nsmallest(MAX_LISTED, self._by_name)) + more
-        return RequestRefused(
-            "unknown_adapter",
-            f"no adapter is registered as {name!r}; known: {listed or 'none'}",
-        )
