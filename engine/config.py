@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from loraplex.backends.config import BackendConfig
+from loraplex.engine.store_config import StoreConfig
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 
@@ -308,4 +309,5 @@ class EngineConfig:
     graph: GraphConfig = field(default_factory=GraphConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

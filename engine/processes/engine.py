@@ -19,6 +19,7 @@ from loraplex.engine.processes.draining.stop_signals import StopSignals
 from loraplex.engine.processes.launch.engine_processes import engine_processes
 from loraplex.engine.processes.process import Environment
 from loraplex.engine.processes.process_group import ProcessGroup
+from loraplex.engine.stores.open_stores import check_stores
 from loraplex.engine.tenants.hangup_reload import HangupReload
 from loraplex.engine.tenants.key_file import read_tenants_of
 
@@ -101,6 +102,7 @@ class Engine:
         check_adapter_config(self._config.adapter)
         kv_events_config(self._config.server)
         self._group.tenants = read_tenants_of(self._config.server)
+        check_stores(self._config)
         if self._has_model:
             resolve_model(self._config.model.model)  # before any process loads its libraries
         try:

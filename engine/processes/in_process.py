@@ -32,6 +32,7 @@ from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_grammar_queue, make_scheduler
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.engine.processes.worker_main import WorkerLike, send_events
+from loraplex.engine.stores.open_stores import check_stores
 
 CLIENT = b"client"
 TICK_S = 1.0
@@ -54,6 +55,7 @@ class InProcessEngine:
     ) -> None:
         """Load the model; ConfigError as from Engine.start(). `worker` replaces Worker."""
         check_adapter_config(config.adapter)
+        check_stores(config)
         if config.parallel.tensor_parallel_size > 1:
             raise ConfigError("tensor_parallel_size must be 1 for an engine in this process")
         self._wakeup = Wakeup()

@@ -29,6 +29,7 @@ from loraplex.entrypoints.cli.settings.repeated import Repeated
 GROUPS = {
     "model": "model",
     "adapter": "adapters",
+    "store": "adapter stores",
     "memory": "memory (one pool of pages for KV cache and adapters)",
     "scheduler": "scheduler",
     "backend": "backends",
@@ -258,6 +259,7 @@ def _argument_kind(field: Field[Any], hint: Any) -> dict[str, Any]:
         tuple[tuple[str, str], ...]: (parse_pair, field.metadata.get("metavar", "NAME=PATH")),
         dict[int, float]: (parse_bias, "ID=X"),
         str | list[str]: (str, "TEXT"),
+        tuple[str, ...]: (str, field.metadata.get("metavar", "TEXT")),
     }
     if hint in repeated:
         convert, metavar = repeated[hint]

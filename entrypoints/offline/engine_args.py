@@ -15,7 +15,7 @@ from loraplex.entrypoints.offline.vllm_keywords import RENAMED, vllm_defaults
 
 Parser = TypeVar("Parser", bound=argparse._ActionsContainer)
 
-_NO_FLAG = ("adapters", "fair_share_weights")
+_NO_FLAG = ("adapters", "adapter_stores", "fair_share_weights")
 _DEFAULTS = {"model": "", **vllm_defaults(), **option_defaults()}
 _HINTS = {"model": str, **dict.fromkeys(RENAMED, int), **typing.get_type_hints(LLMOptions)}
 

@@ -3,7 +3,7 @@
 import difflib
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypedDict
 
@@ -32,6 +32,12 @@ class LLMOptions(TypedDict, total=False):
     adapter_mixes: tuple[tuple[str, str], ...]
     adapter_dir: str
     adapter_root: str
+    adapter_stores: Sequence[str]
+    adapter_store_ttl_s: float
+    adapter_store_timeout_s: float
+    adapter_store_max_bytes: int
+    adapter_cache_dir: str
+    adapter_cache_bytes: int
     block_tokens: int
     kv_cache_dtype: str
     gpu_memory_utilization: float
@@ -70,8 +76,8 @@ class LLMOptions(TypedDict, total=False):
     max_loras: int
 
 
-_PARTS = ("model", "adapter", "memory", "scheduler", "backend", "parallel", "process", "graph",
-          "profile")  # fmt: skip
+_PARTS = ("model", "adapter", "store", "memory", "scheduler", "backend", "parallel", "process",
+          "graph", "profile")  # fmt: skip
 
 
 def option_defaults() -> dict[str, Any]:
@@ -102,6 +108,8 @@ def engine_config_of(model: str, options: Mapping[str, Any]) -> EngineConfig:
     values["model"] = model
     if "adapters" in values:
         values["adapters"] = _adapter_pairs(values["adapters"])
+    if "adapter_stores" in values:
+        values["adapter_stores"] = _store_addresses(values["adapter_stores"])
     parts = {}
     for part in _PARTS:
         cls = typing.get_type_hints(EngineConfig)[part]
@@ -116,6 +124,12 @@ def _adapter_pairs(adapters: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters must map names to directories, got {adapters!r:.80}")
     return tuple((str(name), os.path.abspath(path)) for name, path in adapters.items())
+
+
+def _store_addresses(stores: Any) -> tuple[str, ...]:
+    if isinstance(stores, str) or not isinstance(stores, Sequence):
+        raise TypeError(f"adapter_stores must be a list of addresses, got {stores!r:.80}")
+    return tuple(os.fspath(store) for store in stores)
 
 
 def _unknown(name: str) -> str:

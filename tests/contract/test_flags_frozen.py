@@ -15,7 +15,9 @@ MODEL = [
     "--no-skip-tokenizer-init", "--quantization", "--seed", "--skip-tokenizer-init", "--tokenizer",
 ]  # fmt: skip
 ENGINE = [
-    *MODEL, "--adapter", "--adapter-dir", "--adapter-host-bytes", "--adapter-mix",
+    *MODEL, "--adapter", "--adapter-cache-bytes", "--adapter-cache-dir", "--adapter-dir",
+    "--adapter-host-bytes", "--adapter-mix", "--adapter-store", "--adapter-store-max-bytes",
+    "--adapter-store-timeout-s", "--adapter-store-ttl-s",
     "--attention-backend",
     "--block-tokens", "--config", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
     "--fair-share-by", "--fair-share-weight", "--fused-backend", "--collective-backend",

@@ -29,7 +29,7 @@ def test_keywords_have_the_fields_types() -> None:
     options = typing.get_type_hints(LLMOptions)
     for part in PARTS.values():
         for name, hint in typing.get_type_hints(part).items():
-            if name in options and name != "adapters":
+            if name in options and name not in ("adapters", "adapter_stores"):
                 assert options[name] == hint, name
 
 
@@ -66,7 +66,7 @@ def test_defaults_are_the_configs() -> None:
         ("hf_token", "nothing is downloaded"),
         ("revision", "nothing is downloaded"),
         ("logits_processors", "use logit_bias"),
-        ("zzz", "known: adapter_dir"),
+        ("zzz", "known: adapter_cache_bytes"),
         ("endpoint", "no keyword 'endpoint'"),
     ],
 )
