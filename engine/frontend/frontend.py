@@ -21,6 +21,7 @@ from loraplex.engine.frontend.draining.gate import Gate
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec
 from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
 from loraplex.engine.frontend.mixing.named_mixes import named_mixes
+from loraplex.engine.frontend.mixing.stored_names import StoredNames
 from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
@@ -35,6 +36,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.ipc.step_clock import StepClock
+from loraplex.engine.stores.open_stores import make_store_lookup
 from loraplex.scheduler.frontend_protocol import AdapterSource, StepOutputs
 
 logger = logging.getLogger("loraplex.frontend")
@@ -77,11 +79,18 @@ class Frontend:
         self._scheduler = SchedulerLink(scheduler)
         self._mixes = named_mixes(config.adapter)
         self._folders = FolderLookup(config.adapter.adapter_root, wakeup)
+        self._queries = QueryTable(self._reply)
+        self._stores = make_store_lookup(config.store, wakeup)
+        stored = (
+            StoredNames(self._stores, self._queries, self._scheduler)
+            if self._stores is not None
+            else None
+        )
         self.inputs = InputProcessor(config, info, codec, seed_salt=name)
         self._requests = RequestTable(
             inputs=self.inputs,
             codec=codec,
-            adapters=AdapterLookup(self._mixes, self._folders),
+            adapters=AdapterLookup(self._mixes, self._folders, stored),
             scheduler=self._scheduler,
             reply=self._reply,
             server=config.server,
@@ -89,7 +98,6 @@ class Frontend:
         )
         self.histograms = self._requests.histograms = histograms or RequestHistograms()
         self._clients = clients_of(self._requests)
-        self._queries = QueryTable(self._reply)
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
         self._num_malformed = 0
         self._dead_reason = ""
@@ -229,6 +237,8 @@ class Frontend:
         have found, and does a turn's part of long replies."""
         self._requests.start_tokenized()
         self._folders.run_ready()
+        if self._stores is not None:
+            self._stores.run_ready()
         self._requests.convert_logprobs()
         self._clients.flush()
 
@@ -255,6 +265,8 @@ class Frontend:
         self._clients.tick()
         self._requests.expire()
         self._scheduler.flush()
+        if self._stores is not None:
+            self._stores.tick()
 
     def fail_all(self, reason: str) -> None:
         """Ends every request and query with the error "engine_dead", also later ones."""
@@ -265,6 +277,8 @@ class Frontend:
     def close(self) -> None:
         self._requests.close()
         self._folders.close()
+        if self._stores is not None:
+            self._stores.close()
 
     def _reply(self, client: bytes, message: dict[str, Any]) -> None:
         self._clients.reply(client, message)

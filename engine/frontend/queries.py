@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.engine.errors import QueueFullError
+from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.protocol import error_reply
+from loraplex.scheduler.adapters.store_names import PRIVATE, private_name
 
 MAX_QUERIES = 1024  # of all clients together
+_OWN = b""  # stands for a client in the frontend's own questions
+
+Then = Callable[[list[dict[str, Any]] | ClientError], None]
 
 
 @dataclass(slots=True)
@@ -20,6 +24,7 @@ class _Query:
     reply_type: str
     rows_key: str
     rows: list[dict[str, Any]] = field(default_factory=list)  # of an answer not complete yet
+    then: Then | None = None  # who takes the adapters or the error, if no client does
 
 
 class QueryTable:
@@ -49,11 +54,19 @@ class QueryTable:
             QueueFullError: the tenant, or else the client, has as many as there are free places.
         """
         asker = tenant or client
-        if self._num_of[asker] >= MAX_QUERIES - len(self._queries):
+        num_waiting = len(self._queries) - self._num_of[_OWN]
+        if self._num_of[asker] >= MAX_QUERIES - num_waiting:
             raise QueueFullError("too many commands are waiting: try again later")
         self._num_of[asker] += 1
         query_id = next(self._ids)
         self._queries[query_id] = _Query(client, tenant, request_id, reply_type, rows_key)
+        return query_id
+
+    def ask(self, then: Then) -> int:
+        """Returns the id of a question of the frontend itself, which `then` gets the answer to."""
+        query_id = next(self._ids)
+        self._queries[query_id] = _Query(_OWN, "", "", "", "", then=then)
+        self._num_of[_OWN] += 1
         return query_id
 
     def add_rows(self, query_id: int, rows: list[dict[str, Any]]) -> None:
@@ -70,13 +83,19 @@ class QueryTable:
         where files lie that are not its own and what is wrong with them."""
         query = self._take(query_id)
         rows = query.rows + adapters
+        if query.then is not None:
+            query.then(rows)
+            return
         if query.tenant:
-            rows = [_seen_by(query.tenant, row) for row in rows]
+            rows = [_seen_by(query.tenant, row) for row in rows if _is_visible(query.tenant, row)]
         self._send(query, adapters=rows)
 
     def fail(self, query_id: int, code: str, text: str) -> None:
         """Sends an error."""
         query = self._take(query_id)
+        if query.then is not None:
+            query.then(client_error(code, text))
+            return
         self._reply(query.client, error_reply(query.request_id, code, text))
 
     def fail_all(self, code: str, text: str) -> None:
@@ -100,9 +119,15 @@ class QueryTable:
         self._reply(query.client, head | values)
 
 
+def _is_visible(tenant: str, adapter: dict[str, Any]) -> bool:
+    """Tells whether an adapter is not another tenant's alone."""
+    name: str = adapter["name"]
+    return not name.startswith(PRIVATE) or name.startswith(private_name(tenant, ""))
+
+
 def _seen_by(tenant: str, adapter: dict[str, Any]) -> dict[str, Any]:
     if adapter["owner"] == tenant:
-        return adapter
+        return {**adapter, "name": adapter["name"].removeprefix(private_name(tenant, ""))}
     owner = None if adapter["owner"] else ""
     error = "its owner and the operator see the reason" if adapter["error"] else ""
     return {**adapter, "owner": owner, "path": None, "error": error, "warnings": []}

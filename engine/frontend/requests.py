@@ -16,13 +16,15 @@ from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
 from loraplex.engine.frontend.limits.client_quota import ClientQuota
 from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
+from loraplex.engine.frontend.mixing.added_sequences import added_sequences
 from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Wakeup
-from loraplex.scheduler.frontend_protocol import AddRequest, MixPart, StepOutputs
+from loraplex.engine.stores.adapter_store import FolderLeases
+from loraplex.scheduler.frontend_protocol import MixPart, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
@@ -46,6 +48,7 @@ class _Request:
     first_id: int = 0
     num_bytes: int = 0  # that `prompts` counts
     times: RequestTimes = field(default_factory=RequestTimes)
+    leases: FolderLeases = field(default_factory=FolderLeases)  # of the adapters' files
 
 
 class RequestTable:
@@ -89,8 +92,7 @@ class RequestTable:
     def add(self, client: bytes, message: GenerateRequest) -> None:
         """Starts a request. Errors found after this call returns are sent as replies.
 
-        Raises:
-            ClientError: the client or the server has too many requests, or the id is in use.
+        Raises ClientError if the client or the server has too many requests or the id is in use.
         """
         mine = self._by_client.get(client, {})
         if message.request_id in mine:
@@ -128,27 +130,32 @@ class RequestTable:
                 self._look_up(request, token_ids)
 
     def _look_up(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
-        """Starts a request, once the folders that it may bring were found."""
-        if isinstance(token_ids, ClientError):
-            self._fail(request, token_ids.code, str(token_ids))
-        else:
-            self._adapters.find(request.message, partial(self._start, request, token_ids))
+        """Starts a request, once its adapters' folders were found."""
+        try:
+            if isinstance(token_ids, ClientError):
+                raise token_ids
+            self._charge(request, len(token_ids))
+        except ClientError as error:
+            self._fail(request, error.code, str(error))
+            return
+        self._adapters.find(request.message, partial(self._start, request, token_ids))
 
     def _start(
         self,
         request: _Request,
         token_ids: "array[int]",
         parts: list[MixPart] | ClientError,
+        leases: FolderLeases,
     ) -> None:
+        request.leases = leases
         if not self._is_current(request):
-            return
+            return request.leases.release()
         message, params = request.message, request.message.sampling_params
         try:
             if isinstance(parts, ClientError):
                 raise parts
             specs = self._inputs.sampling_specs(params, len(token_ids), request.seed)
             grammar = self._inputs.grammar(params)
-            self._charge(request, len(token_ids))
         except ClientError as error:
             self._fail(request, error.code, str(error))
             return
@@ -156,36 +163,25 @@ class RequestTable:
         ids = [next(self._sequence_ids) for _ in specs]
         request.first_id = ids[0]
         self._by_sequence.update(dict.fromkeys(ids, request))
-        only = parts[0] if len(parts) == 1 and parts[0].weight == 1 else None
+        added = added_sequences(
+            message,
+            parts,
+            prompt_token_ids=token_ids,
+            ids=ids,
+            specs=specs,
+            grammar=grammar,
+            client=b"" if self._is_private else request.client,
+        )
         try:
-            for index, (sequence_id, spec) in enumerate(zip(ids, specs, strict=True)):
-                self._scheduler.send(
-                    AddRequest(
-                        request_id=sequence_id,
-                        prompt_token_ids=token_ids,
-                        sampling=spec,
-                        adapter=only.adapter if only else message.adapter_label,
-                        adapter_source=only.source if only else None,
-                        load_inplace=only.load_inplace if only else False,
-                        mix=[] if only else parts,
-                        salt=message.salt,
-                        priority=message.priority,
-                        use_prefix_cache=message.use_prefix_cache,
-                        grammar=grammar,
-                        tenant=message.tenant,
-                        client=b"" if self._is_private else request.client,
-                        index=index,
-                        num_answers=len(ids),
-                    )
-                )
+            for sequence in added:
+                self._scheduler.send(sequence)
         except ClientError as error:
             self._fail(request, error.code, str(error))  # aborts those that were sent
 
     def _charge(self, request: _Request, num_tokens: int) -> None:
         """Counts the memory that a request holds until its end, and frees its text.
 
-        Raises:
-            QueueFullError: the client or all clients hold too much.
+        Raises QueueFullError if the client or all clients hold too much.
         """
         num_bytes = prompt_bytes(request.message.sampling_params, num_tokens)
         if not self._prompts.take(request.payer, num_bytes):
@@ -333,6 +329,7 @@ class RequestTable:
             self._by_client.pop(request.client, None)
         self._prompts.give_back(request.payer, request.num_bytes)
         request.num_bytes = 0
+        request.leases.release()
         if request.outputs is None:
             return []
         ids = range(request.first_id, request.first_id + len(request.outputs.completions))

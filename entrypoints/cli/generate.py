@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, args.file)
     registered = [name for name, _ in adapters_at_start(config.adapter)]
     registered += [name for name, _ in config.adapter.adapter_mixes]
-    names = answering_models(args.use, args.compare, registered)
+    has_stores = bool(config.store.adapter_stores)
+    names = answering_models(args.use, args.compare, registered, has_stores=has_stores)
     with LLM.from_config(config, in_process=args.in_process) as llm:
         as_chat = _has_chat_template(llm) if args.chat is None else args.chat
         if args.system is not None and not as_chat:
@@ -67,8 +68,13 @@ def read_prompts(arguments: Sequence[str], file: str | None) -> list[str]:
     return prompts
 
 
-def answering_models(use: str | None, compare: bool, registered: Sequence[str]) -> list[str]:
+def answering_models(
+    use: str | None, compare: bool, registered: Sequence[str], *, has_stores: bool = False
+) -> list[str]:
     """Names of the models that answer, in the order of the output.
+
+    Args:
+        has_stores: a name that is not registered may be in a store.
 
     Raises:
         ConfigError: a name in `use` is no registered adapter; the message lists those that are.
@@ -80,7 +86,7 @@ def answering_models(use: str | None, compare: bool, registered: Sequence[str]) 
         if not names:
             raise ConfigError("--use names no model: write --use a,b or leave it out")
     for name in names:
-        if name != BASE and name not in registered:
+        if name != BASE and name not in registered and not has_stores:
             known = ", ".join([BASE, *registered])
             raise ConfigError(f"--use: {name!r} is not registered; there are {known}")
     if compare and BASE not in names:

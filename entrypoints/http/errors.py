@@ -21,6 +21,7 @@ _STATUS = {
     "draining": 503,
     "timeout": 504,
     "engine_dead": 503,
+    "store_unavailable": 503,
 }
 """HTTP status by the error code of docs/reference/protocol.md. Any other code is 500."""
 
