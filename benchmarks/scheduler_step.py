@@ -128,14 +128,14 @@ class TimedWorkers(WorkerGroup):
 class Rig:
     """A scheduler loop whose worker answers at once."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, num_pages: int = NUM_PAGES) -> None:
         self.seconds: Seconds = defaultdict(float)
         self._results: deque[StepResult] = deque()
         memory = MemoryConfig()
         self.scheduler = TimedScheduler(
             config=SchedulerConfig(max_num_seqs=max_num_seqs),
             memory=memory,
-            num_pages=NUM_PAGES,
+            num_pages=num_pages,
             max_model_len=READY.max_model_len,
             base_fingerprint=READY.base_fingerprint,
         )
@@ -144,7 +144,7 @@ class Rig:
         info = EngineInfo(
             max_model_len=READY.max_model_len,
             vocab_size=READY.vocab_size,
-            num_pages=NUM_PAGES,
+            num_pages=num_pages,
             block_tokens=memory.block_tokens,
             max_queue_len=16_384,
             workers=[READY],
@@ -225,13 +225,15 @@ def step_cost(num_rows: int, rounds: int) -> dict[str, float]:
     return best
 
 
-def delay(post: Callable[[Rig, int], None], *, rounds: int) -> dict[str, float]:
+def delay(
+    post: Callable[[Rig, int], None], *, rounds: int, num_pages: int = NUM_PAGES
+) -> dict[str, float]:
     """Milliseconds by which the work that `post` asks for holds up planning, at most in one turn.
 
     64 requests decode all the while. The delay of a turn is all of it but plan() and commit();
     `calm` is its median without other work. The round with the shortest delay is kept.
     """
-    rig = Rig(max_num_seqs=256)
+    rig = Rig(max_num_seqs=256, num_pages=num_pages)
     for index in range(NUM_ADAPTERS):
         rig.scheduler.register_adapter(
             f"adapter-{index:05}", AdapterSource.at(f"/adapters/{index:05}")

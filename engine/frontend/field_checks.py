@@ -52,6 +52,17 @@ def seconds(value: Any) -> float:
     return float(value)
 
 
+def integer(least: int, most: int) -> Check:
+    """Returns a check for integers from `least` to `most`."""
+
+    def check(value: Any) -> int:
+        if not least <= int32(value) <= most:
+            raise ValueError(f"must be from {least} to {most}, got {value}")
+        return int(value)
+
+    return check
+
+
 def token_ids(value: Any) -> "array[int]":
     """Returns the ids as int32."""
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:

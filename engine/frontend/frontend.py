@@ -25,6 +25,7 @@ from loraplex.engine.frontend.mixing.stored_names import StoredNames
 from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.frontend.statistics.pool_runs import describe_pools
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import (
@@ -160,7 +161,8 @@ class Frontend:
             case protocol.StatsRequest():
                 key = "adapters_by_tier" if message.by_tier else "resident_adapters"
                 query_id = self._queries.add(client, "", message.request_id, "stats", rows_key=key)
-                self._ask_scheduler(query_id, StatsQuery(query_id, by_tier=message.by_tier))
+                query = StatsQuery(query_id, by_tier=message.by_tier, pool_cells=message.pool_cells)
+                self._ask_scheduler(query_id, query)
             case protocol.ResetPrefixCacheRequest():
                 query_id = self._queries.add(client, "", message.request_id, "stats")
                 self._ask_scheduler(query_id, StatsQuery(query_id, reset_prefix_cache=True))
@@ -223,6 +225,8 @@ class Frontend:
                 self._queries.add_rows(message.query_id, message.rows)
             case StatsReply():
                 stats = {**message.stats, "frontend": self._stats()}
+                if message.pools:
+                    stats["pools"] = describe_pools(message.pools)
                 self._queries.answer(message.query_id, stats)
             case AdapterReply() if message.error:
                 code = message.error_code or "adapter"

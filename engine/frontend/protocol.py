@@ -15,6 +15,7 @@ from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElemen
 from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.mixing.adapter_use import AdapterUse, adapter_uses
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
+from loraplex.scheduler.pool_map import MAX_POOL_CELLS
 
 PROTOCOL_VERSION = 1
 MAX_ID_CHARS = 256
@@ -154,6 +155,7 @@ class HealthRequest:
 class StatsRequest:
     request_id: str = field(metadata=_ID)
     by_tier: bool = field(default=False, metadata=_FLAG)
+    pool_cells: int = field(default=0, metadata={"check": field_checks.integer(0, MAX_POOL_CELLS)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +273,8 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
     if sender and isinstance(message, ResetPrefixCacheRequest):
         text = "reset_prefix_cache concerns all tenants: only the operator may send it"
         raise client_error("forbidden", text)
+    if sender and getattr(message, "pool_cells", 0):
+        raise client_error("forbidden", "pool_cells: only the operator may ask for the map")
     if not isinstance(message, TenantMessage):
         return message
     if sender and message.tenant not in ("", sender):

@@ -26,6 +26,7 @@ from loraplex.engine.processes.load_reports import LoadReports
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.adapters.tiers import adapters_by_tier
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
+from loraplex.scheduler.pool_map import map_pool
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
@@ -251,7 +252,8 @@ class SchedulerLoop:
             slices = adapters_by_tier(scheduler.memory.adapters, registry, scheduler.waiting)
         for rows in slices:
             yield ReplyRows(query.query_id, rows)
-        yield StatsReply(query.query_id, scheduler.stats())
+        pools = [map_pool(scheduler.memory, query.pool_cells)] if query.pool_cells else []
+        yield StatsReply(query.query_id, scheduler.stats(), pools)
 
     def _send_part_of_reply(self) -> None:
         """Send the next message of the oldest long reply, one a turn; replies take turns."""

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
     AdapterReply,
@@ -11,6 +13,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.scheduler.pool_map import PoolMap
 
 TIERS = ("pages", "host", "disk")  # the fastest first
 SUMMED = ("num_requests", "num_running", "num_waiting", "num_users")
@@ -25,6 +28,7 @@ class _Broadcast:
     pending: set[str]
     rows: list[tuple[str, Row]] = field(default_factory=list)  # engine, row
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pools: list[PoolMap] = field(default_factory=list)
     error: AdapterReply | None = None
 
 
@@ -65,6 +69,9 @@ class Broadcasts:
                     broadcast.error = broadcast.error or reply
             case StatsReply():
                 broadcast.stats[engine_id] = reply.stats
+                broadcast.pools += [
+                    msgspec.structs.replace(pool, engine=engine_id) for pool in reply.pools
+                ]
         broadcast.pending.discard(engine_id)
         return self._finish(broadcast)
 
@@ -85,7 +92,8 @@ class Broadcasts:
         if isinstance(message, StatsQuery):
             rows = [{**row, "engine": engine_id} for engine_id, row in broadcast.rows]
             stats = sum_stats(broadcast.stats.values()) | {"engines": broadcast.stats}
-            return [ReplyRows(message.query_id, rows), StatsReply(message.query_id, stats)]
+            pools = sorted(broadcast.pools, key=lambda pool: pool.engine)
+            return [ReplyRows(message.query_id, rows), StatsReply(message.query_id, stats, pools)]
         if broadcast.error is not None:
             return [broadcast.error]
         if not broadcast.rows and message.op != "list":

@@ -143,12 +143,9 @@ class AsyncClient:
         """Returns status, model and limits; see docs/reference/protocol.md."""
         return await self._command("health")
 
-    async def stats(self, *, by_tier: bool = False) -> dict[str, Any]:
-        """Returns load, memory and counters of the scheduler and of the frontend.
-
-        With `by_tier`, the names of adapters by tier replace the adapters in pages.
-        """
-        fields = {"by_tier": True} if by_tier else {}
+    async def stats(self, *, by_tier: bool = False, pool_cells: int = 0) -> dict[str, Any]:
+        """Returns what Client.stats() does."""
+        fields = {"by_tier": by_tier, "pool_cells": pool_cells}
         return dict((await self._command("stats", **fields))["stats"])
 
     async def reset_prefix_cache(self) -> dict[str, Any]:

@@ -214,12 +214,14 @@ class Client:
         """Returns status, model and limits; see docs/reference/protocol.md."""
         return self._connection.command("health")
 
-    def stats(self, *, by_tier: bool = False) -> dict[str, Any]:
+    def stats(self, *, by_tier: bool = False, pool_cells: int = 0) -> dict[str, Any]:
         """Returns load, memory and counters of the scheduler and of the frontend.
 
-        With `by_tier`, the names of adapters by tier replace the adapters in pages.
+        Args:
+            by_tier: the names of adapters by tier replace the adapters in pages.
+            pool_cells: if not 0, "pools" has a map of the page pool of at most that many cells.
         """
-        fields = {"by_tier": True} if by_tier else {}
+        fields = {"by_tier": by_tier, "pool_cells": pool_cells}
         return dict(self._connection.command("stats", **fields)["stats"])
 
     def reset_prefix_cache(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ An adapter is known by the hash of its content, so equal adapters under several 
 of pages. Its adapter slot is its row in the workers' table of resident adapters.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class AdapterCache:
         self._free_slots = deque(range(max_slots))  # the slot freed first is handed out first
         self._num_planned_at_release = [0] * max_slots
         self._adapters: dict[str, CachedAdapter] = {}
+        # Pages that an adapter had before keep its slot.
+        self._slot_of_page = array("i", bytes(4 * blocks.num_pages))
         self._idle = EvictionQueue()
         self._num_idle_pages = 0
         self._on_host: set[str] = set()
@@ -89,6 +92,13 @@ class AdapterCache:
     def slot_of(self, content_hash: str) -> int:
         """Return the slot of an adapter that is in pages."""
         return self._adapters[content_hash].slot
+
+    def slots_of_every(self, step: int) -> "array[int]":
+        """Return the adapter slots of the pages 1, 1 + step, 1 + 2 * step and so on.
+
+        Only entries of pages that belong to adapters mean something.
+        """
+        return self._slot_of_page[1::step]
 
     def is_on_host(self, content_hash: str) -> bool:
         """Whether the workers' host store has the adapter, be it in pages or not."""
@@ -132,6 +142,8 @@ class AdapterCache:
             raise IntegrityError("no adapter slot is free")
         page_ids = self._blocks.allocate(Owner.ADAPTER, num_pages)
         slot = self._free_slots.popleft()
+        for page_id in page_ids:
+            self._slot_of_page[page_id] = slot
         adapter = CachedAdapter(
             content_hash,
             slot,
@@ -233,6 +245,9 @@ class AdapterCache:
         idle = {key for key, adapter in self._adapters.items() if adapter.is_idle}
         if idle != set(self._idle):
             raise IntegrityError("the eviction queue does not hold exactly the idle adapters")
+        for adapter in self._adapters.values():
+            if any(self._slot_of_page[page_id] != adapter.slot for page_id in adapter.page_ids):
+                raise IntegrityError(f"a page of adapter {adapter.content_hash} has another slot")
         num_idle_pages = sum(len(self._adapters[key].page_ids) for key in idle)
         if num_idle_pages != self._num_idle_pages:
             raise IntegrityError(

@@ -68,6 +68,10 @@ class BlockManager:
     def owner(self, page_id: int) -> Owner:
         return Owner(self._owners[page_id])
 
+    def owners_of_every(self, step: int) -> bytes:
+        """Return the owners of the pages 1, 1 + step, 1 + 2 * step and so on, one byte each."""
+        return bytes(self._owners[1::step])
+
     def allocate(self, owner: Owner, num_pages: int) -> list[int]:
         """Take free pages for `owner`, each with one reference.
 

@@ -11,7 +11,7 @@ from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.adapters.owners import AdapterOwners, check_owner
 from loraplex.scheduler.adapters.pins import AdapterPins
 from loraplex.scheduler.adapters.registry import AdapterRegistry
-from loraplex.scheduler.adapters.usage_stats import UsageStats
+from loraplex.scheduler.adapters.usage_stats import UsageStats, first_tokens_by_us
 from loraplex.scheduler.adapters.version import AdapterState, AdapterVersion, failure
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.worker_protocol import (
@@ -297,6 +297,9 @@ class AdapterManager:
             },
             "adapter_usage": self.usage_stats.adapters.snapshot(),
             "base_usage": self.usage_stats.base.snapshot(),
+            "first_tokens_by_us": first_tokens_by_us(
+                [self.usage_stats.base, self.usage_stats.adapters]
+            ),
         }
 
     def _num_users(self, adapter: CachedAdapter) -> int:

@@ -1,9 +1,9 @@
 """Usage counts of the base model and of each adapter, updated once or twice a request."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from loraplex.scheduler.adapters.binding import not_ready
-from loraplex.scheduler.adapters.usage import TIERS, Usage
+from loraplex.scheduler.adapters.usage import FIRST_TTFT_US, NUM_TTFT_BUCKETS, TIERS, Usage
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.request import Request, RequestState
 from loraplex.scheduler.statistics.bucket_counts import BucketCounts
@@ -70,6 +70,14 @@ class UsageStats:
         for usage in self._of(request):
             usage.num_ended += 1
             usage.num_generated_tokens += num_generated
+
+
+def first_tokens_by_us(usages: Sequence[Usage]) -> dict[str, int]:
+    """Returns first tokens by their time: the number in each bucket, by the upper bound in us."""
+    bounds = [str(FIRST_TTFT_US << bucket) for bucket in range(NUM_TTFT_BUCKETS - 1)]
+    counts = [usage.ttft_counts for usage in usages if usage.ttft_counts is not None]
+    totals = [sum(column) for column in zip(*counts, strict=True)] or [0] * NUM_TTFT_BUCKETS
+    return dict(zip((*bounds, "+Inf"), totals, strict=True))
 
 
 def _usage(version: AdapterVersion) -> Usage:

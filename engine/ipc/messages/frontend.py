@@ -8,6 +8,7 @@ unique for its lifetime.
 from typing import Any
 
 from loraplex.scheduler.frontend_protocol import AdapterSource
+from loraplex.scheduler.pool_map import PoolMap
 from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
 
 
@@ -58,6 +59,7 @@ class StatsQuery(Message):
     query_id: int
     reset_prefix_cache: bool = False  # empty the prefix cache first
     by_tier: bool = False  # the rows before it are those of adapters_by_tier()
+    pool_cells: int = 0  # most cells of a map of the pool; 0: none
 
 
 class ReplyRows(Message):
@@ -85,6 +87,7 @@ class StatsReply(Message):
 
     query_id: int
     stats: dict[str, Any]
+    pools: list[PoolMap] = []  # one of each engine, if they were asked for
 
 
 class EngineDead(Message):

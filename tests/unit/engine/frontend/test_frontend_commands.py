@@ -12,7 +12,10 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.memory.accounting.block_manager import Owner
 from loraplex.scheduler.frontend_protocol import AddRequest
+from loraplex.scheduler.pool_map import MAX_POOL_CELLS, PoolMap
+from loraplex.scheduler.worker_protocol import int_array
 
 from helpers.fakes.frontend_harness import A, B, FrontendHarness
 
@@ -52,6 +55,28 @@ def test_the_prefix_cache_is_emptied_for_the_operator_alone(harness: FrontendHar
     harness.ask(B, "reset_prefix_cache")
     assert [error["code"] for error in harness.take(B)] == ["forbidden"]
     assert not harness.sent
+
+
+def test_the_operator_alone_sees_the_pool(harness: FrontendHarness) -> None:
+    harness.ask(A, "stats", pool_cells=5)
+    (query,) = harness.take_sent(StatsQuery)
+    assert query.pool_cells == 5
+    owners = bytes([Owner.FREE, Owner.KV, Owner.ADAPTER, Owner.ADAPTER, Owner.PREFIX])
+    pool = PoolMap(10, 2, owners, int_array([9, 9, 0, 4, 4]))
+    harness.frontend.on_scheduler(StatsReply(query.query_id, {}, [pool]))
+    (reply,) = harness.take()
+    (shown,) = reply["stats"]["pools"]
+    assert (shown["engine"], shown["num_pages"], shown["pages_per_cell"]) == ("", 10, 2)
+    assert shown["runs"] == [0, 1, 1, 1, 3, 1, 7, 1, 2, 1]
+    for wrong in (-1, MAX_POOL_CELLS + 1, True, "5"):
+        harness.ask(A, "stats", pool_cells=wrong)
+        assert [error["code"] for error in harness.take()] == ["bad_request"]
+    harness.keys[B] = "ben"
+    harness.ask(B, "stats", pool_cells=5)
+    assert [error["code"] for error in harness.take(B)] == ["forbidden"]
+    assert not harness.sent
+    harness.ask(B, "stats")
+    assert harness.take_sent(StatsQuery)
 
 
 def test_adapter_commands(codec: TextCodec, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_new_engines_get_the_names_and_answers_are_merged(adapters: list[Adapter
     cluster.start_engine()
     cluster.replies.clear()
     cluster.channel.send(AdapterCommand(50, "list"))
-    cluster.channel.send(StatsQuery(51))
+    cluster.channel.send(StatsQuery(51, pool_cells=20))
     for _ in range(8):
         cluster.turn()
     (listed,) = [reply for reply in cluster.replies if isinstance(reply, AdapterReply)]
@@ -210,8 +210,10 @@ def test_new_engines_get_the_names_and_answers_are_merged(adapters: list[Adapter
         with pytest.raises(RequestRefused):
             engine.scheduler.unload_adapter("a0", "somebody else")
     assert (row["name"], row["engines"]) == ("a0", [third])
-    (stats,) = [reply.stats for reply in cluster.replies if isinstance(reply, StatsReply)]
-    assert stats["num_requests"] == 1 and len(stats["engines"]) == 2
+    (reply,) = [reply for reply in cluster.replies if isinstance(reply, StatsReply)]
+    assert reply.stats["num_requests"] == 1 and len(reply.stats["engines"]) == 2
+    assert [pool.engine for pool in reply.pools] == sorted(cluster.channel.engine_ids)
+    assert all(len(pool.owners) == 20 for pool in reply.pools)
 
 
 def test_an_unknown_adapter_fails_and_a_bad_request_too() -> None:
