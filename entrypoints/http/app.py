@@ -18,6 +18,7 @@ from loraplex.entrypoints.http.errors import HttpError, of_client_error
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
 from loraplex.entrypoints.http.requests.request_ids import echoed_id
 from loraplex.entrypoints.http.routes.adapter_routes import AdapterRoutes
+from loraplex.entrypoints.http.routes.console_routes import ConsoleRoutes
 from loraplex.entrypoints.http.routes.generation_routes import GenerationRoutes
 from loraplex.entrypoints.http.routes.metrics_routes import MetricsRoutes
 from loraplex.entrypoints.http.routes.server_routes import ServerRoutes
@@ -34,6 +35,7 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
     adapters = AdapterRoutes(link, models, bodies)
     server = ServerRoutes(link, bodies)
     metrics = MetricsRoutes(link)
+    console = ConsoleRoutes(link, models)
     posts: dict[str, Endpoint] = {
         "/v1/completions": generation.completions,
         "/v1/chat/completions": generation.chat_completions,
@@ -55,6 +57,9 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
         "/health": server.health,
         "/ready": server.ready,
         "/metrics": metrics.metrics,
+        "/": console.page,
+        "/console/{name}": console.file,
+        "/loraplex/live": console.live,
     }
     return Starlette(
         routes=[

@@ -1,0 +1,97 @@
+// The live view: receives what the server measures twice a second, and shows it.
+
+import { AdapterTable } from "./adapter_table.js";
+import { events } from "./api.js";
+import { RateChart } from "./chart.js";
+import { byId, count, describe, make, milliseconds } from "./format.js";
+import { PoolView } from "./pool.js";
+
+const RETRY_MS = 2000;
+
+export class LiveView {
+  #abort = null;
+  #askForKey;
+  #chart = new RateChart(byId("tokens-chart"));
+  #pool = new PoolView(byId("pools"), byId("cell"), (content) => this.#table.mark(content));
+  #table = new AdapterTable(byId("adapters"), (content) => this.#pool.highlight(content));
+
+  // `askForKey` is called with a reason when the server wants a key.
+  constructor(askForKey) {
+    this.#askForKey = askForKey;
+    new ResizeObserver(() => this.repaint()).observe(byId("pools"));
+  }
+
+  // Follows the server until stop(). Does nothing if it does so already.
+  async start() {
+    if (this.#abort) return;
+    const abort = (this.#abort = new AbortController());
+    while (!abort.signal.aborted) {
+      try {
+        for await (const view of events("loraplex/live", { signal: abort.signal })) this.#show(view);
+        this.#say("The server has closed the connection. Trying again.", true);
+      } catch (error) {
+        if (abort.signal.aborted) return;
+        this.#say(`${error.message}. Trying again.`, true);
+        if (error.status === 401 || error.status === 403) {
+          this.#say(error.message, true);
+          this.#abort = null;
+          this.#askForKey(error.message);
+          return;
+        }
+      }
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
+  }
+
+  stop() {
+    this.#abort?.abort();
+    this.#abort = null;
+  }
+
+  repaint() {
+    this.#pool.paint();
+    this.#chart.paint();
+  }
+
+  #say(text, isProblem = false) {
+    if (byId("live-state").textContent !== text) byId("live-state").textContent = text;
+    byId("live-state").classList.toggle("failed", isProblem);
+  }
+
+  #show(view) {
+    const { load, rates, first_token: first, pages, totals, adapter_counts: adapters } = view;
+    this.#say("Live, twice a second.");
+    byId("tokens-rate").textContent = count(rates.generated_tokens);
+    this.#chart.add(view.time, rates.generated_tokens);
+    byId("running").replaceChildren(count(load.running), make("small", "", " running"));
+    describe(byId("queue"), [
+      ["waiting", count(load.waiting)],
+      ["of these, for an adapter", count(load.waiting_for_adapter)],
+      ["tokens computed a second", count(rates.computed_tokens)],
+      ["prompt tokens from the cache", share(totals.prefix_hit_tokens, totals.prefix_query_tokens)],
+    ]);
+    byId("first-token").replaceChildren(milliseconds(first.p50_ms), make("small", "", " median"));
+    describe(byId("percentiles"), [
+      ["90 %", milliseconds(first.p90_ms)],
+      ["99 %", milliseconds(first.p99_ms)],
+      ["requests", count(first.count)],
+      ["over", first.window_s === null ? "all time" : `the last ${count(first.window_s)} s`],
+    ]);
+    byId("resident").replaceChildren(
+      count(adapters.num_resident_adapters), make("small", "", ` of ${count(adapters.registered_adapters)}`),
+    );
+    describe(byId("tiers"), [
+      ["in host memory too", count(adapters.host_adapters)],
+      ["pinned", count(adapters.pinned_adapters)],
+      ["loads so far", count(adapters.num_adapter_loads)],
+      ["evictions so far", count(adapters.num_adapter_unloads)],
+    ]);
+    for (const kind of ["kv", "prefix", "adapter", "free"]) {
+      byId(`pages-${kind}`).textContent = count(pages[`pages_${kind}`]);
+    }
+    this.#pool.show(view.pools);
+    this.#table.show(view.adapters, view.num_adapters_left_out);
+  }
+}
+
+const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(0)} %` : "–");
