@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 3.0
 
 
-def add_connection(parser: argparse.ArgumentParser, *, json_help: str) -> None:
+def add_connection(
+    parser: argparse.ArgumentParser,
+    *,
+    json_help: str,
+    endpoint_help: str = "the server's address (%(default)s)",
+) -> None:
     """Adds the flags that say which server to ask, and as whom."""
     parser.add_argument("--json", action="store_true", help=json_help)
-    parser.add_argument(
-        "--endpoint", default=ServerConfig().endpoint, help="the server's address (%(default)s)"
-    )
+    parser.add_argument("--endpoint", default=ServerConfig().endpoint, help=endpoint_help)
     parser.add_argument(
         "--server-public-key", metavar="KEY",
         help="the server's CurveZMQ key, 40 characters or a certificate file; turns encryption on",

@@ -12,6 +12,7 @@ from loraplex.entrypoints.cli.cluster.cluster import add_cluster
 from loraplex.entrypoints.cli.command import add_log_format, add_log_level, run_command
 from loraplex.entrypoints.cli.completion import add_completion
 from loraplex.entrypoints.cli.keys import add_keys
+from loraplex.entrypoints.cli.top.top import add_top
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_adapters(commands)
     add_keys(commands)
+    add_top(commands)
     add_bench(commands)
     _add_backends(commands)
     add_completion(commands, parser)

@@ -20,6 +20,7 @@ def run(config: EngineConfig) -> int:
         lines = describe(engine.endpoint, config, engine.info, len(adapters))
         if engine.http_endpoint:
             lines.insert(1, f"  {'http':<9} http://{engine.http_endpoint}/v1")
+            lines.insert(2, f"  {'console':<9} http://{engine.http_endpoint}/")
         output.ready(lines, endpoint=engine.endpoint, http=engine.http_endpoint)
 
     engine = Engine(config, on_progress=output.progress, on_status=output.status)

@@ -63,6 +63,7 @@ FROZEN = {
         "--log-level", "--no-chat", "--system", "--use",
     ],
     "adapters": [],
+    "top": [*CLIENT, "--api-key-file"],
     "adapters list": CLIENT,
     "adapters load": [*CLIENT, "--lazy"],
     "adapters unload": CLIENT,
