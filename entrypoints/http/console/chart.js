@@ -1,6 +1,6 @@
 // A small chart of one rate over the last two minutes, with the value under the pointer.
 
-import { count } from "./format.js";
+import { count, rate } from "./format.js";
 
 const SECONDS = 120;
 const NAMESPACE = "http://www.w3.org/2000/svg";
@@ -14,7 +14,7 @@ export class RateChart {
 
   constructor(svg) {
     this.#svg = svg;
-    svg.addEventListener("pointermove", (event) => this.#point(event.offsetX));
+    svg.addEventListener("pointermove", (event) => this.#point(event.clientX - svg.getBoundingClientRect().left));
     svg.addEventListener("pointerleave", () => this.#point(null));
   }
 
@@ -30,7 +30,7 @@ export class RateChart {
   }
 
   paint() {
-    const { clientWidth: width, clientHeight: height } = this.#svg;
+    const { width, height } = this.#svg.getBoundingClientRect();
     if (!width || !this.#samples.length) return;
     const now = this.#samples.at(-1)[0];
     const largest = Math.max(...this.#samples.map(([, value]) => value));
@@ -54,7 +54,7 @@ export class RateChart {
   #mark(x, y, now, width) {
     const distance = ([time]) => Math.abs(x(time) - this.#pointer);
     const nearest = this.#samples.reduce((a, b) => (distance(b) < distance(a) ? b : a));
-    const label = `${count(nearest[1])} tokens/s, ${count(now - nearest[0])} s ago`;
+    const label = `${rate(nearest[1])} tokens/s, ${count(now - nearest[0])} s ago`;
     return [
       shape("circle", { class: "mark", cx: x(nearest[0]), cy: y(nearest[1]), r: 5 }),
       text(width, 11, label, "end"),

@@ -2,9 +2,11 @@
 
 export const count = (value) => Math.round(value).toLocaleString("en");
 
+export const rate = (value) => (value > 0 && value < 10 ? value.toFixed(1) : count(value));
+
 export function milliseconds(value) {
   if (value === null || value === undefined) return "–";
-  if (value >= 10000) return `${(value / 1000).toFixed(1)} s`;
+  if (value >= 1000) return `${(value / 1000).toFixed(value < 10000 ? 2 : 1)} s`;
   return value >= 100 ? `${count(value)} ms` : `${value.toFixed(1)} ms`;
 }
 

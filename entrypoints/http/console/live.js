@@ -3,7 +3,7 @@
 import { AdapterTable } from "./adapter_table.js";
 import { events } from "./api.js";
 import { RateChart } from "./chart.js";
-import { byId, count, describe, make, milliseconds } from "./format.js";
+import { byId, count, describe, make, milliseconds, rate } from "./format.js";
 import { PoolView } from "./pool.js";
 
 const RETRY_MS = 2000;
@@ -18,7 +18,12 @@ export class LiveView {
   // `askForKey` is called with a reason when the server wants a key.
   constructor(askForKey) {
     this.#askForKey = askForKey;
-    new ResizeObserver(() => this.repaint()).observe(byId("pools"));
+    let width = 0;
+    new ResizeObserver(() => {
+      if (byId("pools").clientWidth === width) return; // the height is of our own making
+      width = byId("pools").clientWidth;
+      this.repaint();
+    }).observe(byId("pools"));
   }
 
   // Follows the server until stop(). Does nothing if it does so already.
@@ -61,14 +66,14 @@ export class LiveView {
   #show(view) {
     const { load, rates, first_token: first, pages, totals, adapter_counts: adapters } = view;
     this.#say("Live, twice a second.");
-    byId("tokens-rate").textContent = count(rates.generated_tokens);
+    byId("tokens-rate").textContent = rate(rates.generated_tokens);
     this.#chart.add(view.time, rates.generated_tokens);
     byId("running").replaceChildren(count(load.running), make("small", "", " running"));
     describe(byId("queue"), [
       ["waiting", count(load.waiting)],
-      ["of these, for an adapter", count(load.waiting_for_adapter)],
-      ["tokens computed a second", count(rates.computed_tokens)],
-      ["prompt tokens from the cache", share(totals.prefix_hit_tokens, totals.prefix_query_tokens)],
+      ["… for their adapter", count(load.waiting_for_adapter)],
+      ["computed tokens/s", rate(rates.computed_tokens)],
+      ["prompts from cache", share(totals.prefix_hit_tokens, totals.prefix_query_tokens)],
     ]);
     byId("first-token").replaceChildren(milliseconds(first.p50_ms), make("small", "", " median"));
     describe(byId("percentiles"), [
@@ -81,7 +86,7 @@ export class LiveView {
       count(adapters.num_resident_adapters), make("small", "", ` of ${count(adapters.registered_adapters)}`),
     );
     describe(byId("tiers"), [
-      ["in host memory too", count(adapters.host_adapters)],
+      ["in host memory", count(adapters.host_adapters)],
       ["pinned", count(adapters.pinned_adapters)],
       ["loads so far", count(adapters.num_adapter_loads)],
       ["evictions so far", count(adapters.num_adapter_unloads)],

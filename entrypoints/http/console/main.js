@@ -16,7 +16,8 @@ function show() {
   byId("chat").hidden = isLive;
   byId("live").hidden = !isLive;
   for (const name of ["chat", "live"]) {
-    byId(`to-${name}`).toggleAttribute("aria-current", (name === "live") === isLive);
+    if ((name === "live") === isLive) byId(`to-${name}`).setAttribute("aria-current", "page");
+    else byId(`to-${name}`).removeAttribute("aria-current");
   }
   if (!isLive && rest.length) chat.choose(decodeURIComponent(rest.join("/")));
   follow();
