@@ -5,6 +5,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from loraplex.engine.errors import EngineDeadError, LoraplexError
@@ -42,7 +43,7 @@ class ZmqSource:
         self._client.close()
 
     def views(self) -> Iterator[View]:
-        feed = LiveFeed(self._client.health()["model"] or "the packaged model")
+        feed = LiveFeed(Path(self._client.health()["model"]).name or "the packaged model")
         while True:
             if feed.needs_list:
                 feed.add_list(self._client.list_adapters())

@@ -1,6 +1,7 @@
 """Draws a map of the page pool as text, two cells in each character."""
 
 import colorsys
+from itertools import groupby, zip_longest
 from typing import Any
 
 from rich.style import Style
@@ -46,9 +47,12 @@ def pool_text(pool: dict[str, Any], width: int, height: int, colors: AdapterColo
     text = Text(no_wrap=True)
     for first in range(0, len(codes), 2 * width):
         upper, lower = codes[first : first + width], codes[first + width : first + 2 * width]
-        for column, code in enumerate(upper):
-            below = _color(pool, lower[column], colors) if column < len(lower) else None
-            text.append(_UPPER_HALF, Style(color=_color(pool, code, colors), bgcolor=below))
+        for (above, below), cells in groupby(zip_longest(upper, lower)):
+            style = Style(
+                color=_color(pool, above, colors),
+                bgcolor=None if below is None else _color(pool, below, colors),
+            )
+            text.append(_UPPER_HALF * sum(1 for _ in cells), style)
         text.append("\n")
     text.right_crop(1)
     return text

@@ -13,8 +13,8 @@ from loraplex.entrypoints.cli.top.live_source import LiveSource, View
 from loraplex.entrypoints.cli.top.pool_text import FIXED, AdapterColors, cells_shown, pool_text
 
 NUM_RATES = 120  # one minute
-COLUMNS = ("adapter", "tier", "users", "running", "waiting", "rank", "pages", "MB", "loads",
-           "load ms", "first token ms", "used")  # fmt: skip
+COLUMNS = ("adapter", "tier", "users", "run", "wait", "rank", "pages", "MB", "loads", "load ms",
+           "first ms", "used")  # fmt: skip
 TIERS = ("pages", "loading", "host", "disk")
 
 
@@ -111,13 +111,13 @@ class TopApp(App[None]):
 
     def _show_figures(self, view: View) -> None:
         load, first = view["load"], view["first_token"]
-        over = "all time" if first["window_s"] is None else f"the last {first['window_s']:.0f} s"
+        over = "all time" if first["window_s"] is None else f"{first['window_s']:.0f} s"
         texts = {
             "#tokens": f"new tokens/s   {self._rates[-1]:,.0f}   "
             f"(most in a minute {max(self._rates):,.0f})",
             "#requests": f"running   {load['running']:,}\nwaiting   {load['waiting']:,}\n"
             f"  for an adapter {load['waiting_for_adapter']:,}",
-            "#first-token": f"first token, {over}\n50 %  {_ms(first['p50_ms'])}\n"
+            "#first-token": f"first token ({over})\n50 %  {_ms(first['p50_ms'])}\n"
             f"90 %  {_ms(first['p90_ms'])}\n99 %  {_ms(first['p99_ms'])}",
         }
         for where, text in texts.items():
@@ -166,7 +166,7 @@ class TopApp(App[None]):
             f"{row['num_bytes'] / 1e6:.1f}" if is_read else "", f"{row.get('num_loads', 0):,}",
             f"{row['load_mean_ms']:,.1f}" if row.get("num_loads") else "",
             f"{row['ttft_p50_ms']:,.0f}" if row.get("ttft_p50_ms") else "",
-            "never" if used is None else f"{used:,.0f} s ago",
+            "never" if used is None else f"{used:,.0f} s ago" if used >= 1 else "now",
         ]  # fmt: skip
         right = [Text(text, justify="right") for text in texts]
         return [name, Text("failed" if row["error"] else row["tier"]), *right]

@@ -109,7 +109,8 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     expected = set()
     for name, folder in TOP.items():
         for file in folder.rglob("*"):
-            if file.suffix in (".py", ".cu", ".cuh") or file.name == "py.typed":
+            is_page = file.parent.name == "console" and file.is_file()
+            if file.suffix in (".py", ".cu", ".cuh") or file.name == "py.typed" or is_page:
                 place = Path(*name.split("."), *file.relative_to(folder).parts)
                 expected.add(place.as_posix())
     expected = {n for n in expected if not n.startswith("loraplex/entrypoints/root/")}

@@ -113,7 +113,8 @@ def test_each_page_has_its_color() -> None:
         style = span.style
         assert not isinstance(style, str)
         top = style.color.name if style.color else None
-        seen[span.start] = (top, style.bgcolor.name if style.bgcolor else None)
+        colors_shown = (top, style.bgcolor.name if style.bgcolor else None)
+        seen |= dict.fromkeys(range(span.start, span.end), colors_shown)
     own = colors.of("h")
     assert seen[0] == (FIXED[1], own) and seen[2] == (FIXED[2], FIXED[0])
     assert seen[3] == (own, FIXED[0])
