@@ -166,7 +166,7 @@ class TopApp(App[None]):
             f"{row['num_bytes'] / 1e6:.1f}" if is_read else "", f"{row.get('num_loads', 0):,}",
             f"{row['load_mean_ms']:,.1f}" if row.get("num_loads") else "",
             f"{row['ttft_p50_ms']:,.0f}" if row.get("ttft_p50_ms") else "",
-            "never" if used is None else f"{used:,.0f} s ago" if used >= 1 else "now",
+            "never" if used is None else f"{used:,.0f} s" if used >= 1 else "now",
         ]  # fmt: skip
         right = [Text(text, justify="right") for text in texts]
         return [name, Text("failed" if row["error"] else row["tier"]), *right]
