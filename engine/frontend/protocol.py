@@ -273,7 +273,7 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
     if sender and isinstance(message, ResetPrefixCacheRequest):
         text = "reset_prefix_cache concerns all tenants: only the operator may send it"
         raise client_error("forbidden", text)
-    if sender and getattr(message, "pool_cells", 0):
+    if sender and isinstance(message, StatsRequest) and message.pool_cells:
         raise client_error("forbidden", "pool_cells: only the operator may ask for the map")
     if not isinstance(message, TenantMessage):
         return message
