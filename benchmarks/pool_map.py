@@ -20,8 +20,8 @@ from pathlib import Path
 
 from loraplex.engine.ipc import codec
 from loraplex.engine.ipc.messages.frontend import StatsQuery, StatsReply
+from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS, map_pool
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler.pool_map import MAX_POOL_CELLS, map_pool
 
 from scheduler_step import NUM_RESIDENT, delay
 

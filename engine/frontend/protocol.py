@@ -15,7 +15,7 @@ from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElemen
 from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.mixing.adapter_use import AdapterUse, adapter_uses
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
-from loraplex.scheduler.pool_map import MAX_POOL_CELLS
+from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS
 
 PROTOCOL_VERSION = 1
 MAX_ID_CHARS = 256

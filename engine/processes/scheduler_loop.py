@@ -21,12 +21,12 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.engine.ipc.messages.pool_map import map_pool
 from loraplex.engine.ipc.step_clock import StepClock
 from loraplex.engine.processes.load_reports import LoadReports
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.adapters.tiers import adapters_by_tier
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
-from loraplex.scheduler.pool_map import map_pool
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (

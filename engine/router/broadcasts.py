@@ -13,7 +13,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
-from loraplex.scheduler.pool_map import PoolMap
+from loraplex.engine.ipc.messages.pool_map import PoolMap
 
 TIERS = ("pages", "host", "disk")  # the fastest first
 SUMMED = ("num_requests", "num_running", "num_waiting", "num_users")

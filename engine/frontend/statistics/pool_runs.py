@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
+from loraplex.engine.ipc.messages.pool_map import PoolMap
 from loraplex.memory.accounting.block_manager import Owner
-from loraplex.scheduler.pool_map import PoolMap
 
 _ADAPTER = int(Owner.ADAPTER)
 FIRST_ADAPTER_CODE = _ADAPTER

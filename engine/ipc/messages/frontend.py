@@ -7,8 +7,8 @@ unique for its lifetime.
 
 from typing import Any
 
+from loraplex.engine.ipc.messages.pool_map import PoolMap
 from loraplex.scheduler.frontend_protocol import AdapterSource
-from loraplex.scheduler.pool_map import PoolMap
 from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
 
 

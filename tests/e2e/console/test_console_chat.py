@@ -124,7 +124,7 @@ def test_names_and_texts_are_never_html(served: Served, page: Any) -> None:
 
 
 def test_a_key_is_asked_for_and_sent(served: Served, page: Any) -> None:
-    """As a server with API keys answers."""
+    """The answers are those of a server with API keys."""
     seen: list[str] = []
 
     def answer_models(route: Any) -> None:

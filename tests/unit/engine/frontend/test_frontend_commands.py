@@ -12,9 +12,9 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
+from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS, PoolMap
 from loraplex.memory.accounting.block_manager import Owner
 from loraplex.scheduler.frontend_protocol import AddRequest
-from loraplex.scheduler.pool_map import MAX_POOL_CELLS, PoolMap
 from loraplex.scheduler.worker_protocol import int_array
 
 from helpers.fakes.frontend_harness import A, B, FrontendHarness

@@ -21,7 +21,6 @@ from loraplex.engine.ipc.messages.frontend import (
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.scheduler_main import engine_info, make_scheduler
 from loraplex.engine.processes.worker_group import WorkerGroup
-from loraplex.memory.accounting.block_manager import Owner
 from loraplex.scheduler.adapters.manager import ROWS_PER_SLICE
 from loraplex.scheduler.frontend_protocol import (
     AdapterSource,
@@ -30,7 +29,6 @@ from loraplex.scheduler.frontend_protocol import (
     StepOutputs,
 )
 from loraplex.scheduler.placement.engine_report import EngineReport
-from loraplex.scheduler.pool_map import map_pool
 from loraplex.scheduler.worker_protocol import StepPlan
 
 from helpers.fakes.fake_engine import (
@@ -181,21 +179,6 @@ def test_hello_and_stats_are_answered() -> None:
     assert two == TWO
     assert isinstance(stats, StatsReply)
     assert (stats.query_id, stats.stats["running"]) == (8, 0)
-
-
-def test_stats_bring_a_map_of_the_pool_if_it_is_asked_for() -> None:
-    bench = Bench()
-    bench.ask(ONE, 1, [5] * 40, max_tokens=100)
-    bench.turn()
-    bench.frontends.inbox += [(TWO, StatsQuery(1)), (TWO, StatsQuery(2, pool_cells=50))]
-    for _ in range(3):
-        bench.turn()
-    plain, mapped = [m for peer, m in bench.frontends.sent if peer == TWO]
-    assert plain.pools == []
-    (pool,) = mapped.pools
-    assert (pool.num_pages, pool.pages_per_cell, len(pool.owners)) == (399, 8, 50)
-    (whole,) = [map_pool(bench.scheduler.memory, 399)]
-    assert whole.owners.count(Owner.KV) == bench.scheduler.stats()["pages_kv"] > 0
 
 
 def test_adapter_commands(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS, map_pool
 from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.kv_cache import BlockChain, prefix_root
 from loraplex.memory.accounting.page_manager import PageManager
-from loraplex.scheduler.pool_map import MAX_POOL_CELLS, map_pool
 from loraplex.scheduler.worker_protocol import int_array
 
 ROOT = prefix_root(tenant="", salt="", base_fingerprint="base")
