@@ -7,10 +7,12 @@ import { byId, count, describe, make, milliseconds, rate } from "./format.js";
 import { PoolView } from "./pool.js";
 
 const RETRY_MS = 2000;
+const SILENT_MS = 3000; // after this long without a view the page says so
 
 export class LiveView {
   #abort = null;
   #askForKey;
+  #heardAt = null; // time of the last view of this connection
   #chart = new RateChart(byId("tokens-chart"));
   #pool = new PoolView(byId("pools"), byId("cell"), (content) => this.#table.mark(content));
   #table = new AdapterTable(byId("adapters"), (content) => this.#pool.highlight(content));
@@ -18,6 +20,7 @@ export class LiveView {
   // `askForKey` is called with a reason when the server wants a key.
   constructor(askForKey) {
     this.#askForKey = askForKey;
+    setInterval(() => this.#checkSilence(), 1000);
     let width = 0;
     new ResizeObserver(() => {
       if (byId("pools").clientWidth === width) return; // the height is of our own making
@@ -33,9 +36,11 @@ export class LiveView {
     while (!abort.signal.aborted) {
       try {
         for await (const view of events("loraplex/live", { signal: abort.signal })) this.#show(view);
+        this.#heardAt = null;
         this.#say("The server has closed the connection. Trying again.", true);
       } catch (error) {
         if (abort.signal.aborted) return;
+        this.#heardAt = null;
         this.#say(`${error.message}. Trying again.`, true);
         if (error.status === 401 || error.status === 403) {
           this.#say(error.message, true);
@@ -51,6 +56,12 @@ export class LiveView {
   stop() {
     this.#abort?.abort();
     this.#abort = null;
+    this.#heardAt = null;
+  }
+
+  #checkSilence() {
+    const silence = performance.now() - (this.#heardAt ?? performance.now());
+    if (silence > SILENT_MS) this.#say(`The engine has not answered for ${count(silence / 1000)} s.`, true);
   }
 
   repaint() {
@@ -65,6 +76,7 @@ export class LiveView {
 
   #show(view) {
     const { load, rates, first_token: first, pages, totals, adapter_counts: adapters } = view;
+    this.#heardAt = performance.now();
     this.#say("Live, twice a second.");
     byId("tokens-rate").textContent = rate(rates.generated_tokens);
     this.#chart.add(view.time, rates.generated_tokens);

@@ -31,6 +31,11 @@ SWATCH = """name => {
   const link = [...document.querySelectorAll("#adapters a")].find(a => a.textContent == name);
   return getComputedStyle(link.parentElement.querySelector(".swatch")).backgroundColor;
 }"""
+WATCH_STATE = """() => {
+  window.states = [];
+  const state = document.getElementById("live-state");
+  new MutationObserver(() => states.push(state.textContent)).observe(state, { childList: true });
+}"""
 KV = "getComputedStyle(document.querySelector('.swatch.kv')).backgroundColor"
 
 
@@ -100,6 +105,15 @@ def test_running_requests_are_drawn_and_counted(served: Served, page: Any) -> No
         wait_until(page, "document.getElementById('running').textContent.startsWith('0')")
     assert page.evaluate(COUNT_PIXELS, page.evaluate(KV)) == 0
     assert "ms" in page.inner_text("#first-token")
+
+
+def test_an_engine_that_does_not_answer_is_noticed(served: Served, page: Any) -> None:
+    page.clock.install()
+    open_live(page, served)
+    page.evaluate(WATCH_STATE)
+    page.clock.fast_forward(10_000)
+    wait_until(page, "states.some(text => /has not answered for \\d+ s/.test(text))")
+    wait_until(page, "document.getElementById('live-state').textContent.startsWith('Live')")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
