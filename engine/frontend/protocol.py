@@ -271,8 +271,7 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
             others (code "forbidden").
     """
     if sender and isinstance(message, ResetPrefixCacheRequest):
-        text = "reset_prefix_cache concerns all tenants: only the operator may send it"
-        raise client_error("forbidden", text)
+        raise client_error("forbidden", "reset_prefix_cache: only the operator may send it")
     if sender and isinstance(message, StatsRequest) and message.pool_cells:
         raise client_error("forbidden", "pool_cells: only the operator may ask for the map")
     if not isinstance(message, TenantMessage):
@@ -288,8 +287,7 @@ def for_tenant(message: ClientMessage, sender: str) -> ClientMessage:
     if isinstance(message, GenerateRequest) and message.tenant and message.priority < 0:
         raise client_error(
             "forbidden",
-            f"priority: a tenant's requests may have 0 or more, got {message.priority}: only the "
-            "operator may let requests go before others",
+            f"priority: 0 or more, got {message.priority}: only the operator may go before others",
         )
     return message
 

@@ -50,7 +50,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 

@@ -11,10 +11,13 @@ from loraplex.entrypoints.http.answer_response import error_response
 from loraplex.entrypoints.http.current_tenant import current_tenant
 from loraplex.entrypoints.http.errors import HttpError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Need no key: probes and load balancers have none."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
+"""Need no key: probes and load balancers have none, and the console's page asks for one."""
 
-OPERATOR_PATHS = frozenset({"/metrics"})
+OPEN_PREFIX = "/console/"
+"""The files of the console's page, which hold no secrets."""
+
+OPERATOR_PATHS = frozenset({"/loraplex/live", "/metrics"})
 """Show the work of all tenants, so they need the operator's key."""
 
 
@@ -47,7 +50,7 @@ def _tenant_of(scope: Scope, owners: Mapping[str, str]) -> str:
         HttpError: there is no key, or no such key (401), or it is not the operator's (403).
     """
     path = scope["path"]
-    if path in OPEN_PATHS:
+    if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
         return ""
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":

@@ -58,7 +58,7 @@ def make_app(link: EngineLink, tenants: Callable[[], TenantTable]) -> Starlette:
         "/ready": server.ready,
         "/metrics": metrics.metrics,
         "/": console.page,
-        "/console/{name}": console.file,
+        "/console/{name:path}": console.file,
         "/loraplex/live": console.live,
     }
     return Starlette(
