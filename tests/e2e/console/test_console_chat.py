@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from helpers.running.browser_waits import wait_until
+from helpers.browser.browser_waits import wait_until
 from helpers.running.http_server import BASE, Served
 
 pytestmark = pytest.mark.e2e

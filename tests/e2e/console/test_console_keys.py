@@ -11,8 +11,8 @@ import pytest
 
 from loraplex.engine.config import ServerConfig
 
+from helpers.browser.browser_waits import wait_until
 from helpers.fakes.fake_engine import fake_config
-from helpers.running.browser_waits import wait_until
 from helpers.running.processes import running_engine
 
 pytestmark = pytest.mark.e2e

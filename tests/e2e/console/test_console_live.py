@@ -9,7 +9,7 @@ import pytest
 
 from loraplex import SamplingParams
 
-from helpers.running.browser_waits import wait_until
+from helpers.browser.browser_waits import wait_until
 from helpers.running.http_server import Served
 
 pytestmark = pytest.mark.e2e
