@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS, map_pool
-from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.block_chain import BlockChain, prefix_root
+from loraplex.memory.accounting.block_manager import Owner
 from loraplex.memory.accounting.page_manager import PageManager
 from loraplex.scheduler.worker_protocol import int_array
 
