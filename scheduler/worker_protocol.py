@@ -98,13 +98,15 @@ class NewRequest(Record):
 
 
 class StepPlan(Message):
-    """One forward step. Rows that decode come before rows that prefill.
+    """One forward step. Rows that decode come first, then rows that prefill, then rows that verify.
 
     Applied in this order: `freed_slots`, `new_requests`, page deltas, then the step itself.
     Row r feeds tokens `positions[r] .. positions[r] + num_tokens[r] - 1` of its request: from
     the ids in `NewRequest` or, where the position is past them, from the id that an earlier
-    step sampled, which the worker keeps on the device. `samples[r]` is 1 when the row's last
-    token is the request's last known one, so that the step draws the next.
+    step sampled, which the worker keeps on the device. The step draws a token after each of the
+    row's last `samples[r]` tokens: none; one, after the request's last known token; or in a row
+    that verifies, one more after each draft. Drafts are the last `samples[r] - 1` tokens of a row,
+    and `draft_ids` holds them.
     """
 
     step_id: int
@@ -116,10 +118,11 @@ class StepPlan(Message):
     positions: Int32Array
     num_tokens: Int32Array
     samples: Int32Array
-    # Rows whose next token a grammar restricts, and for each of them ceil(vocabulary / 32) words:
-    # bit i % 32 of word i / 32 is 1 where token i is allowed.
+    # Rows whose next tokens a grammar restricts, and for each token that they sample
+    # ceil(vocabulary / 32) words: bit i % 32 of word i / 32 is 1 where token i is allowed.
     masked_rows: Int32Array = msgspec.field(default_factory=int_array)
     masks: Int32Array = msgspec.field(default_factory=int_array)
+    draft_ids: Int32Array = msgspec.field(default_factory=int_array)  # in the order of the rows
 
 
 class TokenLogprobs(Record):
@@ -143,8 +146,9 @@ NOT_FINITE = -1
 
 
 class StepResult(Message):
-    """Sampled ids of a step, one for each row with `samples[r] == 1`, in row order.
+    """Sampled ids of a step, `samples[r]` of each row r, in the order of rows and positions.
 
+    An id that was sampled after drafts counts only if each of them equals the id before it.
     An id is NOT_FINITE where none could be sampled. The logprobs at a prompt position are NaN where
     that position's logits are not finite.
     """

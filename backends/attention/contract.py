@@ -55,6 +55,25 @@ class AttentionBatch:
     not let its library read through them."""
 
 
+def one_row_a_token(batch: AttentionBatch) -> AttentionBatch:
+    """Returns the same batch with each query token as a decode row, in the same order.
+
+    A row of q tokens becomes q rows with the same pages. All K and V are written before attention
+    runs, so each of them sees what its token saw before.
+    """
+    if batch.num_decodes == len(batch.query_lens):
+        return batch
+    lens = batch.query_lens
+    row = np.repeat(np.arange(len(lens)), lens)
+    to_end = np.cumsum(lens)[row] - 1 - np.arange(len(row))
+    return AttentionBatch(
+        query_lens=np.ones(len(row), dtype=np.int32),
+        kv_lens=(batch.kv_lens[row] - to_end).astype(np.int32),
+        num_decodes=len(row),
+        page_table=batch.page_table[row],
+    )
+
+
 class AttentionPlan(Protocol):
     """A batch prepared by one op. Only that op reads what it holds."""
 

@@ -6,7 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.backends.attention.contract import AttentionBatch, AttentionPlan
+from loraplex.backends.attention.contract import (
+    AttentionBatch,
+    AttentionPlan,
+    one_row_a_token,
+)
 from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import LoRABatch, LoRAPlan, LoRATable, apply_lora
 from loraplex.backends.lora.passes import LoRAPasses, LoRAPassesPlan
@@ -33,6 +37,11 @@ from loraplex.engine.worker.step_rows import (
 from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import StepPlan
 
+MAX_REREAD_TOKENS = 16384
+"""Tokens of context that a decode graph may read again to verify drafts. Each draft is a row of the
+graph and reads its request's whole context. The pieces of a mixed step read it once, but take the
+CPU longer to launch."""
+
 PROMPT_SCORE_ROWS = 256
 """Prompt positions whose logits are in memory at one time."""
 
@@ -40,9 +49,9 @@ PROMPT_SCORE_ROWS = 256
 class ModelRunner:
     """Runs steps on one device.
 
-    After `capture_graphs`, a step of decode rows alone replays a CUDA graph, and another small step
-    replays the pieces of one. Other steps, steps where a row has several adapters, and all steps on
-    a CPU launch operator by operator.
+    After `capture_graphs`, a step of decode rows alone, with drafts or without, replays a CUDA
+    graph, and another small step replays the pieces of one. Other steps, steps where a row has
+    several adapters, and all steps on a CPU launch operator by operator.
 
     Attributes:
         pool: the page pool.
@@ -166,7 +175,7 @@ class ModelRunner:
         arrays = self.states.sampling.collect(
             slots, rows.next_positions, masks_by_row(rows, plan.masked_rows, plan.masks)
         )
-        return {**arrays, "places": places, "rows": rows.starts[rows.sampling + 1] - 1}
+        return {**arrays, "places": places, "rows": rows.sampled_after}
 
     def _run(
         self,
@@ -197,13 +206,14 @@ class ModelRunner:
         if len(batches) > 1 or vocabulary is not None:
             decode = mixed = None
         kind = kind_of(self._lora, self._lora_table, lora_batch)
-        if decode and rows.is_decode and (size := decode.fit(len(rows.slots), kind)):
-            planned = decode.plan(size, kind, inputs, attention_batch, lora_batch)
-            step.start(_describe("graph", planned.lora_plan))
-            logits = decode.replay(planned)[: len(rows.slots)]
-            self._sample(rows, logits, sampling, output)
-            return
         num_tokens = len(inputs.places)
+        is_decode = rows.is_decode and rows.num_reread <= MAX_REREAD_TOKENS
+        if decode and is_decode and (size := decode.fit(num_tokens, kind)):
+            by_token = one_row_a_token(attention_batch)
+            planned = decode.plan(size, kind, inputs, by_token, lora_batch)
+            step.start(_describe("graph", planned.lora_plan))
+            self._sample(rows, decode.replay(planned)[:num_tokens], sampling, output)
+            return
         if mixed and (size := mixed.fit(num_tokens, kind)):
             planned = mixed.plan(size, kind, inputs, attention_batch, lora_batch)
             step.start(_describe("pieces", planned.lora_plan))

@@ -10,7 +10,7 @@ from loraplex.backends.lora.contract import LoRABatch
 from loraplex.engine.adapters.table import group_rows
 from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.sampling_states import SamplingStates
-from loraplex.engine.worker.step_rows import StepRows
+from loraplex.engine.worker.step_rows import StepRows, draft_places
 from loraplex.scheduler.adapters.binding import MAX_BINDINGS
 from loraplex.scheduler.worker_protocol import AdapterBinding, NewRequest, StepPlan
 
@@ -70,15 +70,18 @@ class RequestStates:
         self._append_pages(
             np.array(plan.page_slots, dtype=np.int32), np.array(plan.page_ids, dtype=np.int32)
         )
-        if not plan.new_requests:
+        if not plan.new_requests and not plan.draft_ids:
             return {}
         weighted = self._weighted_rows.take_new() if self._weighted_rows else {}
+        places = [self._places(request) for request in plan.new_requests]
+        token_ids = [request.token_ids for request in plan.new_requests]
+        if plan.draft_ids:
+            places.append(draft_places(plan, self.token_ids.shape[1]))
+            token_ids.append(plan.draft_ids)
         return {
             **weighted,
-            "token_index": np.concatenate([self._places(r) for r in plan.new_requests]),
-            "token_value": np.concatenate(
-                [np.array(r.token_ids, dtype=np.int32) for r in plan.new_requests]
-            ),
+            "token_index": np.concatenate(places),
+            "token_value": np.concatenate([np.array(ids, dtype=np.int32) for ids in token_ids]),
         }
 
     def adapter_batches(self, rows: StepRows) -> list[LoRABatch]:

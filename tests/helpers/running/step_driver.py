@@ -148,11 +148,20 @@ class StepDriver:
             num_tokens=int_array([count for _, count, _ in rows]),
             samples=int_array([int(samples) for _, _, samples in rows]),
         )
+        result, self._freed = self.send(plan), []
+        self._take_result(rows, result)
+        return result
+
+    @property
+    def next_step_id(self) -> int:
+        return self._step_id
+
+    def send(self, plan: StepPlan) -> StepResult:
+        """Run a plan with the next step's id, and do nothing with the result but return it."""
         self.worker.handle(plan)
         result: StepResult = self.await_event(StepResult)
         assert result.step_id == self._step_id
-        self._step_id, self._freed = self._step_id + 1, []
-        self._take_result(rows, result)
+        self._step_id += 1
         return result
 
     def _take_result(self, rows: list[tuple[Sequence, int, bool]], result: StepResult) -> None:
