@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from loraplex.scheduler.speculation.speculation_config import SpeculationConfig, parse_speculation
+
 POLICY_NAMES = ("fcfs", "priority", "cluster", "abort", "vtc")
 FAIR_SHARE_BY = ("tenant", "adapter")
 
@@ -36,6 +38,15 @@ class SchedulerConfig:
     max_steps_in_flight: int = field(
         default=2,
         metadata={"help": "steps handed to the workers before the first one's result is read"},
+    )
+    speculative_config: str = field(
+        default="",
+        metadata={
+            "help": 'drafts that steps verify, in vLLM\'s JSON: {"method": "ngram", '
+            '"num_speculative_tokens": 15, "prompt_lookup_max": 3}, or ngram for these values; '
+            "empty: none",
+            "metavar": "JSON",
+        },
     )
     policy: str = field(
         default="fcfs",
@@ -95,6 +106,7 @@ class SchedulerConfig:
         for name, allowed in (("policy", POLICY_NAMES), ("fair_share_by", FAIR_SHARE_BY)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        parse_speculation(self.speculative_config)
         for name in ("max_wait_s", "ttft_slo_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -103,6 +115,11 @@ class SchedulerConfig:
                 raise ValueError(
                     f"fair_share_weights gives {name!r} {weight!r}; a weight is a positive number"
                 )
+
+    @property
+    def speculation(self) -> SpeculationConfig | None:
+        """`speculative_config`, parsed; None: no speculation."""
+        return parse_speculation(self.speculative_config)
 
     @property
     def weights(self) -> dict[str, float]:

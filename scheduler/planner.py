@@ -1,4 +1,4 @@
-"""Plans steps: decode rows, chunks of prompts, then requests that start; preempts for room."""
+"""Plans steps: decode rows, chunks of prompts, requests that start, then drafts; preempts for room."""
 
 import math
 from collections import deque
@@ -11,6 +11,13 @@ from loraplex.scheduler.policies.policy import Context, Policy
 from loraplex.scheduler.prompt_shares import MAX_PARTIAL_PROMPTS, prompt_shares
 from loraplex.scheduler.request import Rank, Request, RequestState
 from loraplex.scheduler.running_requests import RunningRequests
+from loraplex.scheduler.speculation.draft_limits import (
+    MAX_SAMPLED,
+    max_drafts,
+    most_wait,
+    waits_for_result,
+)
+from loraplex.scheduler.speculation.drafter import Drafter
 from loraplex.scheduler.stats import SchedulerStats
 from loraplex.scheduler.step_builder import StepBuilder, new_request
 from loraplex.scheduler.waiting_queue import WaitingQueue
@@ -45,6 +52,8 @@ class StepPlanner:
         self._stats = stats
         self._fail = fail
         self._in_flight: deque[StepBuilder] = deque()
+        self._speculation = config.speculation
+        self._max_drafts = 0  # of each request in the step that is being planned
 
     @property
     def num_in_flight(self) -> int:
@@ -63,9 +72,11 @@ class StepPlanner:
         """Plan the next step and count it as in flight.
 
         Returns:
-            None if nothing can run or `max_steps_in_flight` are in flight already.
+            None if nothing can run, if `max_steps_in_flight` are in flight already, or if the
+            results of those are better waited for.
         """
-        if not self.has_capacity:
+        self._max_drafts = max_drafts(self._speculation, len(self._running))
+        if not self.has_capacity or self._must_wait():
             self.look_ahead(now)
             return None
         self._fail_late(now)
@@ -77,13 +88,20 @@ class StepPlanner:
             plan = self._plan_step(now)
         return plan
 
+    def _must_wait(self) -> bool:
+        """True if a step would leave out most of the running requests, which verify drafts."""
+        is_speculating = self._max_drafts and self._in_flight
+        return bool(is_speculating) and most_wait(self._running, self._max_drafts)
+
     def _plan_step(self, now: float) -> StepPlan | None:
         blocks = self._memory.blocks
         step = StepBuilder(
             blocks.num_planned, self._config.max_num_batched_tokens, follows=bool(self._running)
         )
-        prompts = self._plan_running(step, now)
+        prompts, verifying = self._plan_running(step, now)
         self._plan_prompts(prompts, step, now)
+        for request in verifying:
+            self._plan_drafts(request, step)
         self.look_ahead(now)
         if not step.requests:
             return None
@@ -147,31 +165,37 @@ class StepPlanner:
         self._memory.kv.release(request.uid)
         self._admission.unreserve_adapters(request, now)
 
-    def _plan_running(self, step: StepBuilder, now: float) -> list[Request]:
-        """Add the decode rows. Returns the running requests with prompts to compute, in order.
+    def _plan_running(self, step: StepBuilder, now: float) -> tuple[list[Request], list[Request]]:
+        """Add the decode rows. Returns the running requests with prompts to compute, in order, and
+        those whose next row verifies drafts, which have their share of the budget.
 
         Only decoding takes pages: a prompt has all of its own since it started.
         """
         prefills: list[Request] = []
+        verifying: list[Request] = []
         decodes: list[Request] = []
         positions: list[int] = []
         for request in self._running:
             position = request.num_scheduled
             if request.num_total - position > 1:
                 prefills.append(request)
-            elif request.constraint is not None and (
-                request.has_tokens_in_flight or request.awaits_mask
-            ):
-                continue  # what may come next depends on a token that is not known yet
+            elif (
+                request.constraint is not None or request.is_verifying or request.drafts
+            ) and waits_for_result(request, self._max_drafts):
+                continue
             elif request.num_total < request.max_total:  # else its last token is in flight
                 if position == request.capacity and not self._grow(request, step, now):
                     break  # it was the newest of all
-                decodes.append(request)
-                positions.append(position)
                 request.num_scheduled += 1
                 request.num_total += 1
+                if self._max_drafts and request.drafts:
+                    verifying.append(request)
+                    continue
+                decodes.append(request)
+                positions.append(position)
         step.add_decodes(decodes, positions)
-        return prefills
+        step.budget -= len(verifying)
+        return prefills, verifying
 
     def _plan_prompts(self, prompts: list[Request], step: StepBuilder, now: float) -> None:
         """Give running prompts their shares, start requests, and give out what is left in order."""
@@ -190,6 +214,28 @@ class StepPlanner:
         for request, left, share in zip(prompts, num_left, shares, strict=True):
             if share < left and step.budget:
                 self._add_chunk(request, step, left - share)
+
+    def _plan_drafts(self, request: Request, step: StepBuilder) -> None:
+        """Add a row with the drafts that other rows and pages have left room for."""
+        position, kv = request.num_scheduled - 1, self._memory.kv
+        num_drafts = min(
+            len(request.drafts),
+            self._max_drafts,
+            step.budget,
+            MAX_SAMPLED - step.num_sampled - 1,
+            request.max_total - request.num_total,
+        )
+        if request.constraint is not None:
+            num_drafts = min(num_drafts, len(request.constraint.draft_masks))
+        num_missing = kv.num_pages_for(position + 1 + num_drafts)
+        num_missing -= kv.num_pages_for(request.capacity)
+        if num_missing > 0:
+            # Requests that decode may want a page each: drafts preempt none of them.
+            num_spare = self._memory.num_available - len(self._running)
+            num_pages = max(0, min(num_missing, num_spare))
+            self._append_pages(request, step, num_pages)
+            num_drafts = min(num_drafts, request.capacity - position - 1)
+        step.add_verification(request, request.drafts[: max(0, num_drafts)])
 
     def _add_chunk(self, request: Request, step: StepBuilder, max_tokens: int) -> None:
         """Add a chunk of known tokens, and cache the blocks that it fills for later steps."""
@@ -211,12 +257,17 @@ class StepPlanner:
             self._preempt(newest, now)
             if newest is request:
                 return False
-        self._memory.make_room(1)
-        kv = self._memory.kv
-        for page_id in kv.grow(request.uid, request.num_scheduled + 1):
-            step.add_page(request, page_id)
-            request.capacity += kv.block_tokens
+        self._append_pages(request, step, 1)
         return True
+
+    def _append_pages(self, request: Request, step: StepBuilder, num_pages: int) -> None:
+        """Append pages, which must be available."""
+        self._memory.make_room(num_pages)
+        kv = self._memory.kv
+        capacity = request.capacity + num_pages * kv.block_tokens
+        for page_id in kv.grow(request.uid, capacity):
+            step.add_page(request, page_id)
+        request.capacity = capacity
 
     def _preempt(self, request: Request, now: float) -> None:
         """Put a request back in the queue at the place of its rank; it is recomputed later.
@@ -231,6 +282,12 @@ class StepPlanner:
     def _plan_waiting(self, step: StepBuilder, now: float) -> None:
         def start(request: Request) -> bool:
             self._running.add(request)
+            if self._speculation is not None and request.drafter is None:
+                request.drafter = Drafter(
+                    self._speculation,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    stop_ids=request.stop_ids,
+                )
             adapters = self._memory.adapters
             bindings = [
                 AdapterBinding(adapters.slot_of(b.version.content_hash), b.weight, b.first_position)

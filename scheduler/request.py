@@ -12,6 +12,7 @@ from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.scheduler.adapters.binding import Binding, distinct_versions
 from loraplex.scheduler.adapters.version import AdapterVersion
 from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
+from loraplex.scheduler.speculation.drafter import Drafter
 from loraplex.scheduler.worker_protocol import int_array
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -32,12 +33,19 @@ class Constraint(Protocol):
     Attributes:
         mask: ``array("i")`` with a bit for each token, as StepPlan.masks has it. None while it is
             computed for the last known token; the sequence takes part in no step until then.
+        draft_masks: the masks after each draft, as far as the grammar allows the drafts. They are
+            there when `mask` is.
     """
 
     mask: "array[int] | None"
+    draft_masks: "list[array[int]]"
 
-    def advance(self, token_id: int) -> None:
-        """Take the next token. Returns at once; `mask` follows."""
+    def advance(self, token_ids: "array[int]", drafts: "array[int]") -> None:
+        """Take the next tokens. Returns at once; the masks follow.
+
+        Args:
+            drafts: what may come then; they are not taken.
+        """
         ...
 
 
@@ -59,7 +67,8 @@ class Request(AddRequest, eq=False, tag=None):
     """One sequence: the fields of AddRequest, then the scheduler's own state.
 
     The scheduler may be ahead of the token ids it knows: `num_total` counts tokens that were
-    sampled or will be by a step in flight, `token_ids` holds those whose ids have come back.
+    sampled or will be by a step in flight, `token_ids` holds those whose ids have come back. A
+    step that verifies drafts counts as one token, and what was accepted is added with its result.
     """
 
     frontend: Hashable = b""  # who asked; request ids are unique within a frontend
@@ -90,6 +99,9 @@ class Request(AddRequest, eq=False, tag=None):
     slot: int = -1
     page_epoch: int = 0  # changes whenever the request loses its pages
     num_scheduled: int = 0  # tokens fed by the steps planned so far
+    drafter: Drafter | None = None  # None: nothing is drafted
+    drafts: "array[int]" = msgspec.field(default_factory=int_array)  # what may follow `token_ids`
+    is_verifying: bool = False  # by a step in flight, so the place of its next token is unknown
     num_registered: int = 0  # tokens in blocks that are cached
     capacity: int = 0  # tokens that its pages hold
     num_cached_tokens: int = -1  # tokens of the prompt found cached at first admission

@@ -26,6 +26,8 @@ class SchedulerStats:
     num_scheduled_tokens: int = 0  # fed to the model, recomputed ones included
     num_generated_tokens: int = 0
     num_dropped_tokens: int = 0  # sampled after their request had ended
+    num_drafted_tokens: int = 0  # fed to the model to be verified
+    num_accepted_tokens: int = 0  # of those, equal to the token that was sampled
     num_requests: int = 0  # accepted
     num_refused: int = 0
     num_preemptions: int = 0

@@ -1,6 +1,7 @@
 """One step while it is planned, and while the workers have it."""
 
 from array import array
+from itertools import takewhile
 
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.worker_protocol import (
@@ -20,8 +21,8 @@ class StepBuilder:
     """
 
     __slots__ = (
-        "budget", "chunk_rows", "follows",
-        "new_requests", "num_tokens", "page_epochs", "page_ids", "page_slots",
+        "budget", "chunk_rows", "drafts", "follows", "new_requests", "num_new",
+        "num_sampled", "num_tokens", "page_epochs", "page_ids", "page_slots",
         "positions", "requests", "samples", "slots", "step_id",
     )  # fmt: skip
 
@@ -34,6 +35,9 @@ class StepBuilder:
         self.positions: list[int] = []
         self.num_tokens: list[int] = []
         self.samples: list[int] = []
+        self.num_sampled = 0
+        self.num_new = self.samples  # tokens that each row brings its request; set by check()
+        self.drafts: dict[Request, array[int]] = {}  # in the order of their rows
         self.slots: list[int] = []  # this and `page_epochs` are filled by finish()
         self.page_epochs: list[int] = []
         self.new_requests: list[NewRequest] = []
@@ -47,7 +51,26 @@ class StepBuilder:
         ones = [1] * len(requests)
         self.num_tokens += ones
         self.samples += ones
+        self.num_sampled += len(requests)
         self.budget -= len(requests)
+
+    def add_verification(self, request: Request, drafts: "array[int]") -> None:
+        """Feed a request's last known token and drafts, and sample after each of them.
+
+        Such rows come after all others. The caller has advanced the request's counts by one token
+        already, and has taken that token from the budget.
+        """
+        row = 0  # without drafts it decodes: those rows come first
+        if drafts:
+            self.drafts[request] = drafts
+            request.is_verifying = True
+            row = len(self.requests)
+        self.requests.insert(row, request)
+        self.positions.insert(row, request.num_scheduled - 1)
+        self.num_tokens.insert(row, 1 + len(drafts))
+        self.samples.insert(row, 1 + len(drafts))
+        self.num_sampled += 1 + len(drafts)
+        self.budget -= len(drafts)
 
     def add_chunk(self, request: Request, max_tokens: int) -> None:
         """Feed the next tokens of a request; sample if they are its last.
@@ -67,6 +90,7 @@ class StepBuilder:
         else:
             self.num_tokens[row] += num_tokens
             self.samples[row] = samples
+        self.num_sampled += samples
         self.budget -= num_tokens
         request.num_scheduled += num_tokens
         request.num_total += samples
@@ -80,6 +104,9 @@ class StepBuilder:
         self.slots = [request.slot for request in self.requests]
         self.page_epochs = [request.page_epoch for request in self.requests]
         masked_rows, masks = self._masks()
+        draft_ids = int_array()
+        for drafts in self.drafts.values():
+            draft_ids += drafts
         return StepPlan(
             step_id=self.step_id,
             freed_slots=int_array(freed_slots),
@@ -92,10 +119,12 @@ class StepBuilder:
             samples=int_array(self.samples),
             masked_rows=masked_rows,
             masks=masks,
+            draft_ids=draft_ids,
         )
 
     def _masks(self) -> "tuple[array[int], array[int]]":
-        """Returns the rows that sample under a constraint, and their masks one after another."""
+        """Returns the rows that sample under a constraint, and the masks of the tokens that they
+        sample one after another."""
         rows, masks = array("i"), array("i")
         for row, request in enumerate(self.requests):
             constraint = request.constraint
@@ -104,13 +133,15 @@ class StepBuilder:
                     raise ValueError(f"request {request.request_id!r} is planned without its mask")
                 rows.append(row)
                 masks += constraint.mask
+                for mask in constraint.draft_masks[: self.samples[row] - 1]:
+                    masks += mask
         return rows, masks
 
     def check(self, result: StepResult) -> None:
-        """Raise ValueError unless `result` answers this step."""
+        """Raise ValueError unless `result` answers this step. Set `num_new`."""
         if result.step_id != self.step_id:
             raise ValueError(f"result of step {result.step_id} came, {self.step_id} is next")
-        num_samples = sum(self.samples)
+        num_samples = self.num_sampled
         if len(result.token_ids) != num_samples:
             raise ValueError(
                 f"step {self.step_id} samples {num_samples} tokens, got {len(result.token_ids)}"
@@ -120,6 +151,27 @@ class StepBuilder:
                 f"step {self.step_id} samples {num_samples} tokens, got logprobs of "
                 f"{len(result.logprobs)}"
             )
+        if self.drafts:
+            self._verify(result.token_ids)
+
+    def _verify(self, sampled: "array[int]") -> None:
+        """Count the tokens of each row up to the first that differs from its draft.
+
+        A token was sampled as if the drafts before it were the answer so far, so it is what would
+        have been sampled without them if they are.
+        """
+        self.num_new = self.samples[:]
+        first = len(self.samples) - len(self.drafts)  # row
+        start = sum(self.samples[:first])
+        for row, drafts in enumerate(self.drafts.values(), first):
+            self.num_new[row] = 1 + num_equal(drafts, sampled[start : start + len(drafts)])
+            start += 1 + len(drafts)
+
+
+def num_equal(first: "array[int]", second: "array[int]") -> int:
+    """Returns how many leading items are equal."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def new_request(

@@ -19,11 +19,12 @@ def apply_result(
 ) -> Ended:
     """Append sampled ids to their requests and register computed blocks in the prefix cache.
 
-    A token is a row of the output columns of its request's frontend. It becomes a SequenceOutput
-    only if it is the request's first or last one or has log-probabilities. Requests that ended
-    meanwhile get nothing. A request that was preempted meanwhile keeps its new id, but its pages
-    are no longer its own. A request whose logits are not finite ends with an error, and its blocks
-    leave the prefix cache.
+    A token is a row of the output columns of its request's frontend. It becomes part of a
+    SequenceOutput only if it is the request's first or last one, has log-probabilities, or comes
+    with others. A row that verified drafts brings the accepted ones and one token more; what the
+    others wrote does not count as computed. Requests that ended meanwhile get nothing. A request
+    that was preempted meanwhile keeps its new ids, but its pages are no longer its own. A request
+    whose logits are not finite ends with an error, and its blocks leave the prefix cache.
 
     Returns:
         The requests that end with this step; the caller has to end them.
@@ -32,39 +33,44 @@ def apply_result(
     prompt_logprobs = _sort_prompt_logprobs(step, result)
     logprobs = result.logprobs
     block_tokens, finished = kv.block_tokens, RequestState.FINISHED
-    num_sampled = num_dropped = 0
-    for request, epoch, position, num_tokens, samples in zip(
-        step.requests, step.page_epochs, step.positions, step.num_tokens, step.samples, strict=True
-    ):
+    num_generated = end = 0  # tokens; end of the row's sampled ids
+    for request, epoch, position, num_tokens, samples, num_new in zip(
+        step.requests, step.page_epochs, step.positions, step.num_tokens, step.samples,
+        step.num_new, strict=True,
+    ):  # fmt: skip
         judged = prompt_logprobs.get(request) if prompt_logprobs else None
+        num_computed = position + num_tokens
+        first, end = end, end + samples
         if samples:
-            token_id = result.token_ids[num_sampled]
-            entry = logprobs[num_sampled] if logprobs else None
-            num_sampled += 1
             if request.state is finished:
-                num_dropped += 1
+                stats.num_dropped_tokens += 1
                 continue
-            token_ids = request.token_ids
-            if token_id == NOT_FINITE or (judged and not _are_finite(judged)):
-                num_dropped += 1
-                _fail(request, len(token_ids), judged, kv)
-                ended.append((request, "error"))
-                continue
-            token_ids.append(token_id)
-            reason = ""
-            if (
-                request.num_prompt_tokens + 1 < len(token_ids) < request.max_total
+            token_ids, token_id = request.token_ids, result.token_ids[first]
+            num_generated += num_new
+            if (  # what nearly all rows bring, without a call
+                request.num_prompt_tokens < len(token_ids) < request.max_total - 1
+                and token_id >= 0
                 and token_id not in request.stop_ids
-                and entry is None
+                and request.drafter is None
+                and request.constraint is None
                 and judged is None
+                and (not logprobs or logprobs[first] is None)
             ):
-                outputs = request.outputs
-                outputs.request_ids.append(request.request_id)
-                outputs.token_ids.append(token_id)
-            elif reason := _add_details(request, token_id, entry, judged):
-                ended.append((request, reason))
-            if request.constraint is not None and not reason:
-                request.constraint.advance(token_id)
+                token_ids.append(token_id)
+                request.outputs.request_ids.append(request.request_id)
+                request.outputs.token_ids.append(token_id)
+            else:
+                if samples > 1:
+                    num_computed = position + num_new
+                    _accept(request, samples, num_new, stats)
+                new = slice(first, first + num_new)
+                reason = _append(request, result.token_ids[new], logprobs[new], judged, kv)
+                if reason:
+                    ended.append((request, reason))
+                if reason == "error":
+                    stats.num_dropped_tokens += 1
+                    num_generated -= 1
+                    continue
         elif judged and not _are_finite(judged):
             _fail(request, position + num_tokens, judged, kv)
             ended.append((request, "error"))
@@ -73,37 +79,84 @@ def apply_result(
             request.outputs.details.append(
                 SequenceOutput(request.request_id, array("i"), prompt_logprobs=judged)
             )
-        num_computed = position + num_tokens
         if num_computed - request.num_registered >= block_tokens and request.page_epoch == epoch:
             kv.register(request.uid, request.token_ids, num_computed)
             request.num_registered = num_computed - num_computed % block_tokens
     _count(step, result, stats)
-    stats.num_generated_tokens += num_sampled - num_dropped
-    stats.num_dropped_tokens += num_dropped
+    stats.num_generated_tokens += num_generated
     return ended
+
+
+def _accept(request: Request, samples: int, num_new: int, stats: SchedulerStats) -> None:
+    """Count what a row that verified drafts brings beyond the one token it was planned for."""
+    request.is_verifying = False
+    request.num_scheduled += num_new - 1
+    request.num_total += num_new - 1
+    stats.num_drafted_tokens += samples - 1
+    stats.num_accepted_tokens += num_new - 1
+
+
+def _append(
+    request: Request,
+    new_ids: "array[int]",
+    logprobs: list[TokenLogprobs | None],
+    judged: list[TokenLogprobs] | None,
+    kv: KVCache,
+) -> str:
+    """Append new tokens and write them to the outputs. Returns why the request ends, or nothing.
+
+    Only the last one can end it or be NOT_FINITE: those before it were drafts.
+    """
+    token_ids, token_id = request.token_ids, new_ids[-1]
+    if token_id == NOT_FINITE or (judged and not _are_finite(judged)):
+        if accepted := new_ids[:-1]:
+            token_ids.extend(accepted)
+            _add_details(request, accepted, logprobs[:-1], judged=None)
+        _fail(request, len(token_ids), judged, kv)
+        return "error"
+    token_ids.extend(new_ids)
+    reason = ""
+    if (
+        request.num_prompt_tokens + 1 < len(token_ids) < request.max_total
+        and token_id not in request.stop_ids
+        and len(new_ids) == 1
+        and (not logprobs or logprobs[0] is None)
+        and judged is None
+    ):
+        outputs = request.outputs
+        outputs.request_ids.append(request.request_id)
+        outputs.token_ids.append(token_id)
+    else:
+        reason = request.finish_reason()
+        _add_details(request, new_ids, logprobs, judged, reason)
+    if not reason:
+        if request.drafter is not None:
+            request.drafts = request.drafter.draft(token_ids)
+        if request.constraint is not None:
+            request.constraint.advance(new_ids, request.drafts)
+    return reason
 
 
 def _add_details(
     request: Request,
-    token_id: int,
-    entry: TokenLogprobs | None,
+    new_ids: "array[int]",
+    logprobs: list[TokenLogprobs | None],
     judged: list[TokenLogprobs] | None,
-) -> str:
-    """Write the output of the token just appended. Returns why the request ends, or nothing."""
-    reason = request.finish_reason()
+    reason: str = "",
+) -> None:
+    """Write the output of the tokens just appended, after which the request ends for `reason`."""
     request.outputs.details.append(
         SequenceOutput(
             request.request_id,
-            array("i", (token_id,)),
+            new_ids,
             finish_reason=reason,
-            stop_token_id=token_id if reason == "stop" else -1,
+            stop_token_id=new_ids[-1] if reason == "stop" else -1,
             num_cached_tokens=request.num_cached_tokens,
-            logprobs=[] if entry is None else [entry],
+            logprobs=[entry for entry in logprobs if entry is not None],
             prompt_logprobs=judged or [],
             queued_us=max(0, int(1e6 * (request.admitted_at - request.arrival))),
         )
     )
-    return reason
 
 
 def _are_finite(entries: list[TokenLogprobs]) -> bool:

@@ -4,12 +4,13 @@ import ctypes
 import logging
 import os
 import threading
+from array import array
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from llguidance import LLExecutor
 
-from loraplex.engine.grammar.matcher import GrammarMatcher
+from loraplex.engine.grammar.matcher import GrammarMatcher, allows
 
 MAX_THREADS = 8
 
@@ -18,10 +19,14 @@ logger = logging.getLogger("loraplex.scheduler")
 
 @dataclass(frozen=True, slots=True)
 class MaskTask:
-    """Tokens that a sequence has taken, after which its next mask is wanted."""
+    """Tokens that a sequence has taken, after which its next mask is wanted.
+
+    The masks after each of its drafts are wanted too, up to one that the grammar forbids.
+    """
 
     matcher: GrammarMatcher
     token_ids: Collection[int]
+    drafts: Collection[int] = ()
     done: Callable[[], None] | None = None  # called in the computer's thread
 
 
@@ -95,9 +100,19 @@ class MaskComputer:
             self._wakeup()
 
     def _compute(self, batch: list[MaskTask]) -> None:
-        matchers = [task.matcher for task in batch if task.matcher.consume(task.token_ids)]
-        if not matchers:
-            return
+        """Set the masks of a batch: one round for the next tokens, then one for each draft."""
+        tasks = [task for task in batch if task.matcher.consume(task.token_ids)]
+        following = [_Following(task) for task in tasks]
+        active = following
+        while active:
+            made = self._make_masks([one.matcher for one in active])
+            active = [
+                one for one, mask in zip(active, made, strict=True) if one.goes_on_after(mask)
+            ]
+        for one in following:
+            one.task.matcher.set_masks(one.masks)
+
+    def _make_masks(self, matchers: list[GrammarMatcher]) -> "list[array[int] | None]":
         size = matchers[0].vocabulary.num_library_bytes
         if len(self._buffer) < size * len(matchers):
             self._buffer = bytearray(size * len(matchers))
@@ -105,5 +120,29 @@ class MaskComputer:
         jobs = [(matcher.library, place) for place, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(jobs, address, size, len(jobs))
         view = memoryview(self._buffer)
-        for place, matcher in enumerate(matchers):
-            matcher.set_mask(view[place * size : (place + 1) * size])
+        return [
+            matcher.make_mask(view[place * size : (place + 1) * size])
+            for place, matcher in enumerate(matchers)
+        ]
+
+
+class _Following:
+    """One task on its way along the drafts. A copy of the matcher follows them."""
+
+    def __init__(self, task: MaskTask) -> None:
+        self.task = task
+        self.matcher = task.matcher
+        self.masks: list[array[int]] = []
+        self._drafts = iter(task.drafts)
+
+    def goes_on_after(self, mask: "array[int] | None") -> bool:
+        """Keep the mask and take the next draft. Returns whether there is one that it allows."""
+        if mask is None:
+            return False
+        self.masks.append(mask)
+        draft = next(self._drafts, None)
+        if draft is None or not allows(mask, draft):
+            return False
+        if self.matcher is self.task.matcher:
+            self.matcher = self.matcher.branch()
+        return self.matcher.consume((draft,))

@@ -1,5 +1,6 @@
 """Requests whose grammars are being compiled, before the scheduler gets them."""
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,7 @@ class GrammarQueue:
         )
         done = partial(self._begun, request, matcher, errors)
         if matcher.consume(request.generated_token_ids):
-            self._masks.add_first(MaskTask(matcher, (), done))
+            self._masks.add_first(MaskTask(matcher, (), done=done))
         else:
             done()
 
@@ -113,8 +114,10 @@ class GrammarQueue:
         request.constraint = matcher
         self._finish(request, f"structured_outputs: {errors[0]}" if errors else "")
 
-    def _advance(self, matcher: GrammarMatcher, token_id: int) -> None:
-        self._masks.add_next(MaskTask(matcher, (token_id,)))
+    def _advance(
+        self, matcher: GrammarMatcher, token_ids: "array[int]", drafts: "array[int]"
+    ) -> None:
+        self._masks.add_next(MaskTask(matcher, token_ids, drafts))
 
     def _finish(self, request: Request, error: str) -> None:
         self._compiled.append((request, error))

@@ -135,10 +135,10 @@ class VirtualTokenCounters(Policy):
 
     def on_result(self, step: StepBuilder, now: float) -> None:
         clients, name_of = self._clients, self._name
-        for request, samples in zip(step.requests, step.samples, strict=True):
-            if samples and request.state is not RequestState.FINISHED:
+        for request, num_new in zip(step.requests, step.num_new, strict=True):
+            if num_new and request.state is not RequestState.FINISHED:
                 client = clients[name_of(request)]
-                client.counter += OUTPUT_WEIGHT / client.weight
+                client.counter += num_new * OUTPUT_WEIGHT / client.weight
 
     def on_end(self, request: Request) -> None:
         name = self._name(request)

@@ -178,8 +178,15 @@ class FakeWorker:
         new_slots = {new.slot for new in plan.new_requests}
         decoding = True
         rows = zip(plan.slots, plan.positions, plan.num_tokens, plan.samples, strict=True)
+        drafts = list(plan.draft_ids)
         for slot_id, position, num_tokens, samples in rows:
             slot = self._slots[slot_id]
+            if samples > 1:
+                decoding = False
+                own, drafts = drafts[: samples - 1], drafts[samples - 1 :]
+                assert num_tokens == samples, "a row that verifies feeds one token and its drafts"
+                self._verify(slot, position, own, result)
+                continue
             is_decode = slot_id not in new_slots and num_tokens == 1
             decoding = decoding and is_decode
             assert decoding or position < slot.num_sent, "a decode row follows a prefill row"
@@ -188,9 +195,32 @@ class FakeWorker:
             self._judge_prompt(slot_id, slot, position, num_tokens, result)
             if samples:
                 self._sample(slot, result)
+        assert not drafts, "drafts without a row"
         if not any(result.logprobs):
             result.logprobs.clear()
         return result
+
+    def _verify(self, slot: _Slot, position: int, drafts: list[int], result: StepResult) -> None:
+        """Sample after the last known token and after each draft. What drafts wrote stays in the
+        pages; a draft that was wrong is replaced by what was sampled, as in a real worker."""
+        assert position + 1 == len(slot.token_ids), "drafts do not follow the last known token"
+        known = slot.token_ids[:], slot.states[:]
+        for token_id in drafts:
+            self._push(slot, token_id)
+        self._feed(slot, position, 1 + len(drafts))
+        fed = slot.token_ids, slot.states
+        sampled: list[int] = []
+        for count in range(1 + len(drafts)):
+            end = position + 1 + count
+            slot.token_ids, slot.states = fed[0][:end], fed[1][:end]
+            self._sample(slot, result)
+            sampled.append(result.token_ids[-1])
+        slot.token_ids, slot.states = known
+        for token_id, draft in zip(sampled, [*drafts, None], strict=True):
+            self._push(slot, max(token_id, 0))
+            if token_id != draft:
+                break
+        slot.num_fed = len(slot.token_ids) - 1
 
     def _apply_deltas(self, plan: StepPlan) -> None:
         for slot_id in plan.freed_slots:

@@ -12,11 +12,12 @@ class Masks:
 
     def __init__(self) -> None:
         self.mask: array[int] | None = array("i", [7])
+        self.draft_masks: list[array[int]] = []
         self.taken: list[int] = []
 
-    def advance(self, token_id: int) -> None:
+    def advance(self, token_ids: "array[int]", drafts: "array[int]") -> None:
         self.mask = None
-        self.taken.append(token_id)
+        self.taken += token_ids
 
     def ready(self) -> None:
         self.mask = array("i", [len(self.taken)])

@@ -92,7 +92,7 @@ class Engine:
                 return self.tokenizer.decode(taken)
             taken.append(token_id)
             assert request.constraint is not None
-            request.constraint.advance(token_id)
+            request.constraint.advance(array("i", [token_id]), array("i"))
         return None
 
 
@@ -123,9 +123,9 @@ def test_stop_ids_are_allowed_where_the_text_may_end_and_nowhere_else(engine: En
     request = engine.compile(regex="a{1,2}", stop_ids=(STOP, 7))
     assert not {STOP, 7} & set(engine.allowed(request))
     assert request.constraint is not None
-    request.constraint.advance(a)
+    request.constraint.advance(array("i", [a]), array("i"))
     assert {STOP, 7, a} <= set(engine.allowed(request))
-    request.constraint.advance(a)
+    request.constraint.advance(array("i", [a]), array("i"))
     assert engine.allowed(request) == [STOP, 7]
 
 
@@ -133,13 +133,13 @@ def test_min_tokens_keeps_stop_ids_away_until_only_they_are_left(engine: Engine)
     a = engine.tokenizer.encode("a", add_special_tokens=False)[-1]
     request = engine.compile(regex="a{1,3}", min_tokens=2)
     assert request.constraint is not None
-    request.constraint.advance(a)
+    request.constraint.advance(array("i", [a]), array("i"))
     assert STOP not in engine.allowed(request)
-    request.constraint.advance(a)
+    request.constraint.advance(array("i", [a]), array("i"))
     assert STOP in engine.allowed(request)
     ended = engine.compile(regex="a", min_tokens=9)
     assert ended.constraint is not None
-    ended.constraint.advance(a)
+    ended.constraint.advance(array("i", [a]), array("i"))
     assert engine.allowed(ended) == [STOP]
 
 
@@ -149,7 +149,7 @@ def test_an_answer_that_another_engine_has_begun_goes_on_in_its_grammar(engine: 
     taken: tuple[int, ...] = ()
     for token_id in (a, a, b):
         assert whole.constraint is not None
-        whole.constraint.advance(token_id)
+        whole.constraint.advance(array("i", [token_id]), array("i"))
         taken += (token_id,)
         resumed = engine.compile(regex="a{2}b{2}", min_tokens=3, generated=taken)
         assert engine.allowed(resumed) == engine.allowed(whole)
@@ -160,7 +160,7 @@ def test_equal_grammars_share_no_state(engine: Engine) -> None:
     first, second = engine.compile(choice=["ab", "cd"]), engine.compile(choice=["ab", "cd"])
     before = engine.allowed(second)
     assert first.constraint is not None
-    first.constraint.advance(before[0])
+    first.constraint.advance(array("i", [before[0]]), array("i"))
     assert engine.allowed(second) == before != engine.allowed(first)
 
 

@@ -38,7 +38,7 @@ def make_matcher(vocabulary: Vocabulary, errors: list[str] | None = None) -> Gra
         vocabulary,
         stop_ids=[2],
         min_tokens=0,
-        on_advance=lambda matcher, token_id: None,
+        on_advance=lambda matcher, token_ids, drafts: None,
         on_error=(errors if errors is not None else []).append,
     )
 
@@ -53,11 +53,11 @@ def test_running_requests_come_before_new_ones(
         is_blocked.set()
         may_go_on.wait(60)
 
-    computer.add_first(MaskTask(make_matcher(vocabulary), (), block))
+    computer.add_first(MaskTask(make_matcher(vocabulary), (), done=block))
     assert is_blocked.wait(60)
     new, running = (make_matcher(vocabulary) for _ in range(2))
-    computer.add_first(MaskTask(new, (), lambda: (order.append("new"), ended.set())))
-    computer.add_next(MaskTask(running, (), partial(order.append, "running")))
+    computer.add_first(MaskTask(new, (), done=lambda: (order.append("new"), ended.set())))
+    computer.add_next(MaskTask(running, (), done=partial(order.append, "running")))
     computer.wait(0.0)  # not over, but the time is
     assert running.mask is None
     may_go_on.set()
