@@ -51,20 +51,23 @@ class CompletionProcessor:
         return self.finish_reason is not None
 
     def update(self, output: SequenceOutput) -> bool:
-        """Adds a step's tokens.
+        """Adds a step's tokens, up to the one that completes a stop string.
 
         Returns True if a stop string ended the completion. The scheduler does not know text, so
         the caller must abort the sequence there.
         """
         token_ids = output.token_ids.tolist()
+        stop_string = self._add_text(token_ids, output)
+        if stop_string is not None and self._detokenizer is not None:
+            token_ids = token_ids[: self._detokenizer.num_tokens - self.num_tokens]
         self.num_tokens += len(token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self._token_ids += token_ids
         if self._params.logprobs is not None:
             self._logprobs += [
-                logprob_entries(entry, self._decode_token) for entry in output.logprobs
+                logprob_entries(entry, self._decode_token)
+                for entry in output.logprobs[: len(token_ids)]
             ]
-        stop_string = self._add_text(token_ids, output)
         if stop_string is not None:
             self.finish_reason, self.stop_reason = "stop", stop_string
             return output.finish_reason == ""
