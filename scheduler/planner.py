@@ -1,4 +1,4 @@
-"""Plans steps: decode rows, chunks of prompts, requests that start, then drafts; preempts for room."""
+"""Plans steps: decode rows, prompts, requests that start, then drafts; preempts for room."""
 
 import math
 from collections import deque

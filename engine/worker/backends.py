@@ -24,7 +24,8 @@ from loraplex.memory.device.pool import PageShape
 logger = logging.getLogger("loraplex")
 
 MAX_GATHERED_ROWS = 256
-"""Rows of logits that are gathered at one time, at least: prompt log-probabilities take as many."""
+"""Rows of logits that are gathered at one time, at least: prompt log-probabilities and steps with
+drafts take as many."""
 
 
 @dataclass(frozen=True, slots=True)

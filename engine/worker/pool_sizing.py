@@ -19,6 +19,7 @@ from loraplex.memory.device.pool import (
     free_cpu_bytes,
     free_gpu_bytes,
 )
+from loraplex.scheduler.speculation.draft_limits import MAX_SAMPLED
 from loraplex.scheduler.worker_protocol import NewRequest, SamplingSpec, StepPlan, int_array
 
 GPU_MARGIN_BYTES = 512 << 20
@@ -73,22 +74,25 @@ def _activation_bytes(
     length = min(limit, budget)
     num_seqs = min(max_num_seqs, budget // length)
     pages_each = -(-length // shape.block_tokens)
-    num_pages = 1 + max(num_seqs * pages_each, max_num_seqs)
+    samples = 1  # of each row of the largest sampling step
+    if config.scheduler.speculation is not None:
+        samples = min(length, -(-MAX_SAMPLED // max_num_seqs))
+    num_pages = 1 + max(num_seqs * pages_each, max_num_seqs * -(-samples // shape.block_tokens))
     runner = make_runner(num_pages, length)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    for count, tokens in ((num_seqs, length), (max_num_seqs, 1)):
-        runner.launch(_largest_plan(count, tokens, shape.block_tokens)).result()
+    runner.launch(_largest_plan(num_seqs, length, 1, shape.block_tokens)).result()
+    runner.launch(_largest_plan(max_num_seqs, samples, samples, shape.block_tokens)).result()
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner
     gc.collect()
     return peak
 
 
-def _largest_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan:
+def _largest_plan(num_seqs: int, num_tokens: int, samples: int, block_tokens: int) -> StepPlan:
     """Returns a step of `num_seqs` new requests that all sample, with the parameters that take the
-    most memory."""
+    most memory. All but one of a row's samples follow drafts."""
     pages_each = -(-num_tokens // block_tokens)
     sampling: dict[str, Any] = {
         "temperature": 1.0,
@@ -127,5 +131,6 @@ def _largest_plan(num_seqs: int, num_tokens: int, block_tokens: int) -> StepPlan
         slots=int_array(list(range(num_seqs))),
         positions=int_array([0] * num_seqs),
         num_tokens=int_array([num_tokens] * num_seqs),
-        samples=int_array([1] * num_seqs),
+        samples=int_array([samples] * num_seqs),
+        draft_ids=int_array([0] * (samples - 1) * num_seqs),
     )

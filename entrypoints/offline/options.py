@@ -53,6 +53,7 @@ class LLMOptions(TypedDict, total=False):
     max_queue_len: int
     max_adapters_per_tenant: int
     max_steps_in_flight: int
+    speculative_config: str | Mapping[str, object] | None
     policy: str
     max_wait_s: float
     max_adapters_per_batch: int

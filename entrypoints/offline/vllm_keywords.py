@@ -3,6 +3,7 @@
 A keyword of vLLM is renamed, or ignored where it changes no answer, or refused with advice.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "revision": (None,),
     "runner": ("auto", "generate", None),
     "scheduling_policy": ("fcfs", "priority", None),  # fcfs obeys priorities
-    "speculative_config": (None,),
     "tokenizer_mode": ("auto", None),
     "tokenizer_revision": (None,),
 }
@@ -82,7 +82,6 @@ ADVICE = {
     "revision": "nothing is downloaded: give a local folder as model",
     "runner": "only text is generated; leave it out",
     "scheduling_policy": "use policy",
-    "speculative_config": "there is no speculative decoding; leave it out",
     "tokenizer_mode": "leave it out",
     "tokenizer_revision": "nothing is downloaded: give a local folder as tokenizer",
 }
@@ -127,6 +126,8 @@ def translated(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         if values.get(name, defaults[name]) not in (defaults[name], value):
             raise ValueError(f"{name} is given twice, also as {alias}: leave one out")
         values[name] = value
+    if isinstance(config := values.get("speculative_config"), Mapping):
+        values["speculative_config"] = json.dumps(dict(config))
     if "dtype" in values:
         dtype = str(values["dtype"]).removeprefix("torch.")  # of a torch.dtype, its name
         values["dtype"] = _DTYPES.get(dtype, dtype)

@@ -28,7 +28,8 @@ ENGINE = [
     "--max-token-rows",
     "--max-wait-s", "--no-enable-prefix-caching", "--no-enforce-eager",
     "--num-pages", "--policy", "--pool-bytes", "--profile-dir",
-    "--profile-every", "--profile-steps", "--tensor-parallel-size", "--ttft-slo-s",
+    "--profile-every", "--profile-steps", "--speculative-config", "--tensor-parallel-size",
+    "--ttft-slo-s",
     "--watchdog-timeout",
 ]  # fmt: skip
 SAMPLING = [
