@@ -10,13 +10,15 @@ import torch
 
 from loraplex.backends.attention.contract import one_row_a_token
 from loraplex.backends.attention.torch_sdpa import TorchAttention
-from loraplex.engine.config import EngineConfig, ModelConfig
+from loraplex.engine.config import EngineConfig, GraphConfig, ModelConfig
+from loraplex.engine.worker import model_runner
 from loraplex.engine.worker.step_rows import draft_places, make_rows, masks_by_row
 from loraplex.engine.worker.worker import Worker
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.worker_protocol import StepPlan, StepResult, int_array
 
+from helpers.fakes.fake_graphs import FakeRecorder, allow_graphs
 from helpers.kernels.attention_cases import BATCHES, make_batch, make_kv, make_spec
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
@@ -70,15 +72,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def driver(folders: Path) -> Iterator[StepDriver]:
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rows with drafts run. CUDA graphs are faked."""
+    name: str = request.param
+    if name != "eager":
+        allow_graphs(monkeypatch, FakeRecorder())
+    if name == "pieces":
+        monkeypatch.setattr(model_runner, "MAX_REREAD_TOKENS", 0)
+    return name
+
+
+@pytest.fixture
+def driver(folders: Path, how: str) -> Iterator[StepDriver]:
     config = EngineConfig(
         model=ModelConfig(str(folders / "base"), device="cpu", dtype="float32",
                           skip_tokenizer_init=True),
         memory=MemoryConfig(block_tokens=4, num_pages=200),
-        scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
     )  # fmt: skip
     worker = Worker(config)
-    yield StepDriver(worker, block_tokens=4, max_num_seqs=4)
+    if how != "eager":
+        worker.parts.runner.capture_graphs(GraphConfig(), 64)
+    yield StepDriver(worker, block_tokens=4, max_num_seqs=8)
     worker.close()
 
 
@@ -91,9 +106,13 @@ SAMPLINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("how", "sampling"),
+    zip(["eager", "graph", "pieces", "graph", "eager"], SAMPLINGS, strict=True),
+    indirect=["how"],
+)
 def test_tokens_after_drafts_are_those_of_single_steps(
-    driver: StepDriver, folders: Path, sampling: dict[str, Any]
+    driver: StepDriver, folders: Path, how: str, sampling: dict[str, Any]
 ) -> None:
     """Right drafts bring the answer at once. After a wrong one, the next step mends all."""
     slot = driver.load("a", folders / "a")
@@ -105,6 +124,7 @@ def test_tokens_after_drafts_are_those_of_single_steps(
     right = plain.output
     result = verify(driver, other, right[1:5])
     assert list(result.token_ids) == right[1:6]
+    assert result.kernels.startswith(how)
     assert [entry and entry.token_ids for entry in result.logprobs] == [
         entry and entry.token_ids for entry in plain.logprobs[1:6] if result.logprobs
     ]
