@@ -1,11 +1,11 @@
 """The settings of speculative decoding, in the JSON that vLLM's users write."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-METHOD = "ngram"
+METHOD: Final = "ngram"
 DEFAULT_NUM_TOKENS = 15
 DEFAULT_NGRAM = 3
 
