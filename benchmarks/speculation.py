@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-pages", type=int, default=2048, help="of each of the two engines")
-    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--answer-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

@@ -37,10 +37,10 @@ from loraplex.engine.worker.step_rows import (
 from loraplex.memory.device.pool import PagePool
 from loraplex.scheduler.worker_protocol import StepPlan
 
-MAX_REREAD_TOKENS = 16384
-"""Tokens of context that a decode graph may read again to verify drafts. Each draft is a row of the
-graph and reads its request's whole context. The pieces of a mixed step read it once, but take the
-CPU longer to launch."""
+MAX_REREAD_BYTES = 1 << 30
+"""K and V that a decode graph may read again to verify drafts. Each draft is a row of the graph and
+reads its request's whole context. The pieces of a mixed step read it once, but take the CPU longer
+to launch."""
 
 PROMPT_SCORE_ROWS = 256
 """Prompt positions whose logits are in memory at one time."""
@@ -207,7 +207,8 @@ class ModelRunner:
             decode = mixed = None
         kind = kind_of(self._lora, self._lora_table, lora_batch)
         num_tokens = len(inputs.places)
-        is_decode = rows.is_decode and rows.num_reread <= MAX_REREAD_TOKENS
+        reread_bytes = rows.num_reread * self.pool.shape.bytes_over_layers // block
+        is_decode = rows.is_decode and reread_bytes <= MAX_REREAD_BYTES
         if decode and is_decode and (size := decode.fit(num_tokens, kind)):
             by_token = one_row_a_token(attention_batch)
             planned = decode.plan(size, kind, inputs, by_token, lora_batch)

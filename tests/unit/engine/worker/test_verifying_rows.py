@@ -78,7 +78,7 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if name != "eager":
         allow_graphs(monkeypatch, FakeRecorder())
     if name == "pieces":
-        monkeypatch.setattr(model_runner, "MAX_REREAD_TOKENS", 0)
+        monkeypatch.setattr(model_runner, "MAX_REREAD_BYTES", 0)
     return name
 
 
