@@ -2,7 +2,7 @@
 
 Two engines, without speculation and with it, take turns on the same requests:
 
-- copy: a chat that asks to repeat a text with one word replaced. The real SmolLM2 answers.
+- copy: a text and its first words again, which the real SmolLM2 continues as the text goes on.
 - cycle: answers of four tokens only, which soon repeat themselves. For models of random weights.
 - random: prompts of random tokens, drawn at temperature 1: nothing repeats itself.
 
@@ -55,11 +55,11 @@ def make_prompts(llm: LLM, task: str, batch: int, args: argparse.Namespace) -> l
             {"prompt_token_ids": [rng.randrange(size) for _ in range(args.prompt_len)]}
             for _ in range(batch)
         ]
-    question = "Repeat the following text word for word, but write THE instead of the.\n\n"
-    return [
-        [{"role": "user", "content": question + free_text(number, args.prompt_len // 2)}]
-        for number in range(batch)
-    ]
+    prompts = []
+    for number in range(batch):
+        words = free_text(number, args.prompt_len).split()
+        prompts.append(f"{' '.join(words)}\n\nThe same text again:\n\n{' '.join(words[:12])}")
+    return prompts
 
 
 def answer(llm: LLM, task: str, prompts: list[Any], args: argparse.Namespace) -> list[list[int]]:
@@ -68,8 +68,7 @@ def answer(llm: LLM, task: str, prompts: list[Any], args: argparse.Namespace) ->
         temperature=1.0 if task == "random" else 0.0, seed=1, max_tokens=args.answer_len,
         ignore_eos=True, **sampling,
     )  # fmt: skip
-    run = llm.chat if task == "copy" else llm.generate
-    outputs = run(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -139,7 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-pages", type=int, default=2048, help="of each of the two engines")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--prompt-len", type=int, default=256)
+    parser.add_argument("--prompt-len", type=int, default=256, help="tokens, or words of a text")
     parser.add_argument("--answer-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
