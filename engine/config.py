@@ -247,6 +247,10 @@ class ServerConfig:
     max_message_bytes: int = field(
         default=16 << 20, metadata={"help": "largest message that a client may send"}
     )
+    allow_adapter_upload: bool = field(
+        default=False,
+        metadata={"help": "let clients send adapters' tensors over TCP; an ipc:// endpoint does"},
+    )
     max_client_backlog: int = field(
         default=8192,
         metadata={"help": "unread messages of one client after which its requests are cancelled"},

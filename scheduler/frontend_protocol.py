@@ -19,14 +19,15 @@ from loraplex.scheduler.worker_protocol import (
 )
 
 
-class AdapterSource(Record):
+class AdapterSource(Record, weakref=True):
     """A PEFT folder that a client names, as it was when the frontend looked at it."""
 
     named: str  # absolute path as the client wrote it, which may lead through links
-    path: str  # the real folder, which the workers read
+    path: str  # what the workers read: the real folder, or the place of tensors in memory
     stamp: str = ""  # changes whenever the adapter's files change; empty: not known
     is_from_store: bool = False  # found by its name; gives way to what the name means otherwise
     owner: str = ""  # of a store: the only tenant that may use it; empty: all may
+    is_memory: bool = False  # tensors of a client, which go with the last reference to this object
 
     @classmethod
     def at(cls, path: str) -> "AdapterSource":

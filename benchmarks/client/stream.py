@@ -11,6 +11,7 @@ import json
 import platform
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ CHARS_PER_TOKEN = 4
 class ReplayTransport:
     """A Transport that answers each request with `num_tokens` messages of one token."""
 
+    is_local = True
+    max_message_bytes = 0
+
     def __init__(self, num_tokens: int, num_logprobs: int | None) -> None:
         self._num_tokens = num_tokens
         self._num_logprobs = num_logprobs
@@ -31,7 +35,7 @@ class ReplayTransport:
         self.num_bytes = 0
         self.num_messages = 0
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], frames: Sequence[memoryview] = ()) -> None:
         """Queue the whole answer to a "generate"."""
         if message["type"] != "generate":
             return

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraplex.engine.adapters.tensors.memory_folder import is_memory_folder, memory_path
+
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 OPENAT2 = 437  # the number of the system call on every architecture
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -33,6 +35,7 @@ def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
     """Yields the descriptor of a file. Does not wait for a writer if it is a pipe.
 
     Args:
+        path: may also lie in a memory folder (tensors/memory_folder.py).
         root: real path of a folder. A `path` in it may go through symbolic links that stay in it,
             at the time of this call. Other paths are not restricted.
 
@@ -41,6 +44,8 @@ def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
         NotRegularFileError: it is a directory, a pipe or a device.
         OSError: it cannot be opened.
     """
+    if is_memory_folder(path.parent):
+        path, root = memory_path(path), ""
     descriptor = _open_beneath(path, root) if is_beneath(path, root) else os.open(path, _FLAGS)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

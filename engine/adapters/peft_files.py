@@ -32,6 +32,7 @@ from loraplex.engine.adapters.safetensors_file import (
     stamp,
 )
 from loraplex.engine.adapters.target import AdapterTarget, ModuleKey
+from loraplex.engine.adapters.tensors.memory_folder import is_memory_folder
 from loraplex.engine.adapters.vocabulary.content import (
     UnusableRowsError,
     VocabularyContent,
@@ -76,7 +77,7 @@ def read_adapter(
         AdapterError: the adapter cannot be served; the text names it and the reason.
     """
     try:
-        if not folder.is_dir():
+        if not (is_memory_folder(folder) or folder.is_dir()):
             raise PeftConfigError(f"{folder} is no directory")
         config_stamp = _stamp_config(folder, target.adapter_root)
         config = read_peft_config(folder, target.adapter_root)

@@ -12,6 +12,7 @@ from typing import Any
 from loraplex.engine.adapters.paths import ADAPTER_NAME
 
 Check = Callable[[Any], Any]
+MAX_ID_CHARS = 256
 
 
 def text(max_chars: int, *, empty: bool = True) -> Check:

@@ -27,6 +27,9 @@ from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.frontend.statistics.pool_runs import describe_pools
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.frontend.statistics.worker_rows import worker_rows
+from loraplex.engine.frontend.uploads.adapter_uploads import Frames
+from loraplex.engine.frontend.uploads.tensor_loads import TensorLoads
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
@@ -50,6 +53,7 @@ class Frontend:
         step_clock: for health. The owner sets it to the scheduler's.
         histograms: counts of the requests that have ended.
         gate: refuses requests once it has closed.
+        tensor_loads: loads adapters from tensors. The owner sets what takes them.
         inputs: tokenizes messages; its methods may run in any thread.
     """
 
@@ -99,6 +103,7 @@ class Frontend:
         )
         self.histograms = self._requests.histograms = histograms or RequestHistograms()
         self._clients = clients_of(self._requests)
+        self.tensor_loads = TensorLoads(self._queries, self._scheduler)
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
         self._num_malformed = 0
         self._dead_reason = ""
@@ -115,23 +120,29 @@ class Frontend:
         None: the key was revoked, so the client may only see its requests end.
         """
         try:
-            if len(frames) != 1:
+            message = protocol.decode_frame(frames[0] if frames else b"", self._max_elements)
+            if len(frames) > 1 and message.get("type") != "load_adapter_tensors":
                 text = f"a message must be one frame, got {len(frames)}"
                 raise client_error("malformed", text)
-            message = protocol.decode_frame(frames[0], self._max_elements)
         except ClientError as error:
             self._num_malformed += 1
             self._reply(client, protocol.error_reply("", error.code, str(error)))
             return
-        self.on_message(client, message, tenant)
+        self.on_message(client, message, tenant, frames[1:])
 
-    def on_message(self, client: bytes, message: dict[str, Any], tenant: str | None = "") -> None:
-        """Handles one decoded message of a client, as on_frames()."""
+    def on_message(
+        self,
+        client: bytes,
+        message: dict[str, Any],
+        tenant: str | None = "",
+        frames: Frames = (),
+    ) -> None:
+        """Handles one decoded message of a client, and the frames after it, as on_frames()."""
         try:
             parsed = protocol.parse(message)
             if tenant is None and not isinstance(parsed, protocol.FinalMessage):
                 raise client_error("forbidden", "this client's key is not known any more")
-            self._dispatch(client, protocol.for_tenant(parsed, tenant or ""))
+            self._dispatch(client, protocol.for_tenant(parsed, tenant or ""), frames)
         except ClientError as error:
             code, text = error.code, str(error)
         except Exception:
@@ -141,7 +152,7 @@ class Frontend:
             return
         self._reply(client, protocol.error_reply(protocol.request_id_of(message), code, text))
 
-    def _dispatch(self, client: bytes, message: protocol.ClientMessage) -> None:
+    def _dispatch(self, client: bytes, message: protocol.ClientMessage, frames: Frames) -> None:
         match message:
             case protocol.Ping():
                 self._reply(client, {"type": "pong", "instance": self._instance})
@@ -167,12 +178,16 @@ class Frontend:
                 query_id = self._queries.add(client, "", message.request_id, "stats")
                 self._ask_scheduler(query_id, StatsQuery(query_id, reset_prefix_cache=True))
             case _:
-                self._dispatch_adapter(client, message)
+                self._dispatch_adapter(client, message, frames)
 
-    def _dispatch_adapter(self, client: bytes, message: protocol.ClientMessage) -> None:
+    def _dispatch_adapter(
+        self, client: bytes, message: protocol.ClientMessage, frames: Frames
+    ) -> None:
+        if isinstance(message, protocol.AdapterLoad) and message.name in self._mixes:
+            raise ClientError(f"{message.name!r} is a mix: load the adapter under another name")
         match message:
-            case protocol.LoadAdapterRequest() if message.name in self._mixes:
-                raise ClientError(f"{message.name!r} is a mix: load the adapter under another name")
+            case protocol.LoadAdapterTensorsRequest():
+                self.tensor_loads.add(client, message, frames)
             case protocol.LoadAdapterRequest():
                 query_id = self._queries.add(client, message.tenant, message.request_id, "adapters")
                 op = "register" if message.lazy else "load"
@@ -231,8 +246,10 @@ class Frontend:
             case AdapterReply() if message.error:
                 code = message.error_code or "adapter"
                 self._queries.fail(message.command_id, code, message.error)
+                self.tensor_loads.on_answered(message.command_id)
             case AdapterReply():
                 self._queries.answer_adapters(message.command_id, message.adapters)
+                self.tensor_loads.on_answered(message.command_id)
             case _:
                 logger.error("unexpected message %s", type(message).__name__)
 
@@ -243,6 +260,7 @@ class Frontend:
         self._folders.run_ready()
         if self._stores is not None:
             self._stores.run_ready()
+        self.tensor_loads.run_ready()
         self._requests.convert_logprobs()
         self._clients.flush()
 
@@ -283,6 +301,7 @@ class Frontend:
         self._folders.close()
         if self._stores is not None:
             self._stores.close()
+        self.tensor_loads.close()
 
     def _reply(self, client: bytes, message: dict[str, Any]) -> None:
         self._clients.reply(client, message)
@@ -314,20 +333,7 @@ class Frontend:
             "chat_template": self._codec is not None and self._codec.chat_template is not None,
             "max_message_bytes": config.server.max_message_bytes,
             "max_requests_per_client": config.server.max_requests_per_client,
-            "workers": [
-                {
-                    "rank": worker.rank,
-                    "device": worker.device,
-                    "lora_backend": worker.lora_backend,
-                    "attention_backend": worker.attention_backend,
-                    "linear_backend": worker.linear_backend,
-                    "weight_bytes": worker.weight_bytes,
-                    "pool_bytes": worker.num_pages * worker.page_bytes * worker.num_layers,
-                    "adapter_rank": worker.adapter_rank,
-                    "adapter_bytes": worker.adapter_bytes,
-                }
-                for worker in info.workers
-            ],
+            "workers": worker_rows(info),
         }
 
     def _stats(self) -> dict[str, Any]:

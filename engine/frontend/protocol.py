@@ -12,13 +12,13 @@ from typing import Any
 from loraplex.engine.errors import ClientError, client_error
 from loraplex.engine.frontend import field_checks
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS, TooManyElementsError, unpack
-from loraplex.engine.frontend.field_checks import short
+from loraplex.engine.frontend.field_checks import MAX_ID_CHARS, short
 from loraplex.engine.frontend.mixing.adapter_use import AdapterUse, adapter_uses
 from loraplex.engine.frontend.sampling_params import RequestOutputKind, SamplingParams
+from loraplex.engine.frontend.uploads.upload_request import LoadAdapterTensorsRequest
 from loraplex.engine.ipc.messages.pool_map import MAX_POOL_CELLS
 
 PROTOCOL_VERSION = 1
-MAX_ID_CHARS = 256
 MAX_ERROR_CHARS = 1000
 
 _ID = {"check": field_checks.text(MAX_ID_CHARS, empty=False)}
@@ -179,6 +179,7 @@ ClientMessage = (
     GenerateRequest
     | CancelRequest
     | LoadAdapterRequest
+    | LoadAdapterTensorsRequest
     | UnloadAdapterRequest
     | PinAdapterRequest
     | UnpinAdapterRequest
@@ -191,11 +192,13 @@ ClientMessage = (
 )
 NamedAdapter = UnloadAdapterRequest | PinAdapterRequest | UnpinAdapterRequest | ListAdaptersRequest
 FinalMessage = CancelRequest | HealthRequest | Ping | Bye
-TenantMessage = GenerateRequest | LoadAdapterRequest | NamedAdapter
+AdapterLoad = LoadAdapterRequest | LoadAdapterTensorsRequest
+TenantMessage = GenerateRequest | AdapterLoad | NamedAdapter
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": GenerateRequest,
     "cancel": CancelRequest,
     "load_adapter": LoadAdapterRequest,
+    "load_adapter_tensors": LoadAdapterTensorsRequest,
     "unload_adapter": UnloadAdapterRequest,
     "pin_adapter": PinAdapterRequest,
     "unpin_adapter": UnpinAdapterRequest,

@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +14,10 @@ from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.frontend.uploads.adapter_uploads import AdapterUploads
 from loraplex.engine.ipc.channel import Channel, DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
+from loraplex.engine.ipc.descriptor_limit import raise_descriptor_limit
 from loraplex.engine.ipc.messages.frontend import EngineInfo, FrontendHello
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
 from loraplex.engine.ipc.step_clock import StepClock
@@ -38,15 +39,6 @@ def give_large_buffers_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # other C libraries do not have it
         mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
-def raise_descriptor_limit() -> None:
-    """Lets the process open as many files as the system allows: each client needs one.
-
-    Without a free one libzmq accepts nobody for some 30 s.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run(child: Child) -> None:
@@ -88,6 +80,7 @@ def run(child: Child) -> None:
             wakeup=child.wakeup,
             histograms=RequestHistograms.in_run_dir(child.start.run_dir, child.start.name),
         )
+        frontend.tensor_loads.uploads = AdapterUploads(config, child.wakeup)
         frontend.step_clock = StepClock(f"{run_dir}/steps")
         poller.register(clients.socket, zmq.POLLIN)
         child.activity.end()

@@ -5,19 +5,21 @@ For tests and debugging. The engine runs only while the caller waits in receive(
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import msgpack
 import zmq
 
+from loraplex.engine.adapters.tensors.kept_tensors import KeptTensors
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
 from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
+from loraplex.engine.frontend.uploads.adapter_uploads import AdapterUploads
 from loraplex.engine.ipc.activity import Activity
 from loraplex.engine.ipc.channel import (
     RECEIVE_LIMIT,
@@ -45,6 +47,8 @@ class InProcessEngine:
     """
 
     info: EngineInfo
+    is_local = True
+    max_message_bytes = 0  # frames are of any size
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class InProcessEngine:
             grammars=self._grammars,
             messages_per_turn=RECEIVE_LIMIT,  # the worker runs in this thread: no plan can be late
         )
+        self._loop.tensors = KeptTensors(config.memory.adapter_host_bytes)
         self._replies: deque[dict[str, Any]] = deque()
         self._scheduler_end = scheduler_end
         self._frontend = Frontend(
@@ -90,6 +95,7 @@ class InProcessEngine:
             ),
             wakeup=self._wakeup,
         )
+        self._frontend.tensor_loads.uploads = AdapterUploads(config, self._wakeup)
         self._frontend.step_clock = step_clock
         self._poller = zmq.Poller()
         self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
@@ -97,9 +103,9 @@ class InProcessEngine:
         self._next_tick = 0.0
         self._closed = False
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], frames: Sequence[memoryview] = ()) -> None:
         self._check_open()
-        self._frontend.on_message(CLIENT, message)
+        self._frontend.on_message(CLIENT, message, frames=frames)
 
     def receive(self, timeout_s: float | None) -> list[dict[str, Any]]:
         """Run the engine until there are replies, or for `timeout_s`; [] then."""

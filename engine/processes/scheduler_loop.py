@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+from loraplex.engine.adapters.tensors.kept_tensors import KeptTensors
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.ipc.channel import Channel, PeerGoneError, SlowPeerError
 from loraplex.engine.ipc.messages.frontend import (
@@ -52,6 +53,9 @@ class SchedulerLoop:
     """Connects the scheduler with frontends and workers.
 
     A request is known by its frontend and by the id that the frontend gave it.
+
+    Attributes:
+        tensors: keeps adapters that clients send. The owner sets it; None: they are refused.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class SchedulerLoop:
     ) -> None:
         """`grammars` is None if the engine has no tokenizer. `on_hung_rank` takes a worker rank
         that no longer answers adapter commands, and how it hangs."""
+        self.tensors: KeptTensors | None = None
         self._grammars = grammars
         self._scheduler = scheduler
         self._info = info
@@ -216,6 +221,10 @@ class SchedulerLoop:
         key: Hashable = (peer, message.command_id)
         try:
             match message.op:
+                case "load" if self.tensors is not None and message.memory is not None:
+                    source = self.tensors.adopt(message.memory)
+                    scheduler.load_adapter(message.name, source, key, message.tenant)
+                    return  # answered by an adapter update
                 case "load" if message.source is not None:
                     scheduler.load_adapter(message.name, message.source, key, message.tenant)
                     return  # answered by an adapter update
@@ -253,7 +262,9 @@ class SchedulerLoop:
         for rows in slices:
             yield ReplyRows(query.query_id, rows)
         pools = [map_pool(scheduler.memory, query.pool_cells)] if query.pool_cells else []
-        yield StatsReply(query.query_id, scheduler.stats(), pools)
+        num_bytes = self.tensors.num_bytes if self.tensors is not None else 0
+        stats = scheduler.stats() | {"adapter_tensor_bytes": num_bytes}
+        yield StatsReply(query.query_id, stats, pools)
 
     def _send_part_of_reply(self) -> None:
         """Send the next message of the oldest long reply, one a turn; replies take turns."""

@@ -11,12 +11,14 @@ import zmq
 
 from loraplex.engine.adapters.folder_lookup import stamp_folder
 from loraplex.engine.adapters.paths import adapters_at_start
+from loraplex.engine.adapters.tensors.kept_tensors import KeptTensors
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.grammar.vocabulary import Vocabulary
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
+from loraplex.engine.ipc.descriptor_limit import raise_descriptor_limit
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.ipc.step_clock import StepClock
@@ -70,6 +72,7 @@ def run(child: Child) -> None:
             step_clock=StepClock(f"{run_dir}/steps"),
             on_hung_rank=child.worker_hangs,
         )
+        loop.tensors = make_tensor_store(config)
         gc.collect()
         gc.freeze()  # later collections skip the objects made at start
         child.activity.end()
@@ -144,6 +147,12 @@ def make_kv_events(
     if not (wanted.is_enabled and config.memory.enable_prefix_caching):
         return None
     return KVEvents(scheduler.memory.kv, KVEventPublisher(context, wanted))
+
+
+def make_tensor_store(config: EngineConfig) -> KeptTensors:
+    """Returns an empty store of adapters in memory. Each takes two descriptors of this process."""
+    raise_descriptor_limit()
+    return KeptTensors(config.memory.adapter_host_bytes)
 
 
 def make_grammar_queue(

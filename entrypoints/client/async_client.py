@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.errors import ClientError, EngineDeadError
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.client.session import ClientSession, Message, Prompt
+from loraplex.entrypoints.client.tensors.tensor_load import KIND, TensorLoad, is_unreachable
 from loraplex.entrypoints.client.transport import SEND_TIMEOUT_MS, SocketTransport
 
 FIRST_RETRY_S = 0.001  # a server that reads makes room at once; doubled at each failure
@@ -123,6 +124,25 @@ class AsyncClient:
         reply = await self._command("load_adapter", name=name, path=path, lazy=lazy)
         return dict(reply["adapters"][0])
 
+    async def load_adapter_tensors(
+        self, name: str, config: Any, tensors: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Loads an adapter from tensors in memory; see Client. Other tasks go on meanwhile."""
+        load = TensorLoad(name, config, tensors)
+        transport = await self._live_transport()
+        try:
+            if transport.is_local:
+                try:
+                    values = await asyncio.to_thread(load.in_memory)
+                    return dict((await self._command(KIND, **values))["adapters"][0])
+                except ClientError as error:
+                    if not is_unreachable(error):
+                        raise
+            values, frames = await asyncio.to_thread(load.in_frames, transport.max_message_bytes)
+            return dict((await self._command(KIND, frames, **values))["adapters"][0])
+        finally:
+            load.close()
+
     async def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it finish with it."""
         await self._command("unload_adapter", name=name)
@@ -181,14 +201,23 @@ class AsyncClient:
                     await self.close()
             return transport
 
-    async def _command(self, kind: str, /, **values: Any) -> Message:
-        return await self._ask(await self._live_transport(), kind, **values)
+    async def _command(
+        self, kind: str, frames: Sequence[memoryview] = (), /, **values: Any
+    ) -> Message:
+        return await self._ask(await self._live_transport(), kind, frames, **values)
 
-    async def _ask(self, transport: SocketTransport, kind: str, /, **values: Any) -> Message:
+    async def _ask(
+        self,
+        transport: SocketTransport,
+        kind: str,
+        frames: Sequence[memoryview] = (),
+        /,
+        **values: Any,
+    ) -> Message:
         request_id, message = self._session.command(kind, **values)
         queue = self._queues[request_id] = asyncio.Queue()
         try:
-            await self._send(transport, message)
+            await self._send(transport, message, frames)
             answer = await asyncio.wait_for(queue.get(), self._timeout_s)
         except TimeoutError:
             raise EngineDeadError(
@@ -241,7 +270,9 @@ class AsyncClient:
             self._deliver(failure.request_id, failure)
         return loop.run_in_executor(None, transport.close)
 
-    async def _send(self, transport: SocketTransport, message: Message) -> None:
+    async def _send(
+        self, transport: SocketTransport, message: Message, frames: Sequence[memoryview] = ()
+    ) -> None:
         """Sends a message, then takes the replies that have come.
 
         Other tasks go on while there is no room for it. A ZeroMQ socket's descriptor signals an
@@ -256,7 +287,7 @@ class AsyncClient:
         while True:
             if transport is not self._transport:
                 raise EngineDeadError(f"the connection to {self._endpoint} was lost")
-            is_sent = transport.try_send(data)
+            is_sent = transport.try_send(data, frames)
             self._take_replies()
             if is_sent:
                 return

@@ -1,12 +1,14 @@
 """Keeps a synchronous client connected to one engine."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from loraplex.engine.errors import EngineDeadError
+from loraplex.engine.errors import ClientError, EngineDeadError
 from loraplex.entrypoints.client.inbox import Inbox
 from loraplex.entrypoints.client.outputs import RequestFailure
 from loraplex.entrypoints.client.session import ClientSession, Message, Transport
+from loraplex.entrypoints.client.tensors.tensor_load import KIND, TensorLoad, is_unreachable
 from loraplex.entrypoints.client.transport import SocketTransport
 
 
@@ -41,15 +43,30 @@ class Connection:
         if self._transport is not None:
             self._transport.send({"type": "cancel", "request_id": request_id})
 
-    def command(self, kind: str, /, **values: Any) -> Message:
-        """Sends a command and returns the answer.
+    def load_tensors(self, load: TensorLoad) -> Message:
+        """Sends an adapter's tensors and returns the answer; raises as command()."""
+        transport = self._live_transport()
+        try:
+            if transport.is_local:
+                try:
+                    return self.command(KIND, **load.in_memory())
+                except ClientError as error:
+                    if not is_unreachable(error):
+                        raise
+            values, frames = load.in_frames(transport.max_message_bytes)
+            return self.command(KIND, frames, **values)
+        finally:
+            load.close()
+
+    def command(self, kind: str, frames: Sequence[memoryview] = (), /, **values: Any) -> Message:
+        """Sends a command, and the frames that belong to it, and returns the answer.
 
         Raises:
             LoraplexError: the answer is an error, or none came in time.
         """
         transport = self._live_transport()
         request_id, message = self.session.command(kind, **values)
-        transport.send(message)
+        transport.send(message, frames)
         deadline = time.monotonic() + self._timeout_s
         while (answer := self.inbox.take_answer(request_id)) is None:
             left = deadline - time.monotonic()

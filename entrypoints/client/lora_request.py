@@ -1,7 +1,9 @@
 """Names an adapter in a request; the class and its fields are vLLM's."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,9 @@ class LoRARequest:
     `lora_int_id` is accepted for compatibility with vLLM and must be positive. loraplex tells
     adapters apart by name and by the hash of their content. `base_model_name` is accepted too, and
     read by nothing: the engine has one base model. `lora_path` may be a path object.
+
+    With `peft_config` and `lora_tensors`, add_lora() loads the adapter from memory instead; see
+    Client.load_adapter_tensors. A request then gives the name alone.
     """
 
     lora_name: str
@@ -23,6 +28,10 @@ class LoRARequest:
     lora_path: str = ""
     base_model_name: str | None = None
     load_inplace: bool = field(default=False, kw_only=True)
+    peft_config: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    lora_tensors: Mapping[str, Any] | None = field(
+        default=None, kw_only=True, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
@@ -35,6 +44,11 @@ class LoRARequest:
             raise TypeError(f"lora_path must be a string or a path, got {self.lora_path!r}")
         if not isinstance(self.base_model_name, str | None):
             raise TypeError(f"base_model_name must be a string, got {self.base_model_name!r}")
+
+        if (self.peft_config is None) != (self.lora_tensors is None):
+            raise ValueError("give peft_config and lora_tensors, or neither")
+        if self.lora_tensors is not None and self.lora_path:
+            raise ValueError("give lora_path or lora_tensors, not both")
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from loraplex.engine.errors import LoraplexError, error_from_reply
@@ -25,9 +26,18 @@ _PROMPT_KEYS = (
 
 
 class Transport(Protocol):
-    """Carries messages to a frontend and back: a socket, or an engine in this process."""
+    """Carries messages to a frontend and back: a socket, or an engine in this process.
 
-    def send(self, message: Message) -> None: ...
+    Attributes:
+        is_local: the frontend may be on this machine, so that it can open this process's memory.
+        max_message_bytes: the most bytes of one frame, 0 if it is not known.
+    """
+
+    is_local: bool
+    max_message_bytes: int
+
+    def send(self, message: Message, frames: Sequence[memoryview] = ()) -> None:
+        """Sends a message, and the frames that belong to it."""
 
     def receive(self, timeout_s: float | None) -> list[Message]:
         """Returns replies in order, [] after `timeout_s`.

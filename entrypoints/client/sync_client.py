@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loraplex.engine.frontend.sampling_params import SamplingParams
@@ -10,6 +10,7 @@ from loraplex.entrypoints.client.connection import Connection
 from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestFailure, RequestOutput, RequestResult
 from loraplex.entrypoints.client.session import Prompt, Transport
+from loraplex.entrypoints.client.tensors.tensor_load import TensorLoad
 
 
 class Client:
@@ -192,6 +193,28 @@ class Client:
         Returns the adapter as list_adapters() shows it.
         """
         reply = self._connection.command("load_adapter", name=name, path=path, lazy=lazy)
+        return dict(reply["adapters"][0])
+
+    def load_adapter_tensors(
+        self, name: str, config: Any, tensors: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Loads an adapter from tensors in memory, such as a trainer's; no file is written.
+
+        A server on this machine takes them from shared memory. They reach another one in frames,
+        if it was started with --allow-adapter-upload. A known name means the new tensors from the
+        answer on; requests that came before finish with the old ones.
+
+        Args:
+            config: the map that adapter_config.json would hold, or PEFT's LoraConfig.
+            tensors: by the names of adapter_model.safetensors, as PEFT's
+                get_peft_model_state_dict() returns them; of torch, on any device, or of numpy.
+
+        Raises:
+            TypeError: a value is no tensor of floating-point numbers.
+            AdapterError: the adapter cannot be served; the text names the tensor and the reason.
+            ClientError: the server takes no tensors, or not so many bytes.
+        """
+        reply = self._connection.load_tensors(TensorLoad(name, config, tensors))
         return dict(reply["adapters"][0])
 
     def unload_adapter(self, name: str) -> None:

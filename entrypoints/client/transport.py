@@ -4,6 +4,7 @@ import os
 import re
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -40,6 +41,7 @@ class SocketTransport:
 
     Attributes:
         sockets: the sockets to poll before drain().
+        is_local: the address is one of this machine.
         max_message_bytes: the server's limit, 0 until it is known.
     """
 
@@ -58,6 +60,7 @@ class SocketTransport:
         if not re.match(r"tcp://.+:\d+$|ipc://.", endpoint):
             raise ConfigError(f"endpoint must be tcp://HOST:PORT or ipc://PATH, got {endpoint!r}")
         self.endpoint = endpoint
+        self.is_local = bool(re.match(r"ipc://|tcp://(127\.|localhost:|\[::1\])", endpoint))
         self.max_message_bytes = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._connected = False
@@ -114,22 +117,24 @@ class SocketTransport:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, frames: Sequence[memoryview] = ()) -> None:
         """Sends a message. Waits while CLIENT_HWM messages are on their way.
+
+        `frames` are not copied: they must not change before the answer.
 
         Raises:
             ClientError: the message cannot be encoded, or is larger than the server accepts.
             EngineDeadError: the server has not read a message for SEND_TIMEOUT_MS.
         """
         try:
-            self._socket.send(self.encode(message))
+            self._socket.send_multipart([self.encode(message), *frames], copy=not frames)
         except zmq.Again:
             raise self.blocked() from None
 
-    def try_send(self, data: bytes) -> bool:
+    def try_send(self, data: bytes, frames: Sequence[memoryview] = ()) -> bool:
         """Sends an encoded message without waiting. Returns whether there was room for it."""
         try:
-            self._socket.send(data, zmq.DONTWAIT)
+            self._socket.send_multipart([data, *frames], zmq.DONTWAIT, copy=not frames)
         except zmq.Again:
             return False
         return True

@@ -97,7 +97,12 @@ class AsyncLLM:
             if not lora_request.load_inplace:
                 return False
             await self.remove_lora(lora_request.lora_int_id)
-        await self._client.load_adapter(lora_request.lora_name, lora_request.absolute_path)
+        if lora_request.lora_tensors is not None:
+            await self._client.load_adapter_tensors(
+                lora_request.lora_name, lora_request.peft_config, lora_request.lora_tensors
+            )
+        else:
+            await self._client.load_adapter(lora_request.lora_name, lora_request.absolute_path)
         self._lora_ids.add(lora_request)
         return True
 

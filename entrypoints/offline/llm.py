@@ -17,6 +17,7 @@ from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.entrypoints.client.lora_mix import LoRA
 from loraplex.entrypoints.client.outputs import RequestOutput
 from loraplex.entrypoints.client.sync_client import Client
+from loraplex.entrypoints.client.tensors.tensor_loader import TensorLoader
 from loraplex.entrypoints.offline.batch_request import BatchRequest, make_batch
 from loraplex.entrypoints.offline.batches.batch_runner import BatchRunner
 from loraplex.entrypoints.offline.batches.beam_search import (
@@ -47,7 +48,7 @@ SamplingParamsOrList = SamplingParams | Sequence[SamplingParams] | None
 LoRARequestOrList = LoRA | Sequence[LoRA | None] | None
 
 
-class LLM:
+class LLM(TensorLoader):
     """Starts an engine and answers batches of prompts with it.
 
         with LLM(adapters={"pirate": "examples/adapters/pirate"}) as llm:

@@ -136,7 +136,12 @@ class LLMEngine:
         if is_known:
             self._client.unload_adapter(lora_request.lora_name)
             self._lora_ids.remove(lora_request.lora_int_id)
-        self._client.load_adapter(lora_request.lora_name, lora_request.absolute_path)
+        if lora_request.lora_tensors is not None:
+            self._client.load_adapter_tensors(
+                lora_request.lora_name, lora_request.peft_config, lora_request.lora_tensors
+            )
+        else:
+            self._client.load_adapter(lora_request.lora_name, lora_request.absolute_path)
         self._lora_ids.add(lora_request)
         return True
 

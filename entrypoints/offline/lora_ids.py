@@ -17,10 +17,13 @@ class LoRAIds:
         """Tells whether the adapter is loaded.
 
         Raises:
-            ValueError: the request has no path, or its id is another adapter's.
+            ValueError: the request has neither path nor tensors, or its id is another adapter's.
         """
-        if not request.lora_path:
-            raise ValueError(f"adapter {request.lora_name!r}: give its folder as lora_path")
+        if not request.lora_path and request.lora_tensors is None:
+            raise ValueError(
+                f"adapter {request.lora_name!r}: give its folder as lora_path, or peft_config and "
+                "lora_tensors"
+            )
         name = self._names.get(request.lora_int_id)
         if name not in (None, request.lora_name):
             raise ValueError(

@@ -241,7 +241,7 @@ class AdapterManager:
         last_use = self._clock() if version.num_requests else version.last_use
         return {
             "name": version.name,
-            "path": version.path,
+            "path": "" if version.source.is_memory else version.path,
             "owner": version.owner,
             "is_from_store": version.source.is_from_store,
             "state": version.state.value,
@@ -254,7 +254,7 @@ class AdapterManager:
             "modules": list(version.modules),
             "warnings": list(version.warnings),
             "invocation_tokens": list(version.invocation_tokens),
-            "tier": "pages" if is_resident else "host" if on_host else "disk",
+            "tier": "pages" if is_resident else "host" if on_host else _source_tier(version),
             "residency": _residency(adapter),
             "pinned": version.is_pinned or version.wants_pin,
             "num_requests": version.num_requests,
@@ -311,6 +311,10 @@ class AdapterManager:
 
 def _count_running(running: Iterable[Request]) -> Counter[AdapterVersion]:
     return Counter(binding.version for request in running for binding in request.bindings)
+
+
+def _source_tier(version: AdapterVersion) -> str:
+    return "memory" if version.source.is_memory else "disk"
 
 
 def _residency(adapter: CachedAdapter | None) -> str:

@@ -67,7 +67,8 @@ def failure(version: AdapterVersion, *, why: str = "", tenant: str = "") -> str:
             of its files.
     """
     if version.is_open_to(tenant):
-        head, error = f"adapter {version.name!r} at {version.path} cannot be served", version.error
+        place = "" if version.source.is_memory else f" at {version.path}"
+        head, error = f"adapter {version.name!r}{place} cannot be served", version.error
     else:
         head = f"adapter {version.name!r} cannot be served"
         error = "its owner and the operator see the reason in the list of adapters"

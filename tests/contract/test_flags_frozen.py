@@ -46,9 +46,10 @@ CLIENT = [
 BENCH = [*ENGINE, "--log-level", "--lora-modules", "--out", "--plot", "--ranks", "--weight-files"]
 TRACE = ["--alpha", "--lengths", "--popularity"]
 SERVED = [
-    *ENGINE, "--adapter-root", "--api-keys", "--client-public-keys-dir", "--endpoint", "--insecure",
-    "--max-adapters-per-tenant", "--max-client-backlog", "--max-message-bytes",
-    "--max-requests-per-client", "--no-insecure", "--server-secret-key-file", "--log-level",
+    *ENGINE, "--adapter-root", "--allow-adapter-upload", "--api-keys", "--client-public-keys-dir",
+    "--endpoint", "--insecure", "--max-adapters-per-tenant", "--max-client-backlog",
+    "--max-message-bytes", "--max-requests-per-client", "--no-allow-adapter-upload",
+    "--no-insecure", "--server-secret-key-file", "--log-level",
     "--drain-grace", "--drain-timeout", "--request-timeout", "--log-format",
     "--kv-events-config",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraplex.engine.ipc.messages.pool_map import PoolMap
 from loraplex.scheduler.frontend_protocol import AdapterSource
-from loraplex.scheduler.worker_protocol import Int64Array, Message, WorkerReady
+from loraplex.scheduler.worker_protocol import Int64Array, Message, Record, WorkerReady
 
 
 class FrontendHello(Message):
@@ -39,6 +39,14 @@ class AbortRequests(Message):
     request_ids: Int64Array
 
 
+class AdapterMemory(Record):
+    """Memory files of an adapter, which the sender has open until the command is answered."""
+
+    pid: int
+    config_fd: int  # adapter_config.json
+    tensors_fd: int  # adapter_model.safetensors
+
+
 class AdapterCommand(Message):
     """Changes or lists adapters; answered by an AdapterReply.
 
@@ -51,6 +59,7 @@ class AdapterCommand(Message):
     name: str = ""
     source: AdapterSource | None = None  # for "register" and "load"
     tenant: str = ""  # who asks; empty: the operator
+    memory: AdapterMemory | None = None  # for "load", instead of a source
 
 
 class StatsQuery(Message):

@@ -13,6 +13,7 @@ from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec, load_text_codec
+from loraplex.engine.frontend.uploads.adapter_uploads import AdapterUploads
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo, StatsReply
 from loraplex.scheduler.frontend_protocol import SequenceOutput, StepOutputs
@@ -66,6 +67,7 @@ class FrontendHarness:
             ),
             wakeup=self.wakeup,
         )
+        self.frontend.tensor_loads.uploads = AdapterUploads(config, self.wakeup)
 
     def send(self, message: object, peer: bytes = b"") -> None:
         if self.scheduler_error is not None:

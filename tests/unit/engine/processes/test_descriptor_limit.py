@@ -4,7 +4,7 @@ import sys
 
 CHECK = """
 import resource
-from loraplex.engine.processes.frontend_main import raise_descriptor_limit
+from loraplex.engine.ipc.descriptor_limit import raise_descriptor_limit
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, hard), hard))
 raise_descriptor_limit()
