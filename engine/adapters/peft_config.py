@@ -198,6 +198,8 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         )
     if values.get("use_dora") and values.get("lora_bias"):
         raise PeftConfigError("use_dora beside lora_bias is not supported; train with one of them")
+    if values.get("alora_invocation_tokens"):
+        _refuse_beside_invocation(values)
     init = values.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or init in _PLAIN_INITS):
         raise PeftConfigError(
@@ -207,6 +209,19 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if value and name in _REASONS:
             raise PeftConfigError(f"{name}={str(value)[:80]}: {_REASONS[name]}")
+
+
+def _refuse_beside_invocation(values: dict[str, Any]) -> None:
+    if values.get("use_dora"):
+        raise PeftConfigError(
+            "use_dora beside alora_invocation_tokens is not supported, by PEFT neither; train with "
+            "one of them"
+        )
+    if values.get("bias") == "lora_only":
+        raise PeftConfigError(
+            "bias='lora_only' beside alora_invocation_tokens is not supported: such biases change "
+            "the tokens before the invocation too; train with lora_bias"
+        )
 
 
 def _unknown(values: dict[str, Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
 from helpers.models.peft_oracle import Case, PeftOracle
 
-INVOCATIONS = {"judge": [7, 11, 7], "rewrite": [13]}
+INVOCATIONS = {"judge": [7, 11, 7], "rewrite": [13], "biased": [13]}
 NAMES = (*INVOCATIONS, "plain")
 BLOCK = 16
 
@@ -45,7 +45,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> PeftOracle:
     for seed, (name, tokens) in enumerate(INVOCATIONS.items()):
         make_adapter(
             model, root / "adapters" / name, r=8 + seed, alpha=16, targets="all-linear", seed=seed,
-            alora_invocation_tokens=tokens,
+            alora_invocation_tokens=tokens, lora_bias=name == "biased",
         )  # fmt: skip
     make_adapter(model, root / "adapters" / "plain", r=4, alpha=8, targets=["q_proj"], seed=5)
     return ALoRAOracle(root / "base", root / "adapters", model=model, names=list(NAMES))

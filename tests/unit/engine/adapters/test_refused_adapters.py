@@ -42,6 +42,8 @@ from helpers.models.peft_folders import (
         ({"target_parameters": ["x"]}, "bare parameters"),
         ({"alora_invocation_tokens": []}, "1 to 1024 token ids"),
         ({"alora_invocation_tokens": [5, "x"]}, "1 to 1024 token ids"),
+        ({"alora_invocation_tokens": [5], "use_dora": True}, "use_dora beside alora.*by PEFT"),
+        ({"alora_invocation_tokens": [5], "bias": "lora_only"}, "before the invocation"),
         ({"use_qalora": True}, "QALoRA"),
         ({"arrow_config": {"top_k": 3}}, "Arrow"),
         ({"kasa_config": {"beta": 1}}, "KaSA"),
