@@ -55,8 +55,11 @@ def describe_load(
 ) -> dict[str, int]:
     """Returns the present load, the use of pages and the evictions as plain values."""
     pages = memory.num_owned()
+    num_bindings = [len(request.bindings) for request in running]
     return {
         "running": len(running),
+        "running_bindings": sum(num_bindings),  # adapters of running requests
+        "running_mixes": sum(number > 1 for number in num_bindings),
         "waiting": len(waiting),
         "waiting_for_adapter": waiting.num_parked,
         "steps_in_flight": num_in_flight,

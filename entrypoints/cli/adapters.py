@@ -91,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kind(adapter: dict[str, Any]) -> str:
+    is_activated = bool(adapter.get("invocation_tokens"))
+    return f"{adapter['kind']}, activated" if is_activated else adapter["kind"]
+
+
 def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
     """Lines of the table: a header, then one adapter a line, with its error below."""
     rows: list[Sequence[str]] = [HEADER]
@@ -99,7 +104,7 @@ def table(adapters: Iterable[dict[str, Any]]) -> list[str]:
         used = adapter["seconds_since_use"]
         rows.append((
             adapter["name"], adapter["state"], adapter["tier"], "yes" if adapter["pinned"] else "",
-            adapter["kind"], str(adapter["max_rank"]), str(adapter["num_pages"]),
+            _kind(adapter), str(adapter["max_rank"]), str(adapter["num_pages"]),
             f"{adapter['num_bytes'] / 1e6:.1f}", str(adapter["num_running"]),
             str(adapter["num_waiting"]), "never" if used is None else f"{used:.0f} s ago",
         ))  # fmt: skip

@@ -3,12 +3,19 @@
 from collections.abc import Sequence
 
 from loraplex.backends import registry
+from loraplex.scheduler.adapters.binding import MAX_BINDINGS
 
 HEADER = ("op", "name", "usable", "auto", "why not")
 
 
+ADAPTERS = (
+    "Each lora backend serves LoRA, DoRA, biases, activated LoRA, and up to "
+    f"{MAX_BINDINGS} weighted adapters a request."
+)
+
+
 def run() -> int:
-    print("\n".join(table(registry.list_backends())))
+    print("\n".join([*table(registry.list_backends()), "", ADAPTERS]))
     return 0
 
 

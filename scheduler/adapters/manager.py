@@ -273,9 +273,12 @@ class AdapterManager:
             yield [self._describe_content(adapter) for adapter in adapters if adapter]
 
     def _describe_content(self, adapter: CachedAdapter) -> dict[str, Any]:
+        versions = self.registry.with_hash(adapter.content_hash)
         return {
             "content_hash": adapter.content_hash,
-            "names": [version.name for version in self.registry.with_hash(adapter.content_hash)],
+            "names": [version.name for version in versions],
+            "kind": versions[0].kind if versions else "",
+            "num_bytes": versions[0].num_bytes if versions else 0,
             "num_pages": len(adapter.page_ids),
             "residency": _residency(adapter),
             "pinned": self.pins.is_reserved(adapter.content_hash),

@@ -85,6 +85,8 @@ def test_lazy_and_what_fails_later(client: Client, capsys: pytest.CaptureFixture
     assert said(capsys)[1][:3] == ["late", "registered", "disk"]
     row = client.list_adapters("late")[0] | {"state": "failed", "error": "no such thing"}
     assert cli_adapters.table([row])[1].endswith("\n  no such thing")
+    activated = cli_adapters.table([row | {"kind": "lora", "invocation_tokens": [7]}])
+    assert "lora, activated" in activated[1]
 
 
 @pytest.mark.parametrize(

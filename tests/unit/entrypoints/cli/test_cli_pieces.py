@@ -171,7 +171,8 @@ def test_backends_table_marks_what_auto_takes() -> None:
 
 def test_backends_command_runs_here(capsys: Capture) -> None:
     assert cli.main(["backends"]) == 0
-    out = capsys.readouterr().out
+    out, _, adapters = capsys.readouterr().out.rpartition("\n\n")
+    assert "DoRA" in adapters and "8 weighted adapters a request" in adapters
     assert {line.split()[0] for line in out.splitlines()[1:]} == {
         "lora",
         "attention",

@@ -51,6 +51,26 @@ def test_all_adapters_are_loaded_at_once_and_the_request_waits_for_the_last() ->
     harness.run()
 
 
+def test_statistics_show_bindings_kinds_and_bytes() -> None:
+    harness = make()
+    harness.register("d", num_pages=2, kind="dora")
+    harness.add("mix", PROMPT, mix={"a": 0.5, "b": 1.0}, max_tokens=20)
+    harness.add("dora", PROMPT, adapter="d", max_tokens=20)
+    harness.add("base", PROMPT, max_tokens=20)
+    while (stats := harness.scheduler.stats())["running"] < 3:
+        assert harness.turn(), "they never run together"
+    assert (stats["running_bindings"], stats["running_mixes"]) == (3, 1)
+    rows = {row["content_hash"]: row for row in harness.list_resident()}
+    assert {name: row["kind"] for name, row in rows.items()} == {
+        "a": "lora",
+        "b": "lora",
+        "d": "dora",
+    }
+    assert all(row["num_bytes"] > 0 for row in rows.values())
+    harness.run()
+    assert harness.scheduler.stats()["running_bindings"] == 0
+
+
 def test_two_mixes_do_not_hold_each_others_slots() -> None:
     harness = make(max_adapter_slots=3)
     harness.add("one", PROMPT, mix={"a": 1.0, "b": 1.0}, max_tokens=4)
