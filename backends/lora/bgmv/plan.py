@@ -12,7 +12,7 @@ MAX_SPLITS = 16
 ITEM_RANKS = 16
 SHRINK_WARPS = 8
 EXPAND_THREADS = 128
-GRAPH_ROWS = 512
+GRAPH_ROWS = 1024
 """Plans of up to this many rows have one memory layout, whatever they hold. Graphs need that."""
 
 

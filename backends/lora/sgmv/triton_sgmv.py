@@ -58,7 +58,7 @@ class TritonSGMV:
 
     name = "triton"
     graph_kinds: tuple[str, ...] = (KIND,)
-    max_graph_rows = 512
+    max_graph_rows = 1024
     """Steps of more rows may run the prefill kernels and a grid that depends on the plan."""
 
     @staticmethod

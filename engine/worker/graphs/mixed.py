@@ -26,8 +26,9 @@ from loraplex.engine.worker.graphs.capture import (
 )
 from loraplex.engine.worker.step_rows import TokenInputs
 
-MAX_PIECES_TOKENS = 512
-"""The GPU takes about as long for larger steps as the CPU takes to launch them eagerly."""
+MAX_PIECES_TOKENS = 1024
+"""A prompt beside a full batch of decoding rows fits. The GPU takes longer for larger steps than the
+CPU takes to launch them eagerly."""
 
 MakeContext = Callable[[DeviceInputs, AttentionPlan | None, LoRAPlan | None], ForwardContext]
 """(inputs, attention plan, LoRA plan)."""

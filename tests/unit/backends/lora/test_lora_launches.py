@@ -53,10 +53,10 @@ FEW = [
     Step(CASES[0], [1] * 512, 512),  # of a rank above 16
 ]
 MANY = [
-    Step(CASES[0], [3] * 600, 600),
-    Step(CASES[0], [-1] * 600, 600),
+    Step(CASES[0], [3] * 1100, 1100),
+    Step(CASES[0], [-1] * 1100, 1100),
     Step(CASES[1], [1, 3, 5] * 400, 1200),
-    Step(CASES[0], [1] * 30 + [-1] * 600 + [3], 631),
+    Step(CASES[0], [1] * 30 + [-1] * 1100 + [3], 1131),
 ]
 
 
@@ -112,7 +112,7 @@ def launches_of(
 def sgmv_grids(step: Step, group: LoRAGroup, header: list[int]) -> list[int]:
     """The default blocks; for a graph's rows what the kernels could ever need, else the plan."""
     num_modules = len(group.modules)
-    if step.num_rows <= 512:
+    if step.num_rows <= 1024:
         items = ceil(num_modules * MAX_RANK, 16) * 16
         columns = sum(ceil(out, 128) for out in group.out_features)
         return [
@@ -185,7 +185,7 @@ def check_bgmv(op: Any, cuda: FakeCuda, step: Step, scratch: torch.Tensor) -> st
     tile_rows, width = {"distinct": (1, 1024), "shared": (4, 1024), "many": (16, 256)}[plan.kind]
     num_tiles = ceil(step.num_rows, 4) if plan.kind == "many" else step.num_rows
     scalars = [table.page_table.stride(0), table.rank.stride(2), table.rank.stride(1),
-               512 if len(step.slots) <= 512 else MAX_TOKENS, 3 * MAX_RANK, MAX_RANK]  # fmt: skip
+               1024 if len(step.slots) <= 1024 else MAX_TOKENS, 3 * MAX_RANK, MAX_RANK]  # fmt: skip
     for layer in (1, 0):
         for group in case.groups:
             x, y, seen = launches_of(op, plan, cuda, step, layer, group)

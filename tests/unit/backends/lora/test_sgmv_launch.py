@@ -49,7 +49,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return made
 
 
-@pytest.mark.parametrize("num_rows", [1, 33, 512])
+@pytest.mark.parametrize("num_rows", [1, 33, 1024])
 def test_launches_depend_on_rows_alone(recorder: Recorder, num_rows: int) -> None:
     op = TritonSGMV(make_spec(CASE, 2048))
     x = torch.empty(num_rows, 200)

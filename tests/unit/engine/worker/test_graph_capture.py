@@ -109,7 +109,7 @@ def test_rare_kinds_have_few_sizes() -> None:
 
 
 def test_ladder_of_mixed_steps() -> None:
-    assert sorted(mixed_ladder(8192)) == [8, 16, *range(32, 513, 32)]
+    assert sorted(mixed_ladder(8192)) == [8, 16, *range(32, 1025, 32)]
     assert mixed_ladder(512)[:8] == [512, 256, 384, 128, 448, 320, 192, 64]
     assert mixed_ladder(512)[-2:] == [16, 8]
     assert mixed_ladder(100) == [100, 64, 96, 32, 16, 8]

@@ -47,7 +47,8 @@ def folder(model: tuple[Path, PreTrainedModel], tmp_path_factory: pytest.TempPat
 def step_rows() -> StepRows:
     starts = np.concatenate(([0], np.cumsum(NUM_TOKENS)))
     zeros = np.zeros(4, dtype=np.int32)
-    return StepRows(zeros, zeros, NUM_TOKENS, starts, SAMPLING, NUM_TOKENS[SAMPLING])
+    last = starts[1:][SAMPLING] - 1
+    return StepRows(zeros, zeros, NUM_TOKENS, starts, SAMPLING, last, NUM_TOKENS[SAMPLING])
 
 
 def make_reader(
