@@ -138,6 +138,16 @@ VLLM_SERIES = (
         "Prompt tokens of requests that have got a first token.",
         each_engine(_prompt_tokens),
     ),
+    counter(
+        "vllm:spec_decode_num_draft_tokens",
+        "Draft tokens that were verified.",
+        stat("num_drafted_tokens"),
+    ),
+    counter(
+        "vllm:spec_decode_num_accepted_tokens",
+        "Draft tokens that were equal to the sampled ones.",
+        stat("num_accepted_tokens"),
+    ),
     counter("vllm:generation_tokens", "Generated tokens.", stat("num_generated_tokens")),
     counter(
         "vllm:request_success",
