@@ -170,8 +170,8 @@ class Frontend:
                 self._clients.watch(client)
                 self._requests.add(client, message)
             case protocol.StatsRequest():
-                key = "adapters_by_tier" if message.by_tier else "resident_adapters"
-                query_id = self._queries.add(client, "", message.request_id, "stats", rows_key=key)
+                asker = (client, message.tenant, message.request_id, "stats")
+                query_id = self._queries.add(*asker, rows_key=message.rows_key)
                 query = StatsQuery(query_id, by_tier=message.by_tier, pool_cells=message.pool_cells)
                 self._ask_scheduler(query_id, query)
             case protocol.ResetPrefixCacheRequest():

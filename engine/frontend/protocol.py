@@ -153,9 +153,17 @@ class HealthRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatsRequest:
+    """Asks for statistics. A tenant gets no rows of adapters, which may be those of others."""
+
     request_id: str = field(metadata=_ID)
     by_tier: bool = field(default=False, metadata=_FLAG)
+    tenant: str = field(default="", metadata=_TENANT)
     pool_cells: int = field(default=0, metadata={"check": field_checks.integer(0, MAX_POOL_CELLS)})
+
+    @property
+    def rows_key(self) -> str:
+        """The key of the rows in the answer."""
+        return "adapters_by_tier" if self.by_tier else "resident_adapters"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +201,7 @@ ClientMessage = (
 NamedAdapter = UnloadAdapterRequest | PinAdapterRequest | UnpinAdapterRequest | ListAdaptersRequest
 FinalMessage = CancelRequest | HealthRequest | Ping | Bye
 AdapterLoad = LoadAdapterRequest | LoadAdapterTensorsRequest
-TenantMessage = GenerateRequest | AdapterLoad | NamedAdapter
+TenantMessage = GenerateRequest | AdapterLoad | NamedAdapter | StatsRequest
 CLIENT_MESSAGES: dict[str, type] = {
     "generate": GenerateRequest,
     "cancel": CancelRequest,

@@ -74,9 +74,11 @@ class QueryTable:
         self._queries[query_id].rows += rows
 
     def answer(self, query_id: int, stats: dict[str, Any]) -> None:
-        """Sends statistics, with the rows that came."""
+        """Sends statistics, with the rows that came. They may name adapters of any tenant, so the
+        operator alone gets them."""
         query = self._take(query_id)
-        self._send(query, stats={**stats, query.rows_key: query.rows})
+        rows = [] if query.tenant else query.rows
+        self._send(query, stats={**stats, query.rows_key: rows})
 
     def answer_adapters(self, query_id: int, adapters: list[dict[str, Any]]) -> None:
         """Sends adapters, after the rows that came. A tenant does not see the names of others, nor

@@ -7,7 +7,13 @@ import pytest
 from loraplex.engine.config import AdapterConfig, ServerConfig
 from loraplex.engine.frontend import requests as frontend_requests
 from loraplex.engine.frontend.inputs import TextCodec
-from loraplex.engine.ipc.messages.frontend import AdapterCommand, AdapterReply
+from loraplex.engine.ipc.messages.frontend import (
+    AdapterCommand,
+    AdapterReply,
+    ReplyRows,
+    StatsQuery,
+    StatsReply,
+)
 from loraplex.scheduler.frontend_protocol import AddRequest
 
 from helpers.fakes.frontend_harness import A, B, FrontendHarness
@@ -96,6 +102,23 @@ def test_a_list_names_no_other_tenant(harness: FrontendHarness) -> None:
                 assert "/secret" not in str(row) and row["path"] is None
                 assert bool(row["error"]) == (row["name"] != "well")
     assert seen == {A: ["ann", None, "", ""], B: ["ann", "ben", "", ""]}
+
+
+@pytest.mark.parametrize("values", [{}, {"by_tier": True}])
+def test_statistics_name_no_adapter_to_a_tenant(
+    harness: FrontendHarness, values: dict[str, Any]
+) -> None:
+    key = "adapters_by_tier" if values else "resident_adapters"
+    seen = {}
+    for client in (A, B):
+        harness.ask(client, "stats", **values)
+        (query,) = harness.take_sent(StatsQuery)
+        harness.frontend.on_scheduler(ReplyRows(query.query_id, [{"name": "@ben/secret"}]))
+        harness.frontend.on_scheduler(StatsReply(query.query_id, {"running": 3}, []))
+        (reply,) = harness.take(client)
+        assert reply["stats"]["running"] == 3
+        seen[client] = reply["stats"][key]
+    assert seen == {A: [], B: [{"name": "@ben/secret"}]}
 
 
 def test_a_private_engine_has_one_client_that_shares_with_nobody(codec: TextCodec) -> None:
