@@ -43,7 +43,7 @@ def server(root: Path) -> Iterator["subprocess.Popen[str]"]:
 def url_of(server: "subprocess.Popen[str]") -> str:
     assert server.stdout is not None
     lines = iter(server.stdout.readline, "Ctrl-C stops it.\n")
-    (line,) = [line for line in lines if "http://" in line]
+    line, _console = [line for line in lines if "http://" in line]
     return line.split()[-1]
 
 
