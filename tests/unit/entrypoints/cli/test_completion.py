@@ -19,7 +19,17 @@ printf '%s\\n' "${COMPREPLY[@]}"
 IN_FISH = 'source $argv[1]; complete -C "$argv[2..]" | string split -f1 \\t'
 CHECK = {"bash": ["bash", "-n"], "zsh": ["zsh", "-n"], "fish": ["fish", "-n"]}
 CASES = {
-    "": {"serve", "cluster", "generate", "adapters", "bench", "backends", "completion", "keys"},
+    "": {
+        "serve",
+        "cluster",
+        "generate",
+        "adapters",
+        "bench",
+        "backends",
+        "completion",
+        "keys",
+        "top",
+    },
     "adapters ": {"list", "load", "unload", "pin", "unpin"},
     "serve --lora-": {"--lora-backend"},
     "serve --lora-backend t": {"triton", "torch"},
