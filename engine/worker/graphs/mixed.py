@@ -27,8 +27,8 @@ from loraplex.engine.worker.graphs.capture import (
 from loraplex.engine.worker.step_rows import TokenInputs
 
 MAX_PIECES_TOKENS = 1024
-"""A prompt beside a full batch of decoding rows fits. The GPU takes longer for larger steps than the
-CPU takes to launch them eagerly."""
+"""A prompt beside a full batch of decoding rows fits. Larger steps take the GPU longer than the CPU
+takes to launch them eagerly."""
 
 MakeContext = Callable[[DeviceInputs, AttentionPlan | None, LoRAPlan | None], ForwardContext]
 """(inputs, attention plan, LoRA plan)."""
