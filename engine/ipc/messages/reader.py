@@ -24,7 +24,7 @@ class ReaderStart(Message):
     max_rank: int
     adapter_root: str
     vocabulary_numbers: Int32Array
-    """Of a VocabularyTarget the four of a Piece, hidden_size, is_tied and max_rows; or nothing."""
+    """A VocabularyTarget's Piece (four numbers), hidden_size, is_tied and max_rows; or nothing."""
     base: str  # of a VocabularyTarget
 
 
