@@ -82,7 +82,7 @@ def test_a_host_without_the_memory_says_so() -> None:
         MemoryError, match="4611686018427387904 bytes of host memory are needed, and"
     ):
         shared_slab(1 << 62, page_locked=False)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may end meanwhile
 
 
 def test_no_slab_beyond_the_limit_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
