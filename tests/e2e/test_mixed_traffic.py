@@ -105,7 +105,7 @@ def check_same(got: CompletionOutput, want: CompletionOutput, where: object) -> 
             assert ours[token].rank == theirs[token].rank, where
 
 
-@pytest.mark.parametrize("num_requests", [30, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_requests", [20, pytest.param(300, marks=pytest.mark.long)])
 def test_mixed_traffic_is_what_each_request_gets_alone(root: Path, num_requests: int) -> None:
     rng = random.Random(20)
     requests = [draw_request(rng) for _ in range(num_requests)]

@@ -90,8 +90,8 @@ def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
     ("model", "choice"),
     [
         ("smol", "required"),
-        ("pirate", "named"),
-        ("smol", "auto"),
+        pytest.param("pirate", "named", marks=pytest.mark.long),
+        pytest.param("smol", "auto", marks=pytest.mark.long),
         pytest.param("pirate", "required", marks=pytest.mark.long),
         pytest.param("smol", "named", marks=pytest.mark.long),
         pytest.param("pirate", "auto", marks=pytest.mark.long),
