@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -63,12 +63,23 @@ def refusal(harness: FrontendHarness) -> tuple[str, str]:
     return reply["code"], reply["message"]
 
 
-def num_memory_files() -> int:
+def open_memory_files() -> set[str]:
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum("memfd:loraplex" in os.readlink(link) for link in links if os.path.lexists(link))
+    targets = {os.readlink(link) for link in links if os.path.lexists(link)}
+    return {target for target in targets if "memfd:loraplex" in target}
 
 
-def test_frames_become_files_until_the_scheduler_answers(harness: FrontendHarness) -> None:
+@pytest.fixture(autouse=True)
+def num_memory_files() -> Iterator[Callable[[], int]]:
+    """Counts those that the test has made. Tests before it in this process may have left some."""
+    before = open_memory_files()
+    yield lambda: len(open_memory_files() - before)
+    assert open_memory_files() <= before
+
+
+def test_frames_become_files_until_the_scheduler_answers(
+    harness: FrontendHarness, num_memory_files: Callable[[], int]
+) -> None:
     upload(harness, b"head", b"", b"tensors")
     harness.run_pooled()
     (command,) = harness.take_sent(AdapterCommand)
@@ -81,7 +92,9 @@ def test_frames_become_files_until_the_scheduler_answers(harness: FrontendHarnes
     assert num_memory_files() == 0
 
 
-def test_memory_of_the_client_is_opened(harness: FrontendHarness) -> None:
+def test_memory_of_the_client_is_opened(
+    harness: FrontendHarness, num_memory_files: Callable[[], int]
+) -> None:
     file = MemoryFile.of([b"all"])
     upload(harness, memory=in_memory(file))
     file.close()  # the client has died
@@ -97,7 +110,9 @@ def test_memory_that_cannot_be_reached_has_its_own_code(harness: FrontendHarness
     assert refusal(harness)[0] == "unreachable_memory"
 
 
-def test_over_tcp_only_if_the_server_allows_it(codec: TextCodec) -> None:
+def test_over_tcp_only_if_the_server_allows_it(
+    codec: TextCodec, num_memory_files: Callable[[], int]
+) -> None:
     closed = make_harness(codec, ServerConfig())
     upload(closed, b"tensors")
     code, text = refusal(closed)
@@ -124,7 +139,9 @@ def test_a_cluster_takes_none(harness: FrontendHarness) -> None:
     assert error.value.code == "forbidden"
 
 
-def test_too_many_bytes_are_refused(harness: FrontendHarness) -> None:
+def test_too_many_bytes_are_refused(
+    harness: FrontendHarness, num_memory_files: Callable[[], int]
+) -> None:
     upload(harness, b"x" * LIMIT, b"x")
     code, text = refusal(harness)
     assert code == "too_large" and "1001 bytes" in text and "adapter_host_bytes" in text
@@ -149,7 +166,9 @@ def test_loads_at_one_time_share_the_limit(harness: FrontendHarness) -> None:
     assert harness.take_sent(AdapterCommand)
 
 
-def test_a_dead_engine_leaves_no_memory(harness: FrontendHarness) -> None:
+def test_a_dead_engine_leaves_no_memory(
+    harness: FrontendHarness, num_memory_files: Callable[[], int]
+) -> None:
     file = MemoryFile.of([b"all"])
     upload(harness, memory=in_memory(file))
     upload(harness, b"frames", request_id="r2")
