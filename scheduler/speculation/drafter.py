@@ -19,8 +19,14 @@ MIN_RATE = 0.55
 """Share of right guesses from which on drafts pay: a row that verifies them waits for its last
 result, which costs up to one step, and with this rate brings one token more or better."""
 
-MIN_CHANCE = 0.3
+MIN_CHANCE = 0.2
 """Chance of being right that the last token of a draft must have."""
+
+MAX_SHIFT = 3
+"""Tokens that an edit may have added or left out for the place in the source to be found again."""
+
+MAX_MISSES = 6
+"""Wrong guesses in a row after which the source is given up until an n-gram is found."""
 
 
 class Drafter:
@@ -39,6 +45,7 @@ class Drafter:
         self._stop_ids = stop_ids
         self._num_indexed = 0
         self._source = NOT_FOUND  # place of the token that is the guess of the next one
+        self._num_misses = 0  # wrong guesses in a row
         self._rate = FIRST_RATE  # moving average over guesses: 1 for a right one, 0 for a wrong one
 
     def draft(self, token_ids: "array[int]") -> "array[int]":
@@ -63,9 +70,17 @@ class Drafter:
             if self._source != NOT_FOUND and place >= self._num_prompt_tokens:
                 is_right = token_ids[self._source] == token_ids[place]
                 self._rate += RATE_STEP * (is_right - self._rate)
-                self._source = self._source + 1 if is_right else found
+                self._num_misses = 0 if is_right else self._num_misses + 1
+                if is_right:
+                    self._source += 1
+                elif found != NOT_FOUND:
+                    self._source = found
+                elif self._num_misses > MAX_MISSES:
+                    self._source = NOT_FOUND
+                else:
+                    self._source = _past_edit(token_ids, self._source, place)
             else:
-                self._source = found
+                self._source, self._num_misses = found, 0
         return end == len(token_ids) and self._source != NOT_FOUND
 
     def _copy(self, token_ids: "array[int]") -> "array[int]":
@@ -81,3 +96,18 @@ class Drafter:
             if token_id in self._stop_ids:
                 return drafts[:place]
         return drafts
+
+
+def _past_edit(token_ids: "array[int]", source: int, place: int) -> int:
+    """Returns where the source goes on if the text at `place` differs from it by an edit.
+
+    That is after the token of `place` if it is near: the edit left tokens out or added some.
+    Otherwise one token stands for another, and the next ones agree.
+    """
+    token_id = token_ids[place]
+    for shift in range(1, MAX_SHIFT + 1):
+        if source + shift < place and token_ids[source + shift] == token_id:
+            return source + shift + 1
+        if source >= shift and token_ids[source - shift] == token_id:
+            return source - shift + 1
+    return source + 1

@@ -47,7 +47,7 @@ def test_an_answer_that_repeats_its_prompt_is_drafted() -> None:
     """The first guess comes after two tokens, and the first draft once it was right."""
     drafts = list(follow(make_drafter(len(PROMPT)), PROMPT + PROMPT[5:20], len(PROMPT)))
     assert drafts[:3] == [[], [], []]
-    assert drafts[3] == PROMPT[8:10]
+    assert drafts[3] == PROMPT[8:11]
     assert [len(draft) for draft in drafts[3:]] == sorted(len(draft) for draft in drafts[3:])
     for place, draft in enumerate(drafts[3:], 8):
         assert draft == PROMPT[place : place + len(draft)]
@@ -70,6 +70,32 @@ def test_drafts_begin_again_where_the_text_repeats_itself() -> None:
     text = [rng.randrange(4) for _ in range(100)] + [5, 6, 7] * 6
     *_, draft = follow(make_drafter(), text)
     assert len(draft) > 2
+
+
+@pytest.mark.parametrize(
+    ("edited", "num_kept"),
+    [
+        pytest.param([*PROMPT[:15], 7, *PROMPT[16:20]], 4, id="another token"),
+        pytest.param([*PROMPT[:15], *PROMPT[17:20]], 2, id="two left out"),
+        pytest.param([*PROMPT[:15], 7, 8, *PROMPT[15:20]], 4, id="two added"),
+    ],
+)
+def test_drafts_go_on_after_an_edit(edited: list[int], num_kept: int) -> None:
+    """Sooner than an n-gram is found again: while only `num_kept` tokens agree, or fewer."""
+    config = SpeculationConfig("ngram", num_speculative_tokens=8, prompt_lookup_max=5)
+    drafter = Drafter(config, num_prompt_tokens=len(PROMPT), stop_ids=())
+    *_, draft = follow(drafter, PROMPT + edited, len(PROMPT))
+    assert num_kept < config.longest
+    assert draft == PROMPT[20 : 20 + len(draft)] != []
+
+
+def test_a_source_that_is_left_for_good_is_given_up() -> None:
+    """Then the rate of right guesses falls no more, and drafts soon begin again."""
+    others = list(range(200, 230))
+    text = PROMPT + PROMPT[:15] + others + PROMPT[20:26]
+    drafts = list(follow(make_drafter(len(PROMPT)), text, len(PROMPT)))
+    assert not any(drafts[20 : 15 + len(others)])
+    assert drafts[-1] == PROMPT[26 : 26 + len(drafts[-1])] != []
 
 
 def test_no_stop_id_is_drafted() -> None:
