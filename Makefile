@@ -17,6 +17,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # oracles once. Files start in the order of collection: the few long ones come first.
 PYTEST := $(BIN)/python -P -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# An environment that forbids bytecode would have every process that a test starts compile the whole
+# project from its source.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-long lint format install dev clean
 .DELETE_ON_ERROR:
 
