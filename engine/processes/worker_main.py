@@ -41,8 +41,11 @@ SWITCH_INTERVAL_S = 0.0005
 
 
 def run(child: Child) -> None:
+    gc.disable()  # what imports make stays; collections would take a seventh of their time
     from loraplex.engine.worker.worker import Worker
 
+    gc.freeze()
+    gc.enable()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         worker = Worker(
