@@ -9,17 +9,19 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 import zmq
 import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.frontend.protocol import MAX_ID_CHARS, error_reply
 from loraplex.engine.ipc.channel import PeerGoneError, SlowPeerError, open_socket
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 TURN_S = 0.01
 ADMIN = "admin"  # admin.key among the clients' keys is the operator's
@@ -207,6 +209,8 @@ class ClientSocket:
                 f"{config.server_secret_key_file} holds no secret key: name the file that ends in "
                 ".key_secret"
             )
+        from zmq.auth.thread import ThreadAuthenticator  # loads asyncio
+
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
         if self._keys_dir:

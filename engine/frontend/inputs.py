@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -17,11 +17,13 @@ from loraplex.engine.frontend.protocol import GenerateRequest
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.frontend.structured.bad_words import encode_bad_words
 from loraplex.engine.ipc.messages.frontend import EngineInfo
-from loraplex.engine.tokenizer.chat_template import ChatTemplate
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 from loraplex.scheduler.frontend_protocol import GrammarSpec
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
+
+if TYPE_CHECKING:
+    from loraplex.engine.tokenizer.chat_template import ChatTemplate
 
 MAX_COPIED_TOKENS = 1 << 22  # prompt tokens of all n sequences of a request
 MAX_PROMPT_LOGPROBS = 1 << 17  # entries in one reply; each takes some 10 us and 30 bytes
@@ -37,7 +39,7 @@ class TextCodec:
     """A tokenizer, and the chat template of the model if it has one."""
 
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
+    chat_template: "ChatTemplate | None"
 
 
 def load_text_codec(config: ModelConfig) -> TextCodec | None:

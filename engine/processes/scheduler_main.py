@@ -29,7 +29,6 @@ from loraplex.engine.processes.adapter_deadlines import ANSWER_S, AdapterDeadlin
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
-from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AdapterSource
 from loraplex.scheduler.scheduler import Scheduler
@@ -164,6 +163,8 @@ def make_grammar_queue(
         return None
 
     def vocabulary() -> Vocabulary:
+        from loraplex.engine.tokenizer.loading import load_tokenizer  # few requests have grammars
+
         tokenizer = load_tokenizer(resolve_model(model.model), model.tokenizer)
         return Vocabulary(tokenizer, info.vocab_size)
 

@@ -6,10 +6,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-import yaml
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ConfigError
@@ -62,14 +61,16 @@ def read_key_file(path: str) -> TenantTable:
     Raises:
         ConfigError: the file cannot be read, or does not say exactly who has which key.
     """
+    from loraplex.engine.tenants.strict_yaml import YAMLError, load_yaml  # few servers have keys
+
     try:
         with open(path, encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
-            content = msgspec.convert(yaml.load(file, _StrictLoader), KeyFile)
+            content = msgspec.convert(load_yaml(file), KeyFile)
         table = _checked(content)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"api_keys {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ConfigError(f"api_keys {path} is neither YAML nor JSON: {error}") from None
     except ValueError as error:  # msgspec's too
         raise ConfigError(f"api_keys {path}: {error}") from None
@@ -148,17 +149,3 @@ def _warn_of_permissions(path: str, mode: int, content: KeyFile) -> None:
         logger.warning("api_keys %s: other users can change it: chmod 600 %s", path, path)
     elif has_texts and mode & (stat.S_IRGRP | stat.S_IROTH):
         logger.warning("api_keys %s: other users can read its keys: chmod 600 %s", path, path)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a map with a key twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line}: {name[:100]!r} is there twice: remove one")
-            seen.add(name)
-        return super().construct_mapping(node, deep)

@@ -4,10 +4,12 @@ import codecs
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loraplex.engine.errors import ClientError
-from loraplex.engine.tokenizer.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    from loraplex.engine.tokenizer.chat_template import ChatTemplate
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 
@@ -110,16 +112,14 @@ class Tokenizer:
         """Replaces the templates of the files by one."""
         self.chat_template, self._tool_template, self._template = source, None, None
 
-    def compiled_template(self) -> ChatTemplate | None:
+    def compiled_template(self) -> "ChatTemplate | None":
         """Returns the chat template, None if the model has none. The first call compiles it.
 
         Raises:
             ConfigError: the template is not valid Jinja.
         """
         if self._template is None and self.chat_template:
-            self._template = ChatTemplate(
-                self.chat_template, self.special_tokens, tool_source=self._tool_template
-            )
+            self._template = _compile(self.chat_template, self.special_tokens, self._tool_template)
         return self._template
 
     def apply_chat_template(
@@ -144,7 +144,7 @@ class Tokenizer:
             ConfigError: `chat_template` is not valid Jinja.
         """
         if chat_template is not None:
-            template: ChatTemplate | None = ChatTemplate(chat_template, self.special_tokens)
+            template: ChatTemplate | None = _compile(chat_template, self.special_tokens)
         else:
             template = self.compiled_template()
         if template is None:
@@ -175,6 +175,15 @@ class Tokenizer:
             piece = self._backend.id_to_piece(token_id)
             found = self._bytes[token_id] = b"" if piece is None else self._piece_bytes(piece)
         return found
+
+
+def _compile(
+    source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
+) -> "ChatTemplate":
+    # Jinja is a third of a frontend's imports, and most processes render no chat.
+    from loraplex.engine.tokenizer.chat_template import ChatTemplate
+
+    return ChatTemplate(source, special_tokens, tool_source=tool_source)
 
 
 def dangling_bytes(raw: bytes) -> bytes:

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from tqdm.auto import tqdm
-
 from loraplex.engine.checkpoint.generation_defaults import generation_defaults
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDeadError
@@ -32,7 +30,7 @@ from loraplex.entrypoints.offline.local_engine import LocalEngine
 from loraplex.entrypoints.offline.metrics import Metric, metrics_of
 from loraplex.entrypoints.offline.missing import INSTEAD
 from loraplex.entrypoints.offline.options import LLMOptions, engine_config_of
-from loraplex.entrypoints.offline.progress import BarFactory
+from loraplex.entrypoints.offline.progress import BarFactory, bar_factory
 from loraplex.entrypoints.offline.prompts import (
     Message,
     Prompt,
@@ -257,7 +255,7 @@ class LLM(TensorLoader):
         batch = make_batch(completion_prompts(prompts), None, lora_request, None)
         searches = [self._begin_beam_search(request, params) for request in batch]
         size = concurrency_limit or max(1, len(searches))
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        make_bar = bar_factory(use_tqdm)
         options = {"total": params.max_tokens, "desc": "Beam search", "disable": not use_tqdm}
         for start in range(0, len(searches), size):
             with make_bar(**options) as bar:

@@ -4,10 +4,13 @@ import logging
 import re
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraplex.engine.adapters.peft_config import read_peft_config
 from loraplex.engine.config import ModelConfig
-from loraplex.engine.tokenizer.loading import TextSettings, read_text_settings
+
+if TYPE_CHECKING:
+    from loraplex.engine.tokenizer.loading import TextSettings
 
 logger = logging.getLogger("loraplex")
 
@@ -44,24 +47,31 @@ class AdapterWarnings:
             found.append(
                 f"it was trained on {config.base_model}, and the base model is {self._model_path}"
             )
-        for name in _TEXT_FILES:
-            path = folder / name
-            if path.is_file() and path.stat().st_size > _MAX_BYTES:
-                return [*found, f"{name} is too large to be compared with the base model's"]
-        own = read_text_settings(folder)
-        if own != TextSettings():
+        texts = [path for name in _TEXT_FILES if (path := folder / name).is_file()]
+        for path in texts:
+            if path.stat().st_size > _MAX_BYTES:
+                return [*found, f"{path.name} is too large to be compared with the base model's"]
+        own = _read_settings(folder) if texts else None
+        if own is not None and (own.chat_template or own.eos_token):
             found += _text_warnings(own, self._base_settings())
         return found
 
-    def _base_settings(self) -> TextSettings:
+    def _base_settings(self) -> "TextSettings":
         with self._lock:
             if self._base is None:
                 path = Path(self._config.tokenizer or self._model_path).expanduser()
-                self._base = read_text_settings(path, self._config.chat_template)
+                self._base = _read_settings(path, self._config.chat_template)
             return self._base
 
 
-def _text_warnings(own: TextSettings, base: TextSettings) -> list[str]:
+def _read_settings(path: Path, chat_template: str = "") -> "TextSettings":
+    # The tokenizer's libraries are not among those that a worker loads at its start.
+    from loraplex.engine.tokenizer.loading import read_text_settings
+
+    return read_text_settings(path, chat_template)
+
+
+def _text_warnings(own: "TextSettings", base: "TextSettings") -> list[str]:
     found = []
     if own.chat_template and own.chat_template.strip() != (base.chat_template or "").strip():
         found.append(
