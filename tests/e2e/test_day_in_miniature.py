@@ -57,7 +57,7 @@ def test_scheduler_over_a_fake_worker(policy: str, num_actions: int) -> None:
     assert all(report["hits"].values()) and report["preemptions"]
 
 
-@pytest.mark.parametrize("num_actions", [600, pytest.param(8000, marks=LONG)])
+@pytest.mark.parametrize("num_actions", [400, pytest.param(8000, marks=LONG)])
 def test_whole_engine_over_real_files(tmp_path: Path, num_actions: int) -> None:
     """Outputs are those of Hugging Face with the adapter merged into its weights."""
     day = RealDay(tmp_path, seed=11)

@@ -5,7 +5,6 @@ Reading the GGUF file takes Hugging Face half a minute, so every test of that mo
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.checkpoint.locate import resolve_model
 
+from helpers.models.gguf_reader import plain_views
 from helpers.models.logits import load_decoder, prompt_logits
 from helpers.models.peft_oracle import Case, PeftOracle, make_adapters, make_cases, tight_num_pages
 
@@ -25,12 +25,8 @@ ANSWER = "The capital of France is Paris."
 
 @pytest.fixture(scope="module")
 def hf_model():
-    path, open_memmap = resolve_model(""), np.memmap
-    with pytest.MonkeyPatch.context() as patch:
-        # The reader slices the file half a million times; a plain view takes a third of the time.
-        patch.setattr(
-            np, "memmap", lambda *args, **kwargs: np.asarray(open_memmap(*args, **kwargs))
-        )
+    path = resolve_model("")
+    with plain_views():
         return AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         ).eval()
@@ -47,7 +43,7 @@ def adapter_paths(oracle: PeftOracle, cases: list[Case]) -> dict[str, str]:
     return {c.adapter: str(oracle.adapters / c.adapter) for c in cases if c.adapter}
 
 
-def answer(llm: LLM, oracle: PeftOracle, cases: list[Case], *, num_new_tokens: int = 8) -> None:
+def answer(llm: LLM, oracle: PeftOracle, cases: list[Case], *, num_new_tokens: int = 5) -> None:
     """Submits all cases at once; every answer must be the oracle's greedy one."""
     outputs = llm.generate(
         [{"prompt_token_ids": case.prompt} for case in cases],

@@ -38,7 +38,11 @@ def bgmv(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("ranks", "dtype"),
-    [*((ranks, torch.float16) for ranks in RANKS), ("mixed", torch.bfloat16)],
+    [
+        *((ranks, torch.float16) for ranks in RANKS if ranks != "mixed"),
+        ("mixed", torch.bfloat16),
+        pytest.param("mixed", torch.float16, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_rank_mixes(bgmv: Any, ranks: str, dtype: torch.dtype) -> None:
@@ -48,7 +52,13 @@ def test_rank_mixes(bgmv: Any, ranks: str, dtype: torch.dtype) -> None:
     check(op, case, draw_slots("uniform", 21, len(RANKS[ranks])))
 
 
-@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize(
+    "popularity",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name not in ("base", "half-base")))
+        for name in POPULARITIES
+    ],
+)
 def test_popularities(bgmv: Any, popularity: str) -> None:
     case = make_case([[{m: 16 for m in range(7)}]] * 9, WIDE, dtype=torch.bfloat16)
     op = bgmv(make_spec(case, 40, max_rank=16))
@@ -85,7 +95,7 @@ def test_plans_are_independent(bgmv: Any) -> None:
         op.plan(table=case.table, batch=batches[0])
 
 
-@pytest.mark.parametrize("num_processors", [132, 188])
+@pytest.mark.parametrize("num_processors", [132, pytest.param(188, marks=pytest.mark.long)])
 def test_more_items_than_rows(monkeypatch: pytest.MonkeyPatch, num_processors: int) -> None:
     """Large ranks make them, on chips whose grids are larger than a graph's rows."""
     bgmv = emulate_bgmv(monkeypatch, num_processors)

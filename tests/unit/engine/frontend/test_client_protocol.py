@@ -179,7 +179,7 @@ def test_whatever_comes_is_parsed_or_refused(message: dict[str, Any], kind: str 
         assert type(parsed) in protocol.CLIENT_MESSAGES.values()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=64))
 def test_random_bytes_are_refused_or_a_map(frame: bytes) -> None:
     try:

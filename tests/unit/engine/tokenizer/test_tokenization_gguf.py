@@ -16,6 +16,7 @@ from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 
 from helpers.models.gguf_files import write_tokenizer_gguf
+from helpers.models.gguf_reader import plain_views
 from helpers.models.hf_models import make_tokenizer
 from helpers.models.sentencepiece_models import train_sentencepiece
 
@@ -37,7 +38,8 @@ def smollm() -> Tokenizer:
 @pytest.fixture(scope="module")
 def smollm_hf() -> Any:
     path = resolve_model("")
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with plain_views():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def test_smollm_equals_hugging_faces_conversion(smollm: Tokenizer, smollm_hf: Any) -> None:

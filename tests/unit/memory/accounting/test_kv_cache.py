@@ -1,7 +1,7 @@
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.memory.accounting.block_chain import BlockChain, prefix_root
@@ -217,6 +217,7 @@ def test_chain_extended_in_parts_equals_chain_at_once() -> None:
 
 
 @given(st.data())
+@settings(max_examples=50, deadline=None)
 def test_random_traffic_hits_what_it_should(data: st.DataObject) -> None:
     """Against a model: the set of (root, token prefix) whose block is computed and not evicted."""
     kv = make(24)

@@ -44,7 +44,7 @@ def weights_at(bindings: list[Binding], position: int) -> frozenset[tuple[str, f
     )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tokens_of, tokens_of, st.booleans(), bindings_of, bindings_of, st.data())
 def test_blocks_are_shared_iff_all_tokens_have_the_same_weights(
     one: list[int],
@@ -71,7 +71,7 @@ def test_blocks_are_shared_iff_all_tokens_have_the_same_weights(
         assert (left == right) == is_same, f"block {block}"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 256, 65536, 1 << 24]), max_size=12),
     st.lists(st.sampled_from([0, 1, 256, 65536, 1 << 24]), min_size=1, max_size=3),
