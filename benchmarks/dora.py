@@ -22,7 +22,8 @@ from loraplex.entrypoints.bench.measure import check_complete, medians, step_tim
 from loraplex.entrypoints.bench.names import BASE, MODULES
 from loraplex.entrypoints.bench.panels import latency_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import TraceRequest, closed_batch
 from loraplex.entrypoints.cli.bench_flags import (
     adapter_flags,

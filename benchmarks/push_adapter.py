@@ -29,7 +29,8 @@ from loraplex.entrypoints.bench.measure import check_complete, percentiles, step
 from loraplex.entrypoints.bench.names import MODULES
 from loraplex.entrypoints.bench.panels import latency_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import closed_batch
 from loraplex.entrypoints.cli.bench_flags import (
     adapter_flags,

@@ -17,7 +17,8 @@ from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize
 from loraplex.entrypoints.bench.names import BASE, MODELS, MODULES, POPULARITIES
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import SEED, TraceRequest, adapters_of_rows
 from loraplex.entrypoints.cli.bench_flags import (
     adapter_flags,

@@ -13,7 +13,8 @@ from typing import Any
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize_open_loop
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
 from loraplex.entrypoints.cli.bench_flags import (
     adapter_flags,

@@ -31,7 +31,8 @@ from loraplex.engine.errors import ConfigError
 from loraplex.entrypoints.bench.measure import percentiles
 from loraplex.entrypoints.bench.names import MODULES
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.cli.bench_flags import adapter_flags, add_flag, make_script_parser
 from loraplex.entrypoints.cli.command import run_command
 from loraplex.entrypoints.cli.flag_types import positive, positive_int

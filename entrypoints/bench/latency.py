@@ -8,7 +8,8 @@ from loraplex.entrypoints.bench.measure import check_complete, medians, step_tim
 from loraplex.entrypoints.bench.names import BASE
 from loraplex.entrypoints.bench.panels import latency_panels
 from loraplex.entrypoints.bench.results import Results, Table
-from loraplex.entrypoints.bench.session import RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import adapters_of_rows, closed_batch
 
 

@@ -74,6 +74,16 @@ def serve_panels(rows: Sequence[Row]) -> list[Panel]:
     ]
 
 
+def cluster_panels(rows: Sequence[Row]) -> list[Panel]:
+    x: Row = {"x": "case", "x_label": ""}
+    rate: list[Series] = [("loraplex", rows, "new_tokens_per_s")]
+    ttft = median_and_p99(rows, "alone_ttft_ms")
+    return [
+        panel("Throughput", y_label="new tokens/s", series=rate, **x),
+        panel("First token of a request that is alone", y_label="ms", series=ttft, **x),
+    ]
+
+
 def median_and_p99(rows: Sequence[Row], name: str) -> list[Series]:
     """Series of the median and of the 99th percentile of a latency."""
     return [("median", rows, f"{name}_p50"), ("p99", rows, f"{name}_p99")]

@@ -8,7 +8,8 @@ from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import summarize_open_loop
 from loraplex.entrypoints.bench.panels import serve_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import make_trace
 
 

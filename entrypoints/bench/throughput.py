@@ -6,7 +6,8 @@ from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.bench.measure import check_complete, medians, summarize
 from loraplex.entrypoints.bench.panels import throughput_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.session import BenchSession, RandomAdapters, open_session
+from loraplex.entrypoints.bench.session import BenchSession, open_session
+from loraplex.entrypoints.bench.setup import RandomAdapters
 from loraplex.entrypoints.bench.traces import TraceRequest, make_trace
 
 _COUNTERS = ("num_steps", "num_preemptions", "num_adapter_loads")

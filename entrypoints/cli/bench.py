@@ -23,6 +23,7 @@ from loraplex.entrypoints.cli.flag_types import (
     positive,
     positive_int,
 )
+from loraplex.scheduler.placement.placement import POLICIES
 
 
 def add_bench(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
@@ -41,6 +42,8 @@ def add_bench(commands: "argparse._SubParsersAction[flags.FlagParser]") -> None:
         ("latency", "time of a step, by batch size and popularity of adapters", _latency_flags,
          _latency),
         ("serve", "requests that arrive at a given rate, through ZeroMQ", _serve_flags, _serve),
+        ("cluster", "engines behind one router, beside one of them alone", _cluster_flags,
+         _cluster),
     ):  # fmt: skip
         kind = kinds.add_parser(
             name, usage=f"loraplex bench {name} [FLAGS]", help=text, description=MODEL_NOTE
@@ -79,6 +82,23 @@ def _serve_flags(group: Any) -> None:
     objective_flag(group)
 
 
+def _cluster_flags(group: Any) -> None:
+    adapter_flags(group, ranks=[8])
+    add_flag(group, "--engines", positive_int, None, "N",
+             "engines to start, child processes with GPUs of their own (default: 2)")  # fmt: skip
+    add_flag(group, "--placement", one_of(*POLICIES), "affinity", "NAME",
+             f"which engine gets a request: {', '.join(POLICIES)}")  # fmt: skip
+    add_flag(group, "--endpoint", str, None, "URL",
+             "measure the running cluster at this address instead, with its adapters")  # fmt: skip
+    group.add_argument(
+        "--kill", action="store_true",
+        help="at last kill an engine under load: do all streams end complete, after what pause?",
+    )  # fmt: skip
+    add_flag(group, "--num-adapters", natural, 200, "N", "adapters; 0 is the base model alone")
+    add_flag(group, "--num-requests", positive_int, 500, "N", "requests for each engine")
+    trace_flags(group)
+
+
 def _throughput(args: argparse.Namespace, config: EngineConfig) -> int:
     from loraplex.entrypoints.bench import throughput
 
@@ -95,3 +115,9 @@ def _serve(args: argparse.Namespace, config: EngineConfig) -> int:
     from loraplex.entrypoints.bench import serve
 
     return serve.run(args, config)
+
+
+def _cluster(args: argparse.Namespace, config: EngineConfig) -> int:
+    from loraplex.entrypoints.bench import cluster
+
+    return cluster.run(args, config)

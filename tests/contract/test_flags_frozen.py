@@ -81,6 +81,10 @@ FROZEN = {
     "bench serve": [
         *BENCH, *TRACE, "--cv", "--duration", "--num-adapters", "--rates", "--ttft-objective",
     ],
+    "bench cluster": [
+        *BENCH, *TRACE, "--endpoint", "--engines", "--kill", "--num-adapters", "--num-requests",
+        "--placement",
+    ],
     "backends": ["--log-level"],
     "completion": ["--log-level"],
 }  # fmt: skip

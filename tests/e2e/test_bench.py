@@ -92,6 +92,25 @@ def test_serve(tmp_path: Path) -> None:
     assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
 
 
+@pytest.mark.long
+def test_cluster(tmp_path: Path) -> None:
+    rows = bench(
+        "cluster", tmp_path / "out.jsonl", "--num-adapters", "3", "--num-requests", "10",
+        "--lengths", "4,24", "--kill",
+    )  # fmt: skip
+    one, both, killed = rows
+    assert [row["case"] for row in rows] == ["one engine", "cluster", "one engine killed"]
+    assert [row["num_requests"] for row in rows] == [10, 20, 64]
+    assert both["new_tokens"] > one["new_tokens"] >= 40 and one["engines"] == 1
+    assert both["of_linear"] == pytest.approx(
+        both["new_tokens_per_s"] / one["new_tokens_per_s"] / 2, rel=0.01
+    )
+    assert 0 < both["alone_ttft_ms_p50"] <= both["alone_ttft_ms_p99"]
+    assert both["moves"] == 0 and both["router_cores"] > 0
+    assert killed["moves"] > 0 and killed["longest_pause_s"] >= killed["longest_pause_p50_s"] > 0
+    assert killed["new_tokens"] == 64 * (1024 - 32)
+
+
 def test_slora(tmp_path: Path) -> None:
     rows = bench(
         "slora", tmp_path / "out.jsonl", "--num-adapters", "6,0", "--num-registered", "300",

@@ -1,5 +1,6 @@
 """The HTTP server of a cluster: answers, adapters, and a stream that outlives an engine."""
 
+import json
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ import pytest
 from loraplex import Client, SamplingParams
 from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.engine.cluster.launch.launchers import NO_RAY
+from loraplex.entrypoints.cli import main as cli
 from loraplex.entrypoints.http.routes.metrics_routes import FRESH_S
 
 from helpers.running.http_answers import text_streamed
@@ -84,6 +86,16 @@ def test_metrics_show_each_engine(served: ServedCluster) -> None:
     ends = values_of(found, "vllm:request_success_total", engine="router")
     assert sum(ends) >= 2
     assert sum(values_of(found, "vllm:generation_tokens_total")) >= 6
+
+
+def test_bench_measures_a_running_cluster(served: ServedCluster, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    flags = ["--num-adapters", "2", "--num-requests", "3", "--lengths", "4,9", "--out", str(out)]
+    assert cli.main(["bench", "cluster", "--endpoint", served.cluster.endpoint, *flags]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (row["bench"], row["case"], row["engines"]) == ("cluster", "cluster", 2)
+    assert (row["num_requests"], row["num_adapters"], row["moves"]) == (6, 2, 0)
+    assert row["new_tokens"] >= 24 and 0 < row["alone_ttft_ms_p50"] <= row["alone_ttft_ms_p99"]
 
 
 def test_a_stream_and_a_loaded_adapter_outlive_their_engine(served: ServedCluster) -> None:

@@ -31,6 +31,8 @@ def status_of(kind: str, arguments: list[str]) -> int:
         ("latency", ["--popularity", "odd"], "'odd' is none of"),
         ("latency", [*TINY, "--batches", "9"], "9 requests exceed --max-num-seqs, which is 8"),
         ("serve", ["--rates", "0"], "'0' is not a number above 0"),
+        ("cluster", ["--placement", "odd"], "'odd' is none of"),
+        ("cluster", ["--endpoint", "ipc:///nowhere", "--kill"], "that the benchmark starts"),
         ("throughput", ["--out", "/nowhere/x.jsonl"], "/nowhere"),
         ("throughput", ["--out", "x.svg"], "JSON lines"),
         ("serve", ["--plot", "x.jpg"], "ends in .svg or .png"),
