@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from loraplex.engine.adapters.adapter_folders import AdapterFolders
 from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.adapters.loads.page_finisher import NoFinisher, PageFinisher
 from loraplex.engine.adapters.loads.turns import Turns
@@ -65,6 +66,7 @@ class AdapterLoader:
 
     Attributes:
         store: the host store. Callers only read it.
+        folders: finds the files of an adapter by its path. Replace it before the first command.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class AdapterLoader:
         self._enter_thread = enter_thread
         self._reader = reader
         self._find_warnings = find_warnings
+        self.folders = AdapterFolders()
         self._finisher = finisher or NoFinisher()
         self._shared: set[str] = set()  # content hashes of adapters that all ranks finish together
         self._num_turns = 0
@@ -170,7 +173,13 @@ class AdapterLoader:
         self._thread.join()
 
     def _inspect(self, command: InspectAdapter) -> None:
-        folder = Path(command.path)
+        with self.folders.open(command.path) as folder:
+            answer = self._inspect_folder(command, folder)
+        self._report_in_order(answer, release=answer.content_hash)
+        self._prepare()
+
+    def _inspect_folder(self, command: InspectAdapter, folder: Path) -> AdapterInspected:
+        """Adds an adapter to the host store, where it stays until it is released."""
 
         def look() -> tuple[list[str], Sequence[int]]:
             config = read_peft_config(folder, self._adapter_root)
@@ -187,9 +196,7 @@ class AdapterLoader:
         except BaseException:
             self.store.release(adapter.content_hash)
             raise
-        answer = _describe(command, adapter, self._module_names, warnings, invocation_tokens)
-        self._report_in_order(answer, release=adapter.content_hash)
-        self._prepare()
+        return _describe(command, adapter, self._module_names, warnings, invocation_tokens)
 
     def _submit_read(self, load: Load) -> None:
         def fail(error: Exception, is_transient: bool) -> None:
@@ -202,13 +209,15 @@ class AdapterLoader:
 
     def _read_again(self, load: Load) -> None:
         """Read an adapter that the host store has evicted; its content must be unchanged."""
-        name, folder = Path(load.command.path).name, Path(load.command.path)
+        path = load.command.path
+        name = Path(path).name
 
         def read(allocate: Allocate) -> PackedAdapter:
-            adapter = self._reader.read(name, folder, allocate)
+            with self.folders.open(path) as folder:
+                adapter = self._reader.read(name, folder, allocate)
             if adapter.content_hash != load.command.content_hash:
                 raise AdapterError(
-                    f"adapter {name!r}: the files in {folder} have changed since it was "
+                    f"adapter {name!r}: the files in {path} have changed since it was "
                     "registered; unload it and register it again"
                 )
             return adapter

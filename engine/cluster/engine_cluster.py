@@ -18,6 +18,7 @@ from loraplex.engine.cluster.scale_signals import read_signals
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError, EngineDeadError
 from loraplex.engine.frontend.client_socket import check_client_keys, check_server_config
+from loraplex.engine.frontend.mixing.named_mixes import check_adapter_config
 from loraplex.engine.ipc.messages.tenants import TenantTable
 from loraplex.engine.kv_events.kv_events_config import check_shared_kv_events
 from loraplex.engine.processes.addresses.http_address import check_http_config
@@ -26,6 +27,7 @@ from loraplex.engine.processes.draining.stop_signals import StopSignals
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
+from loraplex.engine.stores.open_stores import check_stores
 from loraplex.engine.tenants.hangup_reload import HangupReload
 from loraplex.engine.tenants.key_file import read_tenants_of
 from loraplex.scheduler.placement.placement import POLICIES
@@ -91,6 +93,7 @@ class EngineCluster:
             replace(
                 config,
                 server=replace(config.server, endpoint="", http="", num_frontends=1, api_keys=""),
+                store=replace(config.store, adapter_stores=()),  # routers look names up
             ),
             ray_address=ray_address,
             on_progress=on_progress,
@@ -141,6 +144,8 @@ class EngineCluster:
         check_server_config(self._config.server)
         check_http_config(self._config.server)
         check_shared_kv_events(self._config.server)
+        check_adapter_config(self._config.adapter)
+        check_stores(self._config)
         self._routers.tenants = self._read_tenants()
         deadline = time.monotonic() + timeout_s
         weakref.finalize(self, _stop, self._routers, self._slots, self._scaler)

@@ -26,9 +26,11 @@ from loraplex.engine.ipc.messages.lifecycle import (
 )
 from loraplex.engine.ipc.messages.reader import (
     AdapterPacked,
+    FolderOpened,
     HostMemory,
     NeedMemory,
     NoMemory,
+    OpenFolder,
     ReadAdapter,
     ReaderStart,
     ReadFailed,
@@ -50,7 +52,7 @@ from loraplex.scheduler.worker_protocol import (
     WorkerReady,
 )
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 """Changes whenever a message changes: processes of different versions do not understand each
 other."""
 
@@ -62,4 +64,5 @@ WIRE_TYPES: tuple[type[Message], ...] = (
     StepPlan, StepResult, InspectAdapter, AdapterInspected, LoadAdapter, AdapterLoaded,
     UnloadAdapter, DropAdapter, AdapterEvicted, WorkerReady,
     ReaderStart, ReadAdapter, NeedMemory, HostMemory, NoMemory, AdapterPacked, ReadFailed,
+    OpenFolder, FolderOpened,
 )  # fmt: skip

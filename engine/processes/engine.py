@@ -54,6 +54,7 @@ class Engine:
         worker_command: list[str] | None = None,
         environment: Environment = (),
         scheduler_host: str = "",
+        folder_server: str = "",
     ) -> None:
         """Makes an engine that is not started.
 
@@ -65,11 +66,19 @@ class Engine:
             environment: variables of the workers besides this process's.
             scheduler_host: address of this machine at which routers on other machines reach the
                 scheduler, without encryption; "": they are all on this one.
+            folder_server: socket where copies of adapters from another machine are asked for; ""
+                means that all adapters are here.
         """
         self._config = config
         self._specs = partial(
-            engine_processes, config, worker_command, environment, scheduler_host=scheduler_host
+            engine_processes,
+            config,
+            worker_command,
+            environment,
+            scheduler_host=scheduler_host,
+            folder_server=folder_server,
         )
+        self._has_adapters = not folder_server
         self._has_model = worker_command is None
         self._interrupted = False
         self._group = ProcessGroup(on_progress, on_status)
@@ -99,7 +108,8 @@ class Engine:
         """
         check_server_config(self._config.server)
         check_http_config(self._config.server)
-        check_adapter_config(self._config.adapter)
+        if self._has_adapters:
+            check_adapter_config(self._config.adapter)
         kv_events_config(self._config.server)
         self._group.tenants = read_tenants_of(self._config.server)
         check_stores(self._config)

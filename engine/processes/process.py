@@ -32,6 +32,7 @@ class ProcessSpec:
     command: list[str]
     environment: Environment = ()  # besides the supervisor's
     host: str = ""  # at which a scheduler listens for other machines
+    folder_server: str = ""  # as in ChildStart
 
     @property
     def name(self) -> str:

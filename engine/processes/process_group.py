@@ -94,7 +94,14 @@ class ProcessGroup:
         self._addresses = open_addresses(config.server, self.run_dir)
         try:
             for spec in specs:
-                start = ChildStart(spec.name, spec.index, self.run_dir, config, host=spec.host)
+                start = ChildStart(
+                    spec.name,
+                    spec.index,
+                    self.run_dir,
+                    config,
+                    host=spec.host,
+                    folder_server=spec.folder_server,
+                )
                 if spec.kind in KINDS_TOLD:
                     start.tenants = self.tenants
                 address = self._addresses.get(spec.kind)

@@ -57,7 +57,7 @@ def run(child: Child) -> None:
     poller.register(frontends.socket, zmq.POLLIN)
     if not child.stopping:
         info = engine_info(config, [workers.ready[rank] for rank in sorted(workers.ready)])
-        scheduler = make_scheduler(config, info)
+        scheduler = make_scheduler(config, info, has_files=not child.start.folder_server)
         grammars = make_grammar_queue(config, info, child.wakeup.set)
         events = make_kv_events(config, context, scheduler)
         if events is not None and events.socket is not None:
@@ -122,9 +122,16 @@ def scheduler_config(config: EngineConfig, info: EngineInfo) -> SchedulerConfig:
 
 
 def make_scheduler(
-    config: EngineConfig, info: EngineInfo, clock: Callable[[], float] = time.monotonic
+    config: EngineConfig,
+    info: EngineInfo,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    has_files: bool = True,
 ) -> Scheduler:
-    """Returns a scheduler with every adapter that the configuration names."""
+    """Returns a scheduler with every adapter that the configuration names.
+
+    Without `has_files` the configuration names real paths of another machine.
+    """
     scheduler = Scheduler(
         config=scheduler_config(config, info),
         memory=config.memory,
@@ -133,7 +140,8 @@ def make_scheduler(
         base_fingerprint=info.workers[0].base_fingerprint,
         clock=clock,
     )
-    for name, path in adapters_at_start(config.adapter):
+    adapters = adapters_at_start(config.adapter) if has_files else config.adapter.adapters
+    for name, path in adapters:
         scheduler.register_adapter(name, AdapterSource(path, path, stamp_folder(path)))
     return scheduler
 

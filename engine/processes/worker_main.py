@@ -55,6 +55,7 @@ def run(child: Child) -> None:
             progress=child.progress,
             store=f"{child.start.run_dir}/ranks",
             on_layer=child.activity.mark,
+            folder_server=child.start.folder_server,
         )
         gc.collect()
         gc.freeze()  # objects made at start stay; later collections skip them

@@ -17,8 +17,11 @@ class Deadline:
         seconds: float,
         closed: threading.Event | None = None,
         *,
+        name: str = "adapter_store_timeout_s",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`name` is what the error calls the limit."""
+        self._name = name
         self._seconds = seconds
         self._clock = clock
         self._at = clock() + seconds
@@ -40,7 +43,7 @@ class Deadline:
             raise StoreTimeoutError(
                 "the server ends"
                 if self.closed.is_set()
-                else f"it took longer than the {self._seconds:g} s of adapter_store_timeout_s"
+                else f"it took longer than the {self._seconds:g} s of {self._name}"
             )
 
     def sleep(self, seconds: float) -> None:

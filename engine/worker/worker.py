@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from loraplex.engine.adapters.adapter_folders import AdapterFolders
 from loraplex.engine.adapters.loader import AdapterLoader
 from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.checkpoint.locate import resolve_model
@@ -50,6 +51,7 @@ class Worker:
         progress: called with a line for each part of the start.
         store: path of the file by which worker ranks find each other; empty for one rank.
         on_layer: called in `handle` for each layer of a step that runs operator by operator.
+        folder_server: as in ChildStart.
 
     Raises:
         ConfigError: the engine cannot start as configured.
@@ -64,6 +66,7 @@ class Worker:
         progress: Callable[[str], None] = lambda text: None,
         store: str = "",
         on_layer: Callable[[], None] = lambda: None,
+        folder_server: str = "",
     ) -> None:
         started_at = time.perf_counter()
         self._wakeup = wakeup
@@ -83,6 +86,7 @@ class Worker:
             find_warnings=AdapterWarnings(config.model, resolve_model(config.model.model)),
             finisher=AdapterVectors(parts.model, parts.pool, parts.ranks),
         )
+        self._loader.folders = AdapterFolders(folder_server)
         self._steps: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
         if parts.device.type == "cuda":
             threading.Thread(target=self._await_steps, name="step-waiter", daemon=True).start()

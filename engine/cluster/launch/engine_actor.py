@@ -3,8 +3,13 @@
 import os
 import threading
 from dataclasses import dataclass
+from typing import Any
 
+from loraplex.engine.adapters.paths import real_root
+from loraplex.engine.cluster.files.node_folders import NodeFolders
+from loraplex.engine.cluster.files.ray_source import RaySource
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
 
@@ -18,6 +23,20 @@ class StartedEngine:
     info: EngineInfo
     scheduler_endpoint: str
     pids: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterNode:
+    """The node of the routers, and how engines on others get adapters from it.
+
+    Attributes:
+        files: a FilesActor; None: no engine runs on another node.
+        session: names the folders of copies.
+    """
+
+    node_id: str
+    session: str
+    files: Any = None
 
 
 class EngineActor:
@@ -37,13 +56,15 @@ class EngineActor:
             os.environ[THREADS_VARIABLE] = omp_threads
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._folders: NodeFolders | None = None
 
     def start(
-        self, config: EngineConfig, worker_command: list[str] | None, router_node: str
+        self, config: EngineConfig, worker_command: list[str] | None, router: RouterNode
     ) -> StartedEngine:
         """Starts an engine in the place of a former one, and waits until it is ready.
 
-        `router_node` is the id of the router's node. An engine on another node listens on TCP.
+        An engine on another node than the router's listens on TCP, and asks that node for the
+        adapters that its own has not. `config` names real paths there.
 
         Raises:
             ConfigError: the engine cannot start as configured.
@@ -52,12 +73,23 @@ class EngineActor:
         import ray
 
         context = ray.get_runtime_context()
-        host = "" if context.get_node_id() == router_node else ray.util.get_node_ip_address()
+        is_away = context.get_node_id() != router.node_id
+        host = ray.util.get_node_ip_address() if is_away else ""
         with self._lock:
             self.stop()
-            engine = Engine(config, worker_command=worker_command, scheduler_host=host)
+            folders = self._folders = _open_folders(config, router) if is_away else None
+            engine = Engine(
+                config,
+                worker_command=worker_command,
+                scheduler_host=host,
+                folder_server=folders.address if folders is not None else "",
+            )
             self._engine = engine
-            engine.start()
+            try:
+                engine.start()
+            except BaseException:
+                self._close_folders()
+                raise
         pids = {**engine.pids, "actor": os.getpid()}
         return StartedEngine(engine.info, engine.scheduler_endpoint, pids)
 
@@ -71,3 +103,21 @@ class EngineActor:
         """Ends the engine, also one that is starting, and waits until it is gone."""
         if self._engine is not None:
             self._engine.stop()
+        self._close_folders()
+
+    def _close_folders(self) -> None:
+        folders, self._folders = self._folders, None
+        if folders is not None:
+            folders.close()
+
+
+def _open_folders(config: EngineConfig, router: RouterNode) -> NodeFolders:
+    try:
+        return NodeFolders(
+            RaySource(router.files),
+            session=router.session,
+            max_bytes=config.store.adapter_cache_bytes,
+            adapter_root=real_root(config.adapter),
+        )
+    except OSError as error:
+        raise ConfigError(f"no folder for copies of adapters can be made: {error}") from None

@@ -14,7 +14,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from loraplex.engine.cluster.launch.engine_actor import StartedEngine
+from loraplex.engine.cluster.launch.engine_actor import RouterNode, StartedEngine
 from loraplex.engine.cluster.launch.ray_place import LOOK_S, RayPlace
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDeadError, LoraplexError
@@ -39,9 +39,14 @@ class RayEngine:
     pids: dict[str, int]
 
     def __init__(
-        self, place: RayPlace, config: EngineConfig, worker_command: list[str] | None = None
+        self,
+        place: RayPlace,
+        config: EngineConfig,
+        router: RouterNode,
+        worker_command: list[str] | None = None,
     ) -> None:
         self._place = place
+        self._router = router
         self._config = config
         self._worker_command = worker_command
         self._actor: Any = None
@@ -59,10 +64,9 @@ class RayEngine:
         """
         deadline = time.monotonic() + timeout_s
         actor = self._actor = self._place.actor()
-        node = ray.get_runtime_context().get_node_id()
         started: StartedEngine | None = None
         while started is None:
-            call = actor.start.remote(self._config, self._worker_command, node)
+            call = actor.start.remote(self._config, self._worker_command, self._router)
             started = self._result(call, deadline)
         self.info = started.info
         self.scheduler_endpoint = started.scheduler_endpoint

@@ -4,11 +4,17 @@ import logging
 import os
 import socket
 import threading
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from loraplex.engine.adapters.paths import adapters_at_start, real_root
+from loraplex.engine.cluster.files.files_actor import FilesActor
+from loraplex.engine.cluster.launch.engine_actor import RouterNode
 from loraplex.engine.cluster.launch.ray_engine import RayEngine
 from loraplex.engine.cluster.launch.ray_place import PLACE_TIMEOUT_S, RayPlace, in_words
 from loraplex.engine.config import EngineConfig
@@ -17,6 +23,7 @@ from loraplex.engine.errors import ConfigError
 LOCAL = "local"
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray that is started here; little more than Ray's least
 REACH_TIMEOUT_S = 5.0
+FILE_CALLS_AT_ONCE = 8
 START_ATTEMPTS = 3
 START_TOO_LATE = "timed out during startup"
 """Ray's error where a busy machine needs more than the 30 s that Ray gives itself."""
@@ -52,13 +59,16 @@ class RayLauncher:
         self._lock = threading.Lock()
         self._places: dict[int, RayPlace] = {}
         self._is_own = False  # close() ends the connection
+        self._router: RouterNode | None = None
 
     def open(self, num_engines: int) -> None:
         """Connects. Raises ConfigError if that fails, or if a local Ray has too few GPUs."""
+        self._config = _with_real_paths(self._config)
         num_devices = self._config.parallel.tensor_parallel_size
         if not ray.is_initialized():
             self._connect(num_engines * num_devices)
             self._is_own = True
+        self._router = self._make_router_node()
         kind = self._device_kind()
         self._devices = {kind: float(num_devices)}
         found = ray.cluster_resources().get(kind, 0)
@@ -67,6 +77,20 @@ class RayLauncher:
                 f"{num_engines} engines need {num_engines * num_devices} {kind}s, and this "
                 f"machine has {in_words(ray.cluster_resources())}: ask for fewer engines"
             )
+
+    def _make_router_node(self) -> RouterNode:
+        """Starts what hands adapters to other nodes, unless there can be none."""
+        node_id = ray.get_runtime_context().get_node_id()
+        if self._is_own and self._address == LOCAL:
+            return RouterNode(node_id, uuid.uuid4().hex)
+        options = {
+            "num_cpus": 0,
+            "max_restarts": -1,
+            "max_concurrency": FILE_CALLS_AT_ONCE,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+        }
+        files = ray.remote(FilesActor).options(**options).remote(real_root(self._config.adapter))
+        return RouterNode(node_id, uuid.uuid4().hex, files)
 
     def _connect(self, num_cpus: int) -> None:
         options: dict[str, Any] = {"address": self._address}
@@ -107,7 +131,8 @@ class RayLauncher:
                     index, self._devices, self._on_progress, self._place_timeout_s
                 )
             place = self._places[index]
-        return RayEngine(place, self._config, self._worker_command)
+        assert self._router is not None, "open() comes first"
+        return RayEngine(place, self._config, self._router, self._worker_command)
 
     def release(self, index: int) -> None:
         """Gives the devices of place `index` back to Ray."""
@@ -119,6 +144,8 @@ class RayLauncher:
     def close(self) -> None:
         for index in list(self._places):
             self.release(index)
+        if self._router is not None and self._router.files is not None and ray.is_initialized():
+            ray.kill(self._router.files)
         if self._is_own:
             ray.shutdown()
             self._is_own = False
@@ -126,6 +153,17 @@ class RayLauncher:
     def describe(self) -> str:
         address = ray.get_runtime_context().gcs_address
         return f"actors of Ray at {address}, {len(ray.nodes())} nodes"
+
+
+def _with_real_paths(config: EngineConfig) -> EngineConfig:
+    """Returns the configuration with the adapters as the router's node sees them."""
+    adapter = replace(
+        config.adapter,
+        adapters=tuple(adapters_at_start(config.adapter)),
+        adapter_dir="",
+        adapter_root=real_root(config.adapter),
+    )
+    return replace(config, adapter=adapter)
 
 
 def _check_reachable(address: str) -> None:

@@ -18,6 +18,7 @@ class ChildStart(Message):
     incarnation: int = 0  # how often the supervisor has started it again
     listener_fd: int = -1  # socket bound to the address that it shares with others of its kind
     host: str = ""  # at which a scheduler listens for routers of other machines
+    folder_server: str = ""  # socket where copies of adapters are asked for; "": all are here
     tenants: TenantTable = msgspec.field(default_factory=TenantTable)  # until another one comes
 
 

@@ -35,6 +35,18 @@ class ReadAdapter(Message):
     path: str
 
 
+class OpenFolder(Message):
+    """Asks for this node's copy of an adapter's folder. Answered by FolderOpened or ReadFailed."""
+
+    path: str
+
+
+class FolderOpened(Message):
+    """The files in `path` stay as they are until the connection is closed."""
+
+    path: str
+
+
 class NeedMemory(Message):
     """Answered by HostMemory, with the slab's file descriptor, or by NoMemory."""
 

@@ -15,11 +15,12 @@ def engine_processes(
     environment: Environment = (),
     *,
     scheduler_host: str = "",
+    folder_server: str = "",
 ) -> list[ProcessSpec]:
     """Returns a scheduler, a worker for each rank, and frontends, for ZeroMQ and HTTP.
 
     Workers get the variables of `environment` too. The scheduler also listens on TCP at
-    `scheduler_host`, if that is given.
+    `scheduler_host`, if that is given. `folder_server` is that of ChildStart.
     """
     if not sys.executable:
         raise ConfigError("there is no Python executable to start the engine's processes with")
@@ -33,10 +34,16 @@ def engine_processes(
     numbers = range(config.server.num_frontends)
     return [
         *(
-            ProcessSpec("worker", rank, worker, environment)
+            ProcessSpec("worker", rank, worker, environment, folder_server=folder_server)
             for rank in range(config.parallel.tensor_parallel_size)
         ),
-        ProcessSpec("scheduler", 0, module("scheduler"), host=scheduler_host),
+        ProcessSpec(
+            "scheduler",
+            0,
+            module("scheduler"),
+            host=scheduler_host,
+            folder_server=folder_server,
+        ),
         *(ProcessSpec("frontend", i, module("frontend")) for i in numbers),
         *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
     ]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loraplex.engine.adapters.adapter_folders import AdapterFolders
 from loraplex.engine.config import EngineConfig, ModelConfig
 from loraplex.memory.config import MemoryConfig
 from loraplex.scheduler.config import SchedulerConfig
@@ -68,10 +69,12 @@ class FakeEngineWorker:
         num_layers: int = 1,
         keeps_loads: bool = False,
         on_layer: Callable[[], None] = lambda: None,
+        folder_server: str = "",
     ) -> None:
         """It raises after `crash_after` steps, like a worker whose GPU has failed. The step after
         `sleep_after` steps never ends. The delay of a step has `num_layers` parts. It answers no
         load if `keeps_loads`."""
+        self._folders = AdapterFolders(folder_server)
         self._keeps_loads = keeps_loads
         self._sleep_after = sleep_after
         self._num_layers = num_layers
@@ -107,7 +110,8 @@ class FakeEngineWorker:
             case StepPlan():
                 self._step(command)
             case InspectAdapter():
-                self._fake.files[command.path] = _read(Path(command.path))
+                with self._folders.open(command.path) as folder:
+                    self._fake.files[command.path] = _read(folder)
                 self._events.append(self._fake.inspect(command))
             case LoadAdapter() if not self._keeps_loads:
                 self._events.append(self._fake.load(command))

@@ -46,6 +46,7 @@ def run(child: Child) -> None:
         num_layers=options.layers,
         keeps_loads=options.keep_loads,
         on_layer=child.activity.mark,
+        folder_server=child.start.folder_server,
     )
     serve(child, worker)
 
