@@ -14,6 +14,7 @@ from loraplex.engine.ipc.channel import DealerChannel
 from loraplex.engine.ipc.child import Child
 from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.cluster_channel import ClusterChannel
+from loraplex.engine.router.router_counts import RouterCounts
 
 LOOK_S = 0.1  # between looks at the list of engines
 RETRY_S = 5.0  # between attempts to reach an engine that is listed and was given up
@@ -111,6 +112,7 @@ def connect_engines(
         block_tokens=config.memory.block_tokens,
         scheduler=config.scheduler,
         adapter_log=AdapterLog(folder / ADAPTER_LOG),
+        counts=RouterCounts.in_run_dir(child.start.run_dir, child.start.name),
     )
     identity = f"{child.start.name}.{child.start.incarnation}"
     return channel, EngineLinks(channel, identity=identity, context=context, folder=folder)

@@ -1,6 +1,6 @@
 """Questions and commands that go to all engines, and the one answer made of theirs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsReply,
 )
 from loraplex.engine.ipc.messages.pool_map import PoolMap
+from loraplex.scheduler.adapters.usage import TIERS, merge_snapshots
 
-TIERS = ("pages", "host", "disk")  # the fastest first
 SUMMED = ("num_requests", "num_running", "num_waiting", "num_users")
+USAGES = ("adapter_usage", "base_usage")
+ON_EACH_ENGINE = ("registered_adapters", "pinned_adapters")  # their sum would count engines
 
 Row = dict[str, Any]
 Answer = list[ReplyRows | AdapterReply | StatsReply]
@@ -91,7 +93,8 @@ class Broadcasts:
         del self._open[_id_of(message)]
         if isinstance(message, StatsQuery):
             rows = [{**row, "engine": engine_id} for engine_id, row in broadcast.rows]
-            stats = sum_stats(broadcast.stats.values()) | {"engines": broadcast.stats}
+            parts = broadcast.stats
+            stats = merge_stats(parts.values()) | {"engines": parts}
             pools = sorted(broadcast.pools, key=lambda pool: pool.engine)
             return [ReplyRows(message.query_id, rows), StatsReply(message.query_id, stats, pools)]
         if broadcast.error is not None:
@@ -116,8 +119,21 @@ def merge_rows(rows: Iterable[tuple[str, Row]]) -> list[Row]:
             continue
         best = min(former, row, key=lambda r: TIERS.index(r["tier"]))
         sums = {key: former[key] + row[key] for key in SUMMED if key in row and key in former}
+        sums["usage"] = merge_snapshots(row.get("usage", {}) for row in (former, row))
         merged[row["name"]] = {**best, **sums, "engines": former["engines"] + holds}
     return list(merged.values())
+
+
+def merge_stats(parts: Collection[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the statistics of all engines together, under the keys of one engine's."""
+    total = sum_stats(parts)
+    for key in ON_EACH_ENGINE:
+        if key in total:
+            total[key] = max(part.get(key, 0) for part in parts)
+    for key in USAGES:
+        if key in total:
+            total[key] = merge_snapshots(part.get(key, {}) for part in parts)
+    return total
 
 
 def sum_stats(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -32,8 +32,9 @@ from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.broadcasts import Answer, Broadcasts
 from loraplex.engine.router.request_book import RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
+from loraplex.engine.router.router_counts import RouterCounts
 from loraplex.engine.router.router_queue import make_waiting_queue
-from loraplex.engine.router.router_status import describe_book, describe_engines
+from loraplex.engine.router.router_status import describe_engines
 from loraplex.scheduler.config import SchedulerConfig
 from loraplex.scheduler.frontend_protocol import AddRequest, SequenceOutput, StepOutputs
 from loraplex.scheduler.placement.attainment import Attainment
@@ -68,6 +69,7 @@ class ClusterChannel:
         block_tokens: int,
         scheduler: SchedulerConfig,
         adapter_log: AdapterLog | None = None,
+        counts: RouterCounts | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class ClusterChannel:
             name: tells engines a router that has restarted from another router.
             scheduler: of the engines: objective and policy, and the length of the router's queue.
             adapter_log: what clients have told all routers of the cluster; None: there is one.
+            counts: this router's; None: there is one router.
         """
         self.book = RequestBook(make_waiting_queue(scheduler))
         self.adapters = AdapterBook(adapter_log)
@@ -95,6 +98,7 @@ class ClusterChannel:
         self._broadcasts = Broadcasts()
         self._engines: dict[str, Channel] = {}
         self._num_lost_engines = 0
+        self._counts = counts or RouterCounts()
         self._heard_at: dict[str, float] = {}
         self._own_ids = itertools.count(-1, -1)  # of the router's own commands
         self._asked: dict[int, tuple[str, str]] = {}  # own id -> engine, name whose hash it tells
@@ -179,6 +183,7 @@ class ClusterChannel:
                 self._on_engine(engine_id, message)
         self._give_up_silent()
         self._dispatch()
+        self._counts.write(self.book, self._num_lost_engines)
         count = min(limit, len(self._answers))
         return [(b"", self._answers.popleft()) for _ in range(count)]
 
@@ -256,10 +261,10 @@ class ClusterChannel:
         self._answers.extend(answer)
 
     def _stats(self) -> dict[str, Any]:
+        self._counts.write(self.book, self._num_lost_engines)
         return {
             "placement": self._placement,
-            **describe_book(self.book),
-            "lost_engines": self._num_lost_engines,
+            **self._counts.total(),
             "scale": self.scale,
             "engines": describe_engines(self._engines, self.summaries()),
         }

@@ -1,9 +1,8 @@
-"""Describes a cluster's engines and the router's books, for `loraplex cluster status`."""
+"""Describes a cluster's engines, for `loraplex cluster status`."""
 
 from collections.abc import Iterable
 from typing import Any
 
-from loraplex.engine.router.request_book import RequestBook
 from loraplex.scheduler.placement.engine_summary import EngineSummary
 from loraplex.scheduler.placement.placement import MAX_AGE_SECONDS
 
@@ -31,14 +30,4 @@ def _row(engine: EngineSummary) -> dict[str, Any]:
         "loading": num_loading,
         "steps_per_second": round(engine.steps_per_second, 1),
         "report_age_s": round(engine.age_seconds, 3),
-    }
-
-
-def describe_book(book: RequestBook) -> dict[str, int]:
-    """Returns the counts of the router's requests and of those that it has moved."""
-    return {
-        "unfinished": len(book),
-        "waiting": book.num_waiting,
-        "moves": book.num_moves,
-        "recomputed_tokens": book.num_recomputed_tokens,
     }

@@ -7,7 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 
 MAX_ROWS = 200
-_TIERS = ("pages", "loading", "host", "disk")
+_TIERS = ("pages", "loading", "host", "disk", "memory")
 _COPIED = (
     "name", "owner", "state", "error", "content_hash", "kind", "max_rank", "num_pages", "num_bytes",
     "pinned", "num_running", "num_waiting", "seconds_since_use", "engines",

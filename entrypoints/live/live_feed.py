@@ -61,7 +61,7 @@ class LiveFeed:
         return {
             "time": time.time(),
             "model": self._model,
-            "load": _picked(stats, _LOAD),
+            "load": self._load(),
             "rates": {name: round(rate, 2) for name, rate in self._window.rates().items()},
             "first_token": self._window.first_tokens(),
             "pages": _picked(stats, _PAGES),
@@ -74,6 +74,12 @@ class LiveFeed:
                 for pool in stats.get("pools", [])
             ],
         }
+
+    def _load(self) -> dict[str, int]:
+        """Returns the load; requests that no engine of a cluster has room for wait too."""
+        load = _picked(self._stats, _LOAD)
+        load["waiting"] += self._stats.get("router", {}).get("waiting", 0)
+        return load
 
 
 def _picked(stats: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

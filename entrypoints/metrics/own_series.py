@@ -12,6 +12,7 @@ from loraplex.entrypoints.metrics.series import (
     counter,
     gauge,
     histogram,
+    of_router,
     stat,
 )
 from loraplex.scheduler.worker_protocol import WorkerReady
@@ -183,6 +184,21 @@ OWN_SERIES = (
         "Bytes of the page pool on each worker. Not in a cluster.",
         _of_workers(lambda worker: worker.num_pages * worker.page_bytes * worker.num_layers),
         "rank",
+    ),
+    counter(
+        "loraplex_router_moves",
+        "Requests that a cluster's routers sent again to another engine.",
+        of_router("moves"),
+    ),
+    counter(
+        "loraplex_router_recomputed_tokens",
+        "Tokens of moved requests that were computed again.",
+        of_router("recomputed_tokens"),
+    ),
+    counter(
+        "loraplex_lost_engines",
+        "Engines of a cluster that died, hung or did not answer.",
+        of_router("lost_engines"),
     ),
     gauge(
         "loraplex_engines",

@@ -31,6 +31,7 @@ class Scrape:
         ends: sequences that have ended, by finish reason, over all frontends.
         workers: of a single engine; none for a cluster.
         engine_states: the number of a cluster's engines in each state.
+        router: the counts of a cluster's routers together, by name; None for a single engine.
     """
 
     model_name: str
@@ -42,6 +43,7 @@ class Scrape:
     ends: Mapping[str, int]
     workers: Sequence[WorkerReady] = ()
     engine_states: Mapping[str, int] | None = None
+    router: Mapping[str, Any] | None = None
 
 
 def scrape_of(
@@ -74,4 +76,5 @@ def scrape_of(
         ends=ends,
         workers=() if is_cluster else workers,
         engine_states=states if is_cluster else None,
+        router=stats["router"] if is_cluster else None,
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex.entrypoints.metrics.scrape import Scrape
+from loraplex.entrypoints.metrics.scrape import ROUTER, Scrape
 
 MAX_VALUES = 64
 """Values of one label for which a series has samples; the rest is summed as "other"."""
@@ -65,6 +65,11 @@ def each_engine(value: Callable[[Mapping[str, Any]], Any]) -> Reader:
 def stat(key: str, *, scale: float = 1) -> Reader:
     """Reads a number of each engine's statistics, times `scale`."""
     return each_engine(lambda stats: stats[key] if scale == 1 else stats[key] * scale)
+
+
+def of_router(key: str) -> Reader:
+    """Reads a count of a cluster's routers; a single engine has none."""
+    return lambda scrape: [({"engine": ROUTER}, scrape.router[key])] if scrape.router else []
 
 
 def by_label(label: str, values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Reader:

@@ -14,6 +14,7 @@ from loraplex.entrypoints.metrics.series import (
     each_engine,
     gauge,
     histogram,
+    of_router,
     stat,
 )
 
@@ -95,7 +96,12 @@ def _of_requests(name: str, text: str) -> Series:
 
 VLLM_SERIES = (
     gauge("vllm:num_requests_running", "Requests in the batch.", stat("running")),
-    gauge("vllm:num_requests_waiting", "Requests that wait to start.", stat("waiting")),
+    gauge(
+        "vllm:num_requests_waiting",
+        "Requests that wait to start. In a cluster most wait in the routers, while no engine has "
+        "room.",
+        lambda scrape: [*stat("waiting")(scrape), *of_router("waiting")(scrape)],
+    ),
     gauge(
         "vllm:num_requests_waiting_by_reason",
         "Waiting requests by reason: capacity (for a place in the batch), deferred (for their "

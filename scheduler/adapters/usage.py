@@ -1,6 +1,7 @@
 """Counts of what one adapter did for its requests, of fixed size."""
 
 from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +80,20 @@ class Usage:
             "load_max_ms": self.max_load_us / 1e3,
             "hits": dict(zip(TIERS, self.tier_counts or (0,) * len(TIERS), strict=True)),
         }
+
+
+def merge_snapshots(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the snapshot of all parts together; an empty part counts nothing.
+
+    Quantiles are the largest of the parts: that of all together is no larger.
+    """
+    known = [part for part in parts if part]
+    if not known:
+        return {}
+    total = {key: sum(part[key] for part in known) for key in known[0] if key.startswith("num_")}
+    for key in ("ttft_p50_ms", "ttft_p99_ms", "load_max_ms"):
+        total[key] = max(part[key] for part in known)
+    for key, count in (("ttft_mean_ms", "num_first_tokens"), ("load_mean_ms", "num_loads")):
+        total[key] = sum(part[key] * part[count] for part in known) / max(1, total[count])
+    total["hits"] = {tier: sum(part["hits"][tier] for part in known) for tier in TIERS}
+    return total

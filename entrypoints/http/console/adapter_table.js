@@ -3,7 +3,8 @@
 import { adapterColor } from "./colors.js";
 import { ago, byId, count, make } from "./format.js";
 
-const TIERS = { pages: "in pages", loading: "loading", host: "host memory", disk: "disk" };
+const TIERS = { pages: "in pages", loading: "loading", host: "host memory", disk: "disk",
+  memory: "memory" };
 
 export class AdapterTable {
   #body;

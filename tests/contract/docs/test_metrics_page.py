@@ -10,7 +10,10 @@ from helpers.scheduling.metric_scrapes import scraped, stats_of
 from helpers.scheduling.scheduler_harness import Harness
 
 ROOT = Path(__file__).parents[3]
-CLUSTER_ONLY = {"loraplex_engines"}
+CLUSTER_ONLY = {
+    "loraplex_engines", "loraplex_lost_engines_total", "loraplex_router_moves_total",
+    "loraplex_router_recomputed_tokens_total",
+}  # fmt: skip
 
 
 def module(path: str) -> ModuleType:

@@ -83,9 +83,29 @@ def test_metrics_show_each_engine(served: ServedCluster) -> None:
     assert {labels["engine"] for labels in running} == set(served.cluster.engines)
     assert value(found, "loraplex_engines", state="up", engine="router") == 2
     assert values_of(found, "vllm:lora_adapter_loaded", adapter_name="a", level="gpu")
+    assert value(found, "vllm:num_requests_waiting", engine="router") == 0
+    assert value(found, "loraplex_router_moves_total", engine="router") == 0
+    assert value(found, "loraplex_lost_engines_total", engine="router") == 0
     ends = values_of(found, "vllm:request_success_total", engine="router")
     assert sum(ends) >= 2
     assert sum(values_of(found, "vllm:generation_tokens_total")) >= 6
+
+
+def test_the_console_shows_the_pools_of_both_engines(served: ServedCluster) -> None:
+    assert 'id="adapters"' in httpx.get(served.url).text
+    served.api.completions.create(model="b", prompt=PROMPT, max_tokens=3)
+    with httpx.stream("GET", f"{served.url}/loraplex/live", timeout=GUARD_S) as events:
+        line = next(line for line in events.iter_lines() if line.startswith("data: "))
+    view = json.loads(line.removeprefix("data: "))
+    engines = sorted(served.cluster.engines)
+    assert [pool["engine"] for pool in view["pools"]] == engines
+    for pool in view["pools"]:
+        assert sum(pool["runs"][1::2]) == pool["num_pages"] == 599
+        assert set(pool["runs"][::2]) - {0, 1, 2} == {3 + int(slot) for slot in pool["slots"]}
+    assert view["pages"]["num_pages"] == 2 * 599
+    rows = {row["name"]: row for row in view["adapters"]}
+    assert rows["b"]["tier"] == "pages" and set(rows["b"]["engines"]) <= set(engines)
+    assert view["adapter_counts"]["registered_adapters"] == len(rows)
 
 
 def test_bench_measures_a_running_cluster(served: ServedCluster, tmp_path: Path) -> None:

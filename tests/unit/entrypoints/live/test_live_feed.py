@@ -125,3 +125,18 @@ def test_rows_are_bounded_and_the_list_is_asked_for_seldomer() -> None:
     feed.add_stats(stats(registered_adapters=10_001))
     clock.now += 1
     assert feed.needs_list
+
+
+def test_an_adapter_that_was_sent_as_tensors_has_a_row() -> None:
+    feed = LiveFeed("base")
+    feed.add_list([listed("sent", "memory"), listed("read", "disk")])
+    feed.add_stats(stats())
+    assert [(row["name"], row["tier"]) for row in feed.view()["adapters"]] == [
+        ("read", "disk"), ("sent", "memory"),
+    ]  # fmt: skip
+
+
+def test_requests_that_wait_in_the_routers_of_a_cluster_wait() -> None:
+    feed = LiveFeed("base")
+    feed.add_stats(stats(running=64, waiting=2, router={"waiting": 40}))
+    assert feed.view()["load"]["waiting"] == 42

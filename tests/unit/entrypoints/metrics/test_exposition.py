@@ -141,7 +141,9 @@ def test_a_cluster_shows_each_engine() -> None:
     engines = {"engine-0": stats_of(run_of_three()), "engine-1": stats_of(Harness())}
     rows = [{**row, "engine": "engine-0"} for row in engines["engine-0"]["adapters_by_tier"]]
     states = {"engine-0": {"state": "up"}, "engine-1": {"state": "up"}}
-    stats = {"engines": engines, "adapters_by_tier": rows, "router": {"engines": states}}
+    router = {"engines": states, "waiting": 7, "moves": 3, "recomputed_tokens": 90}
+    router["lost_engines"] = 1
+    stats = {"engines": engines, "adapters_by_tier": rows, "router": router}
     counts = RequestHistograms()
     counts.count_end("stop")
     found = scraped(stats, counts)
@@ -149,6 +151,11 @@ def test_a_cluster_shows_each_engine() -> None:
     assert value(found, "vllm:prompt_tokens_total", engine="engine-1") == 0
     assert value(found, "vllm:request_success_total", engine="router", finished_reason="stop") == 1
     assert value(found, "loraplex_engines", state="up") == 2
+    assert value(found, "vllm:num_requests_waiting", engine="router") == 7
+    assert value(found, "vllm:num_requests_waiting", engine="engine-1") == 0
+    assert value(found, "loraplex_router_moves_total", engine="router") == 3
+    assert value(found, "loraplex_router_recomputed_tokens_total", engine="router") == 90
+    assert value(found, "loraplex_lost_engines_total", engine="router") == 1
     assert value(found, "vllm:lora_adapter_loaded", engine="engine-0", adapter_name="a") == 1
 
 
