@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loraplex.engine.ipc.shared_numbers import map_numbers
 from loraplex.engine.router.request_book import RequestBook
+from loraplex.scheduler.statistics.bucket_counts import zeros
 
 GROWING = ("moves", "recomputed_tokens", "lost_engines")
 PRESENT = ("unfinished", "waiting")
@@ -17,7 +18,7 @@ class RouterCounts:
 
     def __init__(self, cells: "memoryview[float] | None" = None, folder: Path | None = None):
         """Goes on with the growing counts of `cells`; without them there is one router."""
-        self._cells = memoryview(array("d", [0.0] * len(_NAMES))) if cells is None else cells
+        self._cells = zeros(len(_NAMES)) if cells is None else cells
         self._folder = folder
         self._before = list(self._cells[: len(GROWING)])
 

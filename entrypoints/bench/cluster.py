@@ -14,6 +14,7 @@ from loraplex.engine.cluster.launch.launchers import NO_RAY
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
+from loraplex.engine.processes.engine import Engine
 from loraplex.entrypoints.bench.engine_strike import EngineStrike
 from loraplex.entrypoints.bench.measure import check_complete, percentiles, summarize
 from loraplex.entrypoints.bench.panels import cluster_panels
@@ -56,7 +57,7 @@ def _start_and_measure(args: argparse.Namespace, setup: BenchSetup, results: Res
     )
     cluster.start()
     with cluster:
-        engines = list(cluster.engines.values())
+        engines = [engine for engine in cluster.engines.values() if isinstance(engine, Engine)]
         info = engines[0].info
         row = setup.row_of(info) | {"placement": args.placement}
         with _connect(setup, cluster.endpoint, info, row, results) as router:

@@ -34,7 +34,7 @@ class BenchEngine(Protocol):
         """Returns which process died and how, None if none dies within `wait_s` seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ConnectedEngine:
     """An engine or a router whose processes this session does not watch."""
 

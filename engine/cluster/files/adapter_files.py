@@ -50,7 +50,7 @@ class AdapterFiles:
         """Files below `adapter_root`, a real path, are opened without leaving it."""
         self._root = adapter_root
 
-    def list(self, path: str) -> list[FolderFile]:
+    def list_files(self, path: str) -> list[FolderFile]:
         """Returns the files of an adapter's folder, in the order of NAMES.
 
         Raises OSError if there is no such folder, or a file is none or cannot be opened.

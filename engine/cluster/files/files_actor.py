@@ -22,9 +22,9 @@ class FilesActor:
         self._held: OrderedDict[tuple[str, FolderFile, int], Any] = OrderedDict()
         self._lock = threading.Lock()  # a piece is read once
 
-    def list(self, path: str) -> list[FolderFile]:
+    def list_files(self, path: str) -> list[FolderFile]:
         """Lists as AdapterFiles does."""
-        return self._files.list(path)
+        return self._files.list_files(path)
 
     def put(self, path: str, file: FolderFile, start: int) -> list[Any]:
         """Returns a list of one reference to a piece: Ray would fetch a bare reference at once."""

@@ -31,7 +31,7 @@ class FileSource(Protocol):
     Both methods raise OSError as AdapterFiles does, and where the other node does not answer.
     """
 
-    def list(self, path: str) -> list[FolderFile]: ...
+    def list_files(self, path: str) -> list[FolderFile]: ...
 
     def read(self, path: str, file: FolderFile, start: int) -> Piece: ...
 
@@ -92,7 +92,7 @@ class NodeFiles:
 
     def _list(self, path: str) -> list[FolderFile]:
         try:
-            return self._source.list(path)
+            return self._source.list_files(path)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise AdapterError(
                 f"{path} cannot be read on the router's node: {error.strerror or error}"
@@ -100,7 +100,7 @@ class NodeFiles:
 
     def _is_here(self, path: str, files: Sequence[FolderFile]) -> bool:
         try:
-            return self._own.list(path) == files
+            return self._own.list_files(path) == files
         except (OSError, ValueError):
             return False
 

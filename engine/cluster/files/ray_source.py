@@ -13,8 +13,8 @@ class RaySource:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def list(self, path: str) -> list[FolderFile]:
-        files: list[FolderFile] = _result(self._actor.list.remote(path))
+    def list_files(self, path: str) -> list[FolderFile]:
+        files: list[FolderFile] = _result(self._actor.list_files.remote(path))
         return files
 
     def read(self, path: str, file: FolderFile, start: int) -> Piece:
