@@ -5,16 +5,23 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.cluster.engine_cluster import EngineCluster
+from loraplex.engine.cluster.files.adapter_files import PIECE_BYTES
+from loraplex.engine.cluster.files.files_actor import FilesActor
+from loraplex.engine.cluster.files.node_files import NodeFiles
+from loraplex.engine.cluster.files.ray_source import RaySource
 from loraplex.engine.cluster.launch.launchers import LOCAL_RAY, NO_RAY
-from loraplex.engine.errors import ConfigError
+from loraplex.engine.errors import AdapterError, ConfigError
+from loraplex.engine.stores.disk_cache import DiskCache
 from loraplex.entrypoints.cli import main as cli
 from loraplex.entrypoints.client.sync_client import Client
 
-from helpers.fakes.fake_engine import fake_config
+from helpers.fakes.fake_engine import fake_config, make_fake_adapter
 from helpers.running.cluster_streams import fake_cluster, stream, stream_many
 from helpers.running.processes import is_alive, wait_until
 
@@ -84,6 +91,31 @@ def test_a_router_that_dies_comes_back_and_finds_its_engines(cluster: EngineClus
     with Client(cluster.endpoint) as client:
         wait_until(lambda: bool(client.stats()["engines"]))
     stream(cluster.endpoint, 0)
+
+
+def test_files_pass_through_rays_object_store(cluster: EngineCluster, tmp_path: Path) -> None:
+    """The path means another folder in each process, as on nodes that share no file system."""
+    ray = pytest.importorskip("ray")
+    if not ray.is_initialized():
+        pytest.skip("these engines are child processes")
+
+    class MovedFiles(FilesActor):
+        def __init__(self, folder: str) -> None:
+            os.chdir(folder)
+            super().__init__("")
+
+    path, weights = "/proc/self/cwd/a", os.urandom(2 * PIECE_BYTES + 5)
+    make_fake_adapter(tmp_path / "a", "{}").joinpath(WEIGHTS_FILE).write_bytes(weights)
+    actor = ray.remote(MovedFiles).options(num_cpus=0).remote(str(tmp_path))
+    source = RaySource(actor)
+    files = NodeFiles(source, DiskCache(tmp_path / "copies", 64 << 20))
+    copy = files.open(path)
+    assert copy is not None and (copy.path / WEIGHTS_FILE).read_bytes() == weights
+    with pytest.raises(AdapterError, match="/proc/self/cwd/b cannot be read on the router's node"):
+        files.open("/proc/self/cwd/b")
+    ray.kill(actor)
+    with pytest.raises(OSError, match="the router's node cannot be asked"):
+        files.open(path)
 
 
 def test_what_a_cluster_cannot_do_is_named() -> None:
