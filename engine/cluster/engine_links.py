@@ -73,7 +73,7 @@ class EngineLinks:
             if engine_id not in self._links:
                 self._num_links += 1
                 identity = f"{self._identity}.{self._num_links}".encode()
-                link = DealerChannel(self._context, engine.endpoint, identity)
+                link = DealerChannel(self._context, engine.endpoint, identity, reconnects=False)
                 self._links[engine_id] = link
                 sockets.register(link.socket, zmq.POLLIN)
                 self._channel.add_engine(engine_id, link)

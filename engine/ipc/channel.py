@@ -141,8 +141,21 @@ class RouterChannel:
 class DealerChannel:
     """The connecting end: one peer, reached under `identity`."""
 
-    def __init__(self, context: "zmq.Context[Any]", endpoint: str, identity: bytes) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[Any]",
+        endpoint: str,
+        identity: bytes,
+        *,
+        reconnects: bool = True,
+    ) -> None:
+        """Without `reconnects` the peer stays silent once the connection is cut.
+
+        Messages under way are lost in a cut, and those after it would hide that.
+        """
         self.socket = open_socket(context, zmq.DEALER, hwm=INTERNAL_HWM, identity=identity)
+        if not reconnects:
+            self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self.socket.connect(endpoint)
 
     def send(self, message: object, peer: bytes = b"") -> None:

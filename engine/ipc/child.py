@@ -47,9 +47,14 @@ BEAT_S = 1.0
 logger = logging.getLogger("loraplex")
 
 
-def write_frame(stream: BinaryIO, message: object) -> None:
+def frame(message: object) -> bytes:
+    """Returns the bytes of a frame."""
     data = codec.encode(message)
-    stream.write(struct.pack("<I", len(data)) + data)
+    return struct.pack("<I", len(data)) + data
+
+
+def write_frame(stream: BinaryIO, message: object) -> None:
+    stream.write(frame(message))
     stream.flush()
 
 

@@ -1,5 +1,6 @@
 """Names of adapters as the router knows them: their folders, pins and content."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ from msgspec.structs import replace
 from loraplex.engine.ipc.messages.frontend import AdapterCommand
 from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.scheduler.frontend_protocol import AdapterSource
+
+logger = logging.getLogger("loraplex.router")
 
 
 class AdapterBook:
@@ -34,7 +37,11 @@ class AdapterBook:
         if self._log is None:
             self._apply(command)
         elif not self._is_known(command):
-            self._log.append(command)
+            try:
+                self._log.append(command)
+            except OSError as error:
+                logger.error("the other routers do not learn of %s: %s", command.name, error)
+                self._apply(command)
             self.sync()
 
     def sync(self) -> None:

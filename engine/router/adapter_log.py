@@ -4,12 +4,13 @@ Each router appends its own commands and reads those of the others. A router tha
 the file from its beginning.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import BinaryIO
 
-from loraplex.engine.ipc.child import read_frame, write_frame
+from loraplex.engine.ipc.child import frame, read_frame
 from loraplex.engine.ipc.messages.frontend import AdapterCommand
 
 
@@ -22,10 +23,23 @@ class AdapterLog:
         self._num_read = 0
 
     def append(self, command: AdapterCommand) -> None:
-        """Adds a command at the end, in the order of all routers."""
+        """Adds a command at the end, in the order of all routers.
+
+        Raises OSError if the disk is full. The file is as it was then: half a command in it would
+        make all that come later unreadable.
+        """
+        data = frame(command)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
-            write_frame(self._file, command)
+            end = os.fstat(self._file.fileno()).st_size
+            num_written = 0
+            try:
+                num_written = self._file.write(data)
+            finally:
+                if num_written < len(data):
+                    os.ftruncate(self._file.fileno(), end)
+            if num_written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 

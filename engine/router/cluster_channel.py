@@ -11,11 +11,12 @@ import math
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
 from loraplex.engine.ipc.channel import RECEIVE_LIMIT, Channel, PeerGoneError
+from loraplex.engine.ipc.codec import WireError
 from loraplex.engine.ipc.messages.frontend import (
     AbortRequests,
     AdapterCommand,
@@ -30,7 +31,9 @@ from loraplex.engine.ipc.messages.frontend import (
 from loraplex.engine.router.adapter_book import AdapterBook
 from loraplex.engine.router.adapter_log import AdapterLog
 from loraplex.engine.router.broadcasts import Answer, Broadcasts
-from loraplex.engine.router.request_book import RequestBook
+from loraplex.engine.router.engine_watch import GIVE_UP_S, NO_ENGINE_S, EngineWatch
+from loraplex.engine.router.hash_questions import HashQuestions
+from loraplex.engine.router.request_book import MAX_DEATHS, RequestBook
 from loraplex.engine.router.routed_request import RoutedRequest
 from loraplex.engine.router.router_counts import RouterCounts
 from loraplex.engine.router.router_queue import make_waiting_queue
@@ -44,9 +47,6 @@ from loraplex.scheduler.placement.engine_report import EngineReport
 from loraplex.scheduler.placement.engine_summary import EngineSummary
 from loraplex.scheduler.placement.placement import place
 from loraplex.scheduler.placement.placement_request import PlacementRequest
-
-GIVE_UP_S = 5.0  # without a report; from MAX_AGE_SECONDS on an engine is suspect
-NO_ENGINE_S = 60.0  # that a request waits while there is no engine at all
 
 logger = logging.getLogger("loraplex.router")
 
@@ -99,10 +99,10 @@ class ClusterChannel:
         self._engines: dict[str, Channel] = {}
         self._num_lost_engines = 0
         self._counts = counts or RouterCounts()
-        self._heard_at: dict[str, float] = {}
+        self._watch = EngineWatch(clock())
+        self._refusing: set[str] = set()  # engines whose queue was full at their last report
         self._own_ids = itertools.count(-1, -1)  # of the router's own commands
-        self._asked: dict[int, tuple[str, str]] = {}  # own id -> engine, name whose hash it tells
-        self._asked_names: set[str] = set()
+        self._hashes = HashQuestions(self._own_ids)
         self._answers: deque[Any] = deque()
 
     # Engines
@@ -115,7 +115,7 @@ class ClusterChannel:
         if engine_id in self._engines:
             raise ValueError(f"engine {engine_id} is connected already")
         self._engines[engine_id] = channel
-        self._heard_at[engine_id] = self._clock()
+        self._watch.hear(engine_id, self._clock())
         self._tell(engine_id, FrontendHello(self._name))
         for command in self.adapters.replay(next(self._own_ids)):
             self._tell(engine_id, command)
@@ -127,21 +127,25 @@ class ClusterChannel:
             return
         is_released = self._view.is_draining(engine_id)
         self._num_lost_engines += not is_released
-        del self._heard_at[engine_id]
+        self._watch.remove(engine_id)
+        self._refusing.discard(engine_id)
         self._view.remove(engine_id)
-        for own_id in [key for key, (asked, _) in self._asked.items() if asked == engine_id]:
-            self._asked_names.discard(self._asked.pop(own_id)[1])
+        self._hashes.lose_engine(engine_id)
+        if not is_released:
+            self._fail_causes_of_death(engine_id)
         attempts = self.book.recall(engine_id)
         text, level = f"{len(attempts)} requests go on elsewhere", logging.WARNING
         if is_released and not attempts:
             level = logging.INFO
         logger.log(level, "%s is gone (%s): %s", engine_id, reason, text)
         self._answer(self._broadcasts.lose_engine(engine_id))
+        self._watch.lacks_engine(self._is_open, self._clock())
 
     def drain_engine(self, engine_id: str) -> None:
         """Moves an engine's requests elsewhere and sends it no more. Raises KeyError if unknown."""
         channel = self._engines[engine_id]
         self._view.drain(engine_id)
+        self._watch.lacks_engine(self._is_open, self._clock())
         attempts = self.book.recall(engine_id)
         if attempts:
             self._send_to(engine_id, channel, AbortRequests(attempts))
@@ -149,6 +153,11 @@ class ClusterChannel:
     def summaries(self) -> list[EngineSummary]:
         """Returns the load of the engines that have reported."""
         return self._view.summaries(self._clock())
+
+    @property
+    def _is_open(self) -> bool:
+        """Tells whether any engine may get requests."""
+        return any(not self._view.is_draining(engine_id) for engine_id in self._engines)
 
     @property
     def has_answers(self) -> bool:
@@ -178,8 +187,14 @@ class ClusterChannel:
 
     def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[bytes, Any]]:
         """Hears the engines, places what waits, and returns what there is for the frontend."""
+        self._watch.begin_look(self._clock())
         for engine_id, channel in list(self._engines.items()):
-            for _, message in channel.receive(limit):
+            try:
+                messages = channel.receive(limit)
+            except WireError as error:
+                self.lose_engine(engine_id, f"it does not speak this router's protocol: {error}")
+                continue
+            for _, message in messages:
                 self._on_engine(engine_id, message)
         self._give_up_silent()
         self._dispatch()
@@ -223,10 +238,11 @@ class ClusterChannel:
     # The engines' side
 
     def _on_engine(self, engine_id: str, message: object) -> None:
-        self._heard_at[engine_id] = self._clock()
+        self._watch.hear(engine_id, self._clock())
         match message:
             case StepOutputs():
                 outputs = self.book.on_outputs(message)
+                self._refusing |= self.book.take_refusing()
                 now = self._clock()
                 for request in self.book.take_begun():
                     self.attainment.observe(now - request.arrived_at, now)
@@ -238,14 +254,14 @@ class ClusterChannel:
                     self._answers.append(message)
             case EngineReport():
                 self._view.apply(engine_id, message, self._clock())
+                self._refusing.discard(engine_id)
             case ReplyRows() | StatsReply():
                 self._answer(self._broadcasts.on_reply(engine_id, message))
             case AdapterReply():
                 self._on_adapter_reply(engine_id, message)
 
     def _on_adapter_reply(self, engine_id: str, reply: AdapterReply) -> None:
-        if reply.command_id in self._asked:
-            self._asked_names.discard(self._asked.pop(reply.command_id)[1])
+        self._hashes.on_reply(reply.command_id)
         command = self._broadcasts.command(reply.command_id)
         if command is not None and not reply.error:
             self.adapters.on_done(command)
@@ -271,15 +287,23 @@ class ClusterChannel:
 
     def _give_up_silent(self) -> None:
         now = self._clock()
-        for engine_id, heard_at in list(self._heard_at.items()):
-            if now - heard_at > GIVE_UP_S:
-                self.lose_engine(engine_id, f"no message for {GIVE_UP_S:g} s")
-        is_open = any(not self._view.is_draining(engine_id) for engine_id in self._engines)
-        if is_open or not self.book.num_waiting:
-            return
-        for request in self.book.waiting_since(now - NO_ENGINE_S):
-            self.book.end(request.message.request_id)
+        for engine_id in self._watch.silent(now):
+            self.lose_engine(engine_id, f"no message for {GIVE_UP_S:g} s")
+        if self._watch.lacks_engine(self._is_open, now):
             text = f"no engine is up, and none came within {NO_ENGINE_S:g} s"
+            self._end_dead(self.book.waiting_since(now - NO_ENGINE_S), text)
+
+    def _fail_causes_of_death(self, engine_id: str) -> None:
+        """Fails what many engines have died with: it would end the others too, one by one."""
+        doomed = self.book.count_death(engine_id)
+        if doomed:
+            logger.error("%d requests fail: %d engines died with them", len(doomed), MAX_DEATHS)
+        text = f"{MAX_DEATHS} engines have died or hung with this request; no other gets it"
+        self._end_dead(doomed, text)
+
+    def _end_dead(self, requests: Iterable[RoutedRequest], text: str) -> None:
+        for request in requests:
+            self.book.end(request.message.request_id)
             self._fail(request.message.request_id, "engine_dead", text)
 
     def _tell(self, engine_id: str, message: object) -> None:
@@ -301,7 +325,11 @@ class ClusterChannel:
             if engine_id is None:
                 return
             self._tell(engine_id, self.book.start(request, engine_id))
-            self._ask_for_hash(engine_id, request.message.home_adapter)
+            name = request.message.home_adapter
+            if name and not self.adapters.content_hash(name):
+                question = self._hashes.ask(engine_id, name)
+                if question is not None:
+                    self._tell(engine_id, question)
 
     def _place(self, request: RoutedRequest) -> str | None:
         name = request.message.home_adapter
@@ -313,17 +341,9 @@ class ClusterChannel:
             objective_s=self._objective_s,
             home=name,
         )
-        decision = place(needs, self.summaries(), self._placement, self._random)
+        able = [e for e in self.summaries() if e.engine_id not in self._refusing]
+        decision = place(needs, able, self._placement, self._random)
         if decision is None:
             return None
         self._view.on_sent(decision.engine_id, needs)
         return decision.engine_id
-
-    def _ask_for_hash(self, engine_id: str, name: str) -> None:
-        """Asks for the content hash of a name once; residency is reported by hash."""
-        if not name or name in self._asked_names or self.adapters.content_hash(name):
-            return
-        own_id = next(self._own_ids)
-        self._asked[own_id] = (engine_id, name)
-        self._asked_names.add(name)
-        self._tell(engine_id, AdapterCommand(own_id, "list", name))

@@ -22,6 +22,9 @@ from loraplex.scheduler.frontend_protocol import (
 RETRIED_CODES = frozenset({"queue_full"})
 """Errors of one engine after which another may serve the request."""
 
+MAX_DEATHS = 4
+"""Engines that may die with a request before it is held to be the cause, and fails."""
+
 
 class RequestBook:
     """Holds the sequences; those that wait are in the order of a queue."""
@@ -37,6 +40,7 @@ class RequestBook:
         self.num_moves = 0  # requests that were sent again
         self.num_recomputed_tokens = 0
         self._begun: list[RoutedRequest] = []  # whose first token has come
+        self._refusing: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -119,6 +123,7 @@ class RequestBook:
         if request is None:
             return None
         if output.error_code in RETRIED_CODES:
+            self._refusing.add(request.engine_id)
             self._recall(request)
             return None
         if output.token_ids and not request.generated:
@@ -133,6 +138,18 @@ class RequestBook:
         """Returns the requests whose first token has come since the last call."""
         begun, self._begun = self._begun, []
         return begun
+
+    def take_refusing(self) -> set[str]:
+        """Returns the engines that have had no room for a request since the last call."""
+        refusing, self._refusing = self._refusing, set()
+        return refusing
+
+    def count_death(self, engine_id: str) -> list[RoutedRequest]:
+        """Counts the death of an engine for its requests; returns those that reach MAX_DEATHS."""
+        held = [request for request in self._attempts.values() if request.engine_id == engine_id]
+        for request in held:
+            request.num_deaths += 1
+        return [request for request in held if request.num_deaths >= MAX_DEATHS]
 
     def end(self, request_id: int) -> tuple[str, int] | None:
         """Forgets a request; returns the engine and the attempt to abort, if it was sent."""

@@ -16,6 +16,7 @@ class RoutedRequest:
         source: folder that the adapter's name meant when the request came, if it is known.
         mix: the parts of its mix with such folders.
         engine_id: empty while it waits for an engine.
+        num_deaths: engines that died or hung while they had it.
         attempt: id under which the engine knows it; another one each time it is sent.
         num_scored: prompt log-probabilities that were passed on.
         num_to_skip: log-probabilities that the present attempt brings again.
@@ -29,6 +30,7 @@ class RoutedRequest:
     mix: list[MixPart] = field(default_factory=list)
     engine_id: str = ""
     was_sent: bool = False
+    num_deaths: int = 0
     attempt: int = 0
     num_scored: int = 0
     num_to_skip: int = 0

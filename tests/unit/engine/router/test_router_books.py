@@ -15,7 +15,7 @@ from loraplex.engine.ipc.messages.frontend import (
     StatsQuery,
     StatsReply,
 )
-from loraplex.engine.router.cluster_channel import GIVE_UP_S, NO_ENGINE_S
+from loraplex.engine.router.engine_watch import GIVE_UP_S, NO_ENGINE_S
 from loraplex.scheduler.frontend_protocol import AdapterSource, AddRequest
 from loraplex.scheduler.placement.placement import POLICIES
 from loraplex.scheduler.request import RequestRefused
