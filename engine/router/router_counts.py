@@ -1,4 +1,4 @@
-"""What the routers of a cluster have moved and lost, and what waits in them."""
+"""Counts of what the routers of a cluster have moved and lost, and of what waits in them."""
 
 from array import array
 from pathlib import Path

@@ -35,7 +35,7 @@ class RandomAdapters:
 
 @dataclass(frozen=True, slots=True)
 class BenchSetup:
-    """What a benchmark's engines are started with, and the part of its rows that says so."""
+    """The configuration of a benchmark's engines, and the part of its rows that describes it."""
 
     config: EngineConfig
     adapters: list[tuple[str, str]]  # name and path, by number

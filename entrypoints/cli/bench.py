@@ -118,6 +118,6 @@ def _serve(args: argparse.Namespace, config: EngineConfig) -> int:
 
 
 def _cluster(args: argparse.Namespace, config: EngineConfig) -> int:
-    from loraplex.entrypoints.bench import cluster
+    from loraplex.entrypoints.bench.cluster import cluster_bench
 
-    return cluster.run(args, config)
+    return cluster_bench.run(args, config)

@@ -32,14 +32,14 @@ class FolderFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """Some bytes of a file, and their BLAKE2b hash."""
 
     data: bytes
     digest: str
 
     @classmethod
-    def of(cls, data: bytes) -> "Piece":
+    def of(cls, data: bytes) -> "FilePiece":
         return cls(data, hash_of(data))
 
 
@@ -58,7 +58,7 @@ class AdapterFiles:
         found = set(os.listdir(path))
         return [self._look(path, name) for name in NAMES if name in found]
 
-    def read(self, path: str, file: FolderFile, start: int) -> Piece:
+    def read(self, path: str, file: FolderFile, start: int) -> FilePiece:
         """Returns up to PIECE_BYTES from `start` on.
 
         Raises:
@@ -69,7 +69,7 @@ class AdapterFiles:
             data = os.pread(descriptor, min(PIECE_BYTES, file.num_bytes - start), start)
             if _describe(descriptor, file.name) != file:
                 raise FilesChangedError(f"{path}/{file.name} was replaced while it was read")
-        return Piece.of(data)
+        return FilePiece.of(data)
 
     def _look(self, path: str, name: str) -> FolderFile:
         try:
@@ -80,7 +80,7 @@ class AdapterFiles:
 
 
 def hash_of(data: bytes) -> str:
-    """Returns the hash of a Piece."""
+    """Returns the hash of a FilePiece."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from loraplex.engine.cluster.files.adapter_files import (
     AdapterFiles,
+    FilePiece,
     FilesChangedError,
     FolderFile,
-    Piece,
     hash_of,
 )
 from loraplex.engine.errors import AdapterError
@@ -33,7 +33,7 @@ class FileSource(Protocol):
 
     def list_files(self, path: str) -> list[FolderFile]: ...
 
-    def read(self, path: str, file: FolderFile, start: int) -> Piece: ...
+    def read(self, path: str, file: FolderFile, start: int) -> FilePiece: ...
 
 
 class NodeFiles:

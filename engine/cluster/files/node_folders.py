@@ -1,4 +1,4 @@
-"""What an engine on another node than the router's needs to read adapters."""
+"""Gives an engine on another node than the router's the folders of adapters."""
 
 import secrets
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loraplex.engine.cluster.files.adapter_files import FolderFile, Piece
+from loraplex.engine.cluster.files.adapter_files import FilePiece, FolderFile
 
 CALL_LIMIT_S = 30.0
 
@@ -17,9 +17,9 @@ class RaySource:
         files: list[FolderFile] = _result(self._actor.list_files.remote(path))
         return files
 
-    def read(self, path: str, file: FolderFile, start: int) -> Piece:
+    def read(self, path: str, file: FolderFile, start: int) -> FilePiece:
         (reference,) = _result(self._actor.put.remote(path, file, start))
-        piece: Piece = _result(reference)
+        piece: FilePiece = _result(reference)
         return piece
 
 

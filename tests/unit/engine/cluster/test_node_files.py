@@ -12,7 +12,7 @@ import pytest
 from loraplex.engine.adapters.adapter_folders import AdapterFolders
 from loraplex.engine.adapters.reader_error import ReaderError
 from loraplex.engine.cluster.files import adapter_files
-from loraplex.engine.cluster.files.adapter_files import AdapterFiles, FolderFile, Piece
+from loraplex.engine.cluster.files.adapter_files import AdapterFiles, FilePiece, FolderFile
 from loraplex.engine.cluster.files.node_files import NodeFiles
 from loraplex.engine.cluster.files.node_folders import NodeFolders
 from loraplex.engine.cluster.files.session_folder import SessionFolder
@@ -34,7 +34,7 @@ class OtherNode:
     def list_files(self, path: str) -> list[FolderFile]:
         return self.files.list_files(f"{self.root}{path}")
 
-    def read(self, path: str, file: FolderFile, start: int) -> Piece:
+    def read(self, path: str, file: FolderFile, start: int) -> FilePiece:
         self.fail()
         self.num_pieces += 1
         return self.files.read(f"{self.root}{path}", file, start)
@@ -119,7 +119,7 @@ def test_files_that_change_under_way_are_an_error_and_leave_nothing(
 
 def test_damaged_pieces_and_damaged_copies_are_found(other: OtherNode, tmp_path: Path) -> None:
     class Damaging(OtherNode):
-        def read(self, path: str, file: FolderFile, start: int) -> Piece:
+        def read(self, path: str, file: FolderFile, start: int) -> FilePiece:
             return replace(super().read(path, file, start), data=b"?" * 1000)
 
     with pytest.raises(OSError, match="damaged on the way"):

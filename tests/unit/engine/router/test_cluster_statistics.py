@@ -1,4 +1,4 @@
-"""What a cluster says of itself is what one engine would say of the same work."""
+"""Statistics of a cluster are those that one engine would have of the same work."""
 
 from array import array
 from pathlib import Path

@@ -15,11 +15,11 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.sampling_params import SamplingParams
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
-from loraplex.entrypoints.bench.engine_strike import EngineStrike
+from loraplex.entrypoints.bench.cluster.engine_strike import EngineStrike
+from loraplex.entrypoints.bench.cluster.running_cluster import connect_running
 from loraplex.entrypoints.bench.measure import check_complete, percentiles, summarize
 from loraplex.entrypoints.bench.panels import cluster_panels
 from loraplex.entrypoints.bench.results import Results, Row, Table
-from loraplex.entrypoints.bench.running_cluster import connect_running
 from loraplex.entrypoints.bench.session import BenchSession, ConnectedEngine, make_session
 from loraplex.entrypoints.bench.setup import BenchSetup, RandomAdapters, make_setup
 from loraplex.entrypoints.bench.traces import TraceRequest, make_prompts, make_trace
