@@ -55,17 +55,15 @@ class EngineListReader:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE_NAME
-        self._seen: tuple[int, int] | None = None
+        self._seen = b""
 
     def read(self) -> EngineList | None:
         """Returns the list if it is new since the last call."""
         try:
-            stat = self._path.stat()
-            seen = (stat.st_ino, stat.st_mtime_ns)
-            if seen == self._seen:
-                return None
             data = self._path.read_bytes()
         except FileNotFoundError:
             return None
-        self._seen = seen
+        if data == self._seen:
+            return None
+        self._seen = data
         return msgspec.json.decode(data, type=EngineList)
