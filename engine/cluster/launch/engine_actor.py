@@ -30,7 +30,7 @@ class RouterNode:
     """The node of the routers, and how engines on others get adapters from it.
 
     Attributes:
-        files: a FilesActor; None: no engine runs on another node.
+        files: a FilesActor; None: every node has the adapters.
         session: names the folders of copies.
     """
 
@@ -77,7 +77,8 @@ class EngineActor:
         host = ray.util.get_node_ip_address() if is_away else ""
         with self._lock:
             self.stop()
-            folders = self._folders = _open_folders(config, router) if is_away else None
+            needs_copies = is_away and router.files is not None
+            folders = self._folders = _open_folders(config, router) if needs_copies else None
             engine = Engine(
                 config,
                 worker_command=worker_command,

@@ -63,12 +63,13 @@ class RayLauncher:
 
     def open(self, num_engines: int) -> None:
         """Connects. Raises ConfigError if that fails, or if a local Ray has too few GPUs."""
-        self._config = _with_real_paths(self._config)
         num_devices = self._config.parallel.tensor_parallel_size
         if not ray.is_initialized():
             self._connect(num_engines * num_devices)
             self._is_own = True
         self._router = self._make_router_node()
+        if self._router.files is not None:
+            self._config = _with_real_paths(self._config)
         kind = self._device_kind()
         self._devices = {kind: float(num_devices)}
         found = ray.cluster_resources().get(kind, 0)
@@ -79,7 +80,7 @@ class RayLauncher:
             )
 
     def _make_router_node(self) -> RouterNode:
-        """Starts what hands adapters to other nodes, unless there can be none."""
+        """Starts what hands adapters to other nodes, unless Ray was started for this machine."""
         node_id = ray.get_runtime_context().get_node_id()
         if self._is_own and self._address == LOCAL:
             return RouterNode(node_id, uuid.uuid4().hex)
