@@ -60,6 +60,10 @@ class StepPlanner:
         return len(self._in_flight)
 
     @property
+    def num_prompt_tokens_in_flight(self) -> int:
+        return sum(step.num_prompt_tokens for step in self._in_flight)
+
+    @property
     def has_capacity(self) -> bool:
         """True if one more step may be sent before a result comes."""
         return len(self._in_flight) < self._config.max_steps_in_flight

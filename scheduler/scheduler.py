@@ -50,6 +50,7 @@ class Scheduler:
         outputs: outputs that were not sent to the frontends yet.
         waiting, running: the unfinished requests. Callers only read them.
         memory: owners of the pages. Callers only read it.
+        counters: counts since the start. Callers only read them.
         clock: returns the time in seconds.
     """
 
@@ -73,7 +74,7 @@ class Scheduler:
         self.clock = clock
         self._policy = make_policy(config)
         self.tenants = TenantLimiter(self._policy.set_weights)
-        self._stats = SchedulerStats()
+        self.counters = self._stats = SchedulerStats()
         self._requests: dict[Hashable, Request] = {}
         self.waiting = WaitingQueue(self._policy)
         self.running = RunningRequests(config.max_num_seqs)
@@ -314,9 +315,9 @@ class Scheduler:
         return commands
 
     @property
-    def counters(self) -> SchedulerStats:
-        """Counts since the start. Callers only read them."""
-        return self._stats
+    def num_prompt_tokens_in_flight(self) -> int:
+        """Prompt tokens that the steps in flight compute."""
+        return self._planner.num_prompt_tokens_in_flight
 
     @property
     def num_unfinished(self) -> int:
@@ -324,10 +325,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, Any]:
         """Returns load, memory and counters as plain values, in constant time."""
-        present = describe_load(
-            self.memory, self.running, self.waiting, self._planner.num_in_flight
-        )
-        return self._stats.snapshot() | present | self.adapters.stats()
+        load = describe_load(self.memory, self.running, self.waiting, self._planner.num_in_flight)
+        return self._stats.snapshot() | load | self.adapters.stats()
 
     def check_integrity(self) -> None:
         """Prove that no page, slot, pin or request is lost or leaked; raises IntegrityError."""

@@ -22,8 +22,8 @@ class StepBuilder:
 
     __slots__ = (
         "budget", "chunk_rows", "drafts", "follows", "new_requests", "num_new",
-        "num_sampled", "num_tokens", "page_epochs", "page_ids", "page_slots",
-        "positions", "requests", "samples", "slots", "step_id",
+        "num_prompt_tokens", "num_sampled", "num_tokens", "page_epochs", "page_ids",
+        "page_slots", "positions", "requests", "samples", "slots", "step_id",
     )  # fmt: skip
 
     def __init__(self, step_id: int, budget: int, follows: bool = False) -> None:
@@ -34,6 +34,7 @@ class StepBuilder:
         self.requests: list[Request] = []
         self.positions: list[int] = []
         self.num_tokens: list[int] = []
+        self.num_prompt_tokens = 0  # in chunks
         self.samples: list[int] = []
         self.num_sampled = 0
         self.num_new = self.samples  # tokens that each row brings its request; set by check()
@@ -92,6 +93,7 @@ class StepBuilder:
             self.samples[row] = samples
         self.num_sampled += samples
         self.budget -= num_tokens
+        self.num_prompt_tokens += num_tokens
         request.num_scheduled += num_tokens
         request.num_total += samples
 

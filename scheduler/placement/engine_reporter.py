@@ -75,6 +75,8 @@ class EngineReporter:
         return counters.adapter_load_us / 1e6 / max(1, counters.num_adapter_loads)
 
     def _waiting_tokens(self) -> int:
-        waiting = sum(len(request.token_ids) for request in self._scheduler.waiting)
-        left = (request.num_total - request.num_scheduled for request in self._scheduler.running)
-        return waiting + sum(num_tokens for num_tokens in left if num_tokens > 1)
+        scheduler = self._scheduler
+        waiting = sum(len(request.token_ids) for request in scheduler.waiting)
+        left = (request.num_total - request.num_scheduled for request in scheduler.running)
+        planned = scheduler.num_prompt_tokens_in_flight
+        return waiting + sum(num_tokens for num_tokens in left if num_tokens > 1) + planned
