@@ -13,6 +13,7 @@ class _EngineView:
     report: EngineReport
     reported_at: float
     load_seconds: dict[str, float] = field(default_factory=dict)
+    unhashed: set[str] = field(default_factory=set)
     num_sent: int = 0
     unreported: deque[PlacementRequest] = field(default_factory=deque)  # sent, not yet in a report
 
@@ -66,6 +67,9 @@ class ClusterView:
         engine.unreported.append(request)
         if request.content_hash:
             engine.load_seconds.setdefault(request.content_hash, engine.report.cold_load_seconds)
+            engine.unhashed.discard(request.home)
+        elif request.home:
+            engine.unhashed.add(request.home)
 
     def summaries(self, now: float) -> list[EngineSummary]:
         """Returns the summary of each engine."""
@@ -88,5 +92,6 @@ class ClusterView:
             age_seconds=now - engine.reported_at,
             cold_load_seconds=report.cold_load_seconds,
             load_seconds=engine.load_seconds,
+            unhashed=engine.unhashed,
             draining=self.is_draining(engine_id),
         )

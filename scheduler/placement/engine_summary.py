@@ -1,6 +1,6 @@
 """The load of one engine, as placement sees it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,6 +15,7 @@ class EngineSummary:
         prefill_tokens_per_second: speed of prompts; 0 is not known.
         load_seconds: content hash of each adapter that the engine holds or loads -> seconds until
             it can be used: 0 on the device. An absent adapter takes `cold_load_seconds`.
+        unhashed: names of adapters whose requests went there before their content was known.
     """
 
     engine_id: str
@@ -29,6 +30,7 @@ class EngineSummary:
     age_seconds: float
     cold_load_seconds: float
     load_seconds: Mapping[str, float] = field(default_factory=dict)
+    unhashed: Collection[str] = ()
     draining: bool = False
 
     @property
@@ -55,6 +57,10 @@ class EngineSummary:
         if not self.occupancy:
             return False
         return self.occupancy >= self.max_running or self.free_pages < pages + self.occupancy
+
+    def holds(self, content_hash: str, name: str) -> bool:
+        """Returns whether the engine holds or loads an adapter, as far as is known."""
+        return content_hash in self.load_seconds or name in self.unhashed
 
     def seconds_to_load(self, content_hash: str) -> float:
         """Returns seconds until an adapter can be used; "" is the base model."""

@@ -7,9 +7,10 @@ from loraplex.scheduler.placement.engine_summary import EngineSummary
 from loraplex.scheduler.placement.placement_request import PlacementRequest
 from loraplex.scheduler.placement.rendezvous import rank_engines
 
-LOAD_BOUND = 1.25  # times the mean load
+LOAD_BOUND = 1.5  # times the mean fill
 LIGHT_FILL = 0.125  # an engine filled less is never too loaded for affinity
-LATE_SHARE = 0.01  # of the objective: an engine that is later than the soonest by more is too busy
+LATE_SHARE = 0.005  # of the objective: an engine that is later than the soonest by more is too busy
+NUM_CHOICES = 3  # engines, at least, that a load chooses from
 
 Policy = Callable[[PlacementRequest, Sequence[EngineSummary], Random], EngineSummary]
 
@@ -17,20 +18,37 @@ Policy = Callable[[PlacementRequest, Sequence[EngineSummary], Random], EngineSum
 def affinity(
     request: PlacementRequest, able: Sequence[EngineSummary], random: Random
 ) -> EngineSummary:
-    """Takes the soonest of the adapter's candidates, in rendezvous order under a load bound.
+    """Takes the soonest engine that holds the adapter; loads it elsewhere if all these are busy.
+
+    A load chooses from the first engines in the adapter's rendezvous order (the power of few
+    choices: Mitzenmacher, 2001). These compete with the holders, too, while the adapter has fewer
+    holders than its demand needs. Requests of the base model may go to any engine.
+    """
+    engines = {engine.engine_id: engine for engine in able}
+    seconds = _first_token_seconds(request, able)
+    candidates = list(seconds)
+    if home := request.home or request.content_hash:
+        holders = [e.engine_id for e in able if e.holds(request.content_hash, home)]
+        candidates = [engine_id for engine_id in holders if engine_id in seconds]
+        if not candidates or len(holders) < request.num_candidates:
+            candidates += rank_engines(home, seconds)[: max(NUM_CHOICES, request.num_candidates)]
+    return engines[min(candidates, key=lambda key: (seconds[key], engines[key].occupancy))]
+
+
+def _first_token_seconds(
+    request: PlacementRequest, able: Sequence[EngineSummary]
+) -> dict[str, float]:
+    """Predicts the first token on each engine that is not too full, and not late beside the best.
 
     Consistent hashing with bounded loads: Mirrokni, Thorup and Zadimoghaddam, 2018
-    (arXiv 1608.01350). Requests of the base model may go to any engine.
+    (arXiv 1608.01350).
     """
     mean = sum(engine.fill for engine in able) / len(able)
     bound = max(LIGHT_FILL, LOAD_BOUND * mean)
-    light = {engine.engine_id: engine for engine in able if engine.fill <= bound}
-    seconds = {key: request.first_token_seconds(engine) for key, engine in light.items()}
+    light = [engine for engine in able if engine.fill <= bound]
+    seconds = {engine.engine_id: request.first_token_seconds(engine) for engine in light}
     latest = min(seconds.values()) + LATE_SHARE * request.objective_s
-    ranked = [key for key in light if seconds[key] <= latest]
-    if home := request.home or request.content_hash:
-        ranked = rank_engines(home, ranked)[: max(1, request.num_candidates)]
-    return light[min(ranked, key=lambda key: (seconds[key], light[key].occupancy))]
+    return {key: wait for key, wait in seconds.items() if wait <= latest}
 
 
 def consolidate(

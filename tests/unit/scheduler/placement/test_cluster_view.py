@@ -33,6 +33,23 @@ def test_adapters_come_and_go_by_deltas() -> None:
     assert dict(engine.load_seconds) == {"b": 0.0, "c": 0.5}
 
 
+def test_an_adapter_stays_where_it_was_sent_before_its_content_was_known() -> None:
+    view = ClusterView()
+    for name in ("e0", "e1", "e2"):
+        view.apply(name, report(max_running=100), 0.0)
+    unknown = PlacementRequest("", 8, 1, home="name")
+    known = PlacementRequest("hash", 8, 1, home="name")
+    chosen = []
+    for request in (unknown, unknown, known, known):
+        decision = place(request, view.summaries(0.0), "affinity", Random(0))
+        assert decision is not None
+        view.on_sent(decision.engine_id, request)
+        chosen.append(decision.engine_id)
+    assert len(set(chosen)) == 1
+    view.apply(chosen[0], report(4, dropped_adapters=["hash"]), 0.1)
+    assert not any(engine.holds("hash", "name") for engine in view.summaries(0.1))
+
+
 def test_a_late_report_makes_an_engine_suspect_until_the_next() -> None:
     view = ClusterView()
     view.apply("e0", report(), 0.0)

@@ -1,11 +1,17 @@
 """Placement: never on an engine that cannot take the request, and the policy's choice of others."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from loraplex.scheduler.placement.placement import POLICIES, place
-from loraplex.scheduler.placement.placement_policies import LATE_SHARE, LIGHT_FILL, LOAD_BOUND
+from loraplex.scheduler.placement.placement_policies import (
+    LATE_SHARE,
+    LIGHT_FILL,
+    LOAD_BOUND,
+    NUM_CHOICES,
+)
 from loraplex.scheduler.placement.placement_request import PlacementRequest
 from loraplex.scheduler.placement.rendezvous import rank_engines
 
@@ -49,13 +55,55 @@ def test_an_engine_that_leaves_moves_only_its_own_adapters() -> None:
     assert 0.8 / 16 < len(moved) / len(adapters) < 1.2 / 16
 
 
-def test_affinity_keeps_to_one_engine_until_the_load_bound() -> None:
-    engines = [summary(f"e{i}") for i in range(4)]
+def test_affinity_keeps_to_a_holder_until_the_load_bound() -> None:
+    for holder in ("e0", "e1", "e2", "e3"):
+        engines = [summary(f"e{i}", cold_load_seconds=0.05) for i in range(4)]
+        engines = [
+            replace(e, load_seconds={"hash": 0.0}) if e.engine_id == holder else e for e in engines
+        ]
+        request = PlacementRequest("hash", 64, 1)
+        assert chosen(request, engines, "affinity") == holder
+        busy = [replace(e, running=6) if e.engine_id == holder else e for e in engines]
+        assert chosen(request, busy, "affinity") != holder
+
+
+def test_a_load_goes_to_the_soonest_of_the_first_engines_in_rendezvous_order() -> None:
+    ranked = rank_engines("hash", [f"e{i}" for i in range(5)])
     request = PlacementRequest("hash", 64, 1)
-    home = rank_engines("hash", [e.engine_id for e in engines])[0]
-    assert chosen(request, engines, "affinity") == home
-    busy = [summary(e.engine_id, running=6 if e.engine_id == home else 2) for e in engines]
-    assert chosen(request, busy, "affinity") != home
+    engines = [
+        summary(key, waiting_tokens=120 - 5 * i, cold_load_seconds=0.05)
+        for i, key in enumerate(ranked)
+    ]
+    assert chosen(request, engines, "affinity") == ranked[NUM_CHOICES - 1]
+    assert chosen(replace(request, num_candidates=4), engines, "affinity") == ranked[3]
+
+
+def test_an_adapter_with_fewer_holders_than_its_demand_needs_is_loaded_elsewhere() -> None:
+    holder, other = rank_engines("hash", ["e0", "e1"])
+    engines = [
+        summary(holder, load_seconds={"hash": 0.0}, waiting_tokens=920),
+        summary(other, waiting_tokens=900, cold_load_seconds=0.5),
+    ]
+    assert chosen(PlacementRequest("hash", 64, 1, 1), engines, "affinity") == holder
+    assert chosen(PlacementRequest("hash", 64, 1, 2), engines, "affinity") == other
+
+
+def test_affinity_loads_an_adapter_only_where_all_its_holders_are_busy() -> None:
+    random = Random(4)
+    for _ in range(1000):
+        engines = [random_summary(f"e{i}", random) for i in range(8)]
+        held = {"load_seconds": {"hash": 0.0}}
+        engines = [replace(e, **held if random.random() < 0.3 else {}) for e in engines]
+        able = [e for e in engines if not e.draining and e.age_seconds <= 1.0 and not e.is_full(2)]
+        request = PlacementRequest("hash", 64, 2)
+        decision = place(request, engines, "affinity", random)
+        if decision is None or decision.load_seconds == 0.0:
+            continue
+        bound = max(LIGHT_FILL, LOAD_BOUND * sum(e.fill for e in able) / len(able))
+        soonest = min(request.first_token_seconds(e) for e in able if e.fill <= bound)
+        latest = soonest + LATE_SHARE * request.objective_s
+        for holder in (e for e in able if e.load_seconds):
+            assert holder.fill > bound or request.first_token_seconds(holder) > latest
 
 
 def test_affinity_never_goes_beyond_the_load_bound() -> None:
@@ -76,11 +124,9 @@ def test_affinity_never_goes_beyond_the_load_bound() -> None:
 
 
 def test_affinity_keeps_to_one_engine_while_all_are_nearly_empty() -> None:
-    engines = [summary(f"e{i}", running=0, max_running=100) for i in range(4)]
-    home = rank_engines("hash", [e.engine_id for e in engines])[0]
-    light = [summary(e.engine_id, running=12 if e.engine_id == home else 0, max_running=100)
-             for e in engines]  # fmt: skip
-    assert chosen(PlacementRequest("hash", 64, 1), light, "affinity") == home
+    engines = [summary(f"e{i}", running=0, max_running=100) for i in range(3)]
+    holder = summary("e3", running=12, max_running=100, load_seconds={"hash": 0.0})
+    assert chosen(PlacementRequest("hash", 64, 1), [*engines, holder], "affinity") == "e3"
 
 
 def test_among_candidates_the_soonest_first_token_wins() -> None:
