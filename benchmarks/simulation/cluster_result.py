@@ -1,6 +1,6 @@
 """Results of one simulated run of a cluster, in virtual seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class ClusterResult:
         """Returns the figures of the run. Requests that failed count as late."""
         ttfts = sorted(t.ttft_s for t in self.timelines if t.ttft_s is not None)
         in_time = sum(ttft <= objective_s for ttft in ttfts)
+        adapters = [timeline.request.adapter for timeline in self.timelines]
+        num_used = count_adapters(adapters)
         return {
             "requests": len(self.timelines),
             "failed": sum(bool(t.error_code) for t in self.timelines),
@@ -43,6 +45,8 @@ class ClusterResult:
             "new_tokens_per_s": round(self.num_new_tokens / self.end_s),
             "adapter_loads": self.num_loads,
             "adapter_loads_second_half": self.num_loads - self.num_loads_first_half,
+            "first_uses": num_used,
+            "first_uses_second_half": num_used - count_adapters(adapters[: len(adapters) // 2]),
             "preemptions": self.num_preemptions,
             "queued": self.num_queued,
             "moves": self.num_moves,
@@ -50,6 +54,11 @@ class ClusterResult:
             "engine_seconds": round(self.engine_seconds),
             "end_s": round(self.end_s, 1),
         }
+
+
+def count_adapters(adapters: Iterable[int | None]) -> int:
+    """Returns the number of distinct adapters: loads that no placement over empty pools avoids."""
+    return len(set(adapters) - {None})
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

@@ -114,8 +114,9 @@ def show(case: Case, row: dict[str, Any]) -> None:
     print(
         f"{case.part:12} {case.rate:g}/s | {case.placement:12} | {row['new_tokens_per_s']:7} tok/s"
         f" | {row['attainment']:7.2%} in time, p50 {row['ttft_p50_s']:.3f} p99 "
-        f"{row['ttft_p99_s']:.3f} s | {row['adapter_loads']} loads, "
-        f"{row['adapter_loads_second_half']} in the second half | {row['engine_seconds']} engine-s,"
+        f"{row['ttft_p99_s']:.3f} s | {row['adapter_loads']} loads ({row['first_uses']} first "
+        f"uses), {row['adapter_loads_second_half']} ({row['first_uses_second_half']}) in the second"
+        f" half | {row['engine_seconds']} engine-s,"
         f" {row['moves']} moves, {row['recomputed_tokens']} tokens again",
         flush=True,
     )
