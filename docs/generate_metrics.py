@@ -11,6 +11,7 @@ from loraplex.engine.frontend.statistics.request_histograms import BOUNDS
 from loraplex.entrypoints.metrics.own_series import OWN_SERIES
 from loraplex.entrypoints.metrics.scrape import MAX_LISTED
 from loraplex.entrypoints.metrics.series import MAX_VALUES, Series
+from loraplex.entrypoints.metrics.store_series import STORE_SERIES
 from loraplex.entrypoints.metrics.vllm_series import VLLM_SERIES
 from loraplex.scheduler.adapters.tiers import MAX_WAITING
 
@@ -50,7 +51,7 @@ def page() -> str:
     """Returns the whole page as Markdown."""
     blocks = [_wrap(INTRODUCTION.strip())]
     blocks.append(_section("Series of vLLM", VLLM_SERIES))
-    blocks.append(_section("Series of loraplex alone", OWN_SERIES))
+    blocks.append(_section("Series of loraplex alone", OWN_SERIES + STORE_SERIES))
     blocks.append(_bounds())
     return "\n\n".join(blocks) + "\n"
 

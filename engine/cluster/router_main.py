@@ -9,7 +9,7 @@ from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
-from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.frontend.statistics.frontend_counts import FrontendCounts
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.addresses.shared_address import inherited_zmq_listener
@@ -55,7 +55,7 @@ def run(child: Child) -> None:
                 ClientTable, clients.send, max_unread=config.server.max_client_backlog
             ),
             wakeup=child.wakeup,
-            histograms=RequestHistograms.in_run_dir(child.start.run_dir, child.start.name),
+            counts=FrontendCounts.in_run_dir(child.start.run_dir, child.start.name),
         )
         poller.register(clients.socket, zmq.POLLIN)
         child.activity.end()

@@ -25,8 +25,8 @@ from loraplex.engine.frontend.mixing.stored_names import StoredNames
 from loraplex.engine.frontend.queries import QueryTable
 from loraplex.engine.frontend.requests import RequestTable
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
+from loraplex.engine.frontend.statistics.frontend_counts import FrontendCounts
 from loraplex.engine.frontend.statistics.pool_runs import describe_pools
-from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
 from loraplex.engine.frontend.statistics.worker_rows import worker_rows
 from loraplex.engine.frontend.uploads.adapter_uploads import Frames
 from loraplex.engine.frontend.uploads.tensor_loads import TensorLoads
@@ -51,7 +51,6 @@ class Frontend:
 
     Attributes:
         step_clock: for health. The owner sets it to the scheduler's.
-        histograms: counts of the requests that have ended.
         gate: refuses requests once it has closed.
         tensor_loads: loads adapters from tensors. The owner sets what takes them.
         inputs: tokenizes messages; its methods may run in any thread.
@@ -67,7 +66,7 @@ class Frontend:
         scheduler: Channel,
         clients_of: ClientsOf,
         wakeup: Wakeup,
-        histograms: RequestHistograms | None = None,
+        counts: FrontendCounts | None = None,
     ) -> None:
         """Makes a frontend without clients.
 
@@ -76,7 +75,7 @@ class Frontend:
             codec: tokenizer and chat template, None if clients send and receive token ids.
             clients_of: makes the table of clients that replies go to.
             wakeup: is set when run_ready() has something to do.
-            histograms: counts its requests; None: new ones that no other process sees.
+            counts: what it adds to; None: new ones that no other process sees.
         """
         self._config = config
         self._info = info
@@ -85,7 +84,8 @@ class Frontend:
         self._mixes = named_mixes(config.adapter)
         self._folders = FolderLookup(config.adapter.adapter_root, wakeup)
         self._queries = QueryTable(self._reply)
-        self._stores = make_store_lookup(config.store, wakeup)
+        self._counts = counts or FrontendCounts()
+        self._stores = make_store_lookup(config.store, wakeup, self._counts.stores)
         stored = (
             StoredNames(self._stores, self._queries, self._scheduler)
             if self._stores is not None
@@ -101,7 +101,7 @@ class Frontend:
             server=config.server,
             wakeup=wakeup,
         )
-        self.histograms = self._requests.histograms = histograms or RequestHistograms()
+        self._requests.histograms = self._counts.requests
         self._clients = clients_of(self._requests)
         self.tensor_loads = TensorLoads(self._queries, self._scheduler)
         self._max_elements = max(MAX_ELEMENTS, 2 * info.max_model_len)
@@ -345,6 +345,6 @@ class Frontend:
             "waiting_clients": len(self._clients),
             "unread_bytes": self._clients.num_unread_bytes,
             "prompt_bytes": self._requests.num_prompt_bytes,
-            "ends": self.histograms.ends,
-            "histograms": self.histograms.snapshot(),
+            "ends": self._counts.requests.ends,
+            "histograms": self._counts.requests.snapshot(),
         }

@@ -13,7 +13,7 @@ from loraplex.engine.frontend.client_socket import LINGER_MS, ClientSocket
 from loraplex.engine.frontend.clients import ClientTable
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import load_text_codec
-from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.frontend.statistics.frontend_counts import FrontendCounts
 from loraplex.engine.frontend.uploads.adapter_uploads import AdapterUploads
 from loraplex.engine.ipc.channel import Channel, DealerChannel, frontend_identity
 from loraplex.engine.ipc.child import Child, run_child
@@ -78,7 +78,7 @@ def run(child: Child) -> None:
                 ClientTable, clients.send, max_unread=config.server.max_client_backlog
             ),
             wakeup=child.wakeup,
-            histograms=RequestHistograms.in_run_dir(child.start.run_dir, child.start.name),
+            counts=FrontendCounts.in_run_dir(child.start.run_dir, child.start.name),
         )
         frontend.tensor_loads.uploads = AdapterUploads(config, child.wakeup)
         frontend.step_clock = StepClock(f"{run_dir}/steps")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loraplex.engine.stores.deadline import Deadline
 from loraplex.engine.stores.locked_folder import LOCK_FILE, LockedFolder
+from loraplex.engine.stores.store_counts import StoreCounts
 
 PART = ".part"
 WAIT_S = 0.05  # between two looks whether another process is done, or room has come
@@ -62,9 +63,13 @@ class PartialFolder:
 class DiskCache:
     """Finds, makes and removes subfolders. All methods may be called in any thread."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Makes the folder if it is missing; raises OSError if that fails."""
+    def __init__(self, folder: Path, max_bytes: int, counts: StoreCounts | None = None) -> None:
+        """Makes the folder if it is missing; raises OSError if that fails.
+
+        `counts` gets the evictions.
+        """
         self._folder = folder
+        self._counts = counts or StoreCounts()
         self.max_bytes = max_bytes
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -134,6 +139,7 @@ class DiskCache:
             folder = LockedFolder.lock(entry.path, alone=True)
             if folder is not None:
                 folder.remove()
+                self._counts.count_eviction()
                 excess -= entry.num_bytes
                 if excess <= 0:
                     return True

@@ -13,6 +13,7 @@ from loraplex.engine.stores.adapter_store import AdapterStore
 from loraplex.engine.stores.folder_store import FolderStore
 from loraplex.engine.stores.hub_cache_store import HubCacheStore
 from loraplex.engine.stores.store_address import StoreAddress, check_apart
+from loraplex.engine.stores.store_counts import StoreCounts
 from loraplex.engine.stores.store_lookup import StoreLookup
 
 INSTALL = "pip install 'loraplex[stores]'"
@@ -25,25 +26,41 @@ def check_stores(config: EngineConfig) -> None:
         _check_roots(config)
 
 
-def make_store_lookup(config: StoreConfig, wakeup: Wakeup) -> StoreLookup | None:
+def make_store_lookup(
+    config: StoreConfig, wakeup: Wakeup, counts: StoreCounts
+) -> StoreLookup | None:
     """Returns a look-up over the stores, None if there are none; ConfigError as open_stores()."""
     if not config.adapter_stores:
         return None
-    return StoreLookup(open_stores(config), config, wakeup)
+    return StoreLookup(open_stores(config, counts), config, wakeup, counts=counts)
 
 
-def open_stores(config: StoreConfig) -> list[AdapterStore]:
-    """Returns the stores in the order in which they are asked.
+def open_stores(config: StoreConfig, counts: StoreCounts | None = None) -> list[AdapterStore]:
+    """Returns the stores in the order in which they are asked; they add to `counts`.
 
     Raises:
         ConfigError: an address is wrong, its package is missing, or the cache cannot be made.
     """
     addresses = [StoreAddress.parse(uri) for uri in config.adapter_stores]
     check_apart(addresses)
-    return [store for address in addresses for store in _open(address, config)]
+    counts = counts or StoreCounts()
+    return [store for address in addresses for store in _open(address, config, counts)]
 
 
-def _open(address: StoreAddress, config: StoreConfig) -> list[AdapterStore]:
+def cache_bytes(config: StoreConfig) -> int | None:
+    """Returns the bytes in the cache of downloads; None if no store has one, or it is gone."""
+    if all(StoreAddress.parse(uri).scheme == "file" for uri in config.adapter_stores):
+        return None
+    from loraplex.engine.stores.disk_cache import DiskCache
+
+    try:
+        folder = Path(config.adapter_cache_dir).expanduser()
+        return DiskCache(folder, config.adapter_cache_bytes).num_bytes
+    except OSError:
+        return None
+
+
+def _open(address: StoreAddress, config: StoreConfig, counts: StoreCounts) -> list[AdapterStore]:
     if address.scheme == "file":
         folder = _folder_of(address)
         if not os.path.isdir(folder):
@@ -51,8 +68,8 @@ def _open(address: StoreAddress, config: StoreConfig) -> list[AdapterStore]:
         return [FolderStore(address)]
     if address.scheme == "hf":
         local = HubCacheStore(address)
-        return [local, _remote(address, config)] if _is_hub_wanted() else [local]
-    return [_remote(address, config)]
+        return [local, _remote(address, config, counts)] if _is_hub_wanted() else [local]
+    return [_remote(address, config, counts)]
 
 
 def _is_hub_wanted() -> bool:
@@ -64,7 +81,7 @@ def _is_hub_wanted() -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def _remote(address: StoreAddress, config: StoreConfig) -> AdapterStore:
+def _remote(address: StoreAddress, config: StoreConfig, counts: StoreCounts) -> AdapterStore:
     try:
         from fsspec import get_filesystem_class
 
@@ -78,10 +95,10 @@ def _remote(address: StoreAddress, config: StoreConfig) -> AdapterStore:
         raise ConfigError(f"adapter_store {address.root}: {error}") from None
     folder = Path(config.adapter_cache_dir).expanduser()
     try:
-        cache = DiskCache(folder, config.adapter_cache_bytes)
+        cache = DiskCache(folder, config.adapter_cache_bytes, counts)
     except OSError as error:
         raise ConfigError(f"adapter_cache_dir {folder}: {error}") from None
-    return RemoteStore(address, cache, max_bytes=config.adapter_store_max_bytes)
+    return RemoteStore(address, cache, max_bytes=config.adapter_store_max_bytes, counts=counts)
 
 
 def _check_roots(config: EngineConfig) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from typing import Any
 
 from loraplex.engine.adapters.paths import ADAPTER_FILE, WEIGHTS_FILE
@@ -14,6 +15,7 @@ from loraplex.engine.stores.download import ChangedFilesError, download
 from loraplex.engine.stores.locked_folder import LockedFolder
 from loraplex.engine.stores.remote_files import RemoteFile, RemoteFiles
 from loraplex.engine.stores.store_address import StoreAddress
+from loraplex.engine.stores.store_counts import StoreCounts
 from loraplex.engine.stores.store_source import store_source
 
 TEXT_FILES = (
@@ -41,12 +43,20 @@ class RemoteStore:
         *,
         max_bytes: int,
         options: dict[str, Any] | None = None,
+        counts: StoreCounts | None = None,
     ) -> None:
-        """`max_bytes` bounds one adapter; `options` go to fsspec's file system."""
+        """Makes a store that downloads into the cache.
+
+        Args:
+            max_bytes: bounds one adapter.
+            options: of fsspec's file system.
+            counts: gets the downloads.
+        """
         self._address = address
         self._cache = cache
         self._max_bytes = min(max_bytes, cache.max_bytes)
         self._options = options or {}
+        self._counts = counts or StoreCounts()
         self._verified: set[str] = set()  # folders whose checksums this process has compared
         self.root = address.root
 
@@ -118,12 +128,16 @@ class RemoteStore:
             raise client_error(UNAVAILABLE, text) from None
         if isinstance(place, LockedFolder):
             return place
+        begin = time.monotonic()
         try:
             download(remote, files, place.path, deadline)
         except BaseException as error:
             place.discard()
+            self._counts.count_failed_download()
+            logger.warning("downloading %s failed: %s", location, error)
             raise _download_error(location, error) from error
         folder = place.commit()
+        self._counts.count_download(time.monotonic() - begin, num_bytes)
         self._note_verified(folder)
         logger.info("downloaded %s, %d bytes", location, num_bytes)
         return folder

@@ -18,6 +18,7 @@ from loraplex.engine.stores.adapter_store import (
     FoundAdapter,
 )
 from loraplex.engine.stores.deadline import Deadline, StoreTimeoutError
+from loraplex.engine.stores.store_counts import StoreCounts
 
 NUM_THREADS = 16
 MAX_NAMES = 10_000  # remembered at one time, found or not
@@ -55,13 +56,15 @@ class StoreLookup:
         config: StoreConfig,
         wakeup: Wakeup,
         *,
+        counts: StoreCounts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wakeup` is set when run_ready() has something to do."""
+        """`wakeup` is set when run_ready() has something to do; `counts` gets the look-ups."""
         self._stores = stores
         self._ttl_s = config.adapter_store_ttl_s
         self._timeout_s = config.adapter_store_timeout_s
         self._wakeup = wakeup
+        self._counts = counts or StoreCounts()
         self._clock = clock
         self._closed = threading.Event()
         self._names: OrderedDict[tuple[str, str], _Name] = OrderedDict()
@@ -156,6 +159,7 @@ class StoreLookup:
         was_asked = answer is None
         if was_asked:
             answer = self._ask_stores(entry.name, entry.tenant, deadline)
+            self._counts.count_lookup(_result_of(answer))
         self._answers.append((entry, answer, was_asked))
         self._wakeup.set()
 
@@ -198,6 +202,12 @@ class StoreLookup:
         for key, entry in list(self._names.items())[: max(0, len(self._names) - MAX_NAMES)]:
             if entry.deadline is None and not entry.waiting:
                 del self._names[key]
+
+
+def _result_of(answer: Answer) -> str:
+    if isinstance(answer, ClientError):
+        return "unavailable" if answer.code == UNAVAILABLE else "refused"
+    return "missing" if answer is None else "found"
 
 
 def _share(lease: FolderLease | None) -> bool:

@@ -8,10 +8,7 @@ from typing import Any
 from loraplex.engine.frontend.clients import Requests
 from loraplex.engine.frontend.frontend import Frontend
 from loraplex.engine.frontend.inputs import TextCodec
-from loraplex.engine.frontend.statistics.request_histograms import (
-    RequestHistograms,
-    sum_of_frontends,
-)
+from loraplex.engine.frontend.statistics.frontend_counts import FrontendCounts
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.ipc.messages.lifecycle import ChildStart
@@ -87,9 +84,9 @@ class EngineLink:
             raise HttpError(503, self.stop_reason)
         return self._frontend
 
-    def count_requests(self) -> RequestHistograms:
+    def sum_counts(self) -> FrontendCounts:
         """Returns the counts of all frontends of the engine, or of the cluster's routers."""
-        return sum_of_frontends(self._start.run_dir)
+        return FrontendCounts.sum_in(self._start.run_dir)
 
     def check_serving(self) -> None:
         """Raises HttpError (status 503) while the engine starts or stops."""
@@ -202,7 +199,7 @@ class EngineLink:
             scheduler=self._scheduler,
             clients_of=self._make_table,
             wakeup=self._wakeup,
-            histograms=RequestHistograms.in_run_dir(self._start.run_dir, self._start.name),
+            counts=FrontendCounts.in_run_dir(self._start.run_dir, self._start.name),
         )
         self._frontend.step_clock = StepClock(self._step_clock)
         self._info_came.set()

@@ -30,6 +30,8 @@ class Scrape:
         histograms: those of RequestHistograms, over all frontends.
         ends: sequences that have ended, by finish reason, over all frontends.
         workers: of a single engine; none for a cluster.
+        stores: StoreCounts.snapshot() over all frontends; None: there are no stores.
+        cache_bytes: bytes of downloaded adapters; None: no store downloads any.
         engine_states: the number of a cluster's engines in each state.
         router: the counts of a cluster's routers together, by name; None for a single engine.
     """
@@ -44,6 +46,8 @@ class Scrape:
     workers: Sequence[WorkerReady] = ()
     engine_states: Mapping[str, int] | None = None
     router: Mapping[str, Any] | None = None
+    stores: Mapping[str, Any] | None = None
+    cache_bytes: int | None = None
 
 
 def scrape_of(
@@ -53,6 +57,8 @@ def scrape_of(
     histograms: Mapping[str, Any],
     ends: Mapping[str, int],
     workers: Sequence[WorkerReady] = (),
+    stores: Mapping[str, Any] | None = None,
+    cache_bytes: int | None = None,
 ) -> Scrape:
     """Returns the scrape of an engine or a cluster.
 
@@ -77,4 +83,6 @@ def scrape_of(
         workers=() if is_cluster else workers,
         engine_states=states if is_cluster else None,
         router=stats["router"] if is_cluster else None,
+        stores=stores,
+        cache_bytes=cache_bytes,
     )

@@ -111,6 +111,14 @@ SECTIONS: dict[str, list[tuple[str, str, list[Query]]]] = {
         ("Failed loads", "ops", [rate("loraplex_adapter_load_failures", "failures")]),
         ("Pinned", "short", [now("loraplex_pinned_pages", "pages")]),
     ],
+    "Adapter stores": [
+        ("Look-ups by result", "ops", [rate("loraplex_store_lookups", "{{result}}", "result")]),
+        ("Time of a download", "s", quantiles("loraplex_store_download_seconds")),
+        ("Bytes downloaded", "Bps", [rate("loraplex_store_download_bytes", "bytes")]),
+        ("Cache of downloads", "bytes", [now("loraplex_store_cache_bytes", "{{kind}}", "kind")]),
+        ("Evictions from the cache", "ops", [rate("loraplex_store_cache_evictions", "adapters")]),
+        ("Failed downloads", "ops", [rate("loraplex_store_download_failures", "failures")]),
+    ],
 }  # fmt: skip
 
 

@@ -1,11 +1,9 @@
 """Counts requests by times, lengths and ends; names and bounds are those of vLLM's metrics."""
 
-from pathlib import Path
 from typing import Any
 
 from loraplex.engine.frontend.outputs import OutputProcessor
 from loraplex.engine.frontend.request_log import RequestTimes
-from loraplex.engine.ipc.shared_numbers import map_numbers
 from loraplex.scheduler.request import FINISH_REASONS
 from loraplex.scheduler.statistics.bucket_counts import BucketCounts, zeros
 
@@ -40,17 +38,16 @@ BOUNDS = {
 }
 """Maps the name of each histogram to the upper bounds of its buckets."""
 
-_NUM_CELLS = sum(map(BucketCounts.num_cells, BOUNDS.values())) + len(FINISH_REASONS)
-_FILES = "requests."  # begins the names of the frontends' files in the run directory
-
 
 class RequestHistograms:
     """One histogram for each name in BOUNDS, and the number of sequences by finish reason."""
 
+    NUM_CELLS = sum(map(BucketCounts.num_cells, BOUNDS.values())) + len(FINISH_REASONS)
+
     def __init__(self, cells: "memoryview[float] | None" = None) -> None:
         """Goes on with what `cells` hold; None: nothing was counted before."""
         if cells is None:
-            cells = zeros(_NUM_CELLS)
+            cells = zeros(self.NUM_CELLS)
         self._ends = cells[: len(FINISH_REASONS)]
         self._histograms: dict[str, BucketCounts] = {}
         start = len(FINISH_REASONS)
@@ -59,15 +56,6 @@ class RequestHistograms:
             self._histograms[name] = BucketCounts(bounds, cells[start:end])
             start = end
         self._gaps = self._histograms[_BETWEEN_TOKENS]
-
-    @classmethod
-    def in_run_dir(cls, run_dir: str, frontend: str) -> "RequestHistograms":
-        """Counts for a frontend in a file that all processes of the engine can read.
-
-        A frontend that was started again goes on with what the one before has counted.
-        """
-        path = Path(run_dir, _FILES + frontend.replace(" ", "-"))
-        return cls(map_numbers(str(path), _NUM_CELLS))
 
     def observe(self, times: RequestTimes, *, num_prompt: int, num_output: int, n: int) -> None:
         """Counts a request that has finished, unless it has no token."""
@@ -120,12 +108,3 @@ class RequestHistograms:
     def snapshot(self) -> dict[str, Any]:
         """Returns `sum`, `count` and `buckets` of each histogram, as BucketCounts.snapshot()."""
         return {name: histogram.snapshot() for name, histogram in self._histograms.items()}
-
-
-def sum_of_frontends(run_dir: str) -> RequestHistograms:
-    """Returns what all frontends have counted in `run_dir`, those included that have died."""
-    total = zeros(_NUM_CELLS)
-    for path in Path(run_dir).glob(f"{_FILES}*"):
-        for i, number in enumerate(map_numbers(str(path), _NUM_CELLS)):
-            total[i] += number
-    return RequestHistograms(total)

@@ -6,6 +6,7 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex.engine.stores.open_stores import cache_bytes
 from loraplex.entrypoints.http.engine_link import EngineLink
 from loraplex.entrypoints.metrics.exposition import CONTENT_TYPE, render
 from loraplex.entrypoints.metrics.scrape import scrape_of
@@ -35,13 +36,16 @@ class MetricsRoutes:
     async def _make(self) -> bytes:
         link = self._link
         reply = await link.ask("stats", by_tier=True)
-        counts = link.count_requests()
+        counts = link.sum_counts()
         assert link.info is not None
+        config = link.config
         scrape = scrape_of(
             reply["stats"],
-            config=link.config,
-            histograms=counts.snapshot(),
-            ends=counts.ends,
+            config=config,
+            histograms=counts.requests.snapshot(),
+            ends=counts.requests.ends,
             workers=link.info.workers,
+            stores=counts.stores.snapshot() if config.store.adapter_stores else None,
+            cache_bytes=await asyncio.to_thread(cache_bytes, config.store),
         )
         return await asyncio.to_thread(render, scrape)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from loraplex.engine.stores.store_counts import StoreCounts
+
 from helpers.scheduling.metric_scrapes import scraped, stats_of
 from helpers.scheduling.scheduler_harness import Harness
 
@@ -41,7 +43,8 @@ def test_dashboard_names_only_series_of_a_scrape() -> None:
     harness.register("a")
     harness.add("a", [1, 2, 3], adapter="a", max_tokens=4)
     harness.run()
-    exist = {name for name, _ in scraped(stats_of(harness))} | CLUSTER_ONLY
+    stores = {"stores": StoreCounts().snapshot(), "cache_bytes": 0}
+    exist = {name for name, _ in scraped(stats_of(harness), **stores)} | CLUSTER_ONLY
     dashboard = json.loads((ROOT / "examples/grafana/dashboard.json").read_text(encoding="utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     texts = [target["expr"] for panel in panels for target in panel["targets"]]

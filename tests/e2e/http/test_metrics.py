@@ -15,12 +15,22 @@ import pytest
 from loraplex import Client, SamplingParams
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.processes.engine import Engine
+from loraplex.engine.stores.store_counts import StoreCounts
 from loraplex.entrypoints.http.routes.metrics_routes import FRESH_S
 
 from helpers.fakes.fake_engine import fake_config
 from helpers.running.http_server import BASE, Served
 from helpers.running.processes import GUARD_S, running_engine, wait_until
-from helpers.scheduling.metric_scrapes import Values, labels_of, parse, value, values_of
+from helpers.scheduling.metric_scrapes import (
+    Values,
+    labels_of,
+    parse,
+    scraped,
+    stats_of,
+    value,
+    values_of,
+)
+from helpers.scheduling.scheduler_harness import Harness
 
 pytestmark = pytest.mark.e2e
 DASHBOARD = Path(__file__).parents[3] / "examples" / "grafana" / "dashboard.json"
@@ -72,6 +82,8 @@ def test_values_are_those_of_known_requests(served: Served) -> None:
 
 def test_the_dashboard_names_series_of_a_real_scrape(served: Served) -> None:
     exist = {name for name, _ in scrape(served.engine)} | {"loraplex_engines"}  # a cluster's
+    stores = {"stores": StoreCounts().snapshot(), "cache_bytes": 0}
+    exist |= {name for name, _ in scraped(stats_of(Harness()), **stores)}
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     texts = [target["expr"] for panel in panels for target in panel.get("targets", ())]
     named = {name for text in texts for name in re.findall(r"(?:vllm:|loraplex_)\w+", text)}

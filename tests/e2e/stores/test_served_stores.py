@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -14,6 +15,7 @@ from loraplex.engine.processes.engine import Engine
 from loraplex.engine.store_config import StoreConfig
 
 from helpers.running.http_server import ADAPTERS, Served, http_config, make_models
+from helpers.scheduling.metric_scrapes import parse, value
 from helpers.stores.s3_server import BUCKET, ENVIRONMENT, S3Server
 
 pytestmark = pytest.mark.e2e
@@ -78,6 +80,19 @@ def test_a_wrong_file_is_refused_by_name_with_the_cause(
                 list(client.generate("Once", GREEDY, adapter=name))
         (output,) = client.generate("Once", GREEDY, adapter="stored-a", stream=False)
         assert output.finished
+
+
+def test_metrics_count_the_downloads(served: Served) -> None:
+    with served.zmq() as client:
+        (output,) = client.generate("Once", GREEDY, adapter="stored-b", stream=False)
+        assert output.finished
+    text = httpx.get(f"{served.url}/metrics", timeout=60).text
+    found = parse(text)
+    assert value(found, "loraplex_store_lookups_total", result="found") >= 1
+    assert value(found, "loraplex_store_download_seconds_count") >= 1
+    num_bytes = value(found, "loraplex_store_download_bytes_total")
+    assert num_bytes >= value(found, "loraplex_store_cache_bytes", kind="used") > 0
+    assert value(found, "loraplex_store_download_failures_total") == 0
 
 
 def test_http_says_404_for_a_name_that_no_store_has(served: Served) -> None:

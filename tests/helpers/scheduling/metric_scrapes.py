@@ -27,9 +27,22 @@ def stats_of(harness: Harness) -> dict[str, Any]:
     return scheduler.stats() | {"adapters_by_tier": list(chain.from_iterable(slices))}
 
 
-def scrape(stats: dict[str, Any], counts: RequestHistograms | None = None) -> Scrape:
+def scrape(
+    stats: dict[str, Any],
+    counts: RequestHistograms | None = None,
+    *,
+    stores: dict[str, Any] | None = None,
+    cache_bytes: int | None = None,
+) -> Scrape:
     counts = counts or RequestHistograms()
-    return scrape_of(stats, config=CONFIG, histograms=counts.snapshot(), ends=counts.ends)
+    return scrape_of(
+        stats,
+        config=CONFIG,
+        histograms=counts.snapshot(),
+        ends=counts.ends,
+        stores=stores,
+        cache_bytes=cache_bytes,
+    )
 
 
 def parse(text: str) -> Values:
@@ -57,5 +70,8 @@ def labels_of(found: Values, name: str) -> list[dict[str, str]]:
     return [dict(labels) for key, labels in found if key == name]
 
 
-def scraped(stats: dict[str, Any], counts: RequestHistograms | None = None) -> Values:
-    return parse(render(scrape(stats, counts)).decode())
+def scraped(
+    stats: dict[str, Any], counts: RequestHistograms | None = None, **options: Any
+) -> Values:
+    """Returns the samples of scrape()."""
+    return parse(render(scrape(stats, counts, **options)).decode())

@@ -9,11 +9,8 @@ import pytest
 
 from loraplex.engine.frontend.inputs import TextCodec
 from loraplex.engine.frontend.request_log import RequestTimes
-from loraplex.engine.frontend.statistics.request_histograms import (
-    BOUNDS,
-    RequestHistograms,
-    sum_of_frontends,
-)
+from loraplex.engine.frontend.statistics.frontend_counts import FrontendCounts
+from loraplex.engine.frontend.statistics.request_histograms import BOUNDS, RequestHistograms
 from loraplex.scheduler.frontend_protocol import AddRequest
 
 from helpers.fakes.frontend_harness import A, FrontendHarness
@@ -83,19 +80,24 @@ def test_ends_are_counted_by_reason(harness: FrontendHarness) -> None:
     harness.output(added[1].request_id, [70], finish_reason="length")
     harness.ask(A, "cancel", request_id="cancel")
     harness.output(added[4].request_id, [], finish_reason="error", error="x", error_code="adapter")
-    assert harness.frontend.histograms.ends == {"stop": 1, "length": 1, "abort": 2, "error": 2}
+    assert harness.stats["ends"] == {"stop": 1, "length": 1, "abort": 2, "error": 2}
 
 
 def test_the_counts_of_frontends_add_up(tmp_path: Path) -> None:
     times = RequestTimes(queued_s=0.1, first_token_s=0.5, last_token_s=2.0)
     for name in ("frontend 0", "http 0", "http 1"):
-        counts = RequestHistograms.in_run_dir(str(tmp_path), name)
-        counts.observe(times, num_prompt=4, num_output=6, n=1)
+        counts = FrontendCounts.in_run_dir(str(tmp_path), name)
+        counts.stores.count_download(0.7, 100)
+        counts.requests.observe(times, num_prompt=4, num_output=6, n=1)
         for reason in ("stop", "unknown_adapter", "queue_full"):
-            counts.count_end(reason)
-    again = RequestHistograms.in_run_dir(str(tmp_path), "http 0")  # started again
-    again.observe(times, num_prompt=4, num_output=6, n=1)
-    total = sum_of_frontends(str(tmp_path))
+            counts.requests.count_end(reason)
+    again = FrontendCounts.in_run_dir(str(tmp_path), "http 0")  # started again
+    again.requests.observe(times, num_prompt=4, num_output=6, n=1)
+    again.stores.count_lookup("missing")
+    sums = FrontendCounts.sum_in(str(tmp_path))
+    stores, total = sums.stores.snapshot(), sums.requests
+    assert (stores["download_bytes"], stores["lookups"]["missing"]) == (300, 1)
+    assert stores["download_seconds"]["buckets"]["1.0"] == 3
     assert total.ends == {"stop": 3, "length": 0, "abort": 0, "error": 6}
     found = total.snapshot()
     assert found["request_prompt_tokens"]["sum"] == 16

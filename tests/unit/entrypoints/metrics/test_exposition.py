@@ -7,6 +7,7 @@ import pytest
 
 from loraplex.engine.frontend.request_log import RequestTimes
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.stores.store_counts import StoreCounts
 from loraplex.entrypoints.metrics.catalogue import SERIES
 from loraplex.entrypoints.metrics.exposition import render
 from loraplex.entrypoints.metrics.scrape import MAX_LISTED
@@ -159,8 +160,26 @@ def test_a_cluster_shows_each_engine() -> None:
     assert value(found, "vllm:lora_adapter_loaded", engine="engine-0", adapter_name="a") == 1
 
 
+def test_stores_have_series_where_there_are_stores() -> None:
+    stats, stores = stats_of(run_of_three()), StoreCounts()
+    assert not [name for name, _ in scraped(stats) if name.startswith("loraplex_store")]
+    for result in ("found", "missing", "missing"):
+        stores.count_lookup(result)
+    stores.count_download(3.0, 700)
+    stores.count_failed_download()
+    found = scraped(stats, stores=stores.snapshot(), cache_bytes=900)
+    assert value(found, "loraplex_store_lookups_total", result="missing") == 2
+    assert value(found, "loraplex_store_download_bytes_total") == 700
+    assert value(found, "loraplex_store_download_failures_total") == 1
+    assert value(found, "loraplex_store_download_seconds_bucket", le="2.5") == 0
+    assert value(found, "loraplex_store_download_seconds_bucket", le="5.0") == 1
+    assert value(found, "loraplex_store_cache_bytes", kind="used") == 900
+    assert value(found, "loraplex_store_cache_bytes", kind="limit") == 32 << 30
+
+
 def test_every_series_has_a_name_and_labels_that_prometheus_takes() -> None:
-    found = scraped(stats_of(run_of_three()))
+    stores = {"stores": StoreCounts().snapshot(), "cache_bytes": 0}
+    found = scraped(stats_of(run_of_three()), **stores)
     assert len({series.name for series in SERIES}) == len(SERIES)
     for series in SERIES:
         assert series.name.startswith(("vllm:", "loraplex_"))
