@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+TENANT = "{tenant}"
+"""Part of a store's address that stands for the tenant who asks."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:

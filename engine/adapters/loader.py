@@ -23,6 +23,7 @@ from loraplex.engine.adapters.adapter_folders import AdapterFolders
 from loraplex.engine.adapters.loads.load import Load
 from loraplex.engine.adapters.loads.page_finisher import NoFinisher, PageFinisher
 from loraplex.engine.adapters.loads.turns import Turns
+from loraplex.engine.adapters.open_file import root_of
 from loraplex.engine.adapters.peft_config import read_peft_config
 from loraplex.engine.adapters.read_queue import ReadQueue
 from loraplex.engine.adapters.reader import NUM_READERS, AdapterReader
@@ -61,7 +62,8 @@ class AdapterLoader:
             order in which the store changed, or an error that no adapter caused. The thread that
             launches steps must raise such an error.
         enter_thread: called first in each thread.
-        find_warnings: names the parts of an adapter's folder that are not used.
+        find_warnings: names the parts of an adapter's folder that are not used. Its second argument
+            is that of open_regular_file.
         finisher: computes what is left in the pages of an adapter.
 
     Attributes:
@@ -78,7 +80,7 @@ class AdapterLoader:
         host_bytes: int,
         report: Callable[[AdapterInspected | AdapterEvicted | Load | BaseException], None],
         enter_thread: Callable[[], None] = lambda: None,
-        find_warnings: Callable[[Path], list[str]] = lambda folder: [],
+        find_warnings: Callable[[Path, str], list[str]] = lambda folder, root: [],
         finisher: PageFinisher | None = None,
     ) -> None:
         target = table.target
@@ -93,7 +95,7 @@ class AdapterLoader:
         self._finisher = finisher or NoFinisher()
         self._shared: set[str] = set()  # content hashes of adapters that all ranks finish together
         self._num_turns = 0
-        self._adapter_root = target.adapter_root
+        self._adapter_roots = target.adapter_roots
         make_slab: Allocate = plain_slab
         if target.pin_memory or reader.needs_shared_memory:
             make_slab = partial(shared_slab, page_locked=target.pin_memory)
@@ -180,10 +182,11 @@ class AdapterLoader:
 
     def _inspect_folder(self, command: InspectAdapter, folder: Path) -> AdapterInspected:
         """Adds an adapter to the host store, where it stays until it is released."""
+        root = root_of(folder, self._adapter_roots)
 
         def look() -> tuple[list[str], Sequence[int]]:
-            config = read_peft_config(folder, self._adapter_root)
-            return self._find_warnings(folder), config.invocation_tokens
+            config = read_peft_config(folder, root)
+            return self._find_warnings(folder, root), config.invocation_tokens
 
         looking = self._inspectors.submit(look)  # while the weights are read
         adapter = self.store.add(

@@ -4,11 +4,12 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex.engine.adapters.tensors.memory_folder import is_memory_folder, memory_path
+from loraplex.engine.store_config import TENANT
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 OPENAT2 = 437  # the number of the system call on every architecture
@@ -23,7 +24,7 @@ class NotRegularFileError(ValueError):
 
 
 class OutsideRootError(PermissionError):
-    """The path leads out of the folder that clients may name adapters in."""
+    """The path leads out of the folder that clients or a tenant may name adapters in."""
 
 
 class _OpenHow(ctypes.Structure):
@@ -55,6 +56,23 @@ def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
         os.close(descriptor)
 
 
+def root_of(folder: Path, roots: Sequence[str]) -> str:
+    """Returns the deepest of the roots in which a folder lies as it is written, "" if none.
+
+    A part {tenant} of a root stands for any name. The result has the folder's own.
+    """
+    parts = Path(os.path.normpath(folder)).parts
+    deepest: tuple[str, ...] = ()
+    for root in roots:
+        wanted = Path(root).parts
+        is_in = len(wanted) <= len(parts) and all(
+            part in (TENANT, name) for part, name in zip(wanted, parts, strict=False)
+        )
+        if is_in and len(wanted) > len(deepest):
+            deepest = parts[: len(wanted)]
+    return str(Path(*deepest)) if deepest else ""
+
+
 def is_beneath(path: Path, root: str) -> bool:
     """Tells whether `path`, as it is written, lies in `root`. No path lies in "" ."""
     return bool(root) and Path(os.path.normpath(path)).is_relative_to(root)
@@ -73,7 +91,7 @@ def _open_beneath(path: Path, root: str) -> int:
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.ELOOP):
             raise OutsideRootError(
-                error.errno, "it leads out of the server's adapter_root", str(path)
+                error.errno, f"it leads out of {root}, its adapter_root or store", str(path)
             ) from None
         raise
     finally:

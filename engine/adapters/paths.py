@@ -70,11 +70,6 @@ def _is_peft_directory(path: str) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_FILE))
 
 
-def real_root(config: AdapterConfig) -> str:
-    """Returns the real path of the folder for adapters of clients, "" if there is none."""
-    return expanded(config.adapter_root)
-
-
 def expanded(root: str) -> str:
     """Returns the real path of `root`, "" for an empty one."""
     return os.path.realpath(os.path.expanduser(root)) if root else ""

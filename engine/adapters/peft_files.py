@@ -15,7 +15,7 @@ import torch
 
 from loraplex.engine.adapters.content_hash import ContentHashCache
 from loraplex.engine.adapters.header.peft_tensors import AdapterTensors, check_header
-from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
+from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file, root_of
 from loraplex.engine.adapters.packing.pack import AdapterContent, UnusableWeightsError, pack
 from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.adapters.peft_config import (
@@ -79,10 +79,11 @@ def read_adapter(
     try:
         if not (is_memory_folder(folder) or folder.is_dir()):
             raise PeftConfigError(f"{folder} is no directory")
-        config_stamp = _stamp_config(folder, target.adapter_root)
-        config = read_peft_config(folder, target.adapter_root)
+        root = root_of(folder, target.adapter_roots)
+        config_stamp = _stamp_config(folder, root)
+        config = read_peft_config(folder, root)
         logger.debug("adapter %s was trained on %s", name, config.base_model or "an unnamed base")
-        with open_safetensors(folder / WEIGHTS_FILE, target.adapter_root) as file:
+        with open_safetensors(folder / WEIGHTS_FILE, root) as file:
             files = (file.stamp(), config_stamp)
             found = _find_tensors(file, config, target)
             packed = pack(
@@ -98,7 +99,7 @@ def read_adapter(
                 packers=packers,
                 content_hash=hash_cache.get(folder, files) if hash_cache else None,
             )
-            if (file.stamp(), _stamp_config(folder, target.adapter_root)) != files:
+            if (file.stamp(), _stamp_config(folder, root)) != files:
                 raise PeftConfigError("its files changed while they were read; load it again")
         if hash_cache:
             hash_cache.remember(folder, files, packed.content_hash)

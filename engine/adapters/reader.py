@@ -260,7 +260,7 @@ class _Process:
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
-            adapter_root=target.adapter_root,
+            adapter_roots=list(target.adapter_roots),
             vocabulary_numbers=int_array(vocabulary_numbers(target.vocabulary)),
             base="" if target.vocabulary is None else target.vocabulary.base,
         )

@@ -53,7 +53,9 @@ class AdapterTarget:
     dtype: torch.dtype
     max_rank: int
     pin_memory: bool = False  # copies in host memory are page-locked
-    adapter_root: str = ""  # real path; files of adapters in it are opened without leaving it
+    adapter_roots: tuple[str, ...] = ()
+    """Folders as root_of() takes them; the files of adapters in one are opened without leaving
+    it."""
     vocabulary: VocabularyTarget | None = None  # None: adapters change the layers alone
 
     @property

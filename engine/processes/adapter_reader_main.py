@@ -114,7 +114,7 @@ def _target(start: ReaderStart) -> AdapterTarget:
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
         max_rank=start.max_rank,
-        adapter_root=start.adapter_root,
+        adapter_roots=tuple(start.adapter_roots),
         vocabulary=vocabulary_of(start.vocabulary_numbers, start.base),
     )
 

@@ -26,6 +26,17 @@ def check_stores(config: EngineConfig) -> None:
         _check_roots(config)
 
 
+def adapter_roots(config: EngineConfig) -> tuple[str, ...]:
+    """Returns the folders that adapters of clients and of stores must not leave.
+
+    They are real paths, but for a part {tenant} and what follows it.
+    """
+    addresses = map(StoreAddress.parse, config.store.adapter_stores)
+    folders = [address.real_folder for address in addresses if address.scheme == "file"]
+    root = expanded(config.adapter.adapter_root)
+    return (root, *folders) if root else tuple(folders)
+
+
 def make_store_lookup(
     config: StoreConfig, wakeup: Wakeup, counts: StoreCounts
 ) -> StoreLookup | None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex.engine.errors import ClientError, ConfigError, client_error
+from loraplex.engine.store_config import TENANT
 
-TENANT = "{tenant}"
 _TENANT_NAME = re.compile(r"[\w.@+-]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//|:)")
 
@@ -70,6 +70,13 @@ class StoreAddress:
         if folder is None:
             return None
         return folder + name if folder.endswith("/") else f"{folder}/{name}"
+
+    @property
+    def real_folder(self) -> str:
+        """The path of a folder with links resolved in what comes before {tenant}."""
+        fixed, _, rest = self.root.partition(TENANT)
+        real = os.path.realpath(fixed)
+        return os.path.join(real, TENANT + rest) if self.is_private else real
 
     @property
     def fixed_parts(self) -> list[str]:

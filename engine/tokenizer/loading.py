@@ -1,6 +1,7 @@
 """Loads the tokenizer of a model from tokenizer.json, a SentencePiece model or a GGUF file."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,23 @@ class TextSettings:
     eos_token: str | None = None
 
 
-def read_text_settings(path: Path, chat_template: str = "") -> TextSettings:
+ReadFile = Callable[[Path], bytes | None]
+"""Returns what a file holds, None if there is no such file."""
+
+
+def read_file(path: Path) -> bytes | None:
+    """Reads a whole file; None if it is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
+def read_text_settings(
+    path: Path, chat_template: str = "", read: ReadFile = read_file
+) -> TextSettings:
     """Reads the settings in a folder, or beside a tokenizer's file, without the vocabulary.
 
     Args:
         chat_template: as for load_tokenizer.
+        read: reads the files of a folder; it may raise what it likes.
 
     Raises:
         ConfigError: a file is damaged.
@@ -38,9 +51,9 @@ def read_text_settings(path: Path, chat_template: str = "") -> TextSettings:
         eos = tokenizer.special_tokens.get("eos_token")
         return TextSettings(own or tokenizer.chat_template, eos)
     folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / "tokenizer_config.json")
-    declared = _declared_tokens(folder / "tokenizer.json", config, {})
-    template = own or _chat_templates(folder, config).get("default")
+    config = _read_json(folder / "tokenizer_config.json", read)
+    declared = _declared_tokens(folder / "tokenizer.json", config, {}, read)
+    template = own or _main_templates(folder, config, read).get("default")
     return TextSettings(template, declared.names.get("eos_token"))
 
 
@@ -151,14 +164,17 @@ def _sentencepiece(path: Path, config: dict[str, Any], templates: dict[str, str]
 
 
 def _declared_tokens(
-    path: Path, config: dict[str, Any], known: dict[int, AddedToken]
+    path: Path,
+    config: dict[str, Any],
+    known: dict[int, AddedToken],
+    read: ReadFile = read_file,
 ) -> AddedTokens:
     folder = path.parent
     try:
         return read_added_tokens(
             config,
-            _read_json(folder / "special_tokens_map.json"),
-            _read_json(folder / "added_tokens.json"),
+            _read_json(folder / "special_tokens_map.json", read),
+            _read_json(folder / "added_tokens.json", read),
             known,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -180,21 +196,24 @@ def _add_tokens(fast: FastTokenizer, declared: AddedTokens, path: Path) -> None:
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Returns the chat templates by name. The name "default" may be missing.
+    """Returns the chat templates by name. The name "default" may be missing."""
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {file.stem: file.read_text(encoding="utf-8") for file in more}
+    return _main_templates(folder, config, read_file) | named
 
-    chat_template.jinja goes before tokenizer_config.json, as in Hugging Face's loader.
-    """
+
+def _main_templates(folder: Path, config: dict[str, Any], read: ReadFile) -> dict[str, str]:
+    """Returns the templates of two files; chat_template.jinja goes first, as in Hugging Face's
+    loader."""
     named: dict[str, Any] = {}
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
     elif template is not None:
         named = {"default": template}
-    path = folder / "chat_template.jinja"
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if path.is_file():
-        named = {"default": path.read_text(encoding="utf-8")}
-    named.update({file.stem: file.read_text(encoding="utf-8") for file in more})
+    content = read(folder / "chat_template.jinja")
+    if content is not None:
+        named = {"default": content.decode("utf-8")}
     return {str(name): source for name, source in named.items() if isinstance(source, str)}
 
 
@@ -212,12 +231,13 @@ def _own_template(value: str) -> str:
         raise ConfigError(f"chat_template {value}: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, read: ReadFile = read_file) -> dict[str, Any]:
     """Returns the object in a JSON file, {} if there is no such file."""
-    if not path.is_file():
+    content = read(path)
+    if content is None:
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -10,7 +10,6 @@ import torch
 
 from loraplex.backends.fp8 import E4M3
 from loraplex.backends.linear.contract import FP8, PLAIN
-from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.adapters.reader import AdapterReader, make_reader
 from loraplex.engine.adapters.table import AdapterTable
 from loraplex.engine.adapters.target import AdapterTarget, VocabularyTarget
@@ -23,6 +22,7 @@ from loraplex.engine.errors import ConfigError
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.shard import shard_of
 from loraplex.engine.model.spec import ModelSpec
+from loraplex.engine.stores.open_stores import adapter_roots
 from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.backends import WorkerBackends, make_backends
 from loraplex.engine.worker.model_runner import ModelRunner
@@ -139,7 +139,7 @@ def set_up(
         dtype=dtype,
         max_rank=config.memory.max_lora_rank,
         pin_memory=device.type == "cuda",
-        adapter_root=real_root(config.adapter),
+        adapter_roots=adapter_roots(config),
         vocabulary=VocabularyTarget(
             tokens=shard.vocabulary,
             hidden_size=spec.hidden_size,

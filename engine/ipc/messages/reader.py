@@ -22,7 +22,7 @@ class ReaderStart(Message):
     page_elems: int
     dtype: str
     max_rank: int
-    adapter_root: str
+    adapter_roots: list[str]
     vocabulary_numbers: Int32Array
     """A VocabularyTarget's Piece (four numbers), hidden_size, is_tied and max_rows; or nothing."""
     base: str  # of a VocabularyTarget

@@ -3,9 +3,11 @@
 import logging
 import re
 import threading
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
 from loraplex.engine.adapters.peft_config import read_peft_config
 from loraplex.engine.config import ModelConfig
 
@@ -14,11 +16,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("loraplex")
 
-_TEXT_FILES = (
-    "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 _MAX_BYTES = 4 << 20
 _MAX_LISTED = 5
+
+
+class _TooLargeError(Exception):
+    """The text is the file's name."""
 
 
 class AdapterWarnings:
@@ -30,16 +33,19 @@ class AdapterWarnings:
         self._lock = threading.Lock()
         self._base: TextSettings | None = None  # read for the first adapter that has its own
 
-    def __call__(self, folder: Path) -> list[str]:
-        """Returns a sentence for each part of `folder` that is ignored; [] if there is none."""
+    def __call__(self, folder: Path, root: str = "") -> list[str]:
+        """Returns a sentence for each part of `folder` that is ignored; [] if there is none.
+
+        `root` is that of open_regular_file.
+        """
         try:
-            return self._find(folder)
+            return self._find(folder, root)
         except Exception as error:  # files that the engine does not need may hold anything
             logger.info("the adapter in %s cannot be compared with the base: %s", folder, error)
             return []
 
-    def _find(self, folder: Path) -> list[str]:
-        config = read_peft_config(folder)
+    def _find(self, folder: Path, root: str) -> list[str]:
+        config = read_peft_config(folder, root)
         found = []
         if config.unknown:
             found.append(f"options of its config are ignored: {_listed(config.unknown)}")
@@ -47,12 +53,13 @@ class AdapterWarnings:
             found.append(
                 f"it was trained on {config.base_model}, and the base model is {self._model_path}"
             )
-        texts = [path for name in _TEXT_FILES if (path := folder / name).is_file()]
-        for path in texts:
-            if path.stat().st_size > _MAX_BYTES:
-                return [*found, f"{path.name} is too large to be compared with the base model's"]
-        own = _read_settings(folder) if texts else None
-        if own is not None and (own.chat_template or own.eos_token):
+        if not any((folder / name).is_file() for name in _TEXT_FILES):
+            return found
+        try:
+            own = _read_settings(folder, read=partial(_read_bounded, root=root))
+        except _TooLargeError as error:
+            return [*found, f"{error} is too large to be compared with the base model's"]
+        if own.chat_template or own.eos_token:
             found += _text_warnings(own, self._base_settings())
         return found
 
@@ -64,11 +71,25 @@ class AdapterWarnings:
             return self._base
 
 
-def _read_settings(path: Path, chat_template: str = "") -> "TextSettings":
+def _read_settings(path: Path, chat_template: str = "", **options: Any) -> "TextSettings":
     # The tokenizer's libraries are not among those that a worker loads at its start.
     from loraplex.engine.tokenizer.loading import read_text_settings
 
-    return read_text_settings(path, chat_template)
+    return read_text_settings(path, chat_template, **options)
+
+
+def _read_bounded(path: Path, root: str) -> bytes | None:
+    try:
+        with (
+            open_regular_file(path, root) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            content = file.read(_MAX_BYTES + 1)
+    except (FileNotFoundError, NotRegularFileError):
+        return None
+    if len(content) > _MAX_BYTES:
+        raise _TooLargeError(path.name)
+    return content
 
 
 def _text_warnings(own: "TextSettings", base: "TextSettings") -> list[str]:

@@ -139,7 +139,7 @@ class SlowMemory:
         self.found = threading.Event()
         self.was_found_first = False
 
-    def find_warnings(self, folder: Path) -> list[str]:
+    def find_warnings(self, folder: Path, root: str) -> list[str]:
         self.found.set()
         return ["its chat template is not used"]
 

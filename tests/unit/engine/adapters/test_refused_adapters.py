@@ -11,8 +11,14 @@ import pytest
 import torch
 
 from loraplex.engine.adapters.peft_files import WEIGHTS_FILE, read_adapter
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.model.shard import whole_modules
+from loraplex.engine.store_config import StoreConfig
+from loraplex.engine.stores.deadline import Deadline
+from loraplex.engine.stores.folder_store import FolderStore
+from loraplex.engine.stores.open_stores import adapter_roots
+from loraplex.engine.stores.store_address import StoreAddress
 from loraplex.memory.adapter_layout import ModuleShape
 
 from helpers.models.peft_folders import (
@@ -246,7 +252,7 @@ def test_a_path_swapped_after_its_registration_is_not_served(
     outside = tmp_path / "outside"
     shutil.copytree(folder, root / "a")
     shutil.copytree(folder, outside)
-    target = make_target(adapter_root=str(root))
+    target = make_target(adapter_roots=(str(root),))
     read_adapter("mine", root / "a", target)
     if name == "the folder":
         shutil.rmtree(root / "a")
@@ -254,5 +260,26 @@ def test_a_path_swapped_after_its_registration_is_not_served(
     else:
         (root / "a" / name).unlink()
         (root / "a" / name).symlink_to(outside / name)
-    with pytest.raises(AdapterError, match="leads out of the server's adapter_root"):
+    with pytest.raises(AdapterError, match="leads out of .*/root, its adapter_root"):
         read_adapter("mine", root / "a", target)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE])
+def test_no_link_in_a_store_leads_to_another_tenants_files(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    """Ann puts the link into her folder; the folder itself may be a link of the operator's."""
+    ann, link = tmp_path / "disk" / "ann", tmp_path / "store" / "ann"
+    shutil.copytree(folder, ann / "legal")
+    shutil.copytree(folder, tmp_path / "store" / "ben" / "legal")
+    link.symlink_to(ann)
+    uri = f"{tmp_path}/store/{{tenant}}"
+    config = EngineConfig(store=StoreConfig(adapter_stores=(uri,)))
+    target = make_target(adapter_roots=adapter_roots(config))
+    found = FolderStore(StoreAddress.parse(uri)).find("legal", "ann", Deadline(60))
+    assert found is not None
+    read_adapter("legal", Path(found.source.path), target)
+    (ann / "legal" / name).unlink()
+    (ann / "legal" / name).symlink_to(tmp_path / "store" / "ben" / "legal" / name)
+    with pytest.raises(AdapterError, match="leads out of .*/ann, its adapter_root or store"):
+        read_adapter("legal", Path(found.source.path), target)

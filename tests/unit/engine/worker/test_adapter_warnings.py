@@ -1,6 +1,8 @@
 """Parts of an adapter's folder that are not used are named."""
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,24 @@ def test_damaged_files_beside_an_adapter_do_no_harm(base: Path, folder: Path) ->
     (warning,) = AdapterWarnings(ModelConfig(), base)(folder)
     assert "too large" in warning
     assert AdapterWarnings(ModelConfig(), base)(folder / "nowhere") == []
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/x.jinja"])
+def test_a_pipe_beside_an_adapter_holds_up_nothing(base: Path, folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(folder / name)
+    found: list[list[str]] = []
+    look = threading.Thread(
+        target=lambda: found.append(AdapterWarnings(ModelConfig(), base)(folder)), daemon=True
+    )
+    look.start()
+    look.join(30)
+    assert found == [[]]
+
+
+def test_a_link_out_of_the_root_is_not_read(base: Path, folder: Path) -> None:
+    (folder.parent / "secret").write_text("{{ 1 }}")
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    warnings = AdapterWarnings(ModelConfig(), base)
+    assert len(warnings(folder)) == 1
+    assert warnings(folder, str(folder)) == []
