@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_COPIED_TOKENS = 1 << 22  # prompt tokens of all n sequences of a request
 MAX_PROMPT_LOGPROBS = 1 << 17  # entries in one reply; each takes some 10 us and 30 bytes
+MAX_CHAT_ENTRIES = 1 << 16  # some 50 ms in which no other client is served
 ENTRY_CHARS = 4  # a list or map costs a template about as much as so many characters
 MIN_TEMPERATURE = 0.01
 """Smaller temperatures count as this one, as in vLLM. 0 is greedy."""
@@ -118,16 +119,10 @@ class InputProcessor:
             ClientError: there is no tokenizer, the chat template refuses the messages, or the text
                 is longer than `max_model_len` tokens can be.
         """
-        if self._codec is None:
-            raise ClientError(
-                "this server runs without a tokenizer (skip_tokenizer_init): "
-                "send prompt_token_ids instead of text"
-            )
-        tokenizer, template = self._codec.tokenizer, self._codec.chat_template
+        template = self._text_codec().chat_template
         try:
             if message.messages is None:
-                self._check_num_chars(tokenizer, message.prompt or "")
-                return tokenizer.encode(message.prompt or "")
+                return self.encode_text(message.prompt or "")
             if template is None:
                 raise ClientError(
                     "the model has no chat template: send a prompt, or start the server with "
@@ -140,12 +135,25 @@ class InputProcessor:
                 "documents": message.documents,
             }
             text = template.render(message.messages, **(options | message.chat_template_kwargs))
-            self._check_num_chars(tokenizer, text)
-            return tokenizer.encode(text, add_special_tokens=False)
+            return self.encode_text(text, add_special_tokens=False)
         except ClientError:
             raise
         except Exception as error:  # a template can raise any exception
             raise ClientError(f"the prompt cannot be encoded: {error}") from None
+
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a text; raises ClientError as encode()."""
+        tokenizer = self._text_codec().tokenizer
+        self._check_num_chars(tokenizer, text)
+        return tokenizer.encode(text, add_special_tokens)
+
+    def _text_codec(self) -> TextCodec:
+        if self._codec is None:
+            raise ClientError(
+                "this server runs without a tokenizer (skip_tokenizer_init): "
+                "send prompt_token_ids instead of text"
+            )
+        return self._codec
 
     def _check_num_chars(self, tokenizer: Tokenizer, text: str) -> None:
         """Refuses a text that is too long whatever its tokens are, before they are counted."""
@@ -289,18 +297,29 @@ def prompt_bytes(params: SamplingParams, num_prompt_tokens: int) -> int:
 
 
 def num_chars(message: GenerateRequest) -> int:
-    """Returns the length of the prompt's text; for a chat, of every text and entry in it."""
+    """Returns the length of the prompt's text; for a chat, of every text and entry in it.
+
+    Raises:
+        ClientError: a chat has more than MAX_CHAT_ENTRIES.
+    """
     if message.prompt is not None:
         return len(message.prompt)
     parts = (message.messages, message.tools, message.documents, message.chat_template_kwargs)
-    return sum(map(_chars_in, parts))
+    return _chars_in([part for part in parts if part])
 
 
 def _chars_in(value: Any) -> int:
     """Counts the characters that a chat template may read; an entry costs as much as some."""
-    total, stack = 0, [value]
+    total, num_entries, stack = 0, 0, [value]
     while stack:
         item = stack.pop()
+        num_entries += 1
+        if num_entries > MAX_CHAT_ENTRIES:
+            raise client_error(
+                "too_large",
+                f"the chat has more than {MAX_CHAT_ENTRIES} texts, numbers, lists and maps, its "
+                "tools and documents included: send less at once",
+            )
         total += len(item) if isinstance(item, str) else ENTRY_CHARS
         if isinstance(item, dict):
             stack += item.keys()

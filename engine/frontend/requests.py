@@ -44,6 +44,7 @@ class _Request:
     message: GenerateRequest
     seed: int
     payer: bytes  # whose byte budgets it counts on: its tenant's, or else its client's
+    num_chars: int  # of the prompt, as num_chars() counts
     outputs: OutputProcessor | None = None
     first_id: int = 0
     num_bytes: int = 0  # that `prompts` counts
@@ -108,7 +109,7 @@ class RequestTable:
             raise QueueFullError("too many long prompts wait to be tokenized: try again later")
         seed = self._inputs.seed_of(message.sampling_params)
         times = RequestTimes(min(message.timeout_s or math.inf, self._max_timeout_s))
-        request = _Request(client, message, seed, payer, times=times)
+        request = _Request(client, message, seed, payer, length, times=times)
         self._quota.take(client, message.sampling_params.n)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
@@ -125,7 +126,7 @@ class RequestTable:
         """Starts the requests whose prompts the pool has tokenized."""
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
-            self._texts.give_back(request.payer, num_chars(request.message))
+            self._texts.give_back(request.payer, request.num_chars)
             if self._is_current(request):
                 self._look_up(request, token_ids)
 

@@ -1,6 +1,6 @@
 """Reads and checks the JSON body of an HTTP request at a bounded cost."""
 
-import re
+import asyncio
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -9,9 +9,10 @@ from starlette.requests import Request
 from loraplex.engine.frontend.bounded_msgpack import MAX_ELEMENTS
 from loraplex.engine.frontend.byte_budget import ByteBudget
 from loraplex.entrypoints.http.errors import HttpError
+from loraplex.entrypoints.http.requests.entry_counter import EntryCounter, num_separators
 
 MAX_BODIES = 256 << 20  # bytes of all bodies that are being read
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+PIECE_BYTES = 1 << 16  # of a body that are looked at in one turn of the event loop
 _READER = b"all"
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -37,7 +38,7 @@ class BodyReader:
             # It also keeps out web pages, which may send other types to any address.
             raise HttpError(415, "the body must be JSON: send Content-Type: application/json")
         body = await self._read_bytes(request)
-        self._check_elements(body)
+        await self._check_elements(body)
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
@@ -67,20 +68,20 @@ class BodyReader:
                 "max_message_bytes of the server",
             )
 
-    def _check_elements(self, body: bytes) -> None:
+    async def _check_elements(self, body: bytes) -> None:
         """Counts the entries of lists and maps without building them."""
-        if _num_separators(body) <= self._max_elements:
+        if num_separators(body) <= self._max_elements:
             return  # without a look at which are inside strings
-        if _num_separators(_STRING.sub(b"", body)) > self._max_elements:
-            raise HttpError(
-                413,
-                f"the body has more than {self._max_elements} list and map entries: "
-                "send less at once",
-            )
-
-
-def _num_separators(text: bytes) -> int:
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
+        counter = EntryCounter()
+        for start in range(0, len(body), PIECE_BYTES):
+            counter.add(body[start : start + PIECE_BYTES])
+            if counter.num_entries > self._max_elements:
+                raise HttpError(
+                    413,
+                    f"the body has more than {self._max_elements} list and map entries: "
+                    "send less at once",
+                )
+            await asyncio.sleep(0)
 
 
 def _of_validation(error: ValidationError) -> HttpError:

@@ -1,14 +1,16 @@
 """GET /health, /ready and /version, POST /tokenize and /detokenize."""
 
 import asyncio
+from collections.abc import Callable
 from importlib.metadata import version as version_of
-from typing import Any
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.engine.errors import client_error
 from loraplex.engine.frontend import protocol
+from loraplex.engine.frontend.field_checks import short
 from loraplex.engine.frontend.requests import POOL_PROMPT_CHARS
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 from loraplex.entrypoints.http.answer_response import JsonResponse
@@ -18,6 +20,7 @@ from loraplex.entrypoints.http.requests.bodies import DetokenizeBody, TokenizeBo
 from loraplex.entrypoints.http.requests.body_reader import BodyReader
 from loraplex.entrypoints.http.requests.conversion import tokenize_message
 
+Result = TypeVar("Result")
 MAX_POOLED = 4  # long texts that /tokenize encodes or lets wait at one time
 
 
@@ -50,14 +53,16 @@ class ServerRoutes:
         assert isinstance(message, protocol.GenerateRequest)
         tokenizer = self._tokenizer()
 
-        def encode() -> list[int]:
+        def encode() -> tuple[list[int], list[str | None] | None]:
             if body.prompt is not None and not body.add_special_tokens:
-                return tokenizer.encode(body.prompt, add_special_tokens=False)
-            return frontend.inputs.encode(message)
+                ids = frontend.inputs.encode_text(body.prompt, add_special_tokens=False)
+            else:
+                ids = frontend.inputs.encode(message)
+            return ids, [tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
 
         length = int(request.headers.get("content-length", POOL_PROMPT_CHARS + 1))
-        token_ids = await self._in_pool(encode) if length > POOL_PROMPT_CHARS else encode()
-        texts = [tokenizer.id_to_token(i) for i in token_ids] if body.return_token_strs else None
+        pooled = length > POOL_PROMPT_CHARS
+        token_ids, texts = await self._in_pool(encode) if pooled else encode()
         return JsonResponse(
             {
                 "count": len(token_ids),
@@ -69,7 +74,13 @@ class ServerRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._bodies.read(request, DetokenizeBody)
-        tokenizer = self._tokenizer()
+        tokenizer, info = self._tokenizer(), self._link.info
+        assert info is not None
+        size = max(tokenizer.vocab_size, info.vocab_size)
+        wrong = next((i for i in body.tokens if not 0 <= i < size), None)
+        if wrong is not None:
+            text = f"tokens: {short(wrong)} is outside the vocabulary of {size}"
+            raise client_error("bad_request", text)
         return JsonResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     def _tokenizer(self) -> Tokenizer:
@@ -79,12 +90,11 @@ class ServerRoutes:
             )
         return self._link.codec.tokenizer
 
-    async def _in_pool(self, encode: Any) -> list[int]:
+    async def _in_pool(self, encode: Callable[[], Result]) -> Result:
         if self._num_pooled >= MAX_POOLED:
             raise HttpError(429, "too many long texts wait to be tokenized: try again later")
         self._num_pooled += 1
         try:
-            token_ids: list[int] = await asyncio.to_thread(encode)
-            return token_ids
+            return await asyncio.to_thread(encode)
         finally:
             self._num_pooled -= 1

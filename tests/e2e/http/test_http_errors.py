@@ -141,3 +141,20 @@ def test_health_ready_and_version(http: httpx.Client) -> None:
     assert health.status_code == 200 and health.json()["status"] == "ok"
     assert http.get("/ready").status_code == 200
     assert http.get("/version").json()["version"]
+
+
+@pytest.mark.parametrize("add_special_tokens", [False, True])
+def test_a_text_that_no_prompt_can_hold_is_not_tokenized(
+    http: httpx.Client, add_special_tokens: bool
+) -> None:
+    body = {"prompt": "x y " * 50_000, "add_special_tokens": add_special_tokens}
+    response = http.post("/tokenize", json=body)
+    assert response.status_code == 400
+    assert "200000 characters" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("token", [-1, 2**70])
+def test_ids_outside_the_vocabulary_have_no_text(http: httpx.Client, token: int) -> None:
+    response = http.post("/detokenize", json={"tokens": [5, token]})
+    assert response.status_code == 400
+    assert "outside the vocabulary" in response.json()["error"]["message"]

@@ -141,6 +141,15 @@ def test_every_text_and_entry_of_a_chat_counts(harness: FrontendHarness) -> None
         harness.sent.clear()
 
 
+def test_a_chat_of_many_messages_is_refused_before_it_is_rendered(
+    harness: FrontendHarness,
+) -> None:
+    harness.ask(A, messages=[{"role": "user", "content": ""}] * 30_000)
+    (error,) = harness.take()
+    assert error["code"] == "too_large"
+    assert not harness.sent
+
+
 def test_copies_and_logprobs_of_a_prompt_are_limited(codec: TextCodec) -> None:
     harness = FrontendHarness(codec, max_model_len=40_000)
     for values in ({"n": 200}, {"prompt_logprobs": 5}):
