@@ -158,3 +158,9 @@ def test_ids_outside_the_vocabulary_have_no_text(http: httpx.Client, token: int)
     response = http.post("/detokenize", json={"tokens": [5, token]})
     assert response.status_code == 400
     assert "outside the vocabulary" in response.json()["error"]["message"]
+
+
+def test_a_body_of_wrong_entries_alone_is_not_described_entry_by_entry(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", json={"messages": [1] * 100_000})
+    assert response.status_code == 400
+    assert "100,000 values of wrong types" in response.json()["error"]["message"]
