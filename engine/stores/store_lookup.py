@@ -21,8 +21,9 @@ from loraplex.engine.stores.deadline import Deadline, StoreTimeoutError
 from loraplex.engine.stores.store_counts import StoreCounts
 
 NUM_THREADS = 16
+TENANT_THREADS = NUM_THREADS // 2  # of one tenant; its other look-ups wait
 MAX_NAMES = 10_000  # remembered at one time, found or not
-MAX_RUNNING = 2048  # look-ups that run or wait for a thread
+MAX_RUNNING = 2048  # look-ups that run or wait for a thread, half of them of one tenant
 GRACE_S = 5.0  # for a thread beyond its time, before those who wait get an error
 
 Answer = FoundAdapter | ClientError | None
@@ -41,6 +42,14 @@ class _Name:
     answer: Answer = None
     answered_at: float | None = None
     deadline: Deadline | None = None  # of the look-up that runs
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """The look-ups of one tenant: those that have a thread, and those that wait for one."""
+
+    num_busy: int = 0
+    waiting: deque[tuple[_Name, Answer, Deadline]] = field(default_factory=deque)
 
 
 class StoreLookup:
@@ -69,6 +78,7 @@ class StoreLookup:
         self._closed = threading.Event()
         self._names: OrderedDict[tuple[str, str], _Name] = OrderedDict()
         self._running: set[_Name] = set()
+        self._queues: dict[str, _Queue] = {}  # by tenant; none is empty and idle
         self._answers: deque[tuple[_Name, Answer, bool]] = deque()  # and whether a store was asked
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="adapter-store")
 
@@ -121,6 +131,8 @@ class StoreLookup:
             entry, answer, was_asked = self._answers.popleft()
             self._running.discard(entry)
             entry.deadline = None
+            self._queues[entry.tenant].num_busy -= 1
+            self._submit(entry.tenant)
             self._take(entry, answer, was_asked)
 
     def tick(self) -> None:
@@ -146,13 +158,27 @@ class StoreLookup:
     def _start(self, entry: _Name) -> None:
         if entry.deadline is not None:
             return
-        if len(self._running) >= MAX_RUNNING:
+        queue = self._queues.get(entry.tenant) or _Queue()
+        most = MAX_RUNNING // 2 if entry.tenant else MAX_RUNNING
+        if len(self._running) >= MAX_RUNNING or queue.num_busy + len(queue.waiting) >= most:
             self._hand_out(entry, QueueFullError("too many adapters are being looked up in stores"))
             return
         self._running.add(entry)
         entry.deadline = Deadline(self._timeout_s, self._closed)
         former = entry.answer if self._is_fresh(entry) else None
-        self._threads.submit(self._look, entry, former, entry.deadline)
+        self._queues[entry.tenant] = queue
+        queue.waiting.append((entry, former, entry.deadline))
+        self._submit(entry.tenant)
+
+    def _submit(self, tenant: str) -> None:
+        """Gives the threads what they may take of a tenant's look-ups."""
+        queue = self._queues[tenant]
+        most = TENANT_THREADS if tenant else NUM_THREADS
+        while queue.waiting and queue.num_busy < most:
+            queue.num_busy += 1
+            self._threads.submit(self._look, *queue.waiting.popleft())
+        if not queue.num_busy:
+            del self._queues[tenant]
 
     def _look(self, entry: _Name, former: Answer, deadline: Deadline) -> None:
         answer: Answer = former.reopen() if isinstance(former, FoundAdapter) else None

@@ -35,7 +35,8 @@ class FakeStore:
 
     def find(self, name: str, tenant: str, deadline: Deadline) -> FoundAdapter | None:
         self.num_asked += 1
-        self.gate.wait()
+        if tenant != "quick":
+            self.gate.wait()
         if self.error is not None:
             raise self.error
         version = self.versions.get(name)
@@ -68,10 +69,10 @@ class Lookup:
             clock=lambda: self.now,
         )
 
-    def ask(self, name: str) -> list[Answer]:
+    def ask(self, name: str, tenant: str = "") -> list[Answer]:
         """Returns the list that the answer will be in."""
         answers: list[Answer] = []
-        self.lookup.find(name, "", answers.append)
+        self.lookup.find(name, tenant, answers.append)
         return answers
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
@@ -223,6 +224,23 @@ def test_one_name_that_hangs_delays_no_other(store: FakeStore, lookup: Lookup) -
     waiting = lookup.ask("x")
     assert lookup.stamp("y") == "1"
     assert not waiting
+
+
+def test_a_tenant_whose_names_hang_leaves_threads_to_others(
+    store: FakeStore, lookup: Lookup
+) -> None:
+    store.versions |= {"x": "1"}
+    store.gate.clear()
+    slow = [lookup.ask(f"s{number}", "ann") for number in range(store_lookup.MAX_RUNNING)]
+    full = [answers[0] for answers in slow if answers]
+    assert len(full) == store_lookup.MAX_RUNNING // 2
+    assert all(isinstance(answer, QueueFullError) for answer in full)
+    answers = lookup.ask("x", "quick")
+    lookup.run_until(lambda: bool(answers))
+    assert isinstance(answers[0], FoundAdapter)
+    store.gate.set()
+    lookup.run_until(lambda: all(slow))
+    assert not lookup.lookup.num_running
 
 
 def test_names_are_bounded(
