@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("loraplex")
 
+_TEXT_FILES = (
+    "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 _MAX_BYTES = 4 << 20
 _MAX_LISTED = 5
 
