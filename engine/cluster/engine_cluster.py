@@ -27,7 +27,7 @@ from loraplex.engine.processes.draining.stop_signals import StopSignals
 from loraplex.engine.processes.engine import STOP_TIMEOUT_S
 from loraplex.engine.processes.process import ProcessSpec
 from loraplex.engine.processes.process_group import ProcessGroup
-from loraplex.engine.stores.open_stores import check_stores
+from loraplex.engine.stores.open_stores import check_stores, only_folders
 from loraplex.engine.tenants.hangup_reload import HangupReload
 from loraplex.engine.tenants.key_file import read_tenants_of
 from loraplex.scheduler.placement.placement import POLICIES
@@ -93,7 +93,7 @@ class EngineCluster:
             replace(
                 config,
                 server=replace(config.server, endpoint="", http="", num_frontends=1, api_keys=""),
-                store=replace(config.store, adapter_stores=()),  # routers look names up
+                store=only_folders(config.store),  # routers look names up
             ),
             ray_address=ray_address,
             on_progress=on_progress,

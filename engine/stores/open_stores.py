@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex.engine.adapters.paths import expanded
@@ -35,6 +36,14 @@ def adapter_roots(config: EngineConfig) -> tuple[str, ...]:
     folders = [address.real_folder for address in addresses if address.scheme == "file"]
     root = expanded(config.adapter.adapter_root)
     return (root, *folders) if root else tuple(folders)
+
+
+def only_folders(config: StoreConfig) -> StoreConfig:
+    """Returns the settings for an engine that looks no names up, but keeps within the folders."""
+    uris = config.adapter_stores
+    return replace(
+        config, adapter_stores=tuple(u for u in uris if StoreAddress.parse(u).scheme == "file")
+    )
 
 
 def make_store_lookup(

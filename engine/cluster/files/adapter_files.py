@@ -3,10 +3,11 @@
 import errno
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
+from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file, root_of
 from loraplex.engine.adapters.paths import ADAPTER_FILE, WEIGHTS_FILE
 
 PIECE_BYTES = 8 << 20
@@ -46,9 +47,9 @@ class FilePiece:
 class AdapterFiles:
     """Lists and reads folders of this machine. Usable from any thread."""
 
-    def __init__(self, adapter_root: str = "") -> None:
-        """Files below `adapter_root`, a real path, are opened without leaving it."""
-        self._root = adapter_root
+    def __init__(self, adapter_roots: Sequence[str] = ()) -> None:
+        """Files below one of `adapter_roots`, as root_of() takes them, are opened beneath it."""
+        self._roots = adapter_roots
 
     def list_files(self, path: str) -> list[FolderFile]:
         """Returns the files of an adapter's folder, in the order of NAMES.
@@ -65,15 +66,18 @@ class AdapterFiles:
             FilesChangedError: the file is not as it was listed.
             OSError: it cannot be read.
         """
-        with open_regular_file(Path(path, file.name), self._root) as descriptor:
+        with open_regular_file(Path(path, file.name), self._root_of(path)) as descriptor:
             data = os.pread(descriptor, min(PIECE_BYTES, file.num_bytes - start), start)
             if _describe(descriptor, file.name) != file:
                 raise FilesChangedError(f"{path}/{file.name} was replaced while it was read")
         return FilePiece.of(data)
 
+    def _root_of(self, path: str) -> str:
+        return root_of(Path(path), self._roots)
+
     def _look(self, path: str, name: str) -> FolderFile:
         try:
-            with open_regular_file(Path(path, name), self._root) as descriptor:
+            with open_regular_file(Path(path, name), self._root_of(path)) as descriptor:
                 return _describe(descriptor, name)
         except NotRegularFileError as error:
             raise PermissionError(errno.EPERM, str(error), path) from None

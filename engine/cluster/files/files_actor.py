@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 from loraplex.engine.cluster.files.adapter_files import AdapterFiles, FolderFile
@@ -16,9 +17,9 @@ class FilesActor:
     nearest one that has it. The last pieces are held for that.
     """
 
-    def __init__(self, adapter_root: str) -> None:
-        """`adapter_root` is a real path; see AdapterFiles."""
-        self._files = AdapterFiles(adapter_root)
+    def __init__(self, adapter_roots: Sequence[str]) -> None:
+        """`adapter_roots` are those of this node; see AdapterFiles."""
+        self._files = AdapterFiles(adapter_roots)
         self._held: OrderedDict[tuple[str, FolderFile, int], Any] = OrderedDict()
         self._lock = threading.Lock()  # a piece is read once
 

@@ -43,11 +43,13 @@ class NodeFiles:
     share a file system. Copies are in a cache that is bounded in bytes and shared by processes.
     """
 
-    def __init__(self, source: FileSource, cache: DiskCache, adapter_root: str = "") -> None:
-        """`adapter_root` is the one of this node; see AdapterFiles."""
+    def __init__(
+        self, source: FileSource, cache: DiskCache, adapter_roots: Sequence[str] = ()
+    ) -> None:
+        """`adapter_roots` are those of this node; see AdapterFiles."""
         self._source = source
         self._cache = cache
-        self._own = AdapterFiles(adapter_root)
+        self._own = AdapterFiles(adapter_roots)
         self._verified: set[str] = set()  # copies whose bytes this process has compared
         self._closed = threading.Event()
 

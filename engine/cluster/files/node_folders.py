@@ -1,6 +1,7 @@
 """Gives an engine on another node than the router's the folders of adapters."""
 
 import secrets
+from collections.abc import Sequence
 
 from loraplex.engine.cluster.files.folder_server import FolderServer
 from loraplex.engine.cluster.files.node_files import FileSource, NodeFiles
@@ -16,7 +17,12 @@ class NodeFolders:
     """
 
     def __init__(
-        self, source: FileSource, *, session: str, max_bytes: int, adapter_root: str = ""
+        self,
+        source: FileSource,
+        *,
+        session: str,
+        max_bytes: int,
+        adapter_roots: Sequence[str] = (),
     ) -> None:
         """Args are those of SessionFolder, DiskCache and NodeFiles.
 
@@ -26,7 +32,7 @@ class NodeFolders:
         try:
             cache = DiskCache(self._session.path / "copies", max_bytes)
             path = str(self._session.path / f"{secrets.token_hex(4)}.sock")
-            self._server = FolderServer(NodeFiles(source, cache, adapter_root), path)
+            self._server = FolderServer(NodeFiles(source, cache, adapter_roots), path)
         except BaseException:
             self._session.close()
             raise

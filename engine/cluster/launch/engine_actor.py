@@ -5,13 +5,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex.engine.adapters.paths import real_root
 from loraplex.engine.cluster.files.node_folders import NodeFolders
 from loraplex.engine.cluster.files.ray_source import RaySource
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.processes.engine import Engine
+from loraplex.engine.stores.open_stores import adapter_roots
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
@@ -118,7 +118,7 @@ def _open_folders(config: EngineConfig, router: RouterNode) -> NodeFolders:
             RaySource(router.files),
             session=router.session,
             max_bytes=config.store.adapter_cache_bytes,
-            adapter_root=real_root(config.adapter),
+            adapter_roots=adapter_roots(config),
         )
     except OSError as error:
         raise ConfigError(f"no folder for copies of adapters can be made: {error}") from None

@@ -12,13 +12,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from loraplex.engine.adapters.paths import adapters_at_start, real_root
+from loraplex.engine.adapters.paths import adapters_at_start, expanded
 from loraplex.engine.cluster.files.files_actor import FilesActor
 from loraplex.engine.cluster.launch.engine_actor import RouterNode
 from loraplex.engine.cluster.launch.ray_engine import RayEngine
 from loraplex.engine.cluster.launch.ray_place import PLACE_TIMEOUT_S, RayPlace, in_words
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ConfigError
+from loraplex.engine.stores.open_stores import adapter_roots
 
 LOCAL = "local"
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray that is started here; little more than Ray's least
@@ -90,7 +91,7 @@ class RayLauncher:
             "max_concurrency": FILE_CALLS_AT_ONCE,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
         }
-        files = ray.remote(FilesActor).options(**options).remote(real_root(self._config.adapter))
+        files = ray.remote(FilesActor).options(**options).remote(adapter_roots(self._config))
         return RouterNode(node_id, uuid.uuid4().hex, files)
 
     def _connect(self, num_cpus: int) -> None:
@@ -162,7 +163,7 @@ def _with_real_paths(config: EngineConfig) -> EngineConfig:
         config.adapter,
         adapters=tuple(adapters_at_start(config.adapter)),
         adapter_dir="",
-        adapter_root=real_root(config.adapter),
+        adapter_root=expanded(config.adapter.adapter_root),
     )
     return replace(config, adapter=adapter)
 

@@ -158,11 +158,11 @@ def test_no_file_outside_of_the_root_is_read(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (root / "a" / "adapter_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(PermissionError, match="leads out of"):
-        AdapterFiles(str(root)).list_files(str(root / "a"))
+        AdapterFiles([str(root)]).list_files(str(root / "a"))
     os.unlink(root / "a" / "adapter_config.json")
     os.mkfifo(root / "a" / "adapter_config.json")
     with pytest.raises(PermissionError, match="no regular file"):
-        AdapterFiles(str(root)).list_files(str(root / "a"))
+        AdapterFiles([str(root)]).list_files(str(root / "a"))
 
 
 @pytest.fixture
