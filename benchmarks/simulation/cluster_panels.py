@@ -16,6 +16,16 @@ from cluster_sim import COMPARED, NOTE
 Row = dict[str, Any]
 
 
+def first_uses(rows: Sequence[Row]) -> Line:
+    """Returns the loads that no placement avoids, by rate."""
+    points = [
+        (row["trace"]["rate"], 200 * row["first_uses_second_half"] / row["requests"])
+        for row in rows
+        if row["part"] == "slora" and row["placement"] == COMPARED[0]
+    ]
+    return Line("first uses", sorted(points), dashed=True)
+
+
 def by_rate(rows: Sequence[Row], value: Callable[[Row], float]) -> list[Line]:
     """Returns one line for each placement: a value of S-LoRA's trace by rate."""
     lines = []
@@ -50,9 +60,10 @@ def main() -> None:
     parser.add_argument("plot", type=Path, help=".svg or .png")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    loads = by_rate(rows, lambda row: 200 * row["adapter_loads_second_half"] / row["requests"])
     panels = [
         Panel("Adapter loads, second half of a run", "requests/s", "% of requests",
-              by_rate(rows, lambda row: 200 * row["adapter_loads_second_half"] / row["requests"])),
+              [*loads, first_uses(rows)]),
         Panel("First token, p99", "requests/s", "ms",
               by_rate(rows, lambda row: 1e3 * row["ttft_p99_s"])),
         Panel("Engines in use over a day's curve", "s", "engines", engines_in_use(rows)),
