@@ -7,6 +7,8 @@ from llguidance import LLMatcher
 
 from loraplex.engine.grammar.vocabulary import Vocabulary
 
+_NOTHING_FITS = ("NoExtension", "NoExtensionBias")
+
 
 class GrammarMatcher:
     """Implements Constraint for one sequence.
@@ -105,5 +107,8 @@ def allows(mask: "array[int]", token_id: int) -> bool:
 
 def describe_error(text: str) -> str:
     """Returns the library's error in one line."""
-    lines = (line.strip() for line in text.replace("<non-verbose/>", "").splitlines())
+    text = text.replace("<non-verbose/>", "").partition("<state>")[0]
+    if text.strip() in _NOTHING_FITS:
+        return "no text fits the grammar"
+    lines = (line.strip() for line in text.splitlines())
     return " ".join(line for line in lines if line)[:500]

@@ -171,6 +171,7 @@ def test_equal_grammars_share_no_state(engine: Engine) -> None:
         ({"regex": "(?=a)b"}, "look-around"),
         ({"json": {"type": "foo"}}, "Invalid type: foo"),
         ({"json": {"$ref": "#/nowhere"}}, "nowhere"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text fits"),
         ({"json": {"type": "object", "if": {}}}, 'Unimplemented keys: ["if"]'),
         ({"grammar": "start: missing"}, 'unknown name: "missing"'),
         ({"grammar": "root ::= ("}, "cannot be"),
