@@ -102,7 +102,7 @@ def test_files_pass_through_rays_object_store(cluster: EngineCluster, tmp_path: 
     class MovedFiles(FilesActor):
         def __init__(self, folder: str) -> None:
             os.chdir(folder)
-            super().__init__("")
+            super().__init__(())
 
     path, weights = "/proc/self/cwd/a", os.urandom(2 * PIECE_BYTES + 5)
     make_fake_adapter(tmp_path / "a", "{}").joinpath(WEIGHTS_FILE).write_bytes(weights)

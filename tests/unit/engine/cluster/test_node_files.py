@@ -152,17 +152,19 @@ def test_a_folder_that_is_nowhere_is_named(path: str, other: OtherNode, tmp_path
         NodeFiles(other, DiskCache(tmp_path / "node", 10_000)).open(path)
 
 
-def test_no_file_outside_of_the_root_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folders", ["root", "{tenant}"])
+def test_no_file_outside_of_the_root_is_read(tmp_path: Path, folders: str) -> None:
+    files = AdapterFiles([str(tmp_path / folders)])
     root = tmp_path / "root"
     (root / "a").mkdir(parents=True)
     (tmp_path / "secret").write_text("secret")
     (root / "a" / "adapter_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(PermissionError, match="leads out of"):
-        AdapterFiles([str(root)]).list_files(str(root / "a"))
+        files.list_files(str(root / "a"))
     os.unlink(root / "a" / "adapter_config.json")
     os.mkfifo(root / "a" / "adapter_config.json")
     with pytest.raises(PermissionError, match="no regular file"):
-        AdapterFiles([str(root)]).list_files(str(root / "a"))
+        files.list_files(str(root / "a"))
 
 
 @pytest.fixture
