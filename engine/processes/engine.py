@@ -110,9 +110,9 @@ class Engine:
         check_http_config(self._config.server)
         if self._has_adapters:
             check_adapter_config(self._config.adapter)
+            check_stores(self._config)
         kv_events_config(self._config.server)
         self._group.tenants = read_tenants_of(self._config.server)
-        check_stores(self._config)
         if self._has_model:
             resolve_model(self._config.model.model)  # before any process loads its libraries
         try:

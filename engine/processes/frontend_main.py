@@ -4,6 +4,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import zmq
@@ -46,6 +47,8 @@ def run(child: Child) -> None:
     raise_descriptor_limit()
     give_large_buffers_back()
     config, run_dir = child.start.config, child.start.run_dir
+    if child.start.folder_server:  # its stores are the router's, on another machine
+        config = replace(config, store=replace(config.store, adapter_stores=()))
     context = zmq.Context()
     identity = frontend_identity(child.start.index, child.start.incarnation)
     scheduler = DealerChannel(context, f"ipc://{run_dir}/frontends", identity)

@@ -10,7 +10,7 @@ from loraplex.scheduler.statistics.bucket_counts import zeros
 GROWING = ("moves", "recomputed_tokens", "lost_engines")
 PRESENT = ("unfinished", "waiting")
 _NAMES = (*GROWING, *PRESENT)
-_FILES = "counts."  # begins the names of the routers' files in the run directory
+_FILES = "routers."  # begins the names of the routers' files in the run directory
 
 
 class RouterCounts:

@@ -44,6 +44,9 @@ def engine_processes(
             host=scheduler_host,
             folder_server=folder_server,
         ),
-        *(ProcessSpec("frontend", i, module("frontend")) for i in numbers),
+        *(
+            ProcessSpec("frontend", i, module("frontend"), folder_server=folder_server)
+            for i in numbers
+        ),
         *(ProcessSpec("http", i, [*python, HTTP_MODULE]) for i in numbers if config.server.http),
     ]

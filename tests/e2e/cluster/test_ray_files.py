@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from loraplex.engine.adapters.paths import WEIGHTS_FILE
 from loraplex.engine.cluster.engine_cluster import EngineCluster
 from loraplex.engine.config import AdapterConfig, ServerConfig
 from loraplex.engine.errors import AdapterError
 from loraplex.engine.frontend.sampling_params import SamplingParams
+from loraplex.engine.store_config import StoreConfig
 from loraplex.entrypoints.client.sync_client import Client
 
 from helpers.fakes.fake_engine import expected_tokens, fake_config, make_fake_adapter
@@ -34,6 +36,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     root = tmp_path / "adapters"
     make_fake_adapter(root / "start", "known at start")
     make_fake_adapter(root / "late", "loaded by a client")
+    make_fake_adapter(root / "store" / "stored", "in a store").joinpath(WEIGHTS_FILE).touch()
     nodes: Any = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     ray = f"{sys.executable} -m ray.scripts.scripts"
     join = f"exec {ray} start --block --num-cpus 1 --address {nodes.address}"
@@ -48,6 +51,7 @@ def test_adapters_reach_an_engine_that_does_not_see_them(address: str, tmp_path:
     root = tmp_path / "adapters"
     config = fake_config(
         adapter=AdapterConfig(adapters=(("start", str(root / "start")),), adapter_root=str(root)),
+        store=StoreConfig(adapter_stores=(str(root / "store"),)),
         server=ServerConfig(endpoint=""),
     )
     cluster = EngineCluster(
@@ -57,6 +61,7 @@ def test_adapters_reach_an_engine_that_does_not_see_them(address: str, tmp_path:
         cluster.start(GUARD_S)
         with Client(cluster.endpoint) as client:
             assert answer(client, "start") == expected_tokens([7], "known at start", max_tokens=9)
+            assert answer(client, "stored") == expected_tokens([7], "in a store", max_tokens=9)
             client.load_adapter("late", str(root / "late"))
             assert answer(client, "late") == expected_tokens(
                 [7], "loaded by a client", max_tokens=9
