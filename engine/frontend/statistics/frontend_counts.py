@@ -1,4 +1,4 @@
-"""What a frontend counts, in files that all processes of an engine can read."""
+"""Keeps the counts of a frontend in files that all processes of an engine can read."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
