@@ -21,6 +21,17 @@ MAX_BAD_CHARS = 16384  # all bad words together
 MAX_BIAS = 1e30  # a logit and its bias stay finite in 32 bits
 MAX_LOGPROBS_A_STEP = 4096  # n * (logprobs + 1): entries that a step adds to one reply
 
+_MENDS = {
+    "logits_processors": "use logit_bias, allowed_token_ids, bad_words or structured_outputs",
+    "guided_decoding": "use structured_outputs",
+    "use_beam_search": "use LLM.beam_search",
+    "best_of": "use n",
+    "truncate_prompt_tokens": "shorten the prompt",
+    "extra_args": "leave it out",
+    "spaces_between_special_tokens": "leave it out",
+}
+"""Says what to do about parameters of vLLM that are not known."""
+
 _FLOATS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
 )  # fmt: skip
@@ -71,6 +82,12 @@ class SamplingParams:
     bad_words: list[str] | None = None  # texts that no answer contains
     structured_outputs: StructuredOutputsParams | None = None  # or a map of its fields
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __new__(cls, *args: Any, **values: Any) -> "SamplingParams":
+        """Says what to do where the constructor would only say that it does not know a name."""
+        for name in values.keys() & _MENDS.keys():
+            raise TypeError(f"SamplingParams has no {name}: {_MENDS[name]}")
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):

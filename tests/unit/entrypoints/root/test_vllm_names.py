@@ -49,3 +49,12 @@ def test_the_parser_of_flags_is_in_both_places() -> None:
 
     assert FlexibleArgumentParser is Newer
     assert len({random_uuid() for _ in range(9)}) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [("logits_processors", "use logit_bias"), ("best_of", "use n"), ("extra_args", "leave it out")],
+)
+def test_sampling_parameters_of_vllm_alone_are_refused_with_the_mend(name: str, mend: str) -> None:
+    with pytest.raises(TypeError, match=f"SamplingParams has no {name}: {mend}"):
+        loraplex.SamplingParams(**{name: None})
