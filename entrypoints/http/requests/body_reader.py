@@ -13,6 +13,8 @@ from loraplex.entrypoints.http.requests.entry_counter import EntryCounter, num_s
 
 MAX_BODIES = 256 << 20  # bytes of all bodies that are being read
 PIECE_BYTES = 1 << 16  # of a body that are looked at in one turn of the event loop
+PATIENCE_S = 30.0
+MIN_BYTES_A_SECOND = 64 << 10
 MAX_ERRORS = 1000  # pydantic describes all errors or none; 260,000 take it 0.6 s
 _READER = b"all"
 
@@ -22,7 +24,11 @@ Body = TypeVar("Body", bound=BaseModel)
 class BodyReader:
     """Limits the size of each body, the bytes of all of them, and the entries of each."""
 
-    def __init__(self, *, max_bytes: int, max_elements: int = MAX_ELEMENTS) -> None:
+    def __init__(
+        self, *, max_bytes: int, max_elements: int = MAX_ELEMENTS, patience_s: float = PATIENCE_S
+    ) -> None:
+        """A body may take `patience_s`, and a second more for each MIN_BYTES_A_SECOND of it."""
+        self._patience_s = patience_s
         self._max_bytes = max_bytes
         self._max_elements = max_elements
         self._budget = ByteBudget(for_each=MAX_BODIES, in_all=max(MAX_BODIES, max_bytes))
@@ -31,7 +37,7 @@ class BodyReader:
         """Returns the body as an object of `cls`.
 
         Raises:
-            HttpError: the body is no JSON, does not fit `cls`, or is too large.
+            HttpError: the body is no JSON, does not fit `cls`, is too large or comes too slowly.
             ClientDisconnect: the client left before the end of the body.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -50,14 +56,19 @@ class BodyReader:
         self._check_size(int(length) if length.isdecimal() else 0)
         parts: list[bytes] = []
         num_bytes = 0
+        end = asyncio.get_running_loop().time() + self._patience_s
         try:
-            async for part in request.stream():
-                if not self._budget.take(_READER, len(part)):
-                    raise HttpError(429, "too many bodies are being read: try again later")
-                num_bytes += len(part)
-                parts.append(part)
-                self._check_size(num_bytes)
+            async with asyncio.timeout_at(end) as limit:
+                async for part in request.stream():
+                    if not self._budget.take(_READER, len(part)):
+                        raise HttpError(429, "too many bodies are being read: try again later")
+                    num_bytes += len(part)
+                    parts.append(part)
+                    self._check_size(num_bytes)
+                    limit.reschedule(end + num_bytes / MIN_BYTES_A_SECOND)
             return b"".join(parts)
+        except TimeoutError:
+            raise HttpError(408, "the body came too slowly: send the request again") from None
         finally:
             self._budget.give_back(_READER, num_bytes)
 
