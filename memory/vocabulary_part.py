@@ -38,10 +38,15 @@ class VocabularyPart:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyParts:
-    """The change of the embedding and that of the head."""
+    """The change of the embedding and that of the head.
+
+    Attributes:
+        num_tokens: the size of the adapter's vocabulary; 0: the base model's.
+    """
 
     embedding: VocabularyPart | None = None
     head: VocabularyPart | None = None
+    num_tokens: int = 0
 
     @property
     def kinds(self) -> str:
@@ -49,7 +54,8 @@ class VocabularyParts:
         parts = (self.embedding, self.head)
         names = zip(("+embedding", "+head"), parts, strict=True)
         low_rank = "".join(name for name, part in names if part and part.rank)
-        return low_rank + "+tokens" * any(part and part.token_ids for part in parts)
+        has_tokens = self.num_tokens > 0 or any(part and part.token_ids for part in parts)
+        return low_rank + "+tokens" * has_tokens
 
 
 def stretch_elems(num_elems: int, num_layers: int) -> int:

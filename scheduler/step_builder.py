@@ -127,16 +127,20 @@ class StepBuilder:
     def _masks(self) -> "tuple[array[int], array[int]]":
         """Returns the rows that sample under a constraint, and the masks of the tokens that they
         sample one after another."""
-        rows, masks = array("i"), array("i")
+        rows, found = array("i"), list["array[int]"]()
         for row, request in enumerate(self.requests):
             constraint = request.constraint
             if constraint is not None and self.samples[row]:
                 if constraint.mask is None:
                     raise ValueError(f"request {request.request_id!r} is planned without its mask")
                 rows.append(row)
-                masks += constraint.mask
-                for mask in constraint.draft_masks[: self.samples[row] - 1]:
-                    masks += mask
+                found.append(constraint.mask)
+                found += constraint.draft_masks[: self.samples[row] - 1]
+        # An adapter with added tokens has longer masks than the base model.
+        num_words, masks = max(map(len, found), default=0), array("i")
+        for mask in found:
+            masks += mask
+            masks.frombytes(bytes(4 * (num_words - len(mask))))
         return rows, masks
 
     def check(self, result: StepResult) -> None:

@@ -119,7 +119,8 @@ class StepPlan(Message):
     num_tokens: Int32Array
     samples: Int32Array
     # Rows whose next tokens a grammar restricts, and for each token that they sample
-    # ceil(vocabulary / 32) words: bit i % 32 of word i / 32 is 1 where token i is allowed.
+    # ceil(vocabulary / 32) words: bit i % 32 of word i / 32 is 1 where token i is allowed. The
+    # vocabulary is the largest one of these rows.
     masked_rows: Int32Array = msgspec.field(default_factory=int_array)
     masks: Int32Array = msgspec.field(default_factory=int_array)
     draft_ids: Int32Array = msgspec.field(default_factory=int_array)  # in the order of the rows
@@ -191,6 +192,7 @@ class AdapterInspected(Message):
     is_transient: bool = False
     invocation_tokens: Int32Array = msgspec.field(default_factory=int_array)
     """An activated LoRA applies from where these begin last in a prompt. Empty: it always does."""
+    num_tokens: int = 0  # the size of its vocabulary; 0: the base model's
 
 
 class LoadAdapter(Message):

@@ -14,11 +14,16 @@ from loraplex.scheduler.frontend_protocol import AdapterSource
 
 NUM_THREADS = 4
 
+_STAMPED = (
+    ADAPTER_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "added_tokens.json",
+)  # fmt: skip
+
 Found = Callable[[AdapterSource | ClientError], None]
 
 
 def find_folder(path: str, root: str) -> AdapterSource:
-    """Returns a folder under `root`, with a stamp of its two files as they are now.
+    """Returns a folder under `root`, with a stamp of its files as they are now.
 
     The stamp covers device, inode, size, mtime and ctime. Two writes of equal size within one tick
     of the file system's clock (4 ms on ext4) look alike if the stamp was taken between them.
@@ -34,7 +39,7 @@ def find_folder(path: str, root: str) -> AdapterSource:
 def stamp_folder(folder: str) -> str:
     """Returns a text that changes when the adapter's files are written, replaced or removed."""
     digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=16)
-    for name in (ADAPTER_FILE, WEIGHTS_FILE):
+    for name in _STAMPED:
         try:
             status = os.stat(os.path.join(folder, name))
         except OSError:

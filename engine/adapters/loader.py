@@ -324,6 +324,7 @@ def _describe(
         + [name for name, is_changed in zip(VOCABULARY, changed, strict=True) if is_changed],
         warnings=warnings,
         invocation_tokens=array("i", invocation_tokens),
+        num_tokens=adapter.vocabulary.num_tokens,
     )
 
 

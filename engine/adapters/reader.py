@@ -318,6 +318,7 @@ def _unpack(packed: AdapterPacked, data: torch.Tensor, target: AdapterTarget) ->
         vocabulary=VocabularyParts(
             embedding=packed.embedding.part() if packed.embedding else None,
             head=packed.head.part() if packed.head else None,
+            num_tokens=packed.num_tokens,
         ),
     )
 

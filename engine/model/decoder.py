@@ -183,7 +183,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the model's dtype.
 
-        They are written to `out`, if it is given. `change` is made by adapters of these N rows.
+        They are written to `out`, if it is given. `change` is made by adapters of these N rows; it
+        may add columns.
         """
         return self.head.logits(hidden, out, change)
 

@@ -104,6 +104,7 @@ def _flatten(adapter: PackedAdapter) -> AdapterPacked:
         replaces_bias=adapter.replaces_bias,
         embedding=PackedPart.of(adapter.vocabulary.embedding),
         head=PackedPart.of(adapter.vocabulary.head),
+        num_tokens=adapter.vocabulary.num_tokens,
     )
 
 

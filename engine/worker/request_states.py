@@ -8,6 +8,7 @@ import torch
 
 from loraplex.backends.lora.contract import LoRABatch
 from loraplex.engine.adapters.table import group_rows
+from loraplex.engine.adapters.vocabulary.resident import ResidentVocabulary
 from loraplex.engine.worker.adapters.weighted_rows import WeightedRows
 from loraplex.engine.worker.sampling_states import SamplingStates
 from loraplex.engine.worker.step_rows import StepRows, draft_places
@@ -38,8 +39,10 @@ class RequestStates:
         vocab_size: int,
         device: torch.device,
         weighted_rows: WeightedRows | None = None,
+        vocabulary: ResidentVocabulary | None = None,
     ) -> None:
-        """Without `weighted_rows` every adapter has the weight 1."""
+        """Without `weighted_rows` every adapter has the weight 1, and without `vocabulary` the base
+        model's tokens."""
         max_pages = -(-(max_model_len + 1) // block_tokens)
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -51,6 +54,7 @@ class RequestStates:
         self.adapter_rows = np.full((max_num_seqs, MAX_BINDINGS), -1, dtype=np.int32)
         self.first_positions = np.zeros((max_num_seqs, MAX_BINDINGS), dtype=np.int32)
         self._weighted_rows = weighted_rows
+        self._vocabulary = vocabulary
         self.sampling = SamplingStates(max_num_seqs, vocab_size)
         self._num_pages = np.zeros(max_num_seqs, dtype=np.int32)
 
@@ -115,7 +119,10 @@ class RequestStates:
             raise ValueError(f"a request of {num_tokens} tokens, above {self.max_model_len}")
         self._num_pages[slot] = 0
         self._bind(slot, request.bindings)
-        self.sampling.set(slot, request.sampling, request.num_prompt_tokens)
+        num_tokens = None
+        if self._vocabulary is not None:
+            num_tokens = self._vocabulary.num_tokens(int(self.adapter_rows[slot, 0]))
+        self.sampling.set(slot, request.sampling, request.num_prompt_tokens, num_tokens)
         page_ids = np.array(request.page_ids, dtype=np.int32)
         self._append_pages(np.full(len(page_ids), slot, dtype=np.int32), page_ids)
 

@@ -14,6 +14,7 @@ A single -inf is legal: masks use it, and its token is never drawn.
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from loraplex.backends.fused.contract import FusedOps
 from loraplex.backends.fused.masks import apply_masks
@@ -43,7 +44,7 @@ class SamplingBatch:
     word_ids: torch.Tensor | None = None  # int64 [W], their last tokens
     word_prefixes: torch.Tensor | None = None  # int64 [4, tokens before], see forbid_last_ids
     mask_places: torch.Tensor | None = None  # int32 [N], see FusedOps.draw
-    masks: torch.Tensor | None = None  # int32 [M, ceil(vocabulary / 32)], see StepPlan.masks
+    masks: torch.Tensor | None = None  # int32 [M, words], see StepPlan.masks; none left out is 0
     cut_rows: torch.Tensor | None = None  # int64 [R], random rows with any of the next three
     min_p: torch.Tensor | None = None  # float32 [R]
     top_k: torch.Tensor | None = None  # int64 [R], the vocabulary's size where off
@@ -81,6 +82,10 @@ def sample(
             request's tokens so far.
         num_known_tokens: an upper bound of batch.num_known_tokens, known on the CPU.
     """
+    if batch.masks is not None:
+        num_missing = -(-logits.shape[1] // 32) - batch.masks.shape[1]
+        if num_missing > 0:
+            batch.masks = functional.pad(batch.masks, (0, num_missing))
     if not batch.is_plain:
         logits = logits.to(torch.float32, copy=True)
         _adjust(logits, batch, token_ids, num_known_tokens)

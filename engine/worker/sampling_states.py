@@ -16,7 +16,9 @@ class SamplingStates:
     """Holds the parameters on the CPU. `collect` returns those of one step; see sampler.py."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+        """`vocab_size` is the base model's."""
+        self._base_vocab_size = vocab_size
+        self._vocab_size = np.full(max_num_seqs, vocab_size, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)
         self.num_prompt_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)
@@ -36,13 +38,18 @@ class SamplingStates:
         self._bad_words: list[BadWords | None] = [None] * max_num_seqs
         self._has_bad_words = np.zeros(max_num_seqs, dtype=np.bool_)
 
-    def set(self, slot: int, spec: SamplingSpec, num_prompt_tokens: int) -> None:
+    def set(
+        self, slot: int, spec: SamplingSpec, num_prompt_tokens: int, vocab_size: int | None = None
+    ) -> None:
+        """Keep the parameters of a request. `vocab_size` is its adapter's, if it has its own."""
+        vocab_size = vocab_size or self._base_vocab_size
+        self._vocab_size[slot] = vocab_size
         self.num_prompt_tokens[slot] = num_prompt_tokens
         self.num_logprobs[slot] = spec.num_logprobs
         self.num_prompt_logprobs[slot] = spec.num_prompt_logprobs
         self._temperature[slot] = spec.temperature
         self._top_p[slot] = spec.top_p
-        self._top_k[slot] = spec.top_k if 0 < spec.top_k < self._vocab_size else 0
+        self._top_k[slot] = spec.top_k if 0 < spec.top_k < vocab_size else 0
         self._min_p[slot] = spec.min_p
         self._seed[slot] = spec.seed & 0xFFFFFFFFFFFFFFFF
         self._penalties[slot] = (
@@ -53,13 +60,13 @@ class SamplingStates:
         self._min_tokens[slot] = spec.min_tokens
         # An id outside the vocabulary can neither be sampled nor biased.
         stop_ids = np.array(spec.stop_token_ids + spec.ignored_eos_ids, dtype=np.int64)
-        self._stop_ids[slot] = stop_ids[(stop_ids >= 0) & (stop_ids < self._vocab_size)]
+        self._stop_ids[slot] = stop_ids[(stop_ids >= 0) & (stop_ids < vocab_size)]
         bias_ids = np.array(spec.bias_token_ids, dtype=np.int64)
-        known = (bias_ids >= 0) & (bias_ids < self._vocab_size)
+        known = (bias_ids >= 0) & (bias_ids < vocab_size)
         self._bias_ids[slot] = bias_ids[known] if known.any() else None
         self._bias[slot] = np.array(spec.bias_values, dtype=np.float32)[known]
         allowed = np.array(spec.allowed_token_ids, dtype=np.int64)
-        self._allowed[slot] = pack_mask(allowed, self._vocab_size) if len(allowed) else None
+        self._allowed[slot] = pack_mask(allowed, vocab_size) if len(allowed) else None
         self._has_allowed[slot] = len(allowed) > 0
         self._bad_words[slot] = BadWords.of(spec)
         self._has_bad_words[slot] = self._bad_words[slot] is not None
@@ -106,11 +113,14 @@ class SamplingStates:
         found = dict(masks)
         for row in np.flatnonzero(self._has_allowed[slots]).tolist():
             allowed = self._allowed[slots[row]]
-            found[row] = allowed & found[row] if row in found else allowed
+            if row in found:
+                allowed, other = _stack([allowed, found[row]])
+                allowed = allowed & other
+            found[row] = allowed
         if found:
             arrays["mask_places"] = np.full(len(slots), -1, dtype=np.int32)
             arrays["mask_places"][list(found)] = np.arange(len(found), dtype=np.int32)
-            arrays["masks"] = np.stack(list(found.values()))
+            arrays["masks"] = _stack(list(found.values()))
 
     def _collect_cuts(
         self, slots: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]
@@ -124,7 +134,7 @@ class SamplingStates:
         if (min_p[rows] > 0).any():
             arrays["min_p"] = min_p[rows]
         if (top_k[rows] > 0).any():
-            arrays["top_k"] = np.where(top_k > 0, top_k, self._vocab_size)[rows]
+            arrays["top_k"] = np.where(top_k > 0, top_k, self._vocab_size[slots])[rows]
         if (top_p[rows] < 1).any():
             arrays["top_p"] = top_p[rows]
 
@@ -200,6 +210,14 @@ class SamplingStates:
         if rows:
             arrays["word_rows"], arrays["word_ids"] = np.concatenate(rows), np.concatenate(last_ids)
             arrays["word_prefixes"] = np.concatenate(prefixes, axis=1)
+
+
+def _stack(masks: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    """Returns the masks as rows; the shorter ones, of smaller vocabularies, are filled with 0."""
+    stacked = np.zeros((len(masks), max(map(len, masks))), dtype=np.int32)
+    for row, mask in zip(stacked, masks, strict=True):
+        row[: len(mask)] = mask
+    return stacked
 
 
 def pack_mask(token_ids: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.int32]:

@@ -164,6 +164,7 @@ def set_up(
                 vocab_size=spec.vocab_size,
                 device=device,
                 weighted_rows=WeightedRows(table.table, num_slots),
+                vocabulary=table.vocabulary,
             ),
             lora_table=table.table,
             backends=backends,

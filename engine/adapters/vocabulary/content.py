@@ -5,6 +5,7 @@ the type of the file, and those that differ are kept.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -68,19 +69,23 @@ class MatrixChange:
 class VocabularyContent:
     """The changes of one adapter, in memory."""
 
-    def __init__(self, embedding: MatrixChange, head: MatrixChange, shares_rows: bool) -> None:
-        """`shares_rows`: the rows of the embedding are the head's, too."""
+    def __init__(
+        self, embedding: MatrixChange, head: MatrixChange, shares_rows: bool, num_tokens: int
+    ) -> None:
+        """`shares_rows` and `num_tokens` are those of VocabularyTensors."""
         self._embedding = embedding
         self._head = head
         self._shares_rows = shares_rows
+        self._num_tokens = num_tokens
 
     @property
     def is_empty(self) -> bool:
-        return self._embedding.is_empty and self._head.is_empty
+        return self._embedding.is_empty and self._head.is_empty and not self._num_tokens
 
     def leaf(self) -> bytes:
         """Returns the part of the content hash; see content_hash.py."""
-        digest = hashlib.sha256(f"vocabulary {int(self._shares_rows)}\n".encode())
+        size = f" {self._num_tokens}" if self._num_tokens else ""
+        digest = hashlib.sha256(f"vocabulary {int(self._shares_rows)}{size}\n".encode())
         for change in (self._embedding, self._head):
             for data in change.hashed():
                 digest.update(data)
@@ -97,7 +102,7 @@ class VocabularyContent:
                 row_start=embedding.row_start,
                 token_ids=embedding.token_ids,
             )
-        return VocabularyParts(embedding, head), start
+        return VocabularyParts(embedding, head, self._num_tokens), start
 
     def write(self, data: torch.Tensor, parts: VocabularyParts, target: AdapterTarget) -> None:
         """Writes this rank's part of the matrices to the pages, [layers, elements].
@@ -116,7 +121,8 @@ class VocabularyContent:
                 _write(data, part.token_start, torch.cat((own, padding)), change.name)
                 _write(data, part.feature_start, change.by_feature, change.name)
             if change.rows is not None:
-                _write(data, part.row_start, change.rows, change.name)
+                rows = _whole_rows(change.rows, change, sizes.tokens.total)
+                _write(data, part.row_start, rows, change.name)
 
 
 def read_vocabulary(
@@ -139,7 +145,7 @@ def read_vocabulary(
         _read_change(file, matrix, scales, target.vocabulary)
         for matrix in (tensors.embedding, tensors.head)
     )
-    content = VocabularyContent(embedding, head, tensors.shares_rows)
+    content = VocabularyContent(embedding, head, tensors.shares_rows, tensors.num_tokens)
     return None if content.is_empty else content
 
 
@@ -174,7 +180,7 @@ def _differing_rows(
 ) -> dict[int, torch.Tensor]:
     """Returns the rows of a whole matrix that differ from the base model's, by token.
 
-    At most max_rows of them are kept; all are counted.
+    Those of added tokens always do. At most max_rows of them are kept; all are counted.
     """
     place = matrix.matrix
     assert place is not None
@@ -192,8 +198,10 @@ def _differing_rows(
         own = _read(
             file, TensorPlace(place.dtype, shape, place.start + start * width, len(tokens) * width)
         )
-        base = _base_rows(sizes.base, matrix.name, tokens, place.dtype)
-        differing = (own.float() != base.float()).any(dim=1).nonzero().flatten().tolist()
+        num_known = max(0, min(tokens.stop, sizes.tokens.total) - start)
+        base = _base_rows(sizes.base, matrix.name, tokens[:num_known], place.dtype)
+        is_other = (own[:num_known].float() != base.float()).any(dim=1)
+        differing = [*is_other.nonzero().flatten().tolist(), *range(num_known, len(tokens))]
         num_found += len(differing)
         found |= {start + i: own[i].clone() for i in differing[: sizes.max_rows + 1 - len(found)]}
     check_num_rows(matrix.name, num_found, sizes)
@@ -205,6 +213,19 @@ def _base_rows(base: str, name: str, tokens: range, dtype: torch.dtype) -> torch
         return _open_base(base).read(name, tokens, dtype)
     except ConfigError as error:
         raise PeftConfigError(f"its {name} cannot be compared with the base: {error}") from None
+
+
+def _whole_rows(rows: torch.Tensor, change: MatrixChange, num_base: int) -> torch.Tensor:
+    """Returns the rows; those of tokens from `num_base` on contain their rows of s U V.
+
+    The pages hold U of the base's tokens alone.
+    """
+    first = bisect_left(change.token_ids, num_base)
+    added = list(change.token_ids[first:])
+    if not added or change.by_token is None or change.by_feature is None:
+        return rows
+    low_rank = change.by_token[added].float() @ change.by_feature.float()
+    return torch.cat((rows[:first].float(), rows[first:].float() + change.scale * low_rank))
 
 
 @lru_cache(maxsize=1)

@@ -18,12 +18,16 @@ class ResidentPart:
         token_ids: int64 [n], ascending.
         own: int64 [m], which of them this rank holds.
         own_columns: int64 [m], where they lie among this rank's tokens.
+        added: int64 [k], which of them the base model lacks.
+        added_ids: int64 [k], these tokens.
     """
 
     part: VocabularyPart
     token_ids: torch.Tensor
     own: torch.Tensor
     own_columns: torch.Tensor
+    added: torch.Tensor
+    added_ids: torch.Tensor
 
 
 class ResidentVocabulary:
@@ -36,6 +40,7 @@ class ResidentVocabulary:
         self._is_changed = np.zeros(num_rows, dtype=bool)
         self._embedding: dict[int, ResidentPart] = {}
         self._head: dict[int, ResidentPart] = {}
+        self._num_tokens: dict[int, int] = {}  # where it differs from the base's
 
     def write(self, slot: int, parts: VocabularyParts) -> None:
         """Keep the changes of the adapter in `slot`, in place of those before."""
@@ -44,17 +49,21 @@ class ResidentVocabulary:
             if part is not None:
                 kept[slot] = self._resident(part)
                 self._is_changed[slot] = True
+        if parts.num_tokens:
+            self._num_tokens[slot] = parts.num_tokens
+            self._is_changed[slot] = True
 
     def clear(self, slot: int) -> None:
         """Forget the changes of a slot."""
         self._embedding.pop(slot, None)
         self._head.pop(slot, None)
+        self._num_tokens.pop(slot, None)
         self._is_changed[slot] = False
 
     @property
     def is_empty(self) -> bool:
         """Returns whether no resident adapter has a change."""
-        return not self._embedding and not self._head
+        return not (self._embedding or self._head or self._num_tokens)
 
     def changes(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Returns which of the table's rows hold an adapter with a change."""
@@ -66,8 +75,13 @@ class ResidentVocabulary:
     def head(self, slot: int) -> ResidentPart | None:
         return self._head.get(slot)
 
+    def num_tokens(self, slot: int) -> int:
+        """Returns the size of the vocabulary of the adapter in `slot`; -1 is the base model."""
+        return self._num_tokens.get(slot, self.sizes.tokens.total)
+
     def _resident(self, part: VocabularyPart) -> ResidentPart:
         tokens, token_ids = self.sizes.tokens, np.array(part.token_ids, dtype=np.int64)
         own = np.flatnonzero((token_ids >= tokens.start) & (token_ids < tokens.stop))
-        arrays = (token_ids, own, token_ids[own] - tokens.start)
+        added = np.flatnonzero(token_ids >= tokens.total)
+        arrays = (token_ids, own, token_ids[own] - tokens.start, added, token_ids[added])
         return ResidentPart(part, *(torch.from_numpy(a).to(self._device) for a in arrays))

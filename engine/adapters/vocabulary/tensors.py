@@ -13,9 +13,8 @@ _PARTS = {
     "A": re.compile(r"lora_(?:embedding_A(?:\.default)?|A(?:\.default)?\.weight)"),
     "B": re.compile(r"lora_(?:embedding_B(?:\.default)?|B(?:\.default)?\.weight)"),
     "rows": re.compile(r"token_adapter\.trainable_tokens_delta(?:\.default)?"),
-    "matrix": re.compile(
-        r"(?:base_layer\.|token_adapter\.base_layer\.|modules_to_save\.(?:default\.)?)?weight"
-    ),
+    "matrix": re.compile(r"(?:base_layer\.|token_adapter\.base_layer\.)?weight"),
+    "saved": re.compile(r"modules_to_save\.(?:default\.)?weight"),
     "unused": re.compile(r"(?:token_adapter\.trainable_tokens_original|original_module)\..+"),
 }
 _TEXTS = {"A": "lora_A", "B": "lora_B", "rows": "token rows", "matrix": "weights"}
@@ -59,11 +58,13 @@ class VocabularyTensors:
 
     Attributes:
         shares_rows: the rows of the embedding are the head's, too.
+        num_tokens: the size of the adapter's vocabulary; 0: the base model's.
     """
 
     embedding: MatrixTensors
     head: MatrixTensors
     shares_rows: bool = False
+    num_tokens: int = 0
 
 
 def split_tensors(tensors: dict[str, TensorPlace]) -> tuple[dict[str, TensorPlace], Found]:
@@ -89,6 +90,10 @@ def split_tensors(tensors: dict[str, TensorPlace]) -> tuple[dict[str, TensorPlac
             raise PeftConfigError(f"tensor {key} is there twice")
         if part != "unused":
             found[match[1]][part] = place
+    for parts in found.values():
+        saved = parts.pop("saved", None)
+        if saved is not None:  # PEFT writes a copy beside it where it saves embedding layers
+            parts.setdefault("matrix", saved)
     return of_layers, found
 
 
@@ -117,6 +122,8 @@ def check_vocabulary(
     )
     if shares_indices:
         indices.pop(HEAD, None)
+        found = {**found, HEAD: {k: v for k, v in found[HEAD].items() if k in ("A", "B")}}
+    num_tokens = _num_tokens(found, indices, sizes)
     checked = {
         name: _check_matrix(
             name,
@@ -125,6 +132,7 @@ def check_vocabulary(
             target,
             is_targeted=targeted[name] or (name == HEAD and is_tied_lora),
             token_ids=indices.get(name, ()),
+            num_tokens=num_tokens,
         )
         for name in (EMBEDDING, HEAD)
     }
@@ -141,7 +149,48 @@ def check_vocabulary(
             "trainable_token_indices beside LoRA on a head that is tied to the embedding: PEFT "
             "does not define their sum; train one of them"
         )
-    return VocabularyTensors(embedding, head, shares_rows=shares_indices or shares_matrix)
+    shares_rows = shares_indices or shares_matrix
+    for matrix in (embedding,) if shares_rows else (embedding, head):
+        _check_added(matrix, num_tokens, sizes)
+    num_own = num_tokens if num_tokens != sizes.tokens.total else 0
+    return VocabularyTensors(embedding, head, shares_rows=shares_rows, num_tokens=num_own)
+
+
+def _num_tokens(found: Found, indices: dict[str, tuple[int, ...]], sizes: VocabularyTarget) -> int:
+    """Returns the size of the adapter's vocabulary.
+
+    The rows of whole matrices tell it. Without them it is the base's, and larger if
+    trainable_token_indices name tokens behind it.
+    """
+    saved = {name: parts["matrix"].shape[0] for name, parts in found.items() if "matrix" in parts}
+    if len(set(saved.values())) > 1:
+        counts = " and ".join(f"{name} {count}" for name, count in saved.items())
+        raise PeftConfigError(f"the matrices have different numbers of tokens: {counts}")
+    listed = [token + 1 for ids in indices.values() for token in ids]
+    num_tokens = max(listed, default=0)
+    if not saved:
+        return max(sizes.tokens.total, num_tokens)
+    (count,) = set(saved.values())
+    if num_tokens > count:
+        raise PeftConfigError(
+            f"trainable_token_indices names token {num_tokens - 1}, but the file has {count} tokens"
+        )
+    return count
+
+
+def _check_added(matrix: MatrixTensors, num_tokens: int, sizes: VocabularyTarget) -> None:
+    """Raises PeftConfigError unless there is a row for each token that the base model lacks."""
+    num_base = sizes.tokens.total
+    check_num_rows(matrix.name, num_tokens - num_base, sizes)
+    if matrix.matrix is not None:
+        return
+    missing = set(range(num_base, num_tokens)).difference(matrix.token_ids)
+    if missing:
+        raise PeftConfigError(
+            f"the adapter has {num_tokens} tokens and this base model {num_base}, but the file has "
+            f"no row of {matrix.name} for token {min(missing)}; save it with "
+            "save_embedding_layers=True"
+        )
 
 
 def _is_targeted(config: PeftConfig, name: str) -> bool:
@@ -164,6 +213,7 @@ def _check_matrix(
     *,
     is_targeted: bool,
     token_ids: tuple[int, ...],
+    num_tokens: int,
 ) -> MatrixTensors:
     assert target.vocabulary is not None
     wanted = {"A", "B"} if is_targeted else set()
@@ -184,11 +234,11 @@ def _check_matrix(
         )
     rank = 0
     if is_targeted:
-        rank = _check_low_rank(name, parts, config, target)
+        rank = _check_low_rank(name, parts, config, target, num_tokens)
     if token_ids:
         _check_rows(name, parts["rows"], token_ids, target.vocabulary)
     if "matrix" in parts:
-        _check_whole(name, parts["matrix"], target.vocabulary)
+        _check_width(name, parts["matrix"], target.vocabulary)
     is_embedding = name == EMBEDDING
     return MatrixTensors(
         name=name,
@@ -202,7 +252,11 @@ def _check_matrix(
 
 
 def _check_low_rank(
-    name: str, parts: dict[str, TensorPlace], config: PeftConfig, target: AdapterTarget
+    name: str,
+    parts: dict[str, TensorPlace],
+    config: PeftConfig,
+    target: AdapterTarget,
+    num_tokens: int,
 ) -> int:
     """Returns the rank."""
     if config.use_dora or config.lora_bias:
@@ -212,7 +266,7 @@ def _check_low_rank(
         )
     assert target.vocabulary is not None
     rank = config.rank_of(name)
-    inputs, outputs = target.vocabulary.tokens.total, target.vocabulary.hidden_size
+    inputs, outputs = num_tokens, target.vocabulary.hidden_size
     if name == HEAD:
         inputs, outputs = outputs, inputs
     shapes = parts["A"].shape, parts["B"].shape
@@ -234,23 +288,14 @@ def _check_rows(
             f"{name} has rows {list(rows.shape)}, not {[len(token_ids), sizes.hidden_size]}"
         )
     check_num_rows(name, len(token_ids), sizes)
-    if max(token_ids) >= sizes.tokens.total:
-        raise PeftConfigError(added_tokens(name, max(token_ids) + 1, sizes))
 
 
-def _check_whole(name: str, matrix: TensorPlace, sizes: VocabularyTarget) -> None:
-    num_tokens, num_features = matrix.shape
+def _check_width(name: str, matrix: TensorPlace, sizes: VocabularyTarget) -> None:
+    num_features = matrix.shape[1]
     if num_features != sizes.hidden_size:
         raise PeftConfigError(
             f"{name} has rows of {num_features} numbers in the adapter and {sizes.hidden_size} in "
             "this base model: it was trained on another base"
-        )
-    if num_tokens > sizes.tokens.total:
-        raise PeftConfigError(added_tokens(name, num_tokens, sizes))
-    if num_tokens < sizes.tokens.total:
-        raise PeftConfigError(
-            f"{name} has {num_tokens} tokens in the adapter and {sizes.tokens.total} in this base "
-            "model; train without making the embedding smaller"
         )
 
 
@@ -261,12 +306,3 @@ def check_num_rows(name: str, num_rows: int, sizes: VocabularyTarget) -> None:
             f"{num_rows} rows of {name} differ from the base model's, above max_token_rows "
             f"{sizes.max_rows}; raise max_token_rows; {_UNSAVED}"
         )
-
-
-def added_tokens(name: str, num_tokens: int, sizes: VocabularyTarget) -> str:
-    """Returns the reason why an adapter with a larger vocabulary is refused."""
-    return (
-        f"{name} has {num_tokens} tokens in the adapter and {sizes.tokens.total} in this base "
-        "model: added tokens are not supported; resize the base model's embedding, save it, and "
-        "serve that model"
-    )

@@ -110,6 +110,7 @@ class AdapterPacked(Message):
     replaces_bias: bool
     embedding: PackedPart | None
     head: PackedPart | None
+    num_tokens: int  # of VocabularyParts
 
 
 class ReadFailed(Message):

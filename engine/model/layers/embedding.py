@@ -30,9 +30,13 @@ class Embedding:
     def __call__(
         self, token_ids: torch.Tensor, out: torch.Tensor, change: VocabularyChange | None = None
     ) -> None:
-        """Write the embeddings of token ids, int32 or int64 [T], to `out` [T, hidden_size]."""
+        """Write the embeddings of token ids, int32 or int64 [T], to `out` [T, hidden_size].
+
+        Ids behind the vocabulary are those of `change`.
+        """
         if self._collective is None:
-            torch.index_select(self.weight, 0, token_ids, out=out)
+            known = token_ids if change is None else token_ids.clamp_max(len(self.weight) - 1)
+            torch.index_select(self.weight, 0, known, out=out)
             if change is not None:
                 change.embed(token_ids, out)
             return
@@ -53,15 +57,17 @@ class Embedding:
     ) -> torch.Tensor:
         """Returns logits [N, vocab_size] of hidden states [N, hidden_size], in the weights' dtype.
 
-        They are written to `out`, if it is given. Every rank gets the same ones.
+        They are written to `out`, if it is given. Every rank gets the same ones. There are more
+        columns where `change` adds tokens.
         """
         if self._collective is None:
             logits = torch.mm(hidden, self.weight.t(), out=out)
             if change is not None:
                 change.score(hidden, logits)
-            return logits
+            return logits if change is None else change.fit(hidden, logits)
         own = torch.mm(hidden, self.weight.t())
         if change is not None:
             change.score(hidden, own)
         logits = self._collective.all_gather(own)[:, : self._vocabulary.total]
-        return logits.clone() if out is None else out.copy_(logits)
+        logits = logits.clone() if out is None else out.copy_(logits)
+        return logits if change is None else change.fit(hidden, logits)

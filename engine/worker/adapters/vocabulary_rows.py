@@ -16,6 +16,9 @@ from loraplex.engine.adapters.vocabulary.resident import ResidentPart, ResidentV
 from loraplex.engine.worker.step_rows import StepRows
 from loraplex.memory.vocabulary_part import stretch_elems
 
+MIN_ADDED_COLUMNS = 64
+"""Columns of logits for added tokens; more are a power of two, so that few widths occur."""
+
 CHUNK_ELEMS = 1 << 22
 """Elements of U and of logits that are in float32 at one time, about."""
 
@@ -54,16 +57,41 @@ class VocabularyRows:
             if part.part.rank:
                 self._add_low_rank(adapter, part, own_hidden, logits)
 
+    def fit(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        resident, num_base = self._reader.resident, logits.shape[1]
+        limits = [resident.num_tokens(a.slot) if len(a.rows) else num_base for a in self._rows]
+        if (most := max(limits, default=num_base)) > num_base:
+            num_added = max(MIN_ADDED_COLUMNS, 1 << (most - num_base - 1).bit_length())
+            wide = logits.new_full((len(logits), num_base + num_added), -torch.inf)
+            wide[:, :num_base] = logits
+            logits = wide
+        for adapter, limit in zip(self._rows, limits, strict=True):
+            if limit < num_base:
+                logits[:, limit:num_base].index_fill_(0, adapter.rows, -torch.inf)
+            elif limit > num_base:
+                self._score_added(adapter, hidden, logits)
+        return logits
+
+    def _score_added(
+        self, adapter: AdapterRows, hidden: torch.Tensor, logits: torch.Tensor
+    ) -> None:
+        part = self._reader.resident.head(adapter.slot)
+        assert part is not None  # the reader refuses adapters without rows for added tokens
+        rows = self._reader.rows(adapter.slot, part).index_select(0, part.added)
+        values = hidden.index_select(0, adapter.rows).float().mm(rows.float().t())
+        logits[adapter.rows[:, None], part.added_ids] = values.to(logits.dtype)
+
     def _embed_one(
         self, adapter: AdapterRows, part: ResidentPart, token_ids: torch.Tensor, out: torch.Tensor
     ) -> None:
         tokens = self._reader.resident.sizes.tokens
         ids = token_ids.index_select(0, adapter.rows).long()
         is_own = (ids >= tokens.start) & (ids < tokens.stop)
+        is_held = is_own | (ids >= tokens.total) if tokens.start == 0 else is_own
         values = out.index_select(0, adapter.rows).float()
         if len(part.token_ids):
             at = torch.searchsorted(part.token_ids, ids).clamp_max(len(part.token_ids) - 1)
-            is_replaced = (part.token_ids[at] == ids) & is_own
+            is_replaced = (part.token_ids[at] == ids) & is_held
             rows = self._reader.rows(adapter.slot, part).index_select(0, at)
             values = torch.where(is_replaced[:, None], rows.float(), values)
         if part.part.rank:
@@ -135,7 +163,8 @@ class VocabularyReader:
     def all_rows(self, slot: int, num_rows: int) -> VocabularyRows | None:
         """Returns the changes where all rows are of the adapter in a slot of the table, or None if
         there are none."""
-        if self.resident.head(slot) is None:
+        num_base = self.resident.sizes.tokens.total
+        if self.resident.head(slot) is None and self.resident.num_tokens(slot) == num_base:
             return None
         rows = torch.arange(num_rows, device=self._pages.device)
         return VocabularyRows(self, [AdapterRows(slot, rows)])

@@ -65,7 +65,8 @@ def make_adapters(model: Any, root: Path, *, strength: float = 2.0) -> None:
 class PeftOracle:
     """Judges one answer at a time, with no batching, no cache and no code of ours.
 
-    `model` is the base model where the caller has one already; otherwise `base` names its folder.
+    `model` is the base model where the caller has one already; otherwise `base` names its folder,
+    and `num_tokens` the number of tokens to which it is resized.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class PeftOracle:
         *,
         model: Any = None,
         names: list[str] | None = None,
+        num_tokens: int | None = None,
         device: str = "cpu",
     ) -> None:
         self.base, self.adapters = base, adapters
+        self._num_tokens = num_tokens
         self.names = adapter_names() if names is None else names
         self._device = device
         self._given_model = model
@@ -88,6 +91,8 @@ class PeftOracle:
         base = self._given_model
         if base is None:
             base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+            if self._num_tokens is not None:
+                base.resize_token_embeddings(self._num_tokens, mean_resizing=False)
         base = base.to(self._device)
         first, *rest = self.names
         model = PeftModel.from_pretrained(base, self.adapters / first, adapter_name=first)

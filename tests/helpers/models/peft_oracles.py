@@ -10,10 +10,24 @@ from helpers.models.peft_oracle import Case, PeftOracle
 class PeftOracles(PeftOracle):
     """A PeftOracle whose adapters are divided among several models."""
 
-    def __init__(self, base: Path, adapters: Path, *, groups: list[list[str]]) -> None:
-        """The first group's model is the base model, too."""
-        super().__init__(base, adapters, names=[name for group in groups for name in group])
+    def __init__(
+        self,
+        base: Path,
+        adapters: Path,
+        *,
+        groups: list[list[str]],
+        resized: dict[str, int] | None = None,
+    ) -> None:
+        """The first group's model is the base model, too. `resized` adapters have this number of
+        tokens, and a model each."""
+        resized = resized or {}
+        names = [name for group in groups for name in group]
+        super().__init__(base, adapters, names=names + list(resized))
         self._oracles = [PeftOracle(base, adapters, names=group) for group in groups]
+        self._oracles += [
+            PeftOracle(base, adapters, names=[name], num_tokens=num_tokens)
+            for name, num_tokens in resized.items()
+        ]
 
     @property
     def vocab_size(self) -> int:
