@@ -20,6 +20,7 @@ from structured_output import schema, write_tokenizer
 from loraplex import StructuredOutputsParams
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.grammar.vocabulary import Vocabulary
+from loraplex.engine.grammar.vocabulary_cache import VocabularyCache
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.scheduler.request import Request
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
@@ -50,7 +51,7 @@ def measure(vocabulary: Vocabulary, num_rows: int, num_steps: int, stop_id: int)
         nonlocal num_wakeups
         num_wakeups += 1
 
-    queue = GrammarQueue(lambda: vocabulary, wakeup)
+    queue = GrammarQueue(VocabularyCache(lambda own: vocabulary), wakeup)
     requests = [make_request(number, stop_id) for number in range(num_rows)]
     for request in requests:
         queue.add(request)

@@ -44,6 +44,14 @@ class MixPart(Record):
     load_inplace: bool = False  # `source` may replace another folder under this name
 
 
+class AdapterVocabulary(Record):
+    """The token ids of an adapter that changes rows of tokens, and where its tokenizer may be."""
+
+    key: str = ""  # names the content and the folder; empty: the base model's vocabulary
+    folder: str = ""  # may hold a tokenizer; empty: the adapter came from memory
+    num_tokens: int = 0  # ids that its requests may use; 0: the base model's
+
+
 class GrammarSpec(Record):
     """The form that the answer of one sequence must have."""
 
@@ -52,6 +60,8 @@ class GrammarSpec(Record):
     is_compact: bool = False  # JSON without whitespace between its parts
     whitespace: str = ""  # a regex of what may stand between the parts of JSON; empty: the default
     min_tokens: int = 0  # SamplingSpec.min_tokens is 0 then: the grammar knows where it may end
+    vocabulary: AdapterVocabulary | None = None
+    """None: the base model's. Without a folder it has the base model's tokenizer."""
 
 
 class AddRequest(Message):
@@ -80,6 +90,7 @@ class AddRequest(Message):
     mix: list[MixPart] = []  # up to MAX_BINDINGS; replaces adapter_source and load_inplace
     index: int = 0  # among the sequences of the client's request, which are sent in order
     num_answers: int = 1  # sequences of the client's request
+    vocabulary: str = ""  # key of the AdapterVocabulary by which the prompt was encoded
 
     @property
     def home_adapter(self) -> str:
@@ -110,6 +121,7 @@ class SequenceOutput(Record):
     prompt_logprobs: list[TokenLogprobs] = []  # from position 1 on
     queued_us: int = 0  # from the sequence's arrival to its admission; with the first token
     retry_after_s: float = 0.0  # when the client may try again; 0: not known
+    vocabulary: AdapterVocabulary | None = None  # by which to encode it and send it again
 
 
 class StepOutputs(Message):
@@ -179,6 +191,7 @@ class OutputTable:
         text: str,
         *,
         retry_after_s: float = 0.0,
+        vocabulary: AdapterVocabulary | None = None,
     ) -> None:
         """Add the end of a sequence that failed; all but its id is for its client."""
         self.of(frontend).details.append(
@@ -189,6 +202,7 @@ class OutputTable:
                 error=text,
                 error_code=code,
                 retry_after_s=retry_after_s,
+                vocabulary=vocabulary,
             )
         )
 

@@ -11,7 +11,12 @@ from msgspec.structs import replace
 from loraplex.memory.accounting.block_chain import BlockChain
 from loraplex.scheduler.adapters.binding import Binding, distinct_versions
 from loraplex.scheduler.adapters.version import AdapterVersion
-from loraplex.scheduler.frontend_protocol import AddRequest, OutputColumns
+from loraplex.scheduler.frontend_protocol import (
+    AdapterVocabulary,
+    AddRequest,
+    OutputColumns,
+    OutputTable,
+)
 from loraplex.scheduler.speculation.drafter import Drafter
 from loraplex.scheduler.worker_protocol import int_array
 
@@ -53,14 +58,23 @@ class RequestRefused(Exception):  # noqa: N818
     """The request or command cannot be carried out.
 
     `code` travels on the wire; `text` names the cause and the mend. `retry_after_s` says when the
-    same may be accepted, 0 if that is not known.
+    same may be accepted, 0 if that is not known. `vocabulary` is the one that the request needs, if
+    it was encoded by another.
     """
 
-    def __init__(self, code: str, text: str, *, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        code: str,
+        text: str,
+        *,
+        retry_after_s: float = 0.0,
+        vocabulary: AdapterVocabulary | None = None,
+    ) -> None:
         super().__init__(text)
         self.code = code
         self.text = text
         self.retry_after_s = retry_after_s
+        self.vocabulary = vocabulary
 
 
 class Request(AddRequest, eq=False, tag=None):
@@ -173,3 +187,15 @@ class Request(AddRequest, eq=False, tag=None):
         ):
             return "stop"
         return "length" if num_tokens >= self.max_total else ""
+
+
+def report_refusal(request: Request, refusal: RequestRefused, outputs: OutputTable) -> None:
+    """Add the end of a request that cannot be carried out; the refusal is for its client."""
+    outputs.add_error(
+        request.frontend,
+        request.request_id,
+        refusal.code,
+        refusal.text,
+        retry_after_s=refusal.retry_after_s,
+        vocabulary=refusal.vocabulary,
+    )

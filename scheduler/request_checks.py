@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 from loraplex.memory.accounting.page_manager import PageManager
+from loraplex.scheduler.adapters.binding import not_ready
+from loraplex.scheduler.frontend_protocol import AdapterVocabulary
 from loraplex.scheduler.request import Request, RequestRefused
 from loraplex.scheduler.waiting_queue import WaitingQueue
 
@@ -72,8 +74,7 @@ def service_problem(request: Request, memory: PageManager, pinned_besides: Pinne
     """Return the reason if the request could not be served even by an empty pool, else "".
 
     An adapter of another kind than plain LoRA changes more than a sum, so no mix may have it. The
-    KV of the last token is never computed. An adapter that was not inspected counts as 0 pages; the
-    check is repeated when it was.
+    KV of the last token is never computed. An adapter that was not inspected counts as 0 pages.
 
     Args:
         pinned_besides: what pinned adapters other than the request's own take.
@@ -99,6 +100,27 @@ def service_problem(request: Request, memory: PageManager, pinned_besides: Pinne
         f"prompt and max_tokens need {num_kv} pages of KV cache{weights}, but the pool has "
         f"{num_usable}{pinned}; lower max_tokens, shorten the prompt or enlarge the pool"
     )
+
+
+def check_service(request: Request, memory: PageManager, pinned_besides: Pinned) -> None:
+    """Refuse what an empty pool could not serve, and a prompt encoded by another vocabulary.
+
+    The check is repeated when the request's adapters were inspected.
+
+    Raises:
+        RequestRefused: the request has no way to its end, or must be encoded again: the refusal
+            says by which vocabulary.
+    """
+    if problem := service_problem(request, memory, pinned_besides):
+        raise RequestRefused("bad_request", problem)
+    if not_ready(request.bindings) is not None:
+        return
+    wanted = AdapterVocabulary()
+    if len(request.bindings) == 1:
+        wanted = request.bindings[0].version.vocabulary
+    if request.vocabulary != wanted.key:
+        text = "the adapter was replaced while the prompt was encoded: send the request again"
+        raise RequestRefused("adapter", text, vocabulary=wanted)
 
 
 def _mix_problem(request: Request) -> str:

@@ -22,8 +22,8 @@ from loraplex.scheduler.frontend_protocol import AdapterSource, Outputs, OutputT
 from loraplex.scheduler.integrity import check_integrity
 from loraplex.scheduler.planner import StepPlanner
 from loraplex.scheduler.policies.registry import make_policy
-from loraplex.scheduler.request import Request, RequestRefused, RequestState
-from loraplex.scheduler.request_checks import check_lengths, check_queue, service_problem
+from loraplex.scheduler.request import Request, RequestRefused, RequestState, report_refusal
+from loraplex.scheduler.request_checks import check_lengths, check_queue, check_service
 from loraplex.scheduler.running_requests import RunningRequests
 from loraplex.scheduler.stats import SchedulerStats, describe_load
 from loraplex.scheduler.step_results import apply_result
@@ -162,12 +162,8 @@ class Scheduler:
         check_queue(request, self.waiting, self._config.max_queue_len)
         check_lengths(request, self._max_model_len)
         bind_versions(request, self.adapters.registry)
-        if refusal := self._service_problem(request):
-            raise RequestRefused("bad_request", refusal)
+        check_service(request, self.memory, self.adapters.pins.besides(request.versions))
         self.tenants.accept(request, self.clock())
-
-    def _service_problem(self, request: Request) -> str:
-        return service_problem(request, self.memory, self.adapters.pins.besides(request.versions))
 
     def abort_all(self, frontend: Hashable) -> None:
         """End every request of a frontend, without output."""
@@ -196,8 +192,11 @@ class Scheduler:
 
     def _fail(self, request: Request, code: str, text: str, now: float) -> None:
         """End a request with an error that no step caused."""
+        self._refuse(request, RequestRefused(code, text), now)
+
+    def _refuse(self, request: Request, refusal: RequestRefused, now: float) -> None:
         self._end(request, "error", now)
-        self.outputs.add_error(request.frontend, request.request_id, code, text)
+        report_refusal(request, refusal, self.outputs)
 
     def fail(self, uid: Hashable, code: str, text: str) -> None:
         """End an unfinished request with an error; one that has ended does no harm."""
@@ -277,8 +276,10 @@ class Scheduler:
                 complete.append(request)
         self.waiting.push_all(complete)
         for request in complete:
-            if refusal := self._service_problem(request):
-                self._fail(request, "bad_request", refusal, now)
+            try:
+                check_service(request, self.memory, self.adapters.pins.besides(request.versions))
+            except RequestRefused as refusal:
+                self._refuse(request, refusal, now)
 
     def _fail_users(self, version: AdapterVersion, now: float) -> None:
         """Fail all waiting requests of an adapter that cannot be served."""

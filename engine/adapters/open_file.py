@@ -4,7 +4,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from loraplex.engine.adapters.tensors.memory_folder import is_memory_folder, mem
 from loraplex.engine.store_config import TENANT
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+MAX_TEXT_BYTES = 64 << 20  # of a tokenizer
 OPENAT2 = 437  # the number of the system call on every architecture
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_BENEATH = 0x08
@@ -21,6 +22,10 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.EPERM)  # an old kernel; a container's fil
 
 class NotRegularFileError(ValueError):
     """The path names a directory, a pipe or a device."""
+
+
+class FileTooLargeError(ValueError):
+    """The file has more bytes than a text of an adapter may have."""
 
 
 class OutsideRootError(PermissionError):
@@ -54,6 +59,29 @@ def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def file_reader(folder: Path, roots: Sequence[str]) -> Callable[[Path], bytes | None]:
+    """Returns a function that reads a whole file of a folder, as open_regular_file does.
+
+    It returns None if there is no such file, and raises FileTooLargeError above MAX_TEXT_BYTES.
+    """
+    root = root_of(folder, roots)
+
+    def read(path: Path) -> bytes | None:
+        try:
+            with (
+                open_regular_file(path, root) as descriptor,
+                open(descriptor, "rb", closefd=False) as file,
+            ):
+                content = file.read(MAX_TEXT_BYTES + 1)
+        except (FileNotFoundError, NotRegularFileError):
+            return None
+        if len(content) > MAX_TEXT_BYTES:
+            raise FileTooLargeError(f"{path.name} has more than {MAX_TEXT_BYTES >> 20} MiB")
+        return content
+
+    return read
 
 
 def root_of(folder: Path, roots: Sequence[str]) -> str:

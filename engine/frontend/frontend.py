@@ -30,6 +30,7 @@ from loraplex.engine.frontend.statistics.pool_runs import describe_pools
 from loraplex.engine.frontend.statistics.worker_rows import worker_rows
 from loraplex.engine.frontend.uploads.adapter_uploads import Frames
 from loraplex.engine.frontend.uploads.tensor_loads import TensorLoads
+from loraplex.engine.frontend.vocabularies.vocabulary_table import VocabularyTable
 from loraplex.engine.ipc.channel import Channel, Wakeup
 from loraplex.engine.ipc.messages.frontend import (
     AdapterCommand,
@@ -93,8 +94,7 @@ class Frontend:
         )
         self.inputs = InputProcessor(config, info, codec, seed_salt=name)
         self._requests = RequestTable(
-            inputs=self.inputs,
-            codec=codec,
+            vocabularies=VocabularyTable(config, self.inputs, codec, wakeup),
             adapters=AdapterLookup(self._mixes, self._folders, stored),
             scheduler=self._scheduler,
             reply=self._reply,

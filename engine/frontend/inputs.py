@@ -1,8 +1,10 @@
 """Turns a checked client message into token ids and sampling specs for the scheduler."""
 
+import copy
 import hashlib
 import logging
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +21,7 @@ from loraplex.engine.frontend.structured.bad_words import encode_bad_words
 from loraplex.engine.ipc.messages.frontend import EngineInfo
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
-from loraplex.scheduler.frontend_protocol import GrammarSpec
+from loraplex.scheduler.frontend_protocol import AdapterVocabulary, GrammarSpec
 from loraplex.scheduler.worker_protocol import SamplingSpec, int_array
 
 if TYPE_CHECKING:
@@ -58,18 +60,45 @@ def load_text_codec(config: ModelConfig) -> TextCodec | None:
     return TextCodec(tokenizer, tokenizer.compiled_template())
 
 
+class OutsideVocabularyError(ClientError):
+    """A request names a token id that its vocabulary lacks."""
+
+
 class InputProcessor:
-    """Validates and tokenizes requests. `tokenize` may run in any thread."""
+    """Validates and tokenizes requests. `tokenize` may run in any thread.
+
+    Attributes:
+        num_tokens: ids that a request may use.
+    """
 
     def __init__(
         self, config: EngineConfig, info: EngineInfo, codec: TextCodec | None, seed_salt: str
     ) -> None:
         """`seed_salt` makes the default seeds of an engine's frontends differ."""
         self._info = info
-        self._codec = codec
         self._seed_salt = f"{config.model.seed}:{seed_salt}"
         self._num_seeds = 0
-        self._eos_token_ids = {i for worker in info.workers for i in worker.eos_token_ids}
+        self._set_vocabulary(codec)
+
+    def for_adapter(
+        self, codec: TextCodec | None, vocabulary: AdapterVocabulary
+    ) -> "InputProcessor":
+        """Returns the processor for requests of an adapter with its own vocabulary.
+
+        Args:
+            vocabulary: has no folder if the adapter brings no tokenizer.
+        """
+        other = copy.copy(self)
+        other._set_vocabulary(codec, vocabulary)
+        return other
+
+    def _set_vocabulary(
+        self, codec: TextCodec | None, vocabulary: AdapterVocabulary | None = None
+    ) -> None:
+        self._codec = codec
+        self._vocabulary = vocabulary
+        self.num_tokens = (vocabulary and vocabulary.num_tokens) or self._info.vocab_size
+        self._eos_token_ids = {i for worker in self._info.workers for i in worker.eos_token_ids}
         if codec is not None:
             self._eos_token_ids.update(codec.tokenizer.eos_token_ids)
         self._bad_words = lru_cache(maxsize=64)(self._encode_bad_words)
@@ -92,12 +121,7 @@ class InputProcessor:
                 f"the prompt has {len(token_ids)} tokens; max_model_len is {limit} for prompt and "
                 "answer together: shorten the prompt",
             )
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= self._info.vocab_size:
-            raise ClientError(
-                f"token id {low if low < 0 else high} is outside the vocabulary "
-                f"of {self._info.vocab_size}"
-            )
+        self._check_token_ids("", (min(token_ids), max(token_ids)))
         return token_ids
 
     def try_tokenize(self, message: GenerateRequest) -> "array[int] | ClientError":
@@ -174,11 +198,11 @@ class InputProcessor:
         first one's, seed_of() now if it is None.
         """
         _check_cost(params, num_prompt_tokens)
-        vocab_size = self._info.vocab_size
+        vocab_size = self.num_tokens
         bias = params.logit_bias or {}
-        self._check_token_ids("logit_bias", list(bias))
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or [])
-        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or [])
+        self._check_token_ids("logit_bias: ", bias)
+        self._check_token_ids("stop_token_ids: ", params.stop_token_ids or ())
+        self._check_token_ids("allowed_token_ids: ", params.allowed_token_ids or ())
         room = self._info.max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         stop = set(params.stop_token_ids or ())
@@ -233,7 +257,8 @@ class InputProcessor:
                 "structured_outputs needs an end of sequence, and the model has none: set "
                 "stop_token_ids"
             )
-        return params.structured_outputs.to_grammar(params.min_tokens)
+        grammar = params.structured_outputs.to_grammar(params.min_tokens)
+        return replace(grammar, vocabulary=self._vocabulary)
 
     def _encode_bad_words(self, words: tuple[str, ...]) -> list[list[int]]:
         if self._codec is None:
@@ -242,14 +267,13 @@ class InputProcessor:
                 "(skip_tokenizer_init): use logit_bias"
             )
         sequences = encode_bad_words(self._codec.tokenizer, words)
-        return [ids for ids in sequences if max(ids) < self._info.vocab_size]  # others never occur
+        return [ids for ids in sequences if max(ids) < self.num_tokens]  # others never occur
 
-    def _check_token_ids(self, name: str, token_ids: list[int]) -> None:
+    def _check_token_ids(self, head: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
-            if not 0 <= token_id < self._info.vocab_size:
-                raise ClientError(
-                    f"{name}: token id {token_id} is outside the vocabulary "
-                    f"of {self._info.vocab_size}"
+            if not 0 <= token_id < self.num_tokens:
+                raise OutsideVocabularyError(
+                    f"{head}token id {token_id} is outside the vocabulary of {self.num_tokens}"
                 )
 
     def seed_of(self, params: SamplingParams) -> int:
@@ -281,19 +305,6 @@ def _check_cost(params: SamplingParams, num_prompt_tokens: int) -> None:
 def _hash63(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
-
-
-def prompt_bytes(params: SamplingParams, num_prompt_tokens: int) -> int:
-    """Returns about how much memory the unfinished request holds in frontend and scheduler."""
-    stops = sum(map(len, params.stop_strings)) + 8 * len(params.stop_token_ids or ())
-    return (
-        4 * num_prompt_tokens * (1 + params.n)
-        + 1024 * params.n
-        + stops
-        + (100 * len(params.logit_bias or ()))
-        + (4 * params.n * len(params.allowed_token_ids or ()))
-        + (8 * params.n * sum(map(len, params.bad_words or ())))
-    )
 
 
 def num_chars(message: GenerateRequest) -> int:

@@ -6,50 +6,34 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from loraplex.engine.config import ServerConfig
 from loraplex.engine.errors import ClientError, QueueFullError, client_error
 from loraplex.engine.frontend.byte_budget import ByteBudget
-from loraplex.engine.frontend.inputs import InputProcessor, TextCodec, num_chars, prompt_bytes
+from loraplex.engine.frontend.inputs import OutsideVocabularyError, num_chars
 from loraplex.engine.frontend.limits.client_quota import ClientQuota
+from loraplex.engine.frontend.limits.prompt_budget import PromptBudget
 from loraplex.engine.frontend.mixing.adapter_lookup import AdapterLookup
 from loraplex.engine.frontend.mixing.added_sequences import added_sequences
-from loraplex.engine.frontend.outputs import OutputFactory, OutputProcessor
 from loraplex.engine.frontend.protocol import GenerateRequest, aborted_reply, error_reply
 from loraplex.engine.frontend.request_log import RequestTimes, log_end
 from loraplex.engine.frontend.scheduler_link import SchedulerLink
 from loraplex.engine.frontend.statistics.request_histograms import RequestHistograms
+from loraplex.engine.frontend.unfinished.unfinished_request import UnfinishedRequest
+from loraplex.engine.frontend.vocabularies.request_vocabulary import RequestVocabulary
+from loraplex.engine.frontend.vocabularies.vocabulary_table import VocabularyTable
 from loraplex.engine.ipc.channel import Wakeup
 from loraplex.engine.stores.adapter_store import FolderLeases
-from loraplex.scheduler.frontend_protocol import MixPart, StepOutputs
+from loraplex.scheduler.frontend_protocol import AdapterVocabulary, MixPart, StepOutputs
 
 POOL_PROMPT_CHARS = 16384  # longer texts take milliseconds, so a thread pool tokenizes them
 MAX_CONVERTED_A_TURN = 4096  # logprobs; some 40 ms
 MAX_POOLED_CHARS = 64 << 20  # total length of the texts that wait for the pool
 MAX_CLIENT_CHARS = 32 << 20  # of one client
-MAX_PROMPTS = 256 << 20  # bytes that unfinished requests hold in all
-MAX_CLIENT_PROMPTS = 64 << 20
 
 Reply = Callable[[bytes, dict[str, Any]], None]
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """`outputs` is None until the prompt is tokenized; sequence i has the id `first_id + i`."""
-
-    client: bytes
-    message: GenerateRequest
-    seed: int
-    payer: bytes  # whose byte budgets it counts on: its tenant's, or else its client's
-    num_chars: int  # of the prompt, as num_chars() counts
-    outputs: OutputProcessor | None = None
-    first_id: int = 0
-    num_bytes: int = 0  # that `prompts` counts
-    times: RequestTimes = field(default_factory=RequestTimes)
-    leases: FolderLeases = field(default_factory=FolderLeases)  # of the adapters' files
 
 
 class RequestTable:
@@ -58,8 +42,7 @@ class RequestTable:
     def __init__(
         self,
         *,
-        inputs: InputProcessor,
-        codec: TextCodec | None,
+        vocabularies: VocabularyTable,
         adapters: AdapterLookup,
         scheduler: SchedulerLink,
         reply: Reply,
@@ -67,8 +50,7 @@ class RequestTable:
         wakeup: Wakeup,
     ) -> None:
         """Makes an empty table. `wakeup` is set when a prompt is ready for start_tokenized()."""
-        self._inputs = inputs
-        self._new_outputs = OutputFactory(codec).make
+        self._vocabularies = vocabularies
         self._adapters = adapters
         self._scheduler = scheduler
         self._reply = reply
@@ -77,12 +59,12 @@ class RequestTable:
         self._is_private = not server.endpoint  # one client, which may fill the scheduler's queue
         self._wakeup = wakeup
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-        self._tokenized: deque[tuple[_Request, array[int] | ClientError]] = deque()
+        self._tokenized: deque[tuple[UnfinishedRequest, array[int] | ClientError]] = deque()
         self._texts = ByteBudget(for_each=MAX_CLIENT_CHARS, in_all=MAX_POOLED_CHARS)
-        self._prompts = ByteBudget(for_each=MAX_CLIENT_PROMPTS, in_all=MAX_PROMPTS)
-        self._by_client: dict[bytes, dict[str, _Request]] = {}
-        self._by_sequence: dict[int, _Request] = {}
-        self._converting: dict[_Request, None] = {}  # in the order of their turns
+        self._prompts = PromptBudget()
+        self._by_client: dict[bytes, dict[str, UnfinishedRequest]] = {}
+        self._by_sequence: dict[int, UnfinishedRequest] = {}
+        self._converting: dict[UnfinishedRequest, None] = {}  # in the order of their turns
         self._sequence_ids = itertools.count(1)
         self.histograms = RequestHistograms()
         self.counters = dict.fromkeys(("received", "finished", "failed", "cancelled"), 0)
@@ -104,38 +86,54 @@ class RequestTable:
         self._quota.check(client, message.sampling_params.n)
         payer = f"tenant {message.tenant}".encode() if message.tenant else client
         length = num_chars(message)
-        pooled = length > POOL_PROMPT_CHARS
-        if pooled and not self._texts.take(payer, length):
-            raise QueueFullError("too many long prompts wait to be tokenized: try again later")
-        seed = self._inputs.seed_of(message.sampling_params)
+        self._take_text(payer, length)
+        seed = self._vocabularies.base.inputs.seed_of(message.sampling_params)
         times = RequestTimes(min(message.timeout_s or math.inf, self._max_timeout_s))
-        request = _Request(client, message, seed, payer, length, times=times)
+        vocabulary = self._vocabularies.guess(message)
+        request = UnfinishedRequest(client, message, seed, payer, length, vocabulary, times=times)
         self._quota.take(client, message.sampling_params.n)
         self._by_client.setdefault(client, mine)[message.request_id] = request
         self.counters["received"] += 1
-        if pooled:
+        self._encode(request)
+
+    def _take_text(self, payer: bytes, length: int) -> None:
+        """Raises QueueFullError if a text is for the pool, and too many wait for it."""
+        if length > POOL_PROMPT_CHARS and not self._texts.take(payer, length):
+            raise QueueFullError("too many long prompts wait to be tokenized: try again later")
+
+    def _encode(self, request: UnfinishedRequest) -> None:
+        """Encodes the prompt, whose text was taken, and goes on; now or in start_tokenized()."""
+        if request.num_chars > POOL_PROMPT_CHARS:
             self._pool.submit(self._tokenize_in_pool, request)
             return
-        self._look_up(request, self._inputs.try_tokenize(message))
+        self._look_up(request, request.vocabulary.inputs.try_tokenize(request.message))
 
-    def _tokenize_in_pool(self, request: _Request) -> None:
-        self._tokenized.append((request, self._inputs.try_tokenize(request.message)))
+    def _tokenize_in_pool(self, request: UnfinishedRequest) -> None:
+        token_ids = request.vocabulary.inputs.try_tokenize(request.message)
+        self._tokenized.append((request, token_ids))
         self._wakeup.set()
 
     def start_tokenized(self) -> None:
         """Starts the requests whose prompts the pool has tokenized."""
+        self._vocabularies.run_ready()
         while self._tokenized:
             request, token_ids = self._tokenized.popleft()
             self._texts.give_back(request.payer, request.num_chars)
             if self._is_current(request):
                 self._look_up(request, token_ids)
 
-    def _look_up(self, request: _Request, token_ids: "array[int] | ClientError") -> None:
+    def _look_up(self, request: UnfinishedRequest, token_ids: "array[int] | ClientError") -> None:
         """Starts a request, once its adapters' folders were found."""
+        if isinstance(token_ids, OutsideVocabularyError) and request.ask():
+            token_ids = array("i", [0])
         try:
             if isinstance(token_ids, ClientError):
                 raise token_ids
-            self._charge(request, len(token_ids))
+            num_bytes = request.needed_bytes(len(token_ids))
+            self._prompts.take(request.payer, num_bytes)
+            request.num_bytes = num_bytes
+            if not request.keeps_prompt:
+                request.forget_prompt()
         except ClientError as error:
             self._fail(request, error.code, str(error))
             return
@@ -143,7 +141,7 @@ class RequestTable:
 
     def _start(
         self,
-        request: _Request,
+        request: UnfinishedRequest,
         token_ids: "array[int]",
         parts: list[MixPart] | ClientError,
         leases: FolderLeases,
@@ -151,16 +149,15 @@ class RequestTable:
         request.leases = leases
         if not self._is_current(request):
             return request.leases.release()
-        message, params = request.message, request.message.sampling_params
+        message = request.message
         try:
             if isinstance(parts, ClientError):
                 raise parts
-            specs = self._inputs.sampling_specs(params, len(token_ids), request.seed)
-            grammar = self._inputs.grammar(params)
+            specs, grammar = request.sampling(len(token_ids))
         except ClientError as error:
             self._fail(request, error.code, str(error))
             return
-        request.outputs = self._new_outputs(message, token_ids)
+        request.outputs = request.vocabulary.outputs.make(message, token_ids)
         ids = [next(self._sequence_ids) for _ in specs]
         request.first_id = ids[0]
         self._by_sequence.update(dict.fromkeys(ids, request))
@@ -172,28 +169,13 @@ class RequestTable:
             specs=specs,
             grammar=grammar,
             client=b"" if self._is_private else request.client,
+            vocabulary=request.vocabulary_key,
         )
         try:
             for sequence in added:
                 self._scheduler.send(sequence)
         except ClientError as error:
             self._fail(request, error.code, str(error))  # aborts those that were sent
-
-    def _charge(self, request: _Request, num_tokens: int) -> None:
-        """Counts the memory that a request holds until its end, and frees its text.
-
-        Raises QueueFullError if the client or all clients hold too much.
-        """
-        num_bytes = prompt_bytes(request.message.sampling_params, num_tokens)
-        if not self._prompts.take(request.payer, num_bytes):
-            raise QueueFullError(
-                "the unfinished requests hold too much memory: send this one after others have "
-                "finished"
-            )
-        request.num_bytes = num_bytes
-        request.message = replace(
-            request.message, prompt=None, messages=None, prompt_token_ids=array("i")
-        )
 
     @property
     def num_unfinished(self) -> int:
@@ -206,18 +188,22 @@ class RequestTable:
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         """Takes a step's tokens and sends each request one reply with what is new."""
-        touched: dict[_Request, None] = {}
+        touched: dict[UnfinishedRequest, None] = {}
         stopped: list[int] = []
         for output in outputs:
             request = self._by_sequence.get(output.request_id)
             if request is None or request.outputs is None:
                 continue  # ended here; the scheduler had not processed the abort
+            if output.vocabulary is not None and self._learn(request, output.vocabulary):
+                continue
             if output.finish_reason == "error":
                 wait_s = output.retry_after_s
                 details = {"retry_after_s": wait_s} if wait_s else {}
                 self._fail(request, output.error_code or "internal", output.error, **details)
                 continue
             if output.token_ids:
+                if request.keeps_prompt:
+                    self._prompts.give_back(request.payer, request.forget_prompt())
                 self.histograms.observe_gap(request.times.on_output(output))
             index = output.request_id - request.first_id
             if request.outputs.update(index, output):
@@ -230,7 +216,28 @@ class RequestTable:
             if self._is_current(request):
                 self._send_output(request)
 
-    def _send_output(self, request: _Request) -> None:
+    def _learn(self, request: UnfinishedRequest, told: AdapterVocabulary) -> bool:
+        """Encodes a request again by the vocabulary that the scheduler wants, if it still can."""
+        may_learn = request.may_learn()
+        if may_learn:
+            self._abort(self._withdraw(request))
+            self._vocabularies.learn(request.message, told, partial(self._encode_again, request))
+        return may_learn
+
+    def _encode_again(
+        self, request: UnfinishedRequest, found: RequestVocabulary | ClientError
+    ) -> None:
+        if not self._is_current(request):
+            return
+        try:
+            request.learn(found)
+            self._take_text(request.payer, request.num_chars)
+        except ClientError as error:
+            self._fail(request, error.code, str(error))
+            return
+        self._encode(request)
+
+    def _send_output(self, request: UnfinishedRequest) -> None:
         if request.outputs is None:
             return
         if request.outputs.needs_conversion:
@@ -245,7 +252,7 @@ class RequestTable:
             self._drop(request, request.outputs.finish_reasons)
         self._send_reply(request, reply)
 
-    def _send_reply(self, request: _Request, reply: dict[str, Any] | None) -> None:
+    def _send_reply(self, request: UnfinishedRequest, reply: dict[str, Any] | None) -> None:
         if reply is not None:
             times = {"times": request.times.to_wire()} if reply["finished"] else {}
             self._reply(request.client, reply | times)
@@ -302,9 +309,10 @@ class RequestTable:
                 self._reply(request.client, error_reply(request.message.request_id, code, text))
 
     def close(self) -> None:
+        self._vocabularies.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fail(self, request: _Request, code: str, text: str, **details: float) -> None:
+    def _fail(self, request: UnfinishedRequest, code: str, text: str, **details: float) -> None:
         self.counters["failed"] += 1
         self._abort(self._drop(request, code))
         reply = error_reply(request.message.request_id, code, text, **details)
@@ -314,11 +322,11 @@ class RequestTable:
         if sequence_ids:
             self._scheduler.abort(sequence_ids)
 
-    def _is_current(self, request: _Request) -> bool:
+    def _is_current(self, request: UnfinishedRequest) -> bool:
         mine = self._by_client.get(request.client, {})
         return mine.get(request.message.request_id) is request
 
-    def _drop(self, request: _Request, reason: str) -> list[int]:
+    def _drop(self, request: UnfinishedRequest, reason: str) -> list[int]:
         """Removes a request and logs why it ended. Returns the ids of its unfinished sequences."""
         message, outputs = request.message, request.outputs
         log_end(message, outputs, reason=reason, times=request.times)
@@ -328,6 +336,10 @@ class RequestTable:
         self._quota.give_back(request.client, message.sampling_params.n)
         if not mine:
             self._by_client.pop(request.client, None)
+        return self._withdraw(request)
+
+    def _withdraw(self, request: UnfinishedRequest) -> list[int]:
+        """Frees what a request holds. Returns the ids of its unfinished sequences."""
         self._prompts.give_back(request.payer, request.num_bytes)
         request.num_bytes = 0
         request.leases.release()

@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 from loraplex.engine.grammar.checker import GrammarChecker, GrammarError
 from loraplex.engine.grammar.matcher import describe_error
 from loraplex.engine.grammar.source import parser_limits
-from loraplex.engine.grammar.vocabulary import Vocabulary
+from loraplex.engine.grammar.vocabulary_cache import VocabularyCache, vocabulary_key
 from loraplex.scheduler.frontend_protocol import GrammarSpec
 
 NUM_THREADS = 4
@@ -25,13 +25,11 @@ class GrammarCompiler:
     """Gives each sequence a matcher of its grammar. Threads do the work.
 
     Args:
-        vocabulary: makes the vocabulary; called once, in a thread, on first use.
+        vocabularies: are made in a thread, on first use.
     """
 
-    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
-        self._make_vocabulary = vocabulary
-        self._vocabulary: Vocabulary | None = None
-        self._vocabulary_lock = threading.Lock()
+    def __init__(self, vocabularies: VocabularyCache) -> None:
+        self.vocabularies = vocabularies
         self._lock = threading.Lock()  # of `_queues`
         self._queues: dict[Hashable, deque[tuple[GrammarSpec, Future[LLMatcher]]]] = {}
         self._is_closed = False
@@ -48,7 +46,7 @@ class GrammarCompiler:
         The matcher is shared: copy it. The future's exception is a GrammarError. The grammars of
         one client are compiled one after another, so that slow ones leave threads to the others.
         """
-        key = (spec.kind, spec.text, spec.is_compact, spec.whitespace)
+        key = (spec.kind, spec.text, spec.is_compact, spec.whitespace, vocabulary_key(spec))
         future = self._compiled.get(key)
         if future is None:
             future = self._compiled[key] = Future()
@@ -81,14 +79,6 @@ class GrammarCompiler:
         if queue and not self._is_closed:
             self._pool.submit(self._compile_queue, client)
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Returns the vocabulary. The first call makes it."""
-        with self._vocabulary_lock:
-            if self._vocabulary is None:
-                self._vocabulary = self._make_vocabulary()
-            return self._vocabulary
-
     def close(self) -> None:
         self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -98,9 +88,8 @@ class GrammarCompiler:
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
         try:
             grammar = self._checker().check(spec)
-            matcher = LLMatcher(
-                self.vocabulary.library, grammar, log_level=0, limits=parser_limits()
-            )
+            library = self.vocabularies.of(spec).library
+            matcher = LLMatcher(library, grammar, log_level=0, limits=parser_limits())
         except GrammarError:
             raise
         except Exception:

@@ -113,6 +113,15 @@ class MaskComputer:
             one.task.matcher.set_masks(one.masks)
 
     def _make_masks(self, matchers: list[GrammarMatcher]) -> "list[array[int] | None]":
+        """Returns the masks in the order of the matchers; those of a vocabulary in one call."""
+        made: dict[GrammarMatcher, array[int] | None] = {}
+        for vocabulary in {id(m.vocabulary): m.vocabulary for m in matchers}.values():
+            some = [matcher for matcher in matchers if matcher.vocabulary is vocabulary]
+            made |= zip(some, self._make_some(some), strict=True)
+        return [made[matcher] for matcher in matchers]
+
+    def _make_some(self, matchers: list[GrammarMatcher]) -> "list[array[int] | None]":
+        """Returns the masks of matchers with one vocabulary."""
         size = matchers[0].vocabulary.num_library_bytes
         if len(self._buffer) < size * len(matchers):
             self._buffer = bytearray(size * len(matchers))

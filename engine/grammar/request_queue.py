@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 from loraplex.engine.grammar.compiler import GrammarCompiler, error_text
 from loraplex.engine.grammar.mask_computer import MaskComputer, MaskTask
 from loraplex.engine.grammar.matcher import GrammarMatcher
-from loraplex.engine.grammar.vocabulary import Vocabulary
+from loraplex.engine.grammar.vocabulary_cache import VocabularyCache
 from loraplex.scheduler.request import Request, RequestRefused
 
 MAX_COMPILING = 1024
@@ -25,9 +25,8 @@ class GrammarQueue:
     something, or a mask is ready.
     """
 
-    def __init__(self, vocabulary: Callable[[], Vocabulary], wakeup: Callable[[], None]) -> None:
-        """`vocabulary` is called once, in a thread, when the first grammar comes."""
-        self._compiler = GrammarCompiler(vocabulary)
+    def __init__(self, vocabularies: VocabularyCache, wakeup: Callable[[], None]) -> None:
+        self._compiler = GrammarCompiler(vocabularies)
         self._wakeup = wakeup
         self._masks = MaskComputer(wakeup)
         self._pool = ThreadPoolExecutor(BEGIN_THREADS, thread_name_prefix="begin")
@@ -97,7 +96,7 @@ class GrammarQueue:
         errors: list[str] = []
         matcher = GrammarMatcher(
             compiled.deep_copy(),
-            self._compiler.vocabulary,
+            self._compiler.vocabularies.of(request.grammar),
             stop_ids=request.stop_ids,
             min_tokens=request.grammar.min_tokens,
             on_advance=self._advance,

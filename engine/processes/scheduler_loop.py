@@ -28,7 +28,7 @@ from loraplex.engine.processes.load_reports import LoadReports
 from loraplex.engine.processes.worker_group import WorkerGroup
 from loraplex.scheduler.adapters.tiers import adapters_by_tier
 from loraplex.scheduler.frontend_protocol import AddRequest, Outputs
-from loraplex.scheduler.request import Request, RequestRefused
+from loraplex.scheduler.request import Request, RequestRefused, report_refusal
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import (
     AdapterEvicted,
@@ -132,7 +132,8 @@ class SchedulerLoop:
             self._grammars.wait_for_masks(MASK_WAIT_S)
         for request, error in self._grammars.take_compiled():
             if error:
-                self._refuse(request, RequestRefused("bad_request", error))
+                refusal = RequestRefused("bad_request", error)
+                report_refusal(request, refusal, self._scheduler.outputs)
             else:
                 self._add(request)
         for uid, error in self._grammars.take_failed():
@@ -205,16 +206,7 @@ class SchedulerLoop:
             else:
                 self._grammars.add(request)
         except RequestRefused as refusal:
-            self._refuse(request, refusal)
-
-    def _refuse(self, request: Request, refusal: RequestRefused) -> None:
-        self._scheduler.outputs.add_error(
-            request.frontend,
-            request.request_id,
-            refusal.code,
-            refusal.text,
-            retry_after_s=refusal.retry_after_s,
-        )
+            report_refusal(request, refusal, self._scheduler.outputs)
 
     def _run_adapter_command(self, peer: bytes, message: AdapterCommand) -> None:
         scheduler = self._scheduler

@@ -5,17 +5,20 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from loraplex.engine.adapters.folder_lookup import stamp_folder
+from loraplex.engine.adapters.open_file import file_reader
 from loraplex.engine.adapters.paths import adapters_at_start
 from loraplex.engine.adapters.tensors.kept_tensors import KeptTensors
 from loraplex.engine.checkpoint.locate import resolve_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.grammar.vocabulary import Vocabulary
+from loraplex.engine.grammar.vocabulary_cache import VocabularyCache
 from loraplex.engine.ipc.channel import RouterChannel
 from loraplex.engine.ipc.child import Child, run_child
 from loraplex.engine.ipc.descriptor_limit import raise_descriptor_limit
@@ -29,8 +32,9 @@ from loraplex.engine.processes.adapter_deadlines import ANSWER_S, AdapterDeadlin
 from loraplex.engine.processes.scheduler_loop import SchedulerLoop
 from loraplex.engine.processes.status_line import StatusLine
 from loraplex.engine.processes.worker_group import WorkerGroup, merge_ready
+from loraplex.engine.stores.open_stores import adapter_roots
 from loraplex.scheduler.config import SchedulerConfig
-from loraplex.scheduler.frontend_protocol import AdapterSource
+from loraplex.scheduler.frontend_protocol import AdapterSource, AdapterVocabulary
 from loraplex.scheduler.scheduler import Scheduler
 from loraplex.scheduler.worker_protocol import WorkerReady
 
@@ -170,13 +174,22 @@ def make_grammar_queue(
     if model.skip_tokenizer_init:
         return None
 
-    def vocabulary() -> Vocabulary:
-        from loraplex.engine.tokenizer.loading import load_tokenizer  # few requests have grammars
+    def make(own: AdapterVocabulary | None) -> Vocabulary:
+        # few requests have grammars
+        from loraplex.engine.tokenizer.adapter_tokenizer import load_adapter_tokenizer
+        from loraplex.engine.tokenizer.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(resolve_model(model.model), model.tokenizer)
-        return Vocabulary(tokenizer, info.vocab_size)
+        path = Path(model.tokenizer or resolve_model(model.model)).expanduser()
+        tokenizer = None
+        if own is not None and own.folder:
+            folder = Path(own.folder)
+            tokenizer = load_adapter_tokenizer(
+                folder, path, file_reader(folder, adapter_roots(config))
+            )
+        num_tokens = (own and own.num_tokens) or info.vocab_size
+        return Vocabulary(tokenizer or load_tokenizer(path), num_tokens)
 
-    return GrammarQueue(vocabulary, wakeup)
+    return GrammarQueue(VocabularyCache(make), wakeup)
 
 
 if __name__ == "__main__":

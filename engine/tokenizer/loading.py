@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def read_file(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of a tokenizer; `declare` takes the added tokens that its vocabulary file has."""
+
+    path: Path
+    content: bytes
+    config: dict[str, Any]
+    templates: dict[str, str]
+    declare: Callable[[dict[int, AddedToken]], AddedTokens]
+
+
 def read_text_settings(
     path: Path, chat_template: str = "", read: ReadFile = read_file
 ) -> TextSettings:
@@ -52,7 +64,7 @@ def read_text_settings(
         return TextSettings(own or tokenizer.chat_template, eos)
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / "tokenizer_config.json", read)
-    declared = _declared_tokens(folder / "tokenizer.json", config, {}, read)
+    declared = _declared_tokens(folder, config, {}, read)
     template = own or _main_templates(folder, config, read).get("default")
     return TextSettings(template, declared.names.get("eos_token"))
 
@@ -87,36 +99,53 @@ def _load(model_path: Path, tokenizer: str) -> Tokenizer:
     if path.suffix == ".gguf":
         return _load_gguf(path)
     if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (path / name).is_file():
-                return _load_file(path / name)
+        if found := vocabulary_file(path):
+            return load_file(found, path)
         raise ConfigError(
             f"{path} has neither tokenizer.json nor tokenizer.model: name a tokenizer with "
             "--tokenizer, or serve token ids alone with --skip-tokenizer-init"
         )
     if not path.is_file():
         raise ConfigError(f"tokenizer {path} does not exist (nothing is downloaded)")
-    return _load_file(path)
+    return load_file(path, path.parent)
 
 
-def _load_file(path: Path) -> Tokenizer:
-    config = _read_json(path.parent / "tokenizer_config.json")
-    templates = _chat_templates(path.parent, config)
-    if path.suffix == ".model":
-        return _sentencepiece(path, config, templates)
-    return _fast(path, config, templates)
+def vocabulary_file(folder: Path) -> Path | None:
+    """Returns the file in a folder that holds a vocabulary, None if there is none."""
+    paths = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _fast(path: Path, config: dict[str, Any], templates: dict[str, str]) -> Tokenizer:
-    """Ignores add_bos_token of `config`: tokenizer.json defines its own post-processor."""
+def load_file(path: Path, folder: Path, read: ReadFile = read_file) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json or tokenizer.model.
+
+    Args:
+        folder: holds the files that declare special and added tokens, and the chat template.
+        read: reads them; it may raise what it likes.
+
+    Raises:
+        ConfigError: a file is damaged, or its kind is not supported.
+    """
+    content = read(path)
+    if content is None:
+        raise ConfigError(f"{path} is no file")
+    config = _read_json(folder / "tokenizer_config.json", read)
+    declare = partial(_declared_tokens, folder, config, read=read)
+    files = _Files(path, content, config, _chat_templates(folder, config, read), declare)
+    return _sentencepiece(files) if path.suffix == ".model" else _fast(files)
+
+
+def _fast(files: _Files) -> Tokenizer:
+    """Ignores add_bos_token: tokenizer.json defines its own post-processor."""
+    path, templates = files.path, files.templates
     try:
-        fast = FastTokenizer.from_file(str(path))
+        fast = FastTokenizer.from_buffer(files.content)
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"cannot read {path}: {error}") from None
     fast.no_truncation()
     fast.no_padding()
     own = fast.get_added_tokens_decoder()
-    declared = _declared_tokens(path, config, own)
+    declared = files.declare(own)
     _add_tokens(fast, declared, path)
     byte_level, strips = decoder_traits(fast, path)
     added = own.items() | fast.get_added_tokens_decoder().items()
@@ -133,11 +162,11 @@ def _fast(path: Path, config: dict[str, Any], templates: dict[str, str]) -> Toke
     return Tokenizer(FastBackend(fast), traits)
 
 
-def _sentencepiece(path: Path, config: dict[str, Any], templates: dict[str, str]) -> Tokenizer:
-    declared = _declared_tokens(path, config, {})
+def _sentencepiece(files: _Files) -> Tokenizer:
+    config, templates, declared = files.config, files.templates, files.declare({})
     try:
         backend = SentencePieceBackend(
-            path.read_bytes(),
+            files.content,
             added=declared.by_id,
             named=declared.in_order()[len(declared.by_id) :],
             add_bos=bool(config.get("add_bos_token", True)),
@@ -146,7 +175,7 @@ def _sentencepiece(path: Path, config: dict[str, Any], templates: dict[str, str]
         )
     except ConfigError as error:
         raise ConfigError(
-            f"{path}: {error}; if the model has a tokenizer.json, put it into this folder"
+            f"{files.path}: {error}; if the model has a tokenizer.json, put it into this folder"
         ) from None
     named = backend.control_tokens() | declared.names
     texts = [token.content for token in declared.in_order() if token.special]
@@ -164,12 +193,11 @@ def _sentencepiece(path: Path, config: dict[str, Any], templates: dict[str, str]
 
 
 def _declared_tokens(
-    path: Path,
+    folder: Path,
     config: dict[str, Any],
     known: dict[int, AddedToken],
     read: ReadFile = read_file,
 ) -> AddedTokens:
-    folder = path.parent
     try:
         return read_added_tokens(
             config,
@@ -195,11 +223,11 @@ def _add_tokens(fast: FastTokenizer, declared: AddedTokens, path: Path) -> None:
             )
 
 
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def _chat_templates(folder: Path, config: dict[str, Any], read: ReadFile) -> dict[str, str]:
     """Returns the chat templates by name. The name "default" may be missing."""
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    named = {file.stem: file.read_text(encoding="utf-8") for file in more}
-    return _main_templates(folder, config, read_file) | named
+    named = {file.stem: content.decode("utf-8") for file in more if (content := read(file))}
+    return _main_templates(folder, config, read) | named
 
 
 def _main_templates(folder: Path, config: dict[str, Any], read: ReadFile) -> dict[str, str]:

@@ -119,10 +119,10 @@ class RequestStates:
             raise ValueError(f"a request of {num_tokens} tokens, above {self.max_model_len}")
         self._num_pages[slot] = 0
         self._bind(slot, request.bindings)
-        num_tokens = None
+        vocab_size = None
         if self._vocabulary is not None:
-            num_tokens = self._vocabulary.num_tokens(int(self.adapter_rows[slot, 0]))
-        self.sampling.set(slot, request.sampling, request.num_prompt_tokens, num_tokens)
+            vocab_size = self._vocabulary.num_tokens(int(self.adapter_rows[slot, 0]))
+        self.sampling.set(slot, request.sampling, request.num_prompt_tokens, vocab_size)
         page_ids = np.array(request.page_ids, dtype=np.int32)
         self._append_pages(np.full(len(page_ids), slot, dtype=np.int32), page_ids)
 

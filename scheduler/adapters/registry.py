@@ -243,6 +243,7 @@ class AdapterRegistry:
         version.modules = list(event.modules)
         version.warnings = list(event.warnings)
         version.invocation_tokens = event.invocation_tokens
+        version.num_tokens = event.num_tokens
         self._by_hash.setdefault(version.content_hash, []).append(version)
         refusal = self._promote(version)
         self._forget_unused(version)

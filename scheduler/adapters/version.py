@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex.scheduler.adapters.usage import Usage
-from loraplex.scheduler.frontend_protocol import AdapterSource
+from loraplex.scheduler.frontend_protocol import AdapterSource, AdapterVocabulary
 
 
 class AdapterState(Enum):
@@ -36,6 +36,7 @@ class AdapterVersion:
     warnings: list[str] = field(default_factory=list)  # parts of its folder that are not used
     invocation_tokens: "array[int]" = field(default_factory=lambda: array("i"))
     """It applies from where they begin last in a prompt; empty: to all tokens."""
+    num_tokens: int = 0  # the size of its vocabulary; 0: the base model's
     num_requests: int = 0  # unfinished ones
     reply_keys: list[Hashable] = field(default_factory=list)  # of those who wait for the inspection
     pin_keys: list[Hashable] = field(default_factory=list)  # of those who wait for it to be pinned
@@ -48,6 +49,15 @@ class AdapterVersion:
     def path(self) -> str:
         """The folder that the workers read."""
         return self.source.path
+
+    @property
+    def vocabulary(self) -> AdapterVocabulary:
+        """The tokens of its requests. An adapter that changes no token's row has the base's."""
+        if "+tokens" not in self.kind:
+            return AdapterVocabulary()
+        folder = "" if self.source.is_memory else self.path
+        key = f"{self.content_hash} {self.source.stamp} {folder}"
+        return AdapterVocabulary(key, folder, self.num_tokens)
 
     def is_open_to(self, tenant: str) -> bool:
         """Tell whether the tenant may see where the files are and what is wrong with them."""

@@ -15,9 +15,10 @@ from loraplex.engine.errors import ClientError
 from helpers.models.engine_runs import answer, check, greedy, run
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_adapters import make_adapter
-from helpers.models.peft_oracle import make_cases
+from helpers.models.peft_oracle import Case, make_cases
 from helpers.models.peft_oracles import PeftOracles
 from helpers.models.vocabulary_adapters import change_base_rows
+from helpers.vocabularies.resized_models import make_resized_adapter
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 RANK = {"r": 5, "alpha": 9}
@@ -58,10 +59,26 @@ TIED: dict[str, dict[str, Any]] = {
         "ensure_weight_tying": True,
     },
 }  # fmt: skip
-NAMES = list(KINDS)
+RESIZED: dict[str, tuple[int, dict[str, Any]]] = {
+    "added": (520, {**RANK, "targets": QKV, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "added-lora": (601, {**RANK, "targets": ["up_proj", "embed_tokens", "lm_head"]}),
+    "fewer": (505, {**RANK, "targets": QKV}),
+}
+TIED_RESIZED: dict[str, tuple[int, dict[str, Any]]] = {
+    "added-tokens": (
+        517, {**RANK, "targets": QKV, "trainable_token_indices": [3, *range(512, 517)]},
+    ),
+    "added-tied": (514, {**RANK, "targets": QKV}),
+}  # fmt: skip
+NAMES = [*KINDS, *RESIZED]
 
 
-def make_oracle(root: Path, kinds: dict[str, dict[str, Any]], **overrides: Any) -> PeftOracles:
+def make_oracle(
+    root: Path,
+    kinds: dict[str, dict[str, Any]],
+    resized: dict[str, tuple[int, dict[str, Any]]],
+    **overrides: Any,
+) -> PeftOracles:
     model = make_hf_model("llama", root / "base", seed=3, **overrides)
     for seed, (name, options) in enumerate(kinds.items()):
         folder = make_adapter(model, root / "adapters" / name, seed=seed, **options)
@@ -73,37 +90,59 @@ def make_oracle(root: Path, kinds: dict[str, dict[str, Any]], **overrides: Any) 
         [name for name in kinds if name.startswith("tokens")],
         *([name] for name in kinds if name.startswith(alone[1:])),
     ]
-    return PeftOracles(root / "base", root / "adapters", groups=groups)
+    for name, (num_tokens, options) in resized.items():
+        make_resized_adapter(root / "base", root / "adapters" / name, num_tokens, **options)
+    return PeftOracles(
+        root / "base",
+        root / "adapters",
+        groups=groups,
+        resized={name: num_tokens for name, (num_tokens, _) in resized.items()},
+    )
+
+
+def own_tokens(cases: list[Case]) -> list[Case]:
+    """Returns the cases with tokens of their adapters' vocabularies, the last one among them."""
+    sizes = {name: size for name, (size, _) in (RESIZED | TIED_RESIZED).items()}
+
+    def change(case: Case) -> Case:
+        size = sizes[case.adapter]
+        prompt = [token % size if i % 4 else size - 1 for i, token in enumerate(case.prompt)]
+        return Case(case.adapter, tuple(prompt))
+
+    return [change(case) if case.adapter in sizes else case for case in cases]
 
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> PeftOracles:
-    return make_oracle(tmp_path_factory.mktemp("vocabulary"), KINDS, vocab_size=511)
+    return make_oracle(tmp_path_factory.mktemp("vocabulary"), KINDS, RESIZED, vocab_size=511)
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> PeftOracles:
-    return make_oracle(tmp_path_factory.mktemp("tied"), TIED, tie_word_embeddings=True)
+    root = tmp_path_factory.mktemp("tied")
+    return make_oracle(root, TIED, TIED_RESIZED, tie_word_embeddings=True)
 
 
 def test_one_batch_of_all_kinds(oracle: PeftOracles) -> None:
-    cases = make_cases(oracle, (1, 17, 64), adapters=("", *NAMES))
+    cases = own_tokens(make_cases(oracle, (1, 17, 64), adapters=("", *NAMES)))
     outputs, _ = run(oracle, cases)
     check(oracle, cases, outputs)
     answers = {(case.adapter, case.prompt): tuple(o.outputs[0].token_ids)
                for case, o in zip(cases, outputs, strict=True)}  # fmt: skip
-    for name in NAMES:
+    for name in ("added", "added-lora"):
+        assert any(max(answers[a, p]) >= 511 for a, p in answers if a == name), name
+    for name in KINDS:
         assert any(answers[name, p] != answers["", p] for a, p in answers if a == name), name
 
 
-@pytest.mark.parametrize("name", list(TIED))
+@pytest.mark.parametrize("name", [*TIED, *TIED_RESIZED])
 def test_a_tied_head(tied: PeftOracles, name: str) -> None:
-    cases = make_cases(tied, (1, 40), adapters=("", name))
+    cases = own_tokens(make_cases(tied, (1, 40), adapters=("", name)))
     outputs, _ = run(tied, cases)
     check(tied, cases, outputs)
 
 
-@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("name", list(KINDS)[2:])
 def test_alone(oracle: PeftOracles, name: str) -> None:
     cases = make_cases(oracle, (1, 40), adapters=(name,))
     outputs, _ = run(oracle, cases)
@@ -111,13 +150,14 @@ def test_alone(oracle: PeftOracles, name: str) -> None:
 
 
 def test_chunked_prefill(oracle: PeftOracles) -> None:
-    cases = make_cases(oracle, (3, 70), adapters=("", *NAMES))
+    cases = own_tokens(make_cases(oracle, (3, 70), adapters=("", *NAMES)))
     outputs, _ = run(oracle, cases, max_num_seqs=8, max_num_batched_tokens=11)
     check(oracle, cases, outputs)
 
 
 def test_preemption(oracle: PeftOracles) -> None:
-    cases = make_cases(oracle, (36, 40, 41, 50), adapters=("", "head", "embedding", "tokens"))
+    adapters = ("", "head", "embedding", "added")
+    cases = own_tokens(make_cases(oracle, (36, 40, 41, 50), adapters=adapters))
     options = {"block_tokens": 4, "num_pages": 210, "enable_prefix_caching": False}
     outputs, stats = run(oracle, cases, repeat=3, **options)
     check(oracle, cases, outputs)
@@ -125,7 +165,7 @@ def test_preemption(oracle: PeftOracles) -> None:
 
 
 def test_prefix_cache_warm(oracle: PeftOracles) -> None:
-    cases = make_cases(oracle, (17, 100), adapters=("", *NAMES))
+    cases = own_tokens(make_cases(oracle, (17, 100), adapters=("", *NAMES)))
     outputs, _ = run(oracle, cases, repeat=2)
     check(oracle, cases, outputs)
     assert all(
@@ -157,5 +197,5 @@ def two_ranks(oracle: PeftOracles) -> Iterator[LLM]:
 
 
 def test_two_ranks(oracle: PeftOracles, two_ranks: LLM) -> None:
-    cases = make_cases(oracle, (1, 17, 64), adapters=("", *NAMES))
+    cases = own_tokens(make_cases(oracle, (1, 17, 64), adapters=("", *NAMES)))
     check(oracle, cases, answer(two_ranks, cases))

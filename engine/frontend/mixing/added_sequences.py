@@ -17,6 +17,7 @@ def added_sequences(
     specs: Sequence[SamplingSpec],
     grammar: GrammarSpec | None,
     client: bytes,
+    vocabulary: str,
 ) -> Iterator[AddRequest]:
     """Yields one AddRequest for each of `ids` and `specs`; `parts` are its adapters."""
     only = parts[0] if len(parts) == 1 and parts[0].weight == 1 else None
@@ -37,4 +38,5 @@ def added_sequences(
             client=client,
             index=index,
             num_answers=len(ids),
+            vocabulary=vocabulary,
         )

@@ -99,13 +99,13 @@ def _text_warnings(own: "TextSettings", base: "TextSettings") -> list[str]:
     found = []
     if own.chat_template and own.chat_template.strip() != (base.chat_template or "").strip():
         found.append(
-            "its chat template is not used, and differs from the base model's: give it with "
-            "--chat-template, or to LLM.chat as chat_template"
+            "its chat template is not used, unless its tokenizer adds tokens, and differs from the "
+            "base model's: give it with --chat-template, or to LLM.chat as chat_template"
         )
     if own.eos_token and base.eos_token and own.eos_token != base.eos_token:
         found.append(
-            f"its end token {own.eos_token!r} is not used: give its id in stop_token_ids where the "
-            "base model does not end with it"
+            f"its end token {own.eos_token!r} is not used, unless its tokenizer adds tokens: give "
+            "its id in stop_token_ids where the base model does not end with it"
         )
     return found
 

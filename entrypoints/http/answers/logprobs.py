@@ -34,7 +34,7 @@ def chat_logprobs(
 
 def _chat_token(entry: list[Any], codec: TextCodec | None) -> dict[str, Any]:
     token_id, logprob, _, text = entry
-    raw = text.encode() if codec is None else codec.tokenizer.token_bytes(token_id)
+    raw = (codec and codec.tokenizer.token_bytes(token_id)) or text.encode()  # an adapter's token
     return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
 
 

@@ -52,7 +52,7 @@ class FrontendHarness:
         self.scheduler_room: int | None = None
         self.scheduler_error: Exception | None = None
         self.wakeup = Wakeup()
-        config = EngineConfig(model=ModelConfig(model="m"), **parts)
+        config = EngineConfig(**{"model": ModelConfig(model="m"), **parts})
         self.frontend = Frontend(
             config,
             name="frontend 0",

@@ -14,6 +14,7 @@ import pytest
 from loraplex.engine.frontend.structured.structured_outputs import StructuredOutputsParams
 from loraplex.engine.grammar.request_queue import GrammarQueue
 from loraplex.engine.grammar.vocabulary import Vocabulary
+from loraplex.engine.grammar.vocabulary_cache import VocabularyCache
 from loraplex.engine.tokenizer.loading import load_tokenizer
 from loraplex.engine.tokenizer.tokenizer import Tokenizer
 from loraplex.scheduler.request import Request
@@ -38,7 +39,10 @@ class Engine:
         self.tokenizer = tokenizer
         self._woken = threading.Event()
         self._num_requests = 0
-        self.queue = GrammarQueue(lambda: Vocabulary(tokenizer, 400), self._woken.set)
+        vocabularies = VocabularyCache(
+            lambda own: Vocabulary(tokenizer, own.num_tokens if own else 400)
+        )
+        self.queue = GrammarQueue(vocabularies, self._woken.set)
 
     def add(
         self,

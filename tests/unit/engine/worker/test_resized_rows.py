@@ -19,8 +19,8 @@ from loraplex.scheduler.worker_protocol import int_array
 
 from helpers.fakes.fake_model import sampling_spec
 from helpers.models.hf_models import make_hf_model
-from helpers.models.resized_models import make_resized_adapter
 from helpers.models.vocabulary_adapters import EMBEDDING, HEAD, target_of
+from helpers.vocabularies.resized_models import make_resized_adapter
 
 SIZES = {0: 516, 1: 505}  # tokens of the adapter in each slot
 ROWS = [0, -1, 1, 0]  # each row is a token of an adapter's slot, or of the base

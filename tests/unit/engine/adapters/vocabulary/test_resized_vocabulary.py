@@ -1,5 +1,6 @@
 """Adapters whose vocabulary is larger or smaller than the base model's."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from loraplex.memory.vocabulary_part import VocabularyPart, stretch_elems
 
 from helpers.models.hf_models import make_hf_model
 from helpers.models.peft_folders import edit_config, edit_weights
-from helpers.models.resized_models import make_resized_adapter
 from helpers.models.vocabulary_adapters import EMBEDDING, HEAD, target_of
+from helpers.vocabularies.resized_models import make_resized_adapter
 
 RANK = {"r": 4, "alpha": 8}
 BOTH = ["embed_tokens", "lm_head"]
@@ -45,6 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(folders: Path, name: str, **changes: Any) -> PackedAdapter:
     return read_adapter("mine", folders / name, target_of(folders / "base", **changes))
+
+
+def copy(folder: Path, into: Path) -> Path:
+    return Path(shutil.copytree(folder, into / "copy"))
 
 
 def rows(packed: PackedAdapter, part: VocabularyPart | None) -> torch.Tensor:
@@ -84,6 +89,18 @@ def test_listed_tokens_beside_the_whole_matrices(folders: Path) -> None:
     assert parts.embedding.token_ids == (3, *ADDED) and parts.head.token_ids == ADDED
     expected = tensors[EMBEDDING + "token_adapter.trainable_tokens_delta"]
     assert torch.equal(rows(packed, parts.embedding), expected)
+
+
+def test_listed_tokens_alone_tell_the_size(folders: Path, tmp_path: Path) -> None:
+    """A trainer sends no whole matrices. The head is tied."""
+    folder = copy(folders / "tokens", tmp_path)
+    edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if name.endswith("weight")
+                                    and ("embed_tokens" in name or "lm_head" in name)])  # fmt: skip
+    with pytest.raises(AdapterError, match="no row of lm_head for token 512"):
+        read_adapter("mine", folder, target_of(folders / "base"))
+    parts = read_adapter("mine", folder, target_of(folders / "base", is_tied=True)).vocabulary
+    assert parts.num_tokens == 516 and parts.embedding is not None and parts.head is not None
+    assert parts.head.token_ids == parts.embedding.token_ids == (3, *ADDED)
 
 
 def test_fewer_tokens(folders: Path) -> None:
@@ -137,20 +154,14 @@ def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 def test_refused(
     folders: Path, tmp_path: Path, name: str, edit: Any, sizes: Any, reason: str
 ) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for file in (folders / name).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = copy(folders / name, tmp_path)
     edit_weights(folder, edit)
     with pytest.raises(AdapterError, match=f"adapter 'mine': .*{reason}"):
         read_adapter("mine", folder, target_of(folders / "base", **sizes))
 
 
 def test_a_listed_token_behind_the_matrices(folders: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for file in (folders / "tokens").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = copy(folders / "tokens", tmp_path)
     edit_config(folder, trainable_token_indices=[3, 512, 513, 514, 516])
     with pytest.raises(AdapterError, match="names token 516, but the file has 516 tokens"):
         read_adapter("mine", folder, target_of(folders / "base"))
