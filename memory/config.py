@@ -51,8 +51,8 @@ class MemoryConfig:
     max_token_rows: int = field(
         default=512,
         metadata={
-            "help": "token rows that an adapter may replace in the embedding, and as many in the "
-            "head; an adapter above it is refused"
+            "help": "token rows that an adapter may replace in the embedding or add to it, and as "
+            "many in the head; an adapter above it is refused"
         },
     )
 
