@@ -188,8 +188,8 @@ def _check_added(matrix: MatrixTensors, num_tokens: int, sizes: VocabularyTarget
     if missing:
         raise PeftConfigError(
             f"the adapter has {num_tokens} tokens and this base model {num_base}, but the file has "
-            f"no row of {matrix.name} for token {min(missing)}; save it with "
-            "save_embedding_layers=True"
+            f"no row of {matrix.name} for token {min(missing)}; name it in "
+            "modules_to_save, or save the adapter with save_embedding_layers=True"
         )
 
 

@@ -139,7 +139,12 @@ def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 @pytest.mark.parametrize(
     ("name", "edit", "sizes", "reason"),
     [
-        ("plain", drop(HEAD + "weight"), {}, "no row of lm_head for token 512; save it with"),
+        (
+            "plain",
+            drop(HEAD + "weight"),
+            {},
+            "no row of lm_head for token 512; name it in modules_to",
+        ),
         ("plain", drop(EMBEDDING + "weight"), {}, "no row of model.embed_tokens for token 512"),
         (
             "plain",
