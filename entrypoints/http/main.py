@@ -23,6 +23,7 @@ from loraplex.engine.processes.frontend_main import (
     seed_salt,
 )
 from loraplex.entrypoints.http.app import make_app
+from loraplex.entrypoints.http.bounded_protocol import BoundedProtocol
 from loraplex.entrypoints.http.engine_link import TICK_S, EngineLink
 from loraplex.entrypoints.http.socket_watch import SocketWatch
 
@@ -98,7 +99,7 @@ async def _run(child: Child, connect: Connect) -> None:
     server = _Server(
         uvicorn.Config(
             make_app(link, lambda: child.tenants),
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
