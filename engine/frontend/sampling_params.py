@@ -12,7 +12,7 @@ from loraplex.engine.frontend.structured.structured_outputs import StructuredOut
 
 MAX_LOGPROBS = 128
 MAX_STOP_STRINGS = 128
-MAX_STOP_CHARS = 16384  # all stop strings together
+MAX_STOP_CHARS = 4096  # all together: each token may cost the square of the longest
 MAX_STOP_TOKEN_IDS = 4096
 MAX_BIASES = 4096
 MAX_ALLOWED_TOKEN_IDS = 1 << 16
