@@ -29,6 +29,15 @@ class Fp8Rows:
         return self.values.nbytes + self.scales.nbytes
 
 
+def why_not_e4m3(device: torch.device) -> str | None:
+    """Returns None if a GPU's kernels can convert e4m3, else the reason."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 9):
+        return None
+    major, minor = capability
+    return f"weights in e4m3 need compute capability 8.9 or later, not {major}.{minor}"
+
+
 def empty_rows(num_rows: int, num_columns: int, device: torch.device) -> Fp8Rows:
     """Returns uninitialised rows."""
     return Fp8Rows(

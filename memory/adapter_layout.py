@@ -6,6 +6,9 @@ each of its modules come r rows of A, each `in_features` long, then r rows of B 
 vector is the sum of two rows in the pool's dtype: so it is precise to 16 bits or more, and every
 element of a page stays finite for the KV cache that uses the page next.
 
+A and B may be in fewer bits than the pool's dtype. Several of their numbers then share an element
+of the array. Their rows start at elements of the array like all others.
+
 The array is cut into the adapter's pages in order, so element e lies in page
 `page_ids[e // page_elems]` at `e % page_elems`. Ranks may differ from layer to layer; the pages
 must hold the largest layer.
@@ -53,6 +56,12 @@ class Segment:
     start: int
     num_rows: int
     row_elems: int
+    packing: int = 1  # numbers in an element
+
+    @property
+    def first(self) -> int:
+        """The place of the first number, if the array is read in the numbers' own type."""
+        return self.start * self.packing
 
 
 Segments = dict[tuple[int, SegmentName], Segment]
@@ -65,24 +74,29 @@ def align(num_elems: int) -> int:
 
 
 def place_layer(
-    parts: Mapping[int, ModuleParts], shapes: tuple[ModuleShape, ...]
+    parts: Mapping[int, ModuleParts], shapes: tuple[ModuleShape, ...], packing: int = 1
 ) -> tuple[Segments, int]:
     """Lay out one layer, whose parts are given by module id. Returns its segments and the elements
-    used."""
+    used.
+
+    Args:
+        packing: numbers of A and B in an element.
+    """
     segments: Segments = {}
     used = 0
 
-    def add(module: int, name: SegmentName, num_rows: int, row_elems: int) -> None:
+    def add(module: int, name: SegmentName, num_rows: int, width: int, packing: int) -> None:
         nonlocal used
-        segments[module, name] = Segment(used, num_rows, row_elems)
+        row_elems = -(-width // packing)
+        segments[module, name] = Segment(used, num_rows, row_elems, packing)
         used += num_rows * align(row_elems)
 
     for module in sorted(parts):
-        add(module, "A", parts[module].rank, shapes[module].in_features)
-        add(module, "B", parts[module].rank, shapes[module].out_features)
+        add(module, "A", parts[module].rank, shapes[module].in_features, packing)
+        add(module, "B", parts[module].rank, shapes[module].out_features, packing)
     for module in sorted(parts):
         for name in parts[module].vectors:
-            add(module, name, VECTOR_ROWS, shapes[module].out_features)
+            add(module, name, VECTOR_ROWS, shapes[module].out_features, 1)
     return segments, used
 
 

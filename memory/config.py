@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 KV_CACHE_DTYPES = ("auto", "fp8")
+ADAPTER_DTYPES = ("auto", "fp8")
 MAX_TOKEN_ROWS = 8192  # a message of the adapter reader holds the ids of so many tokens, twice
 
 
@@ -19,6 +20,14 @@ class MemoryConfig:
             "help": "type of keys and values in pages; auto: the model's; fp8: e4m3, so that the "
             "pool holds twice the tokens",
             "choices": KV_CACHE_DTYPES,
+        },
+    )
+    adapter_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "type of the adapters' A and B in pages; auto: the model's; fp8: e4m3, so that "
+            "an adapter takes half the pages",
+            "choices": ADAPTER_DTYPES,
         },
     )
     gpu_memory_utilization: float = field(
@@ -59,10 +68,10 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(f"block_tokens must be a power of two, got {self.block_tokens}")
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ValueError(
-                f"kv_cache_dtype must be one of {KV_CACHE_DTYPES}, got {self.kv_cache_dtype!r}"
-            )
+        for name in ("kv_cache_dtype", "adapter_dtype"):
+            choices = KV_CACHE_DTYPES if name == "kv_cache_dtype" else ADAPTER_DTYPES
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
                 f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}"

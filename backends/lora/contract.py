@@ -6,8 +6,8 @@ rank[layer, m, s] > 0::
     y[t, out_m] += scale[layer, m, s] * (x[t] @ A[s].T) @ B[s].T
 
 with A[s] of shape [rank, in_features] and B[s] of shape [out_features, rank], read in place
-from the pool. The product x A is accumulated in fp32 and y is rounded once. All other rows
-of y keep every bit.
+from the pool, where they have the model's dtype or are in e4m3. The product x A is accumulated in
+fp32 and y is rounded once. All other rows of y keep every bit.
 
 Adapters may have a gain and a shift for a module besides: one number for each output feature. Then
 
@@ -34,10 +34,10 @@ class LoRAGroup:
     in_features: int
     out_starts: tuple[int, ...]  # first column of each module in y
     out_features: tuple[int, ...]
-    row_align: int  # rows of weights start at multiples of this many elements
+    row_align: int  # rows start at multiples of this many elements
 
     def row_stride(self, num_features: int) -> int:
-        """Returns the elements from one row of weights to the next."""
+        """Returns the elements from one row in the model's dtype to the next."""
         return -(-num_features // self.row_align) * self.row_align
 
 
@@ -51,6 +51,25 @@ class LoRASpec:
     device: torch.device
     page_elems: int
     groups: tuple[LoRAGroup, ...]  # every group that shrink and expand will be called with
+    weight_dtype: torch.dtype | None = None  # of A and B in pages: e4m3, or None: `dtype`
+
+    @property
+    def packing(self) -> int:
+        """Numbers of A and B in an element of a page."""
+        return self.dtype.itemsize // (self.weight_dtype or self.dtype).itemsize
+
+    @property
+    def row_align(self) -> int:
+        """Rows of A and B start at multiples of this many numbers. It is equal in all groups."""
+        return self.groups[0].row_align * self.packing
+
+    def row_stride(self, num_features: int) -> int:
+        """Returns the numbers from one row of A or B to the next."""
+        return -(-num_features // self.row_align) * self.row_align
+
+    def weights_in(self, pages: torch.Tensor) -> torch.Tensor:
+        """Returns a view of pages, [..., elements], as numbers of A and B."""
+        return pages if self.weight_dtype is None else pages.view(self.weight_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +79,10 @@ class LoRATable:
     An adapter's weights of one layer are one virtual array over its pages (see
     memory/adapter_layout.py): element e is pool[layer, page_table[s, e // page_elems],
     e % page_elems]. Row i of A starts at a_start + i * stride(in_features). Row i of B
-    transposed starts at b_start + i * stride(out_features). See LoRAGroup.row_stride. A gain or a
-    shift is the sum of two rows, each of out_features, like those of B.
+    transposed starts at b_start + i * stride(out_features). See LoRASpec.row_stride. If A and B are
+    in e4m3, all of this holds for the pool as LoRASpec.weights_in shows it, and their own scale is
+    in `scale`. A gain or a shift is the sum of two rows, each of out_features, with the stride of
+    LoRAGroup.row_stride.
 
     The LoRA fields on the device have equal strides, and any strides are allowed. The fastest
     layout is that of table_fields.py.

@@ -80,6 +80,7 @@ class TorchLoRA:
     max_graph_rows = 0
 
     def __init__(self, spec: LoRASpec) -> None:
+        self._spec = spec
         self._uploader = Uploader(spec.device)
 
     @classmethod
@@ -130,7 +131,8 @@ class TorchLoRA:
     ) -> None:
         for bucket in plan.layers[layer] if plan.layers else ():
             if any(bucket.layout.rank[module] for module in group.modules):
-                _apply_bucket(y, plan.x, pool[layer], layer, group, bucket)
+                weights = self._spec.weights_in(pool[layer])
+                _apply_bucket(y, plan.x, weights, self._spec, layer, group, bucket)
 
     def _upload(
         self, planned: dict[bytes, list[_HostBucket]], table: LoRATable
@@ -211,12 +213,13 @@ def _apply_bucket(
     y: torch.Tensor,
     x: torch.Tensor,
     pool_layer: torch.Tensor,
+    spec: LoRASpec,
     layer: int,
     group: LoRAGroup,
     bucket: _Bucket,
 ) -> None:
     num_segments, layout = bucket.pages.shape[0], bucket.layout
-    weights, base = _gather_weights(pool_layer, group, bucket)
+    weights, base = _gather_weights(pool_layer, spec, group, bucket)
     x32 = x.index_select(0, bucket.padded_rows).float().view(num_segments, -1, group.in_features)
     for module, column, width in zip(
         group.modules, group.out_starts, group.out_features, strict=True
@@ -224,8 +227,8 @@ def _apply_bucket(
         rank = layout.rank[module]
         if rank == 0:
             continue
-        a = _matrix(group, weights, layout.a_start[module] - base, rank, group.in_features)
-        b = _matrix(group, weights, layout.b_start[module] - base, rank, width)
+        a = _matrix(spec, weights, layout.a_start[module] - base, rank, group.in_features)
+        b = _matrix(spec, weights, layout.b_start[module] - base, rank, width)
         shrunk = torch.bmm(x32, a.transpose(1, 2)).mul_(bucket.scale[layer, module])
         delta = torch.bmm(shrunk, b).view(-1, width)
         if bucket.valid is not None:
@@ -236,7 +239,7 @@ def _apply_bucket(
 
 
 def _gather_weights(
-    pool_layer: torch.Tensor, group: LoRAGroup, bucket: _Bucket
+    pool_layer: torch.Tensor, spec: LoRASpec, group: LoRAGroup, bucket: _Bucket
 ) -> tuple[torch.Tensor, int]:
     """Returns the elements [n, E] of the pages that hold the group, and the place of the first of
     them in the virtual array."""
@@ -244,7 +247,7 @@ def _gather_weights(
     used = [
         (
             layout.a_start[module],
-            layout.b_start[module] + layout.rank[module] * group.row_stride(width),
+            layout.b_start[module] + layout.rank[module] * spec.row_stride(width),
         )
         for module, width in zip(group.modules, group.out_features, strict=True)
         if layout.rank[module]
@@ -263,9 +266,9 @@ def _gather_weights(
 
 
 def _matrix(
-    group: LoRAGroup, weights: torch.Tensor, start: int, rank: int, features: int
+    spec: LoRASpec, weights: torch.Tensor, start: int, rank: int, features: int
 ) -> torch.Tensor:
     """Returns float32 [n, rank, features], a view if the weights are float32."""
-    stride = group.row_stride(features)
+    stride = spec.row_stride(features)
     rows = weights[:, start : start + rank * stride].unflatten(1, (rank, stride))
     return rows[:, :, :features].float()

@@ -259,6 +259,7 @@ class _Process:
             module_numbers=int_array(numbers_of(target.modules)),
             page_elems=target.page_elems,
             dtype=str(target.dtype).removeprefix("torch."),
+            weight_dtype=str(target.weight_dtype or target.dtype).removeprefix("torch."),
             max_rank=target.max_rank,
             adapter_roots=list(target.adapter_roots),
             vocabulary_numbers=int_array(vocabulary_numbers(target.vocabulary)),

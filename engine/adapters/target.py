@@ -52,6 +52,7 @@ class AdapterTarget:
     page_elems: int
     dtype: torch.dtype
     max_rank: int
+    weight_dtype: torch.dtype | None = None  # of A and B in pages; None: `dtype`
     pin_memory: bool = False  # copies in host memory are page-locked
     adapter_roots: tuple[str, ...] = ()
     """Folders as root_of() takes them; the files of adapters in one are opened without leaving
@@ -62,6 +63,11 @@ class AdapterTarget:
     def shapes(self) -> tuple[ModuleShape, ...]:
         """The sizes of this rank's parts."""
         return tuple(module.shape for module in self.modules)
+
+    @property
+    def packing(self) -> int:
+        """Numbers of A and B in an element of a page."""
+        return self.dtype.itemsize // (self.weight_dtype or self.dtype).itemsize
 
     @property
     def full_shapes(self) -> tuple[ModuleShape, ...]:
@@ -96,7 +102,7 @@ class AdapterTarget:
 
     def place(self, parts: Mapping[int, ModuleParts]) -> tuple[Segments, int]:
         """Lay out one layer; see place_layer."""
-        return place_layer(parts, self.shapes)
+        return place_layer(parts, self.shapes, self.packing)
 
     @property
     def max_file_bytes(self) -> int:

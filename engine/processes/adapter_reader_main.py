@@ -114,6 +114,7 @@ def _target(start: ReaderStart) -> AdapterTarget:
         modules=modules_of(start.module_names, start.module_numbers),
         page_elems=start.page_elems,
         dtype=getattr(torch, start.dtype),
+        weight_dtype=getattr(torch, start.weight_dtype),
         max_rank=start.max_rank,
         adapter_roots=tuple(start.adapter_roots),
         vocabulary=vocabulary_of(start.vocabulary_numbers, start.base),

@@ -7,6 +7,7 @@ import torch
 
 from loraplex.backends.attention.contract import AttentionOp, AttentionSpec
 from loraplex.backends.collective.contract import CollectiveOp, CollectiveSpec
+from loraplex.backends.fp8 import E4M3
 from loraplex.backends.fused.contract import FusedOps, FusedSpec
 from loraplex.backends.linear.contract import FP8, LinearOp, LinearSpec
 from loraplex.backends.lora.contract import LoRAOp, LoRASpec
@@ -67,6 +68,7 @@ def make_backends(
         device=device,
         page_elems=shape.page_elems,
         groups=groups,
+        weight_dtype=E4M3 if config.memory.adapter_dtype == "fp8" else None,
     )
     attention_spec = AttentionSpec(
         num_heads=shard.num_heads,

@@ -71,8 +71,9 @@ class WorkerParts:
     @property
     def base_fingerprint(self) -> str:
         """Names the base, and the types that decide the numbers in pages, for the prefix cache."""
-        kv_dtype = self.pool.shape.page_dtype
-        return f"{self.spec.fingerprint}:{self.target.dtype}:{self.form}:{kv_dtype}"
+        kv_dtype, weight_dtype = self.pool.shape.page_dtype, self.target.weight_dtype
+        name = f"{self.spec.fingerprint}:{self.target.dtype}:{self.form}:{kv_dtype}"
+        return f"{name}:{weight_dtype}" if weight_dtype is not None else name
 
 
 def set_up(
@@ -138,6 +139,7 @@ def set_up(
         page_elems=shape.page_elems,
         dtype=dtype,
         max_rank=config.memory.max_lora_rank,
+        weight_dtype=E4M3 if config.memory.adapter_dtype == "fp8" else None,
         pin_memory=device.type == "cuda",
         adapter_roots=adapter_roots(config),
         vocabulary=VocabularyTarget(

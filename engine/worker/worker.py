@@ -84,7 +84,7 @@ class Worker:
             report=self._report,
             enter_thread=lambda: _enter_thread(parts.device),
             find_warnings=AdapterWarnings(config.model, resolve_model(config.model.model)),
-            finisher=AdapterVectors(parts.model, parts.pool, parts.ranks),
+            finisher=AdapterVectors(parts.model, parts.pool, parts.ranks, parts.target.packing),
         )
         self._loader.folders = AdapterFolders(folder_server)
         self._steps: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()

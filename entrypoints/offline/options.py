@@ -40,6 +40,7 @@ class LLMOptions(TypedDict, total=False):
     adapter_cache_bytes: int
     block_tokens: int
     kv_cache_dtype: str
+    adapter_dtype: str
     gpu_memory_utilization: float
     pool_bytes: int | None
     num_pages: int | None

@@ -76,7 +76,7 @@ ADVICE = {
     "hf_overrides": "change config.json in the model's folder",
     "hf_token": "nothing is downloaded: give a local folder as model",
     "logits_processors": "use logit_bias, bad_words or structured_outputs of SamplingParams",
-    "lora_dtype": "adapters have the model's type; leave it out",
+    "lora_dtype": "adapters have the model's type; leave it out, or use adapter_dtype",
     "override_generation_config": "give each request its SamplingParams",
     "pipeline_parallel_size": "use tensor_parallel_size",
     "revision": "nothing is downloaded: give a local folder as model",

@@ -43,11 +43,11 @@ class PackedAdapter:
     num_pages: int
     data: torch.Tensor  # [L, num_pages * page_elems] of the model's dtype; page-locked for a GPU
     rank: torch.Tensor  # int32 [L, M]
-    a_start: torch.Tensor  # int32 [L, M]
-    b_start: torch.Tensor  # int32 [L, M]
+    a_start: torch.Tensor  # int32 [L, M]; see Segment.first
+    b_start: torch.Tensor  # int32 [L, M]; see Segment.first
     gain_start: torch.Tensor  # int32 [L, M]; 0: the module has no gain
     shift_start: torch.Tensor  # int32 [L, M]; 0: the module has no shift
-    scale: torch.Tensor  # float32 [L, M]
+    scale: torch.Tensor  # float32 [L, M]; holds the scale of A and B in e4m3, too
     replaces_bias: bool = False  # its shifts come in place of the base model's biases
     vocabulary: VocabularyParts = VocabularyParts()
 

@@ -16,6 +16,7 @@ MODEL = [
 ]  # fmt: skip
 ENGINE = [
     *MODEL, "--adapter", "--adapter-cache-bytes", "--adapter-cache-dir", "--adapter-dir",
+    "--adapter-dtype",
     "--adapter-host-bytes", "--adapter-mix", "--adapter-store", "--adapter-store-max-bytes",
     "--adapter-store-timeout-s", "--adapter-store-ttl-s",
     "--attention-backend",

@@ -16,6 +16,7 @@ FAST = (
     "test_rank_mixes and subsets and torch.float16",
     "test_prefill_beside_decode and 16",
     "test_plans_are_independent",
+    "test_weights_in_e4m3",
 )
 LONG = (
     "test_popularities and distinct",

@@ -25,14 +25,15 @@ POINTERS = {
 ALIGNED = {*POINTERS, "x_stride", "y_stride", "layer_stride"}
 COMMON = {
     "HEADER": 16, "ORDER_AT": 64, "FIRST_MODULE": 0, "NUM_MODULES": 3,
-    "PAGE": 32768, "PDL": True,
+    "PAGE": 32768, "ALIGN": 64, "PDL": True,
 }  # fmt: skip
+E4M3 = {"PAGE": 65536, "ALIGN": 128}
 REGIMES = [("decode", 16), ("prefill", 16), ("prefill", 64)]
 
 
-def compile_ptx(kernel, constants: dict[str, int], **options: int) -> str:
+def compile_ptx(kernel, constants: dict[str, int], pool: str = "*bf16", **options: int) -> str:
     names = kernel.arg_names
-    types = POINTERS | {"layer_stride": "i64"}
+    types = POINTERS | {"layer_stride": "i64", "pool": pool}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in names
     }
@@ -70,6 +71,35 @@ def test_shrink(regime: str, ranks: int, k: int):
     assert max(int(n, 0) for n in depth) >= 2 * (blocks.stages - 2), (
         "the loop over K is not pipelined"
     )
+
+
+@pytest.mark.parametrize(
+    ("regime", "ranks"),
+    [REGIMES[0], *(pytest.param(*r, marks=pytest.mark.long) for r in REGIMES[1:])],
+)
+def test_weights_in_e4m3(regime: str, ranks: int):
+    """Their loads keep the width, and are converted by the instruction for two numbers."""
+    shrink = shrink_blocks(tuned_for((9, 0)), regime, ranks, 4096)
+    together = 1 << (3 * ranks - 1).bit_length()
+    sizes = {"K": 4096, "BLOCK_M": shrink.rows, "BLOCK_R": min(shrink.max_ranks, together)}
+    ptx = compile_ptx(
+        shrink_kernel, COMMON | E4M3 | sizes, "*fp8e4nv",
+        num_warps=shrink.warps, num_stages=shrink.stages,
+    )  # fmt: skip
+    copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    assert copies and set(copies) == {"0x10"}
+    expand = expand_blocks(tuned_for((9, 0)), regime, ranks, 6144)
+    sizes = {
+        "OUT_0": 4096, "OUT_1": 1024, "OUT_2": 1024, "START_1": 4096, "START_2": 5120,
+        "MAX_SPLITS": 8, "BLOCK_M": expand.rows, "BLOCK_N": expand.columns,
+        "BLOCK_R": expand.ranks, "MAX_RANK": 64,
+    }  # fmt: skip
+    expanding = compile_ptx(
+        expand_kernel, COMMON | E4M3 | sizes, "*fp8e4nv", num_warps=expand.warps, num_stages=1,
+        maxnreg=expand.max_registers,
+    )  # fmt: skip
+    assert not re.search(r"(ld|st)\.global(\.\w+)*\.b(8|16)", expanding)
+    assert all("cvt.rn.f16x2.e4m3x2" in text for text in (ptx, expanding))
 
 
 @pytest.mark.parametrize("outs", [(4096, 1024, 1024), (14336, 14336, 0), (576, 0, 0)])
@@ -119,6 +149,7 @@ BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, 
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("e4m3", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("nt", "rows"), [(1, 1), (2, 4), (2, 16)], ids=["distinct", "shared", "many"]
 )
@@ -133,10 +164,11 @@ BGMV = {"PAGE": 32768, "PDL": 1, "GROUP": 1, "NUM_GROUPS": 4, "MAX_SPLITS": 16, 
         pytest.param(DOWN, 0, id="down-fp16", marks=pytest.mark.long),
     ],
 )
-def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
+def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int, e4m3: int):
     source = resources.files("loraplex.backends.lora.bgmv").joinpath("bgmv.cu")
-    macros = BGMV | group | {"BF16": bf16, "K_ROW": -(-group["K"] // 64) * 64}
-    macros |= {"NT": nt, "ROWS": rows}
+    unit = 128 if e4m3 else 64
+    macros = BGMV | group | {"BF16": bf16, "K_ROW": -(-group["K"] // unit) * unit}
+    macros |= {"NT": nt, "ROWS": rows, "E4M3": e4m3, "UNIT": unit}
     defines = [f"-D{name}={value}" for name, value in macros.items()]
     result = subprocess.run(
         ["nvcc", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin",
@@ -151,9 +183,13 @@ def test_bgmv(tmp_path, bf16: int, group: dict[str, int], nt: int, rows: int):
         ).stdout  # fmt: skip
         for kernel in sass.split("Function :")[1:]:
             # The last wait, without PREEXIT after it, belongs to blocks with nothing to do.
-            marks = r"PREEXIT|ACQBULK|LDG\.E\.NA\.128|LDG\.E\S*\.STRONG\.GPU|LDG\.E\.128(?!\.C)"
+            marks = (
+                r"PREEXIT|ACQBULK|LDG\.E\.NA\.(?:64|128)|LDG\.E\S*\.STRONG\.GPU|LDG\.E\.128(?!\.C)"
+            )
             release, *fetched, wait = re.findall(marks, kernel.partition("ACQBULK")[0] + "ACQBULK")
             assert (release, wait) == ("PREEXIT", "ACQBULK"), "the next kernel is released at once"
-            assert set(fetched) == {"LDG.E.NA.128"}, "weights, and no more, before the wait"
+            is_narrow = e4m3 and "expand" in kernel.partition("\n")[0]
+            width = "LDG.E.NA.64" if is_narrow else "LDG.E.NA.128"
+            assert set(fetched) == {width}, "weights, and no more, before the wait"
     spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
     assert max(map(int, spilled)) <= 16

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraplex.backends import registry
+from loraplex.backends.fp8 import E4M3
 from loraplex.backends.lora.contract import GraphKindError, apply_lora
 
 from helpers.kernels.lora_cases import (
@@ -107,6 +108,25 @@ def test_page_sizes(name: str, page_elems: int, shuffle: bool, device: str) -> N
         shuffle=shuffle,
     )
     check(_make_op(name, case), case, draw_slots("uniform", 9, case.num_adapters))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [[1, -1, 3], [3] * 19], ids=["few", "many"])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_in_e4m3(name: str, slots: list[int], device: str) -> None:
+    """A and B in 8 bits, and the vectors behind them in 16, in the pages of a pool of 16 bits."""
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    shapes = SHAPES["odd" if device == "cpu" else "llama-3-8b"]
+    ranks = [[{m: r for m in ALL}] for r in (3, 17)]
+    case = make_case(
+        ranks, shapes, dtype=dtype, device=device, weight_dtype=E4M3, vectors=[("gain",)]
+    )
+    if device == "cpu":
+        del case.groups[1:3]
+    op = _make_op(name, case)
+    if hasattr(op, "max_graph_rows"):
+        op.max_graph_rows = min(op.max_graph_rows, 16)
+    check(op, case, slots, num_padded=1)
 
 
 @pytest.mark.parametrize("device", DEVICES)

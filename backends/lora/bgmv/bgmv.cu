@@ -4,9 +4,11 @@
 // Compiled once for each kind of batch and each group of projections, with these macros:
 //   BF16          1 for bfloat16, 0 for float16
 //   PDL           1 where programmatic dependent launch exists (sm_90 on)
-//   PAGE          elements of a page in one layer, a multiple of 64
+//   E4M3          1 if A and B are in e4m3, 0 if they have the type of x and y
+//   UNIT          64, and 128 if A and B are in e4m3: rows of A and B start at multiples of it
+//   PAGE          numbers of A and B in a page of one layer, a multiple of UNIT
 //   NUM_MODULES   projections of the group, 1 to 3
-//   K, K_ROW      input features; the same rounded up to 64
+//   K, K_ROW      input features; the same rounded up to UNIT
 //   GROUP, NUM_GROUPS   index of the group, and how many groups there are
 //   MAX_SPLITS    most splits of K
 //   NT            tiles of 8 rows in an item of shrink
@@ -20,7 +22,7 @@
 // alone, so a captured launch serves every later plan of that kind. A plan has room for `capacity`
 // rows:
 //   plan[0 .. 2]  number of items, of tiles, of rows with an adapter
-//   plan[4 ..]    for each group how K is split: int4 (splits, units of 64 features in each, the
+//   plan[4 ..]    for each group how K is split: int4 (splits, units of UNIT features in each, the
 //                 binary logarithm of splits rounded up to a power of two, 1 if any adapter of the
 //                 batch touches the group, else 0)
 //   then          capacity tiles: int4 (slot, first row, rows, unused)
@@ -30,6 +32,11 @@
 // The place of each part depends on `capacity` alone, so no load waits for another part.
 
 typedef unsigned long long U64;
+#if E4M3
+typedef unsigned char W;  // a number of A or B
+#else
+typedef unsigned short W;
+#endif
 #ifndef EMULATED  // else tests/helpers/kernels/cuda_emulator.h has these
 typedef unsigned short T;  // a 16-bit float, handled as bits: no CUDA header is needed to compile
 #if BF16
@@ -54,6 +61,29 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
   unsigned w;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
   return w;
+}
+#endif
+
+#if E4M3
+// Two of a word's four numbers in e4m3 as two of T. Every such number is one of T.
+__device__ __forceinline__ unsigned widen_pair(unsigned word, int pair) {
+  unsigned w;
+#if BF16  // the bits, moved to their places, are a bfloat16 2^120 times too small
+  const unsigned bytes = __byte_perm(word, 0, pair ? 0x3424 : 0x1404);
+  const unsigned bits = (bytes & 0x80008000) | (bytes >> 4 & 0x07f007f0);
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(w) : "r"(bits), "r"(0x7b807b80), "r"(0x80008000));
+#else
+  asm("{.reg .b16 l; cvt.u16.u32 l, %1; cvt.rn.f16x2.e4m3x2 %0, l;}"
+      : "=r"(w) : "r"(pair ? word >> 16 : word));
+#endif
+  return w;
+}
+__device__ __forceinline__ float2 unpack_pair(unsigned word, int pair) {
+  float2 f;
+  asm("{.reg .b16 b, l, h; .reg .b32 w; cvt.u16.u32 b, %2; cvt.rn.f16x2.e4m3x2 w, b;"
+      " mov.b32 {l, h}, w; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(f.x), "=f"(f.y) : "r"(pair ? word >> 16 : word));
+  return f;
 }
 #endif
 
@@ -89,12 +119,20 @@ __device__ __forceinline__ int load_entry(const int* pointer) {
 }
 
 // Not the read-only path (.nc): ptxas moves its loads behind wait_for_previous().
-__device__ __forceinline__ uint4 load_weights(const T* pointer) {
+__device__ __forceinline__ uint4 load_weights(const W* pointer) {
   uint4 w;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(pointer) : "memory");
   return w;
 }
+#if E4M3
+__device__ __forceinline__ uint2 load_half(const W* pointer) {
+  uint2 w;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(w.x), "=r"(w.y) : "l"(pointer) : "memory");
+  return w;
+}
+#endif
 
 // Volatile, so that the compiler does not move it before wait_for_previous().
 __device__ __forceinline__ uint4 load_input(const T* pointer) {
@@ -120,16 +158,45 @@ __device__ __forceinline__ const P* hold(const P* pointer) {
 }
 #endif  // EMULATED
 
+// Eight numbers of A or B as they lie in memory, the same as two or four of T, and as floats.
+// WIDE vectors of x go with a vector of A.
+#if E4M3
+typedef uint2 Eight;
+const int WIDE = 2;
+__device__ __forceinline__ Eight no_eight() { return make_uint2(0, 0); }
+__device__ __forceinline__ Eight load_eight(const W* pointer) { return load_half(pointer); }
+__device__ __forceinline__ uint4 widen_eight(unsigned low, unsigned high) {
+  return make_uint4(widen_pair(low, 0), widen_pair(low, 1), widen_pair(high, 0), widen_pair(high, 1));
+}
+__device__ __forceinline__ uint4 widen_eight(Eight w) { return widen_eight(w.x, w.y); }
+__device__ __forceinline__ uint4 eight_of(uint4 w, int i) {
+  return i ? widen_eight(w.z, w.w) : widen_eight(w.x, w.y);
+}
+__device__ __forceinline__ float2 floats_of(Eight w, int i) {
+  return unpack_pair(i < 2 ? w.x : w.y, i & 1);
+}
+#else
+typedef uint4 Eight;
+const int WIDE = 1;
+__device__ __forceinline__ Eight no_eight() { return make_uint4(0, 0, 0, 0); }
+__device__ __forceinline__ Eight load_eight(const W* pointer) { return load_weights(pointer); }
+__device__ __forceinline__ uint4 eight_of(uint4 w, int i) { return w; }
+__device__ __forceinline__ float2 floats_of(Eight w, int i) {
+  return unpack(i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w);
+}
+#endif
+
 // Blocks of few warps spend much of their time on addresses: hence unsigned and multiply-add.
 __device__ __forceinline__ unsigned page_of(const int* pages, unsigned element) {
   return load_entry(pages + element / (unsigned)PAGE);
 }
-__device__ __forceinline__ const T* address(const T* pool, unsigned page, unsigned element) {
-  const char* base = reinterpret_cast<const char*>(pool) + (U64)page * (2u * PAGE);
-  return reinterpret_cast<const T*>(base + (U64)(element % (unsigned)PAGE) * 2u);
+__device__ __forceinline__ const W* address(const W* pool, unsigned page, unsigned element) {
+  const unsigned size = sizeof(W);
+  const char* base = reinterpret_cast<const char*>(pool) + (U64)page * (size * PAGE);
+  return reinterpret_cast<const W*>(base + (U64)(element % (unsigned)PAGE) * size);
 }
-// Pages hold whole chunks of 64 elements.
-__device__ __forceinline__ const T* locate(const T* pool, const int* pages, unsigned element) {
+// Pages hold whole units.
+__device__ __forceinline__ const W* locate(const W* pool, const int* pages, unsigned element) {
   return address(pool, page_of(pages, element), element);
 }
 
@@ -170,20 +237,27 @@ __device__ __forceinline__ int4 first_item(const int4* items, int capacity, Spli
   return item;
 }
 
-// v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of 64 input features.
+#if E4M3 && NT == 1  // else it takes more registers, and only two blocks fit a processor
+#define SHRINK_BOUNDS __launch_bounds__(WARPS * 32, 3)
+#else
+#define SHRINK_BOUNDS __launch_bounds__(WARPS * 32)
+#endif
+
+// v[split, p, m, r] = x[order[p]] . A[slot, m, r] over the split's units of UNIT input features.
 //
 // A block takes 16 ranks and up to 8 * NT rows of one adapter. Its warps take units in turn and add
 // up in shared memory. Ranks are the 16 rows of the matrix unit's A operand, tokens the 8 columns of
-// its B operand. Both operands hold the same permutation of K (a lane reads 8 consecutive elements).
+// its B operand. Both operands hold the same permutation of K (a lane reads 8 consecutive elements,
+// and 16 of A in e4m3).
 // A sum over K does not depend on the order, so neither shared memory nor a transpose is needed.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
-shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
+extern "C" __global__ void SHRINK_BOUNDS
+shrink(const T* x, float* __restrict__ v, const W* __restrict__ pool,
        const int* __restrict__ plan, const int* __restrict__ page_table,
        const int* __restrict__ rank, const int* __restrict__ a_start, int x_stride,
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
        int v_module_stride) {
   release_next();
-  const int UNITS = (K + 63) / 64;
+  const int UNITS = (K + UNIT - 1) / UNIT;
   __shared__ float partial[WARPS][NT * 8][17];  // [warp][row][rank], 17 against bank conflicts
   const int* order = order_of(plan, capacity);
   const Plan step = read_plan(plan);
@@ -216,14 +290,18 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
 
     uint4 a_low[2], a_high[2];
     auto fetch = [&](int u) {
-      const T* p_low = has_low ? locate(pool, pages, low + u * 64) : nullptr;
-      const T* p_high = has_high ? locate(pool, pages, high + u * 64) : nullptr;
+      const W* p_low = has_low ? locate(pool, pages, low + u * UNIT) : nullptr;
+      const W* p_high = has_high ? locate(pool, pages, high + u * UNIT) : nullptr;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int k = h * 32 + lane * 8;
-        const bool in = K % 64 == 0 || u * 64 + k < K;
+        const int k = h * (UNIT / 2) + lane * (UNIT / 8);
+        const bool in = K % UNIT == 0 || u * UNIT + k < K;
         a_low[h] = has_low && in ? load_weights(p_low + k) : zero;
         a_high[h] = has_high && in ? load_weights(p_high + k) : zero;
+        if (E4M3 && K % 16 && u * UNIT + k + 8 >= K) {  // the rest of the row may hold NaN
+          a_low[h].z = a_low[h].w = 0;
+          a_high[h].z = a_high[h].w = 0;
+        }
       }
     };
     if (unit < last) fetch(unit);
@@ -234,24 +312,27 @@ shrink(const T* x, float* __restrict__ v, const T* __restrict__ pool,
 
     float c[NT][4] = {};
     while (unit < last) {
-      uint4 b[NT][2];
+      uint4 b[NT][2 * WIDE];
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int k = unit * 64 + h * 32 + lane * 8;
-          b[n][h] = x_row[n] && (K % 64 == 0 || k < K) ? load_input(x_row[n] + k) : zero;
+        for (int i = 0; i < 2 * WIDE; ++i) {
+          const int k = unit * UNIT + i / WIDE * (UNIT / 2) + lane * (UNIT / 8) + i % WIDE * 8;
+          b[n][i] = x_row[n] && (K % UNIT == 0 || k < K) ? load_input(x_row[n] + k) : zero;
         }
       uint4 w_low[2] = {a_low[0], a_low[1]}, w_high[2] = {a_high[0], a_high[1]};
       unit += WARPS;
       if (unit < last) fetch(unit);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
+      for (int i = 0; i < 2 * WIDE; ++i) {
+        const uint4 low = eight_of(w_low[i / WIDE], i % WIDE);
+        const uint4 high = eight_of(w_high[i / WIDE], i % WIDE);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-          mma(c[n], w_low[h].x, w_high[h].x, w_low[h].y, w_high[h].y, b[n][h].x, b[n][h].y);
-          mma(c[n], w_low[h].z, w_high[h].z, w_low[h].w, w_high[h].w, b[n][h].z, b[n][h].w);
+          mma(c[n], low.x, high.x, low.y, high.y, b[n][i].x, b[n][i].y);
+          mma(c[n], low.z, high.z, low.w, high.w, b[n][i].z, b[n][i].w);
         }
+      }
     }
 
     __syncthreads();  // other warps may still read the previous work's sums
@@ -304,7 +385,7 @@ __device__ __forceinline__ int4 first_tile(const int* plan, int capacity) {
 // A block takes up to ROWS rows of one adapter and THREADS * 8 columns of one module. A thread takes
 // 8 columns. It loads one vector for each of 16 ranks at a time, all in flight together.
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
-expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+expand(T* y, const float* v, const W* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
@@ -328,21 +409,22 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     if (limit == 0) continue;
     const float factor = __ldg(scale + place);
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
-    const unsigned width_row = (width + 63) / 64 * 64;
+    const unsigned width_row = (width + UNIT - 1) / UNIT * UNIT;
     const int n = panel.block * WIDTH + threadIdx.x * 8;
     const bool in = EXACT || n < width;
 
-    uint4 b[16];
+    Eight b[16];
+    const Eight none = no_eight();
     auto fetch = [&](int first) {
       const unsigned element = start + first * width_row + n;
-      const T* weights = hold(pool);
+      const W* weights = hold(pool);
       unsigned page[16];  // loads all page numbers first: the loads of weights wait for them
       if (in && first + 16 <= limit) {
 #pragma unroll
         for (int r = 0; r < 16; ++r) page[r] = page_of(pages, element + r * width_row);
 #pragma unroll
         for (int r = 0; r < 16; ++r)
-          b[r] = load_weights(address(weights, page[r], element + r * width_row));
+          b[r] = load_eight(address(weights, page[r], element + r * width_row));
       } else {  // past the limit it looks up the last row again, so that no lookup is conditional
         const unsigned column = start + (in ? n : 0);
 #pragma unroll
@@ -351,8 +433,8 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 #pragma unroll
         for (int r = 0; r < 16; ++r)
           b[r] = in && first + r < limit
-                     ? load_weights(address(weights, page[r], element + r * width_row))
-                     : zero;
+                     ? load_eight(address(weights, page[r], element + r * width_row))
+                     : none;
       }
     };
     T* y_row[ROWS];
@@ -397,8 +479,8 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < 16; ++r) {
-        const float2 w0 = unpack(b[r].x), w1 = unpack(b[r].y), w2 = unpack(b[r].z),
-                     w3 = unpack(b[r].w);
+        const float2 w0 = floats_of(b[r], 0), w1 = floats_of(b[r], 1), w2 = floats_of(b[r], 2),
+                     w3 = floats_of(b[r], 3);
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
           const float s = shrunk[row][r];
@@ -435,7 +517,7 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 // consecutive columns, from 16q on, of rows g and g + 8: no transpose, and whole vectors of y.
 #if ROWS == 16
 extern "C" __global__ void __launch_bounds__(THREADS)
-expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__ plan,
+expand(T* y, const float* v, const W* __restrict__ pool, const int* __restrict__ plan,
        const int* __restrict__ page_table, const int* __restrict__ rank,
        const int* __restrict__ b_start, const float* __restrict__ scale, int y_stride,
        int pages_stride, int slot_stride, int module_stride, int capacity, int v_row_stride,
@@ -460,14 +542,15 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
     if (limit == 0) continue;
     const float factor = __ldg(scale + place);
     const int* pages = hold(page_table + (long long)tile.x * pages_stride);
-    const T* weights = hold(pool);
-    const unsigned width_row = (width + 63) / 64 * 64;
+    const W* weights = hold(pool);
+    const unsigned width_row = (width + UNIT - 1) / UNIT * UNIT;
     const int first_n = panel.block * WIDTH + warp * 64;
     const int n = first_n + g * 8;
     const bool in = EXACT || n < width;
 
-    uint4 b[4];
-    auto fetch = [&](int first, uint4(&into)[4]) {
+    Eight b[4];
+    const Eight none = no_eight();
+    auto fetch = [&](int first, Eight(&into)[4]) {
       unsigned page[4];
       // Past the limit it looks up the last row again, so that no lookup is conditional.
 #pragma unroll
@@ -478,8 +561,8 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = first + 2 * q + (i & 1) + (i >> 1) * 8;
-        into[i] = in && r < limit ? load_weights(address(weights, page[i], start + r * width_row + n))
-                                  : zero;
+        into[i] = in && r < limit ? load_eight(address(weights, page[i], start + r * width_row + n))
+                                  : none;
       }
     };
     // 16 consecutive columns of rows g and g + 8.
@@ -531,12 +614,17 @@ expand(T* y, const float* v, const T* __restrict__ pool, const int* __restrict__
 
     float acc[8][4] = {};
     for (int first = 0; first < limit; first += 16) {
-      uint4 next[4] = {zero, zero, zero, zero};
+      Eight next[4] = {none, none, none, none};
       if (first + 16 < limit) fetch(first + 16, next);
       const int pair = first / 2 + q;
       const unsigned a0 = shrunk[g][pair], a1 = shrunk[g + 8][pair];
       const unsigned a2 = shrunk[g][pair + 4], a3 = shrunk[g + 8][pair + 4];
-      const unsigned* w[4] = {&b[0].x, &b[1].x, &b[2].x, &b[3].x};
+#if E4M3
+      const uint4 wide[4] = {widen_eight(b[0]), widen_eight(b[1]), widen_eight(b[2]), widen_eight(b[3])};
+#else
+      const uint4(&wide)[4] = b;
+#endif
+      const unsigned* w[4] = {&wide[0].x, &wide[1].x, &wide[2].x, &wide[3].x};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const unsigned halves = j & 1 ? 0x7632 : 0x5410;

@@ -12,6 +12,7 @@ from importlib import resources
 import cupy
 import torch
 
+from loraplex.backends.fp8 import E4M3, why_not_e4m3
 from loraplex.backends.launch.buffers import BufferPool
 from loraplex.backends.launch.cuda import Launch, current_stream
 from loraplex.backends.launch.upload import Uploader
@@ -91,7 +92,9 @@ class CupyBGMV:
             return f"it takes float16 or bfloat16, not {spec.dtype}"
         sizes = {n for group in spec.groups for n in (group.in_features, *group.out_features)}
         odd = sorted(size for size in sizes if size % 8)
-        return f"it takes multiples of 8 features, not {odd}" if odd else None
+        if odd:
+            return f"it takes multiples of 8 features, not {odd}"
+        return why_not_e4m3(spec.device) if spec.weight_dtype is E4M3 else None
 
     def __init__(self, spec: LoRASpec) -> None:
         properties = torch.cuda.get_device_properties(spec.device)
@@ -100,7 +103,9 @@ class CupyBGMV:
         self._pdl = properties.major >= 9
         self._kernels = {(k, g): self._compile(k, g) for k in KINDS for g in spec.groups}
         self._capacity = -(-max(spec.max_num_tokens, GRAPH_ROWS) // 4) * 4  # 16-byte items follow
-        self._layout = PlanLayout(spec.groups, spec.max_rank, self._capacity, self._num_processors)
+        self._layout = PlanLayout(
+            spec.groups, spec.max_rank, self._capacity, self._num_processors, spec.row_align
+        )  # fmt: skip
         self._v_module_stride = self._layout.items_per_row * ITEM_RANKS
         self._v_row_stride = 3 * self._v_module_stride
         num_floats = self._capacity * self._v_row_stride
@@ -212,9 +217,11 @@ def _make_macros(spec: LoRASpec, kind: Kind, group: LoRAGroup, pdl: bool) -> tup
     """Returns the compiler options of bgmv.cu for one group."""
     outs, starts = (*group.out_features, 0, 0), (*group.out_starts, 0, 0)
     values = {
-        "BF16": int(spec.dtype == torch.bfloat16), "PDL": int(pdl), "PAGE": spec.page_elems,
+        "BF16": int(spec.dtype == torch.bfloat16), "PDL": int(pdl),
+        "E4M3": int(spec.weight_dtype is E4M3), "UNIT": spec.row_align,
+        "PAGE": spec.page_elems * spec.packing,
         "NUM_MODULES": len(group.modules), "K": group.in_features,
-        "K_ROW": group.row_stride(group.in_features), "GROUP": spec.groups.index(group),
+        "K_ROW": spec.row_stride(group.in_features), "GROUP": spec.groups.index(group),
         "NUM_GROUPS": len(spec.groups),
         "MAX_SPLITS": MAX_SPLITS, "MAX_RANK": spec.max_rank,
         "NT": kind.item_rows // 8, "WARPS": SHRINK_WARPS,

@@ -70,12 +70,14 @@ class PlanLayout:
 
     Attributes:
         max_rows: rows that the scratch memory of x A holds, times splits of K.
+        unit: input features that a warp of shrink takes at a time.
     """
 
     groups: tuple[LoRAGroup, ...]
     max_rank: int
     max_rows: int
     num_processors: int
+    unit: int
 
     @property
     def items_per_row(self) -> int:
@@ -106,18 +108,18 @@ class PlanLayout:
                 wanted = fill // max(1, len(items) * len(group.modules))
                 touched = ranks[group.modules[0] : group.modules[-1] + 1].any()
                 fixed[at : at + 4] = (
-                    *_split_k(group, min(wanted, self.max_rows // num_rows)), touched,
+                    *_split_k(group, min(wanted, self.max_rows // num_rows), self.unit), touched,
                 )  # fmt: skip
         fixed[tiles_at : tiles_at + tiles.size] = tiles.reshape(-1)
         fixed[order_at : order_at + num_rows] = batch.token_order
         return {"fixed": fixed, "items": items}
 
 
-def _split_k(group: LoRAGroup, wanted: int) -> tuple[int, int, int]:
-    """Returns the number of splits of K, the units of 64 input features in each, and the binary
+def _split_k(group: LoRAGroup, wanted: int, unit: int) -> tuple[int, int, int]:
+    """Returns the number of splits of K, the units of input features in each, and the binary
     logarithm of the power of two that the number was rounded to before empty splits were left out.
     """
-    units = -(-group.in_features // 64)
+    units = -(-group.in_features // unit)
     shift = max(1, min(wanted, MAX_SPLITS, units // SHRINK_WARPS)).bit_length() - 1
     per_split = -(-units // (1 << shift))
     return -(-units // per_split), per_split, shift

@@ -5,8 +5,9 @@ the batch: a grid of any size covers the units of work in turn. For each group o
 holds, from HEADER on, the fields numbered below. Positions of lists count from meta's start.
 
 Weights are read in place through the adapter's page table. A row of weights starts at a multiple
-of 64 elements and a page holds a multiple of 64, so a chunk of 64 aligned elements never straddles
-a page. Pointers are built per chunk, and the loads inside a chunk stay 16 bytes wide.
+of ALIGN elements, itself a multiple of 64, and so does a page. So a chunk of 64 aligned elements
+never straddles a page. Pointers are built per chunk, and the loads inside a chunk stay 16 bytes
+wide. Weights in e4m3 become numbers of the type of x and y in registers.
 
 Shape legend: M rows of a tile, K input features, R ranks, N output columns, C chunks of 64.
 """
@@ -32,14 +33,14 @@ def shrink_kernel(
     layer, x_stride, layer_stride, pages_stride, table_stride, slot_stride, module_stride,
     HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """v[split, p, m, r] = x[order[p], split of K] @ A[slot, m, r, split of K], fp32.
 
     A unit is a split of an item. An item is BLOCK_M rows of one adapter and BLOCK_R of the ranks of
     all modules, one module after another (q, k, v), so that x is read once for all modules.
     """
-    K_ROW: tl.constexpr = (K + 63) // 64 * 64
+    K_ROW: tl.constexpr = (K + ALIGN - 1) // ALIGN * ALIGN
     header = meta + HEADER
     num_splits = tl.load(header + NUM_SPLITS)
     num_units = tl.load(header + NUM_ITEMS) * num_splits
@@ -98,7 +99,8 @@ def shrink_kernel(
                 mask_MK = mask_MK & (k + lane < K)[None, :]
             chunk_MK = tl.load(x_MK + k, mask=mask_MK, other=0.0)
             a_RK = tl.load(pool + offset_R[:, None] + lane[None, :], mask=mask_RK, other=0.0)
-            acc_MR = tl.dot(chunk_MK, tl.trans(a_RK), acc_MR, input_precision="ieee")
+            a_KR = tl.trans(a_RK.to(x.dtype.element_ty))
+            acc_MR = tl.dot(chunk_MK, a_KR, acc_MR, input_precision="ieee")
             next_R = start_R + tl.minimum(k + 64, K_ROW - 64)
             page_R = tl.load(pages + next_R // PAGE, mask=mask_R, other=0)
         row_M = (split * num_rows + first + row_M) * (NUM_MODULES * v_module_stride)
@@ -149,8 +151,8 @@ def expand_kernel(
     HEADER: tl.constexpr, ORDER_AT: tl.constexpr,
     FIRST_MODULE: tl.constexpr, NUM_MODULES: tl.constexpr, OUT_0: tl.constexpr,
     OUT_1: tl.constexpr, OUT_2: tl.constexpr, START_1: tl.constexpr, START_2: tl.constexpr,
-    PAGE: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, MAX_RANK: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, ALIGN: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, MAX_RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[order[p], out_m] += scale * sum over splits of v[:, p, m] @ B[slot, m], in place.
 
@@ -177,7 +179,7 @@ def expand_kernel(
         panel = unit % num_panels
         module = (panel >= panels_0).to(tl.int32) + (panel >= panels_0 + panels_1).to(tl.int32)
         width = tl.where(module == 0, OUT_0, tl.where(module == 1, OUT_1, OUT_2))
-        width_row = (width + 63) // 64 * 64
+        width_row = (width + ALIGN - 1) // ALIGN * ALIGN
         column = tl.where(module == 0, 0, tl.where(module == 1, START_1, START_2))
         panel -= tl.where(module == 0, 0, tl.where(module == 1, panels_0, panels_0 + panels_1))
         tile = tiles + unit // num_panels * 4
@@ -212,7 +214,7 @@ def expand_kernel(
                 shrunk, row_M, mask_M, rank_R, limit, num_splits, v_split_stride, v_row_stride,
                 MAX_SPLITS, BLOCK_M, BLOCK_R,
             )  # fmt: skip
-            first_MR = (sum_MR * factor).to(b_RN.dtype)
+            first_MR = (sum_MR * factor).to(y.dtype.element_ty)
             for n in range(begin, end, BLOCK_N):
                 next_n = n + BLOCK_N
                 next_width = tl.where(next_n < end, width, 0)
@@ -222,7 +224,8 @@ def expand_kernel(
                     pool, pages, start + rank_R * width_row, mask_R, next_n, next_width, PAGE,
                     BLOCK_R, BLOCK_N,
                 )  # fmt: skip
-                acc_MN = tl.dot(first_MR, b_RN, input_precision="ieee")
+                own_RN = b_RN.to(y.dtype.element_ty)
+                acc_MN = tl.dot(first_MR, own_RN, input_precision="ieee")
                 if MAX_RANK > BLOCK_R:
                     for r in range(BLOCK_R, limit, BLOCK_R):
                         more_R = r + rank_R
@@ -234,8 +237,9 @@ def expand_kernel(
                             pool, pages, start + more_R * width_row, more_R < limit, n, width, PAGE,
                             BLOCK_R, BLOCK_N,
                         )  # fmt: skip
-                        more_MR = (sum_MR * factor).to(b_RN.dtype)
-                        acc_MN = tl.dot(more_MR, b_RN, acc_MN, input_precision="ieee")
+                        more_MR = (sum_MR * factor).to(y.dtype.element_ty)
+                        own_RN = b_RN.to(y.dtype.element_ty)
+                        acc_MN = tl.dot(more_MR, own_RN, acc_MN, input_precision="ieee")
                 sum_MN = (base_MN.to(tl.float32) + acc_MN).to(y.dtype.element_ty)
                 tl.store(y_MN + n, sum_MN, mask=mask_MN)
                 base_MN = next_MN

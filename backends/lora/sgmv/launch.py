@@ -7,7 +7,7 @@ import torch
 
 from loraplex.backends.launch.buffers import PooledBuffer
 from loraplex.backends.launch.triton import TritonLaunch
-from loraplex.backends.lora.contract import LoRAGroup, LoRATable
+from loraplex.backends.lora.contract import LoRAGroup, LoRASpec, LoRATable
 from loraplex.backends.lora.sgmv.blocks import ExpandBlocks, Regime, ShrinkBlocks
 from loraplex.backends.lora.sgmv.kernels import expand_kernel, shrink_kernel
 
@@ -59,14 +59,19 @@ class SGMVLaunches:
     """Launches shrink and expand, keeping the arguments that stay between calls.
 
     Args:
+        spec: of the op.
         v: float32 scratch, written by shrink and read by expand.
         order_at: where the order of tokens starts in a plan's metadata.
         pdl: programmatic dependent launch, which Hopper and later GPUs have.
     """
 
-    def __init__(self, *, v: torch.Tensor, order_at: int, page_elems: int, pdl: bool) -> None:
+    def __init__(self, spec: LoRASpec, *, v: torch.Tensor, order_at: int, pdl: bool) -> None:
+        self._spec = spec
         self._v = v
-        self._common: dict[str, Any] = {"ORDER_AT": order_at, "PAGE": page_elems, "PDL": pdl}
+        self._common: dict[str, Any] = {
+            "ORDER_AT": order_at, "PAGE": spec.page_elems * spec.packing, "ALIGN": spec.row_align,
+            "PDL": pdl,
+        }  # fmt: skip
         if pdl:
             self._common["launch_pdl"] = True
         self._table: LoRATable | None = None
@@ -126,7 +131,7 @@ class SGMVLaunches:
         pool: torch.Tensor,
         table: LoRATable,
     ) -> TritonLaunch:
-        group = blocks.group
+        group, pool = blocks.group, self._spec.weights_in(pool)
         return TritonLaunch(
             shrink_kernel,
             (layer, x.stride(0), pool.stride(0), *_strides(table)),
@@ -145,7 +150,7 @@ class SGMVLaunches:
         pool: torch.Tensor,
         table: LoRATable,
     ) -> TritonLaunch:
-        group = blocks.group
+        group, pool = blocks.group, self._spec.weights_in(pool)
         outs = (*group.out_features, 0, 0)
         starts = (*group.out_starts, 0, 0)
         return TritonLaunch(

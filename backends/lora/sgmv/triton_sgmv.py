@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from triton import knobs
 
+from loraplex.backends.fp8 import E4M3, why_not_e4m3
 from loraplex.backends.launch.buffers import BufferPool
 from loraplex.backends.launch.upload import Uploader
 from loraplex.backends.lora.contract import (
@@ -74,7 +75,7 @@ class TritonSGMV:
             return "Triton's interpreter gets bfloat16 wrong" if is_bf16 else None
         if spec.device.type != "cuda":
             return f"it needs a CUDA device, not {spec.device.type}"
-        return None
+        return why_not_e4m3(spec.device) if spec.weight_dtype is E4M3 else None
 
     def __init__(self, spec: LoRASpec, tuned: Tuned | None = None) -> None:
         self._spec = spec
@@ -98,7 +99,7 @@ class TritonSGMV:
             max(wanted, rows * max_rank * num_modules), dtype=torch.float32, device=spec.device
         )
         self._launches = SGMVLaunches(
-            v=self.scratch, order_at=self._order_at, page_elems=spec.page_elems,
+            spec, v=self.scratch, order_at=self._order_at,
             pdl=capability is not None and capability[0] >= 9,
         )  # fmt: skip
         self._graph_blocks = {b.group.modules[0]: b for b in self._blocks[_DECODE]}

@@ -2,6 +2,7 @@
 
 A block takes one read and, for each module, one copy that transposes B. A of a known adapter needs
 no copy when its dtype and its row length equal the pool's: it is read straight into its place.
+Where A and B are in fewer bits than the pool's dtype, they are rounded together, see rounding.py.
 Large calls matter, because a thread holds the interpreter between calls and other threads need it.
 """
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.engine.adapters.content_hash import HashedModule, hash_layer
+from loraplex.engine.adapters.packing.rounding import round_pair
 from loraplex.engine.adapters.safetensors_file import ByteArray, SafetensorsFile, TensorPlace
 from loraplex.engine.model.shard import ModuleShard
 from loraplex.memory.adapter_layout import VECTORS, Segment, SegmentName, Segments, align
@@ -60,6 +62,8 @@ class PackJob:
     modules: tuple[ModuleShard, ...]
     is_known: bool  # neither hash nor search for NaN
     replaces_bias: bool
+    scale: npt.NDArray[np.float32]
+    """[layers, modules]; the scale of A and B that are rounded to fewer bits is multiplied in."""
 
 
 def pack_block(
@@ -71,6 +75,7 @@ def pack_block(
     bits = row_bytes.view(_BITS[rows.dtype.itemsize])
     reads: list[tuple[TensorPlace, ByteArray]] = []
     copies: list[tuple[tuple[int, SegmentName], Segment, ByteArray]] = []
+    rounded: dict[tuple[int, SegmentName], BitArray] = {}
     parts = _lay_out(job, first, scratch[: len(layers) * first.num_bytes], len(layers))
     for (module, name), segment in first.segments.items():
         if (module, name) not in parts:
@@ -79,7 +84,7 @@ def pack_block(
         tensors = [layer.sides[module][name] for layer in layers]
         piece = job.modules[module].inputs
         is_direct = name == "A" and tensors[0].dtype is rows.dtype and piece.is_whole
-        is_direct = is_direct and (module, "A_scale") not in parts
+        is_direct = is_direct and (module, "A_scale") not in parts and segment.packing == 1
         if job.is_known and is_direct and piece.size == align(piece.size):
             begin = segment.start * rows.dtype.itemsize
             source = row_bytes[:, begin : begin + tensors[0].num_bytes]
@@ -97,14 +102,18 @@ def pack_block(
     leaves = [] if job.is_known else _hash_block(job, layers, scratch)
     for (module, name), segment, source in copies:
         target, tensor = _rows_of(bits, segment), first.sides[module][name]
-        if name in VECTORS:
+        if segment.packing > 1:
+            if name == "A":
+                rounded |= _round_module(job, layers, parts, module)
+            matrix = rounded.pop((module, name))
+        elif name in VECTORS:
             scales = [layer.scales[module] for layer in layers]
             matrix = _as_rows(job, name, _as_floats(source, tensor), scales, rows.dtype)
             matrix = matrix if job.modules[module].adds_bias or name == "gain" else matrix * 0
         else:
             factors = _factors(first.sides[module], parts, module, name)
             matrix = _as_bits(source, tensor, rows.dtype, factors)
-            matrix = matrix.swapaxes(1, 2) if name == "B" else matrix
+        matrix = matrix.swapaxes(1, 2) if name == "B" else matrix
         piece = job.modules[module].inputs if name == "A" else job.modules[module].outputs
         matrix = matrix[:, :, piece.start : piece.stop]
         np.copyto(target[:, :, : matrix.shape[2]], matrix)
@@ -163,14 +172,15 @@ def _hash_block(job: PackJob, layers: list[Layer], scratch: ByteArray) -> list[b
 
 
 def _rows_of(bits: BitArray, segment: Segment) -> BitArray:
-    """Returns a view [layers, rows, align(row_elems)] of a segment of each layer, with padding."""
+    """Returns a view [layers, rows, numbers] of a segment of each layer, with padding."""
     layer_stride, item = bits.strides
     stride = align(segment.row_elems)
-    return np.lib.stride_tricks.as_strided(
+    rows = np.lib.stride_tricks.as_strided(
         bits[:, segment.start :],
         (len(bits), segment.num_rows, stride),
         (layer_stride, stride * item, item),
     )
+    return rows.view(_BITS[item // segment.packing])
 
 
 def _factors(
@@ -184,6 +194,23 @@ def _factors(
     if scale_name not in sides:
         return None
     return _as_floats(parts[module, scale_name], sides[scale_name])[..., None]
+
+
+def _round_module(
+    job: PackJob, layers: list[Layer], parts: dict[tuple[int, SideName], ByteArray], module: int
+) -> dict[tuple[int, SegmentName], BitArray]:
+    """Returns A and B of a module in e4m3, viewed as integers, and multiplies their scale into
+    `job.scale`."""
+    sides = layers[0].sides[module]
+
+    def floats(name: SegmentName) -> torch.Tensor:
+        values = _as_floats(parts[module, name], sides[name]).view(-1, *sides[name].shape)
+        factors = _factors(sides, parts, module, name)
+        return values if factors is None else values * factors
+
+    a, b, scale = round_pair(floats("A"), floats("B"))
+    job.scale[[layer.number for layer in layers], module] *= scale.numpy()
+    return {(module, "A"): a.view(torch.uint8).numpy(), (module, "B"): b.view(torch.uint8).numpy()}
 
 
 def _as_bits(

@@ -99,7 +99,7 @@ def pack(
             distinct[key] = target.place(parts)
         segments, num_used = distinct[key]
         for (module, name), segment in segments.items():
-            starts[name][layer, module] = segment.start
+            starts[name][layer, module] = segment.first
         scale_of = {module: float(scale[layer, module]) for module in of_layer}
         num_bytes = sum(side.num_bytes for sides in of_layer.values() for side in sides.values())
         layers.append(Layer(layer, segments, num_used, of_layer, scale_of, num_bytes))
@@ -111,7 +111,7 @@ def pack(
     num_elems = target.num_layers * count * target.page_elems
     data = allocate(num_elems * target.dtype.itemsize).view(target.dtype)
     data = data.view(target.num_layers, -1)
-    job = PackJob(file, target.modules, content_hash is not None, content.replaces_bias)
+    job = PackJob(file, target.modules, content_hash is not None, content.replaces_bias, scale)
     leaves = _pack_layers(job, layers, data, packers)
     if vocabulary is not None:
         vocabulary.write(data, parts_of_vocabulary, target)
@@ -175,7 +175,7 @@ def _pack_some(
         leaves += pack_block(job, some, rows, scratch)
         if not job.is_known:
             for number in block:
-                _check_layer(number, data[number, : layers[number].num_used])
+                _check_layer(number, data[number, : layers[number].num_used], job.scale[number])
     return leaves
 
 
@@ -192,9 +192,11 @@ def _blocks(layers: list[Layer], numbers: range) -> Iterator[range]:
     yield range(start, numbers.stop)
 
 
-def _check_layer(number: int, weights: torch.Tensor) -> None:
-    """Raise UnusableWeightsError unless every packed weight of the layer is finite."""
-    if len(weights) and not bool(torch.stack(torch.aminmax(weights)).isfinite().all()):
+def _check_layer(number: int, weights: torch.Tensor, scale: npt.NDArray[np.float32]) -> None:
+    """Raise UnusableWeightsError unless every packed weight of the layer is finite, and the scales
+    of its modules, which are NaN where weights in e4m3 were not."""
+    is_finite = not len(weights) or torch.stack(torch.aminmax(weights)).isfinite().all()
+    if not is_finite or not np.isfinite(scale).all():
         raise UnusableWeightsError(
             f"layer {number} holds NaN or infinite values, or some that {weights.dtype} cannot"
         )

@@ -21,6 +21,7 @@ class ReaderStart(Message):
     and for its outputs."""
     page_elems: int
     dtype: str
+    weight_dtype: str  # of A and B
     max_rank: int
     adapter_roots: list[str]
     vocabulary_numbers: Int32Array

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.backends.fp8 import E4M3
 from loraplex.engine.model.decoder import Decoder
 from loraplex.engine.model.layers.lora_linear import LoRALinear
 from loraplex.engine.worker.ranks import Ranks
@@ -54,10 +55,12 @@ class AdapterVectors:
     which that stream then waits for: kernels of the current one would overtake those of steps.
     """
 
-    def __init__(self, model: Decoder, pool: PagePool, ranks: Ranks) -> None:
+    def __init__(self, model: Decoder, pool: PagePool, ranks: Ranks, packing: int) -> None:
+        """`packing` is AdapterTarget's."""
         self._model = model
         self._pages = pool.pages
         self._ranks = ranks
+        self._packing = packing
         self._split = [
             ranks.world_size > 1 and module.spec.is_row_parallel for module in model.shard.modules
         ]
@@ -121,8 +124,10 @@ class AdapterVectors:
     def _squares(self, part: _Part, layers: range, weights: torch.Tensor) -> torch.Tensor:
         """Returns this rank's part of ||W + s B A||^2, float32 [layers, out_features]."""
         shape = self._shapes[part.module]
-        a = _rows(weights, part.a_start, part.rank, shape.in_features)
-        b = _rows(weights, part.b_start, part.rank, shape.out_features).float()
+        own = weights.view(E4M3) if self._packing > 1 else weights
+        a = _rows(own, part.a_start, part.rank, shape.in_features, self._packing)
+        b = _rows(own, part.b_start, part.rank, shape.out_features, self._packing).float()
+        a = a.to(weights.dtype)
         bases = (self._linear(layer, part.module).weight_of(part.module) for layer in layers)
         cross = torch.stack([_product(own, base) for own, base in zip(a, bases, strict=True)])
         a = a.float()
@@ -185,9 +190,15 @@ def _runs(adapter: PackedAdapter, max_layers: int) -> Iterator[tuple[range, list
         start = layer
 
 
-def _rows(weights: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:
-    """Returns rows of virtual arrays [layers, elements], a view [layers, count, width]."""
-    stride = align(width)
+def _rows(
+    weights: torch.Tensor, start: int, count: int, width: int, packing: int = 1
+) -> torch.Tensor:
+    """Returns rows of virtual arrays [layers, numbers], a view [layers, count, width].
+
+    Args:
+        packing: numbers in an element.
+    """
+    stride = align(-(-width // packing)) * packing
     rows = weights[:, start : start + count * stride]
     return rows.unflatten(1, (count, stride))[..., :width]
 

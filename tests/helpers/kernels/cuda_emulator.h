@@ -22,9 +22,11 @@
 struct dim3 { unsigned x = 0, y = 0, z = 0; };
 struct float2 { float x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
@@ -172,7 +174,23 @@ template <class P> P __ldcg(const P* p) {
   return checked(p);
 }
 inline int load_entry(const int* p) { return __ldg(p); }
-inline uint4 load_weights(const T* p) { return checked(reinterpret_cast<const uint4*>(p)); }
+template <class P> uint4 load_weights(const P* p) { return checked(reinterpret_cast<const uint4*>(p)); }
+template <class P> uint2 load_half(const P* p) { return checked(reinterpret_cast<const uint2*>(p)); }
+// Numbers in e4m3: NaN is the largest magnitude.
+inline float of_e4m3(unsigned bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  float value = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  if ((bits & 0x7f) == 0x7f) value = NAN;
+  return bits & 0x80 ? -value : value;
+}
+inline float2 unpack_pair(unsigned word, int pair) {
+  word >>= pair * 16;
+  return {of_e4m3(word & 0xff), of_e4m3(word >> 8 & 0xff)};
+}
+inline unsigned widen_pair(unsigned word, int pair) {
+  const float2 f = unpack_pair(word, pair);
+  return pack(f.x, f.y);
+}
 inline uint4 load_input(const T* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 template <typename P> const P* hold(const P* p) { return p; }
 

@@ -56,13 +56,15 @@ def make_groups(shapes: tuple[ModuleShape, ...]) -> list[LoRAGroup]:
 @dataclass
 class LoRACase:
     """A pool with resident adapters. `weights` maps (layer, slot, module) to A, B and scale,
-    `vectors` to gain and shift, 1 or 0 where there is none."""
+    `vectors` to gain and shift, 1 or 0 where there is none. A and B have `weight_dtype`, or the
+    pool's dtype if it is None."""
 
     pool: torch.Tensor
     table: LoRATable
     shapes: tuple[ModuleShape, ...]
     groups: list[LoRAGroup]
     num_adapters: int
+    weight_dtype: torch.dtype | None = None
     weights: Weights = field(default_factory=dict)
     vectors: Vectors = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ def make_case(
     shuffle: bool = True,
     seed: int = 0,
     vectors: Sequence[tuple[VectorName, ...]] = (),
+    weight_dtype: torch.dtype | None = None,
 ) -> LoRACase:
     """Put adapter i into slot 2 i + 1, on shuffled pages. All that is no weight is NaN.
 
@@ -87,9 +90,11 @@ def make_case(
     """
     assert page_elems % ROW_ALIGN == 0
     generator = torch.Generator(device).manual_seed(seed)
+    of_weights = weight_dtype or dtype
+    packing, up = dtype.itemsize // of_weights.itemsize, 8.0 if weight_dtype else 1.0
     kinds = [*vectors, *[()] * (len(adapters) - len(vectors))]
     layouts = [
-        [_place(ranks, shapes, kind) for ranks in layers]
+        [_place(ranks, shapes, kind, packing) for ranks in layers]
         for layers, kind in zip(adapters, kinds, strict=True)
     ]
     counts = [num_pages(max(used for _, used in of), page_elems) for of in layouts]
@@ -105,7 +110,8 @@ def make_case(
         "shift_start": torch.zeros(num_layers, len(shapes), slots, dtype=torch.int32),
         "has_vectors": torch.zeros(slots, dtype=torch.bool),
     }
-    pool = torch.full((num_layers, total, page_elems), float("nan"), dtype=dtype, device=device)
+    pool = torch.empty((num_layers, total, page_elems), dtype=dtype, device=device)
+    pool.view(torch.uint8).fill_(0xFF)  # NaN in every type
     order = torch.randperm(total - 1, generator=torch.Generator().manual_seed(seed)) + 1
     free = (order if shuffle else order.sort().values).tolist()
     weights: Weights = {}
@@ -122,15 +128,15 @@ def make_case(
                 shape = shapes[module]
                 a_rows, b_rows = segments[module, "A"], segments[module, "B"]
                 rank = a_rows.num_rows
-                a = (random(rank, shape.in_features) * shape.in_features**-0.5).to(dtype)
-                b = (random(shape.out_features, rank) * rank**-0.5).to(dtype)
-                scale = 0.5 + slot % 3 + 0.25 * module
+                a = (random(rank, shape.in_features) * shape.in_features**-0.5 * up).to(of_weights)
+                b = (random(shape.out_features, rank) * rank**-0.5 * up).to(of_weights)
+                scale = (0.5 + slot % 3 + 0.25 * module) / up**2
                 weights[layer, slot, module] = (a, b, scale)
-                _write_rows(pool[layer], pages.to(device), a_rows.start, a)
-                _write_rows(pool[layer], pages.to(device), b_rows.start, b.T)
+                _write_rows(pool[layer], pages.to(device), a_rows.first, a, packing)
+                _write_rows(pool[layer], pages.to(device), b_rows.first, b.T, packing)
                 fields["rank"][layer, module, slot] = rank
-                fields["a_start"][layer, module, slot] = a_rows.start
-                fields["b_start"][layer, module, slot] = b_rows.start
+                fields["a_start"][layer, module, slot] = a_rows.first
+                fields["b_start"][layer, module, slot] = b_rows.first
                 fields["scale"][layer, module, slot] = scale
                 pair: dict[str, torch.Tensor | float] = {"gain": 1.0, "shift": 0.0}
                 for name in kinds[index]:
@@ -155,21 +161,29 @@ def make_case(
         shift_start=fields["shift_start"].to(device),
         **{f"host_{name}": value for name, value in fields.items()},
     )
-    case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters))
+    case = LoRACase(pool, table, shapes, make_groups(shapes), len(adapters), weight_dtype)
     case.weights, case.vectors = weights, of_vectors
     return case
 
 
 def _place(
-    ranks: dict[int, int], shapes: tuple[ModuleShape, ...], vectors: tuple[VectorName, ...]
+    ranks: dict[int, int],
+    shapes: tuple[ModuleShape, ...],
+    vectors: tuple[VectorName, ...],
+    packing: int,
 ) -> tuple[Segments, int]:
     parts = {module: ModuleParts(rank, vectors) for module, rank in ranks.items()}
-    return place_layer(parts, shapes)
+    return place_layer(parts, shapes, packing)
 
 
-def _write_rows(layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+def _write_rows(
+    layer: torch.Tensor, pages: torch.Tensor, start: int, rows: torch.Tensor, packing: int = 1
+) -> None:
+    if packing > 1:  # torch has no index_put for e4m3
+        layer, rows = layer.view(torch.uint8), rows.contiguous().view(torch.uint8)
     page_elems, (count, width) = layer.shape[1], rows.shape
-    stride = -(-width // ROW_ALIGN) * ROW_ALIGN
+    row_align = ROW_ALIGN * packing
+    stride = -(-width // row_align) * row_align
     first = start + torch.arange(count, device=layer.device)[:, None] * stride
     at = first + torch.arange(width, device=layer.device)
     layer[pages[at // page_elems], at % page_elems] = rows
@@ -184,6 +198,7 @@ def make_spec(case: LoRACase, max_num_tokens: int, max_rank: int = 256) -> LoRAS
         device=case.pool.device,
         page_elems=case.pool.shape[2],
         groups=tuple(case.groups),
+        weight_dtype=case.weight_dtype,
     )
 
 

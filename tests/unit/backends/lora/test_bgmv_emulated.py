@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex.backends.fp8 import E4M3
+
 from helpers.kernels.bgmv_emulated import emulate_bgmv
 from helpers.kernels.lora_cases import (
     POPULARITIES,
@@ -93,6 +95,20 @@ def test_plans_are_independent(bgmv: Any) -> None:
             check_group(op, plan, case, slots, 0, group)
             check_group(op, graph_plan, case, slots, 0, group)
         op.plan(table=case.table, batch=batches[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
+)
+def test_weights_in_e4m3(bgmv: Any, dtype: torch.dtype) -> None:
+    """In every kind. 200 features end in the middle of a vector and of a unit of 128."""
+    shapes = make_shapes(200, 200, 40, 120)
+    case = make_case(RANKS["mixed"], shapes, dtype=dtype, page_elems=128, weight_dtype=E4M3)
+    del case.groups[1:]
+    op = bgmv(make_spec(case, 40, MAX_RANK))
+    op.scratch.fill_(float("nan"))
+    for slots in ([5, 1, 7, 3], [7, 1, -1, 5, 3, 7], [3] * 17 + [7, 7, 1]):
+        check(op, case, slots)
 
 
 @pytest.mark.parametrize("num_processors", [132, pytest.param(188, marks=pytest.mark.long)])
