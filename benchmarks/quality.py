@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "plain": {},
     "fp8 weights": {"quantization": "fp8"},
     "fp8 kv": {"kv_cache_dtype": "fp8"},
+    "fp8 adapters": {"adapter_dtype": "fp8"},
     "fp8 weights, fp8 kv": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
 }
 ADAPTERS = Path(__file__).resolve().parents[1] / "examples" / "adapters"

@@ -5,9 +5,12 @@ random. The floor of a row counts the weights of its distinct adapters at true r
 and one read and one write of y, over the copy bandwidth measured in the same run.
 
     python benchmarks/kernels/lora_kernels.py --backends triton,cupy --out lora.jsonl
+
+With `--adapter-dtypes auto,fp8` each case is measured with A and B in 16 bits and in e4m3.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -17,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lora_panels import draw_rows
 
+from loraplex.backends.fp8 import E4M3
 from loraplex.backends.lora.contract import (
     LoRABatch,
     LoRAGroup,
@@ -30,7 +35,6 @@ from loraplex.backends.lora.contract import (
 from loraplex.backends.lora.table_fields import make_fields
 from loraplex.backends.registry import resolve
 from loraplex.entrypoints.bench.gpu_timing import copy_bandwidth, time_graph
-from loraplex.entrypoints.bench.plot import Line, Panel, draw
 from loraplex.entrypoints.bench.traces import adapters_of_rows
 from loraplex.memory.adapter_layout import (
     ROW_ALIGN,
@@ -132,10 +136,18 @@ class Setup:
     """Pool, table and batch of one case, filled with random weights."""
 
     def __init__(
-        self, case: Case, dtype: torch.dtype, device: torch.device, model: Model | None = None
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: Model | None = None,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
-        """`model` replaces the sizes of the model that the case names."""
+        """`model` replaces the sizes of the model that the case names; `weight_dtype` is
+        LoRASpec's."""
         self.case, self.model = case, model or MODELS[case.model]
+        self.weight_dtype = weight_dtype
+        self.packing = dtype.itemsize // (weight_dtype or dtype).itemsize
         self.page_elems = BLOCK_TOKENS * 2 * self.model.kv
         rows = rows_of(case)
         count = max(case.num_resident, max(rows) + 1)
@@ -145,6 +157,9 @@ class Setup:
         self.pool = torch.empty(shape, dtype=dtype, device=device)
         for layer in self.pool:
             layer.normal_(std=0.05)
+            if weight_dtype is not None:
+                numbers = layer.view(weight_dtype)
+                numbers.copy_(0.05 * torch.randn(numbers.shape, dtype=dtype, device=device))
         rng = np.random.default_rng(case.seed)
         picks = rng.permutation(count)[: max(rows) + 1]
         slots = [int(picks[row]) for row in rows]
@@ -167,7 +182,7 @@ class Setup:
             )
             for rank in set(ranks)
             for segments, num_elems in [
-                place_layer(dict.fromkeys(case.modules, ModuleParts(rank)), shapes)
+                place_layer(dict.fromkeys(case.modules, ModuleParts(rank)), shapes, self.packing)
             ]
         }
         total = sum(layouts[rank][1] for rank in ranks)
@@ -182,7 +197,7 @@ class Setup:
             used += count
             for (module, name), segment in segments.items():
                 fields[0, :, module, slot] = segment.num_rows
-                fields[1 if name == "A" else 2, :, module, slot] = segment.start
+                fields[1 if name == "A" else 2, :, module, slot] = segment.first
         scale = np.full(fields.shape[1:], 0.5, dtype=np.float32)
         host = [torch.from_numpy(array) for array in (page_table, *fields, scale)]
         there = make_fields(case.num_layers, 7, len(ranks), device)
@@ -209,7 +224,8 @@ class Setup:
             shapes[module].in_features + shapes[module].out_features for module in self.case.modules
         )
         rows = sum(t.numel() for t in self.x) + 2 * sum(t.numel() for t in self.y)
-        return (sum(self.used_ranks) * per_rank + rows) * self.pool.element_size()
+        weights = sum(self.used_ranks) * per_rank
+        return (weights // self.packing + rows) * self.pool.element_size()
 
     def run_layer(self, op: LoRAOp, plan: LoRAPlan, layer: int) -> None:
         for group, x, y in zip(self.groups, self.x, self.y, strict=True):
@@ -224,6 +240,7 @@ class Setup:
             device=self.pool.device,
             page_elems=self.page_elems,
             groups=tuple(self.groups),
+            weight_dtype=self.weight_dtype,
         )
 
 
@@ -239,9 +256,11 @@ def make_batch(slots: list[int]) -> LoRABatch:
     )
 
 
-def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> dict[str, object]:
+def measure(
+    case: Case, op_name: str, adapter_dtype: str, bandwidth: float, dtype: torch.dtype
+) -> dict[str, object]:
     device = torch.device("cuda", 0)
-    setup = Setup(case, dtype, device)
+    setup = Setup(case, dtype, device, weight_dtype=E4M3 if adapter_dtype == "fp8" else None)
     op = resolve("lora", op_name).make(setup.spec())
     batch: dict[str, Any] = {"table": setup.table, "batch": setup.batch}
     if case.num_tokens <= op.max_graph_rows:
@@ -259,6 +278,7 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     return {
         **asdict(case),
         "backend": op_name,
+        "adapter_dtype": adapter_dtype,
         "us": round(median, 2),
         "us_min": round(min(times), 2),
         "floor_us": round(floor, 2),
@@ -267,36 +287,11 @@ def measure(case: Case, op_name: str, bandwidth: float, dtype: torch.dtype) -> d
     }
 
 
-def draw_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the decode steps of the largest sweep: each popularity, backend and the floor."""
-    sweep = [r for r in rows if r["model"] == "llama-3-8b" and r["num_tokens"] <= 256]
-    sweep = [r for r in sweep if r["ranks"] == [16] and not r["num_resident"]]
-    panels = []
-    for popularity in ("distinct", "uniform", "skewed", "identical"):
-        chosen = [r for r in sweep if r["popularity"] == popularity]
-        if not chosen:
-            continue
-        sizes = sorted({r["num_tokens"] for r in chosen})
-        at = {size: float(index) for index, size in enumerate(sizes)}
-        backends = dict.fromkeys(r["backend"] for r in chosen)
-        lines = [
-            Line(
-                name, sorted((at[r["num_tokens"]], r["us"]) for r in chosen if r["backend"] == name)
-            )
-            for name in backends
-        ]
-        floor = sorted({(at[r["num_tokens"]], r["floor_us"]) for r in chosen})
-        lines.append(Line("floor", floor, dashed=True))
-        ticks = [(index, str(size)) for size, index in at.items()]
-        title = f"{popularity} adapters"
-        panels.append(Panel(title, "rows", "us a layer", lines, log_y=True, x_ticks=ticks))
-    draw(panels, path, caption=f"Llama-3-8B, rank 16, all projections, {rows[0]['gpu']}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default="triton,cupy")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--adapter-dtypes", default="auto", help="of auto and fp8")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     parser.add_argument(
         "--draw", type=Path, help="measure nothing; draw this file's rows beside it (matplotlib)"
@@ -319,13 +314,15 @@ def main() -> None:
     for case in default_cases():
         if options.only not in case.model:
             continue
-        for name in options.backends.split(","):
-            row = measure(case, name, bandwidth, getattr(torch, options.dtype))
+        variants = itertools.product(options.backends.split(","), options.adapter_dtypes.split(","))
+        for name, adapter_dtype in variants:
+            row = measure(case, name, adapter_dtype, bandwidth, getattr(torch, options.dtype))
             ranks = ",".join(map(str, case.ranks))
             print(
                 f"{case.model:13} r{ranks:10} {len(case.modules)} modules {case.num_tokens:5} rows "
                 f"{case.popularity:9} {row['num_adapters']:4} adapters ({case.num_resident:4} res) "
-                f"{name:7} {row['us']:8.2f} us  floor {row['floor_us']:7.2f}  x{row['ratio']}",
+                f"{name:7} {adapter_dtype:4} {row['us']:8.2f} us  "
+                f"floor {row['floor_us']:7.2f}  x{row['ratio']}",
                 flush=True,
             )
             if options.out:

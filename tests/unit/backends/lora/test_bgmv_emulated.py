@@ -3,6 +3,7 @@
 Most cases share one shape, dtype and largest rank, so that they share compiled kernels.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,17 +99,37 @@ def test_plans_are_independent(bgmv: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
+    ("slots", "dtype"),
+    [
+        ([5, 1, 7, -1], torch.bfloat16),
+        ([3] * 17 + [7, 7], torch.bfloat16),
+        pytest.param([7, 1, 7, 3, 5], torch.bfloat16, marks=pytest.mark.long),
+        pytest.param([5, 1, 7, -1], torch.float16, marks=pytest.mark.long),
+        pytest.param([3] * 17 + [7, 7], torch.float16, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
-def test_weights_in_e4m3(bgmv: Any, dtype: torch.dtype) -> None:
-    """In every kind. 200 features end in the middle of a vector and of a unit of 128."""
+def test_weights_in_e4m3(bgmv: Any, slots: list[int], dtype: torch.dtype) -> None:
+    """200 features end in the middle of a vector and of a unit of 128."""
     shapes = make_shapes(200, 200, 40, 120)
     case = make_case(RANKS["mixed"], shapes, dtype=dtype, page_elems=128, weight_dtype=E4M3)
     del case.groups[1:]
     op = bgmv(make_spec(case, 40, MAX_RANK))
     op.scratch.fill_(float("nan"))
-    for slots in ([5, 1, 7, 3], [7, 1, -1, 5, 3, 7], [3] * 17 + [7, 7, 1]):
-        check(op, case, slots)
+    check(op, case, slots)
+
+
+def test_e4m3_needs_a_gpu_that_converts_it(bgmv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sgmv = pytest.importorskip("loraplex.backends.lora.sgmv.triton_sgmv").TritonSGMV
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    case = make_case([], ODD, dtype=torch.float16, weight_dtype=E4M3)
+    spec = replace(make_spec(case, 40), device=torch.device("cuda", 0))
+    for capability, reason in (((8, 6), "need compute capability 8.9 or later, not 8.6"),
+                               ((8, 9), "None"), ((10, 0), "None")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        for backend in (bgmv, sgmv):
+            assert str(backend.probe(spec)).endswith(reason)
+            assert backend.probe(replace(spec, weight_dtype=None)) is None
 
 
 @pytest.mark.parametrize("num_processors", [132, pytest.param(188, marks=pytest.mark.long)])
