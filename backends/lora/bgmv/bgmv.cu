@@ -65,24 +65,20 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 #endif
 
 #if E4M3
-// Two of a word's four numbers in e4m3 as two of T. Every such number is one of T.
-__device__ __forceinline__ unsigned widen_pair(unsigned word, int pair) {
-  unsigned w;
-#if BF16  // the bits, moved to their places, are a bfloat16 2^120 times too small
-  const unsigned bytes = __byte_perm(word, 0, pair ? 0x3424 : 0x1404);
-  const unsigned bits = (bytes & 0x80008000) | (bytes >> 4 & 0x07f007f0);
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(w) : "r"(bits), "r"(0x7b807b80), "r"(0x80008000));
-#else
-  asm("{.reg .b16 l; cvt.u16.u32 l, %1; cvt.rn.f16x2.e4m3x2 %0, l;}"
-      : "=r"(w) : "r"(pair ? word >> 16 : word));
-#endif
+__device__ __forceinline__ unsigned times_2_120(unsigned w) {  // two bfloat16
+  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(w) : "r"(0x7b807b80), "r"(0x80008000));
   return w;
 }
-__device__ __forceinline__ float2 unpack_pair(unsigned word, int pair) {
+// The low two numbers of a word in e4m3.
+__device__ __forceinline__ unsigned to_float16(unsigned word) {
+  unsigned w;
+  asm("{.reg .b16 l; cvt.u16.u32 l, %1; cvt.rn.f16x2.e4m3x2 %0, l;}" : "=r"(w) : "r"(word));
+  return w;
+}
+__device__ __forceinline__ float2 to_floats(unsigned word) {
   float2 f;
-  asm("{.reg .b16 b, l, h; .reg .b32 w; cvt.u16.u32 b, %2; cvt.rn.f16x2.e4m3x2 w, b;"
-      " mov.b32 {l, h}, w; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-      : "=f"(f.x), "=f"(f.y) : "r"(pair ? word >> 16 : word));
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(f.x), "=f"(f.y) : "r"(to_float16(word)));
   return f;
 }
 #endif
@@ -165,6 +161,15 @@ typedef uint2 Eight;
 const int WIDE = 2;
 __device__ __forceinline__ Eight no_eight() { return make_uint2(0, 0); }
 __device__ __forceinline__ Eight load_eight(const W* pointer) { return load_half(pointer); }
+// Two of a word's four numbers as two of T. T has every number of e4m3.
+__device__ __forceinline__ unsigned widen_pair(unsigned word, int pair) {
+#if BF16  // the bits, moved to their places, are a bfloat16 2^120 times too small
+  const unsigned bytes = __byte_perm(word, 0, pair ? 0x3424 : 0x1404);
+  return times_2_120((bytes & 0x80008000) | (bytes >> 4 & 0x07f007f0));
+#else
+  return to_float16(pair ? word >> 16 : word);
+#endif
+}
 __device__ __forceinline__ uint4 widen_eight(unsigned low, unsigned high) {
   return make_uint4(widen_pair(low, 0), widen_pair(low, 1), widen_pair(high, 0), widen_pair(high, 1));
 }
@@ -173,7 +178,8 @@ __device__ __forceinline__ uint4 eight_of(uint4 w, int i) {
   return i ? widen_eight(w.z, w.w) : widen_eight(w.x, w.y);
 }
 __device__ __forceinline__ float2 floats_of(Eight w, int i) {
-  return unpack_pair(i < 2 ? w.x : w.y, i & 1);
+  const unsigned word = i < 2 ? w.x : w.y;
+  return to_floats(i & 1 ? word >> 16 : word);
 }
 #else
 typedef uint4 Eight;

@@ -183,13 +183,10 @@ inline float of_e4m3(unsigned bits) {
   if ((bits & 0x7f) == 0x7f) value = NAN;
   return bits & 0x80 ? -value : value;
 }
-inline float2 unpack_pair(unsigned word, int pair) {
-  word >>= pair * 16;
-  return {of_e4m3(word & 0xff), of_e4m3(word >> 8 & 0xff)};
-}
-inline unsigned widen_pair(unsigned word, int pair) {
-  const float2 f = unpack_pair(word, pair);
-  return pack(f.x, f.y);
+inline float2 to_floats(unsigned word) { return {of_e4m3(word & 0xff), of_e4m3(word >> 8 & 0xff)}; }
+inline unsigned to_float16(unsigned word) { return pack(to_floats(word).x, to_floats(word).y); }
+inline unsigned times_2_120(unsigned w) {
+  return pack(std::ldexp(unpack(w).x, 120), std::ldexp(unpack(w).y, 120));
 }
 inline uint4 load_input(const T* p) { return __ldcg(reinterpret_cast<const uint4*>(p)); }
 template <typename P> const P* hold(const P* p) { return p; }
