@@ -6,7 +6,9 @@ such that the largest rank uses the top of e4m3 in both and all ranks of a modul
 A smaller rank lies lower in e4m3, which rounds to 4 bits in 12 powers of two below the top. So a
 rank loses precision only where it adds about 2^-24 of what the largest rank adds.
 
-A power of two as scale costs nothing: e4m3 rounds by the size of a number, not of its row.
+A power of two as scale costs nothing: e4m3 rounds by the size of a number, not of its row. But
+numbers become smaller on the whole, by 0.1 % where bfloat16 was rounded, because ties go to even
+numbers. The scale makes up for it.
 """
 
 import torch
@@ -40,12 +42,21 @@ def round_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     below = torch.where(has_a & has_b, largest - of_both, 0)
     a_shift = torch.where(has_a, TOP - a_exponent - below // 2, 0)
     b_shift = torch.where(has_b, TOP - b_exponent - (below - below // 2), 0)
-    a8 = (a * _power_of_two(a_shift)[:, :, None]).to(E4M3)
-    b8 = (b * _power_of_two(b_shift)[:, None, :]).to(E4M3)
+    a8, a_factor = _round(a * _power_of_two(a_shift)[:, :, None])
+    b8, b_factor = _round(b * _power_of_two(b_shift)[:, None, :])
     is_finite = (a_most.isfinite() & b_most.isfinite()).all(1)
     exponent = torch.where(largest == -300, 0, largest - 2 * TOP)[:, 0]
-    scale = torch.where(is_finite, _power_of_two(exponent), torch.nan)
+    scale = torch.where(is_finite, _power_of_two(exponent) * a_factor * b_factor, torch.nan)
     return a8, b8, scale
+
+
+def _round(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the matrix in e4m3, and for each layer the factor by which it must be multiplied to
+    be as large as before in the direction of the exact one."""
+    rounded = matrix.to(E4M3)
+    before = matrix.square().sum((1, 2))
+    after = (matrix * rounded.float()).sum((1, 2))
+    return rounded, torch.where(after > 0, before / after, 1)
 
 
 def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:

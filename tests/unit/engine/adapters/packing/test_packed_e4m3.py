@@ -136,6 +136,16 @@ def test_a_small_rank_is_as_precise_as_a_large_one() -> None:
         assert (got - want).norm() <= 0.05 * want.norm(), rank
 
 
+def test_rounding_makes_no_adapter_weaker() -> None:
+    """Ties of bfloat16 go to even numbers, which are smaller on the whole."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((1, 8, 500), (1, 400, 8)))
+    a, b = a.bfloat16().float(), b.bfloat16().float()
+    a8, b8, scale = round_pair(a, b)
+    exact, rounded = (b @ a)[0], (b8.float() @ a8.float())[0] * scale
+    assert abs((rounded * exact).sum() / exact.square().sum() - 1) < 5e-4
+
+
 def test_zeros_and_tiny_numbers() -> None:
     zeros = torch.zeros(1, 2, 8)
     a8, b8, scale = round_pair(zeros, torch.full((1, 3, 2), 2.0**-140))
