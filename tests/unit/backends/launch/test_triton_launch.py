@@ -41,7 +41,7 @@ STREAM = 77
 HUGE = 1 << 33
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 E4M3 = torch.float8_e4m3fn
-SGMV = {"HEADER": 16, "ORDER_AT": 64, "FIRST_MODULE": 0, "PAGE": 4096, "PDL": True}
+SGMV = {"HEADER": 16, "ORDER_AT": 64, "FIRST_MODULE": 0, "PAGE": 4096, "ALIGN": 64, "PDL": True}
 SHRINK = SGMV | {"NUM_MODULES": 2, "K": 576, "BLOCK_M": 16, "BLOCK_R": 16, "num_stages": 4}
 EXPAND = SGMV | {
     "NUM_MODULES": 1, "OUT_0": 576, "OUT_1": 0, "OUT_2": 0, "START_1": 0, "START_2": 0,

@@ -169,7 +169,7 @@ WEIGHT_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
         _set(PREFIX + "model.layers.0.self_attn.q_proj.lora_B.bias", lambda a: a), "bias on lora_B",
     ),
     "saved module": (
-        _set(PREFIX + "lm_head.modules_to_save.weight", lambda a: a), "4 tokens.*512 in this base",
+        _set(PREFIX + "lm_head.modules_to_save.weight", lambda a: a), "the base model.s are random",
     ),
     "no lora": (_set(PREFIX + "model.norm.weight", lambda a: a), "no LoRA weight"),
     "other prefix": (_set("model.layers.0.self_attn.q_proj.lora_A.weight", lambda a: a),
