@@ -112,8 +112,10 @@ class DiskCache:
                 return complete
             with self.exclusive():
                 entries = self._without_stale(self._entries())
-                is_loading = any(entry.path.name == name + PART for entry in entries)
-                if not is_loading and self._make_room(entries, num_bytes):
+                names = {entry.path.name for entry in entries}
+                if name in names:  # it became complete since open() looked
+                    continue
+                if name + PART not in names and self._make_room(entries, num_bytes):
                     path = self._folder / (name + PART)
                     path.mkdir(mode=0o700)
                     folder = LockedFolder.lock(path, alone=True)

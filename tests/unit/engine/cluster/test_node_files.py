@@ -1,6 +1,7 @@
 """Adapters of another node: one copy a node, of the right bytes, within bounds."""
 
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -168,10 +169,11 @@ def test_no_file_outside_of_the_root_is_read(tmp_path: Path, folders: str) -> No
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    (tmp_path / "t").mkdir()
-    return tmp_path / "t"
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Is short, as the path of a socket must be."""
+    with tempfile.TemporaryDirectory() as path:
+        monkeypatch.setattr("tempfile.tempdir", path)
+        yield Path(path)
 
 
 def test_workers_get_folders_that_stay_while_they_read(other: OtherNode, temporary: Path) -> None:
