@@ -9,9 +9,7 @@ from loraplex.scheduler.placement.rendezvous import rank_engines
 
 LOAD_BOUND = 1.5  # times the mean fill
 LIGHT_FILL = 0.125  # an engine filled less is never too loaded for affinity
-LATE_SHARE = (
-    0.0075  # of the objective: an engine that is later than the soonest by more is too busy
-)
+LATE_SHARE = 0.005  # of the objective: an engine that is later than the soonest by more is too busy
 NUM_CHOICES = 3  # engines, at least, that a load chooses from
 
 Policy = Callable[[PlacementRequest, Sequence[EngineSummary], Random], EngineSummary]
