@@ -36,7 +36,7 @@ class BenchEngine(Protocol):
 
 @dataclass(slots=True)
 class ConnectedEngine:
-    """An engine or a router whose processes this session does not watch."""
+    """An engine or a router whose processes this one does not watch."""
 
     endpoint: str
     info: EngineInfo
