@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from loraplex.engine.adapters.tensors.memory_folder import is_memory_folder, memory_path
@@ -61,27 +62,27 @@ def open_regular_file(path: Path, root: str = "") -> Iterator[int]:
         os.close(descriptor)
 
 
-def file_reader(folder: Path, roots: Sequence[str]) -> Callable[[Path], bytes | None]:
-    """Returns a function that reads a whole file of a folder, as open_regular_file does.
+def read_text_file(path: Path, root: str = "", max_bytes: int = MAX_TEXT_BYTES) -> bytes | None:
+    """Returns a whole file, opened as open_regular_file does; None if there is no such file.
 
-    It returns None if there is no such file, and raises FileTooLargeError above MAX_TEXT_BYTES.
+    Raises FileTooLargeError above `max_bytes`, a whole number of MiB.
     """
-    root = root_of(folder, roots)
+    try:
+        with (
+            open_regular_file(path, root) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            content = file.read(max_bytes + 1)
+    except (FileNotFoundError, NotRegularFileError):
+        return None
+    if len(content) > max_bytes:
+        raise FileTooLargeError(f"{path.name} has more than {max_bytes >> 20} MiB")
+    return content
 
-    def read(path: Path) -> bytes | None:
-        try:
-            with (
-                open_regular_file(path, root) as descriptor,
-                open(descriptor, "rb", closefd=False) as file,
-            ):
-                content = file.read(MAX_TEXT_BYTES + 1)
-        except (FileNotFoundError, NotRegularFileError):
-            return None
-        if len(content) > MAX_TEXT_BYTES:
-            raise FileTooLargeError(f"{path.name} has more than {MAX_TEXT_BYTES >> 20} MiB")
-        return content
 
-    return read
+def file_reader(folder: Path, roots: Sequence[str]) -> Callable[[Path], bytes | None]:
+    """Returns read_text_file() for the files of a folder."""
+    return partial(read_text_file, root=root_of(folder, roots))
 
 
 def root_of(folder: Path, roots: Sequence[str]) -> str:

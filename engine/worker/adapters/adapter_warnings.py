@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex.engine.adapters.open_file import NotRegularFileError, open_regular_file
+from loraplex.engine.adapters.open_file import FileTooLargeError, read_text_file
 from loraplex.engine.adapters.peft_config import read_peft_config
 from loraplex.engine.config import ModelConfig
 
@@ -21,10 +21,6 @@ _TEXT_FILES = (
 )  # fmt: skip
 _MAX_BYTES = 4 << 20
 _MAX_LISTED = 5
-
-
-class _TooLargeError(Exception):
-    """The text is the file's name."""
 
 
 class AdapterWarnings:
@@ -59,9 +55,10 @@ class AdapterWarnings:
         if not any((folder / name).is_file() for name in _TEXT_FILES):
             return found
         try:
-            own = _read_settings(folder, read=partial(_read_bounded, root=root))
-        except _TooLargeError as error:
-            return [*found, f"{error} is too large to be compared with the base model's"]
+            read = partial(read_text_file, root=root, max_bytes=_MAX_BYTES)
+            own = _read_settings(folder, read=read)
+        except FileTooLargeError as error:
+            return [*found, f"{error}: too large to be compared with the base model's"]
         if own.chat_template or own.eos_token:
             found += _text_warnings(own, self._base_settings())
         return found
@@ -79,20 +76,6 @@ def _read_settings(path: Path, chat_template: str = "", **options: Any) -> "Text
     from loraplex.engine.tokenizer.loading import read_text_settings
 
     return read_text_settings(path, chat_template, **options)
-
-
-def _read_bounded(path: Path, root: str) -> bytes | None:
-    try:
-        with (
-            open_regular_file(path, root) as descriptor,
-            open(descriptor, "rb", closefd=False) as file,
-        ):
-            content = file.read(_MAX_BYTES + 1)
-    except (FileNotFoundError, NotRegularFileError):
-        return None
-    if len(content) > _MAX_BYTES:
-        raise _TooLargeError(path.name)
-    return content
 
 
 def _text_warnings(own: "TextSettings", base: "TextSettings") -> list[str]:
